@@ -1,0 +1,118 @@
+// Makes every op of ops.h a Python function of the native module that includes this: op(part, hyper, signals, where).
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <iterator>
+
+#include "ops.h"
+#include "table.h"
+
+namespace lt {
+namespace py = pybind11;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+/// A ltsam_fast.table.Part as a Table; keeps its arrays alive while the op runs.
+struct BoundTable {
+  Array<int64_t> pointers, numels, first_chunk;
+  Array<uint8_t> dtypes;
+  Array<int32_t> groups, buckets;
+  Table table;
+
+  BoundTable(const char* op, const py::object& part, int roles)
+      : pointers(part.attr("pointers")),
+        numels(part.attr("numels")),
+        first_chunk(part.attr("first_chunk")),
+        dtypes(part.attr("dtypes")),
+        groups(part.attr("groups")),
+        buckets(part.attr("buckets")) {
+    if (pointers.ndim() != 2 || pointers.shape(1) != roles)
+      throw py::value_error(std::string(op) + ": part.pointers must have shape (tensors, " + std::to_string(roles) + ")");
+    table = Table{pointers.shape(0),
+                  part.attr("bucket_count").cast<int64_t>(),
+                  pointers.data(),
+                  dtypes.data(),
+                  numels.data(),
+                  groups.data(),
+                  buckets.data(),
+                  first_chunk.data(),
+                  reinterpret_cast<double*>(part.attr("scratch").cast<intptr_t>()),
+                  part.attr("wide").cast<bool>()};
+  }
+};
+
+inline Signals signals_from(const py::tuple& addresses) {
+  const auto address = [&](int i) { return reinterpret_cast<void*>(addresses[size_t(i)].cast<intptr_t>()); };
+  return {address(0), static_cast<const float*>(address(1)), static_cast<float*>(address(2))};
+}
+
+template <class F>
+py::tuple names(const char* const* first, size_t count) {
+  py::list list;
+  for (size_t i = 0; i < count; ++i)
+    if (first[i]) list.append(first[i]);
+  return py::tuple(list);
+}
+
+/// Defines F<float> and F<double> as one Python function, and notes its roles and hyperparameters in SIGNATURES.
+template <template <class> class F, class Run>
+void bind_op(py::module_& m, py::dict& signatures, const Run& run) {
+  const char* name = F<float>::name;
+  m.def(name, [run](const py::object& part, const Array<double>& hyper, const py::tuple& signals, intptr_t where) {
+    BoundTable bound(F<float>::name, part, F<float>::kRoles);
+    const Hyper rows{hyper.data(), hyper.ndim() == 2 ? hyper.shape(1) : 0};
+    const Signals addresses = signals_from(signals);
+    py::gil_scoped_release release;
+    run(bound.table, rows, addresses, where);
+  });
+  signatures[name] = py::make_tuple(names<F<float>>(F<float>::roles, std::size(F<float>::roles)),
+                                    names<F<float>>(F<float>::hyper, std::size(F<float>::hyper)));
+}
+
+template <class Loop, template <class> class... F>
+void bind_maps(py::module_& m, py::dict& signatures, OpList<F...>) {
+  (bind_op<F>(m, signatures,
+              [](const Table& t, const Hyper& h, const Signals& s, intptr_t where) {
+                t.wide ? Loop::template map<F<double>, double>(t, h, s, where)
+                       : Loop::template map<F<float>, float>(t, h, s, where);
+              }),
+   ...);
+}
+
+template <class Loop, template <class> class... F>
+void bind_reductions(py::module_& m, py::dict& signatures, OpList<F...>) {
+  (bind_op<F>(m, signatures,
+              [](const Table& t, const Hyper& h, const Signals& s, intptr_t where) {
+                t.wide ? Loop::template reduce<F<double>, double>(t, h, s, where)
+                       : Loop::template reduce<F<float>, float>(t, h, s, where);
+              }),
+   ...);
+}
+
+/// Every op of ops.h, run by Loop.
+template <class Loop>
+void bind(py::module_& m) {
+  py::dict signatures;
+  bind_maps<Loop>(m, signatures, MapOps());
+  bind_reductions<Loop>(m, signatures, ReduceOps());
+  m.def(FocalCrossEntropy<float>::name,
+        [](intptr_t logits, intptr_t labels, intptr_t u, intptr_t v, intptr_t losses, intptr_t grad_u, intptr_t grad_v,
+           int64_t rows, int64_t classes, uint8_t dtype, intptr_t where) {
+          py::gil_scoped_release release;
+          const auto run = [&](auto accumulator) {
+            using A = decltype(accumulator);
+            Loop::template cross_entropy<A>(reinterpret_cast<const void*>(logits),
+                                            reinterpret_cast<const int64_t*>(labels), reinterpret_cast<const A*>(u),
+                                            reinterpret_cast<const A*>(v), reinterpret_cast<A*>(losses),
+                                            reinterpret_cast<void*>(grad_u), reinterpret_cast<void*>(grad_v), rows,
+                                            classes, dtype, where);
+          };
+          dtype == kF64 ? run(double()) : run(float());
+        });
+  m.attr("SIGNATURES") = signatures;
+  m.attr("CHUNK") = kChunk;
+}
+
+}  // namespace lt

@@ -1,0 +1,130 @@
+// Reads addresses and layouts of many tensors in one call, through the C exchange table that array libraries publish on
+// their tensor type (DLPack 1.3). No torch header, about 20 ns a tensor; from Python the same takes 300.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "functors/common.h"
+
+namespace lt {
+namespace py = pybind11;
+
+// The part of DLPack's ABI we use, as laid down in its specification.
+namespace dlpack {
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id, ndim;
+  DataType dtype;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct ExchangeApi {
+  uint32_t major, minor;
+  ExchangeApi* previous;
+  void *allocate, *from_object, *to_object;
+  int (*view)(void* object, Tensor* out);
+  void* current_stream;
+};
+}  // namespace dlpack
+
+/// Columns of a snapshot row; ltsam_fast.table.COLUMNS.
+enum Column { kAddress, kNumel, kDtypeCode, kDevice, kShape, kLayout, kColumns };
+
+enum Change { kSame, kMoved, kChanged };
+
+inline int64_t mix(int64_t hash, int64_t value) {
+  return int64_t((uint64_t(hash) ^ uint64_t(value)) * 0x9e3779b97f4a7c15u) ^ (hash >> 29);
+}
+
+/// Layout 0: contiguous. 1: not dense (holes or overlap). Else a hash of the strides of a dense permutation.
+inline int64_t layout_of(const dlpack::Tensor& t, int64_t numel) {
+  if (!t.strides || numel < 2) return 0;
+  int64_t expected = 1, hash = 2;
+  bool contiguous = true;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] == 1) continue;
+    contiguous = contiguous && t.strides[d] == expected;
+    expected *= t.shape[d];
+    hash = mix(hash, t.strides[d]);
+  }
+  if (contiguous) return 0;
+  // Dense: sorted by stride, each dimension begins where the previous one ends.
+  int64_t reach = 1;
+  for (int placed = 0; placed < t.ndim; ++placed) {
+    int64_t next = -1;
+    for (int d = 0; d < t.ndim && next < 0; ++d)
+      if (t.shape[d] != 1 && t.strides[d] == reach) next = d;
+    if (next < 0) break;
+    reach *= t.shape[next];
+  }
+  return reach == numel ? (hash | 2) : 1;
+}
+
+inline int64_t dtype_code(dlpack::DataType dtype) {
+  if (dtype.lanes != 1) return -1;
+  if (dtype.code == 2) return dtype.bits == 32 ? kF32 : dtype.bits == 64 ? kF64 : dtype.bits == 16 ? kF16 : -1;
+  return dtype.code == 4 && dtype.bits == 16 ? kBF16 : -1;
+}
+
+/// A row of a snapshot. An absent role has no device.
+inline void describe(const dlpack::ExchangeApi& api, PyObject* tensor, int64_t* row) {
+  if (tensor == Py_None) {
+    std::fill_n(row, int(kColumns), int64_t(0));
+    row[kDevice] = -1;
+    return;
+  }
+  dlpack::Tensor t;
+  if (api.view(tensor, &t) != 0) throw py::error_already_set();
+  int64_t numel = 1, shape = t.ndim;
+  for (int d = 0; d < t.ndim; ++d) {
+    numel *= t.shape[d];
+    shape = mix(shape, t.shape[d]);
+  }
+  row[kAddress] = reinterpret_cast<int64_t>(t.data) + int64_t(t.byte_offset);
+  row[kNumel] = numel;
+  row[kDtypeCode] = dtype_code(t.dtype);
+  row[kDevice] = (int64_t(t.device_type) << 16) | t.device_id;
+  row[kShape] = shape;
+  row[kLayout] = layout_of(t, numel);
+}
+
+inline const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {
+  const void* api = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  if (!api) throw py::error_already_set();
+  return *static_cast<const dlpack::ExchangeApi*>(api);
+}
+
+/// Fills out[tensor, role, column] from `roles`, a tuple of lists of tensors or None (or None, for an absent role), and
+/// says whether anything differs from what was there.
+inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::array_t<int64_t, py::array::c_style> out) {
+  const dlpack::ExchangeApi& api = exchange_api(capsule);
+  const py::ssize_t tensors = out.shape(0), columns = out.shape(1);
+  int64_t* rows = out.mutable_data();
+  int change = kSame;
+  for (py::ssize_t r = 0; r < columns; ++r) {
+    PyObject* list = PyTuple_GET_ITEM(roles.ptr(), r);
+    for (py::ssize_t i = 0; i < tensors; ++i) {
+      int64_t fresh[kColumns], *row = rows + (i * columns + r) * kColumns;
+      describe(api, list == Py_None ? Py_None : PyList_GET_ITEM(list, i), fresh);
+      if (!std::equal(fresh + 1, fresh + kColumns, row + 1)) change = kChanged;
+      if (fresh[kAddress] != row[kAddress]) change = std::max<int>(change, kMoved);
+      std::copy_n(fresh, int(kColumns), row);
+    }
+  }
+  return change;
+}
+
+/// Whether torch's table can be used: same ABI, and it offers borrowed views.
+inline bool can_snapshot(const py::capsule& capsule) {
+  const dlpack::ExchangeApi& api = exchange_api(capsule);
+  return api.major == 1 && api.view;
+}
+
+}  // namespace lt

@@ -1,0 +1,362 @@
+// The two CPU loops: map and ordered reduce over a table, for any functor. Work is dealt out in chunks; a chunk is walked
+// in tiles that stay in L1, where 16-bit floats are widened and narrowed and from where streaming stores leave.
+#pragma once
+#include <unistd.h>
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "table.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+// One source, three instruction sets, chosen when the module is loaded. Without FMA contraction (see setup.py) all three
+// give the same bits.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
+#define LT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define LT_CLONES
+#endif
+
+namespace lt {
+
+constexpr int kTile = 1024;  // 7 roles in float: 28 KiB, within the smallest L1 around
+
+/// Elements [begin, begin + count) of one tensor.
+struct Chunk {
+  int64_t tensor, begin, count;
+};
+
+inline Chunk chunk_at(const Table& table, int64_t index) {
+  // The last tensor that starts at or before this chunk: those of zero elements start where their successor does.
+  const int64_t tensor =
+      std::upper_bound(table.first_chunk, table.first_chunk + table.tensors + 1, index) - table.first_chunk - 1;
+  const int64_t begin = (index - table.first_chunk[tensor]) * kChunk;
+  return {tensor, begin, std::min(kChunk, table.numels[tensor] - begin)};
+}
+
+/// Calls body(chunk) for every chunk. Threads take runs of chunks as they get free: a stalled core costs one run, not half
+/// the pass. Results must not depend on who runs what.
+template <class Body>
+void for_each_chunk(int64_t chunks, int threads, const Body& body) {
+  const int64_t run = std::max<int64_t>(1, chunks / (int64_t(threads) * 32));
+  (void)run;
+#ifdef _OPENMP
+  threads = int(std::min<int64_t>(threads, chunks));
+#pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1)
+#endif
+  for (int64_t index = 0; index < chunks; ++index) body(index);
+}
+
+template <class A, class Element>
+LT_CLONES void widen(const Element* from, int count, A* to) {
+  for (int i = 0; i < count; ++i) to[i] = A(from[i]);
+}
+template <class A, float (*decode)(uint16_t)>
+LT_CLONES void decode_all(const uint16_t* from, int count, A* to) {
+  for (int i = 0; i < count; ++i) to[i] = A(decode(from[i]));
+}
+template <class A, uint16_t (*encode)(float)>
+LT_CLONES void encode_all(const A* from, int count, uint16_t* to) {
+  for (int i = 0; i < count; ++i) to[i] = encode(float(from[i]));
+}
+
+template <class A>
+void load(uint8_t dtype, const char* from, int count, A* to) {
+  switch (dtype) {
+    case kF32: return widen(reinterpret_cast<const float*>(from), count, to);
+    case kF64: return widen(reinterpret_cast<const double*>(from), count, to);
+    case kBF16: return decode_all<A, from_bf16>(reinterpret_cast<const uint16_t*>(from), count, to);
+    default: return decode_all<A, from_f16>(reinterpret_cast<const uint16_t*>(from), count, to);
+  }
+}
+
+template <class A>
+void narrow(uint8_t dtype, const A* from, int count, char* to) {
+  switch (dtype) {
+    case kF32: return widen(from, count, reinterpret_cast<float*>(to));
+    case kF64: return widen(from, count, reinterpret_cast<double*>(to));
+    case kBF16: return encode_all<A, to_bf16>(from, count, reinterpret_cast<uint16_t*>(to));
+    default: return encode_all<A, to_f16>(from, count, reinterpret_cast<uint16_t*>(to));
+  }
+}
+
+/// Copies past the caches. An ordinary store first reads the line it overwrites: a third more traffic.
+inline void stream(char* to, const char* from, int64_t count) {
+#ifdef __SSE2__
+  const int64_t head = std::min<int64_t>(count, -reinterpret_cast<intptr_t>(to) & 15);
+  memcpy(to, from, size_t(head));
+  int64_t i = head;
+  for (; i + 16 <= count; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  memcpy(to + i, from + i, size_t(count - i));
+#else
+  memcpy(to, from, size_t(count));
+#endif
+}
+
+/// Makes streamed stores visible to other threads before the pass is reported done.
+inline void end_stream() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+/// Passes that move more than this stream what they only write: nothing of it would still be cached when it is next read.
+inline int64_t stream_threshold() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return cache > 0 ? cache : int64_t(32) << 20;
+#else
+  return int64_t(32) << 20;
+#endif
+}
+
+template <class F>
+int64_t bytes_moved(const Table& table) {
+  int64_t total = 0;
+  for (int64_t t = 0; t < table.tensors; ++t)
+    for (int r = 0; r < F::kRoles; ++r)
+      if (r != F::step && table.pointers[t * F::kRoles + r])
+        total += table.numels[t] * item_size(table.dtypes[t * F::kRoles + r]) *
+                 (int(F::reads >> r & 1) + int(F::writes >> r & 1));
+  return total;
+}
+
+/// Where a chunk's roles lie: the tensor itself when its elements are of type A, else a tile that is filled or emptied.
+template <class F, class A>
+struct Tiles {
+  alignas(64) A in[F::kRoles][kTile];
+  alignas(64) A out[F::kRoles][kTile];
+  alignas(64) char narrowed[kTile * 8];
+};
+
+template <unsigned kPresent, class F, class A, size_t... R>
+LT_CLONES void map_tile(const F f, const A* const* in, A* const* out, int count, std::index_sequence<R...>) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) {
+    A x[F::kRoles];
+    ((x[R] = (F::reads & kPresent & bit(R)) ? in[R][i] : A(0)), ...);
+    f(x);
+    ((void)((F::writes & kPresent & bit(R)) && (out[R][i] = x[R], true)), ...);
+  }
+}
+
+constexpr int kLanes = 64;
+
+template <unsigned kPresent, class F, class A, size_t... R>
+LT_CLONES void reduce_tile(const F f, const A* const* in, A* lanes, int count, std::index_sequence<R...>) {
+  A sum[kLanes];
+  for (int j = 0; j < kLanes; ++j) sum[j] = lanes[j];
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) {
+      A x[F::kRoles];
+      ((x[R] = (kPresent & bit(R)) ? in[R][i + j] : A(0)), ...);
+      sum[j] += f.term(x);
+    }
+  for (int j = 0; i < count; ++i, ++j) {
+    A x[F::kRoles];
+    ((x[R] = (kPresent & bit(R)) ? in[R][i] : A(0)), ...);
+    sum[j] += f.term(x);
+  }
+  for (int j = 0; j < kLanes; ++j) lanes[j] = sum[j];
+}
+
+/// Walks one chunk in tiles: body.run<present>(in, out, count) does the arithmetic, with `present` the smallest of F's
+/// variants that has every role this tensor brings.
+template <class F, class A, class Body, size_t... V>
+void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& body, std::index_sequence<V...>) {
+  static thread_local Tiles<F, A> tiles;
+  const int64_t* pointers = table.pointers + chunk.tensor * F::kRoles;
+  const uint8_t* dtypes = table.dtypes + chunk.tensor * F::kRoles;
+  constexpr uint8_t native = sizeof(A) == 8 ? kF64 : kF32;
+
+  unsigned present = 0;
+  for (int r = 0; r < F::kRoles; ++r) present |= pointers[r] && r != F::step ? bit(r) : 0u;
+  unsigned variant = F::variants[std::size(F::variants) - 1];
+  for (unsigned candidate : F::variants)
+    if ((present & ~candidate) == 0) {
+      variant = candidate;
+      break;
+    }
+
+  const A* in[F::kRoles] = {};
+  A* out[F::kRoles] = {};
+  for (int64_t offset = 0; offset < chunk.count; offset += kTile) {
+    const int count = int(std::min<int64_t>(kTile, chunk.count - offset));
+    for (int r = 0; r < F::kRoles; ++r) {
+      if (!(variant & bit(r))) continue;
+      char* address = reinterpret_cast<char*>(pointers[r]) + (chunk.begin + offset) * item_size(dtypes[r]);
+      const bool writes = F::writes & bit(r), reads = F::reads & bit(r);
+      const bool streams = streaming && !reads;
+      out[r] = writes && pointers[r] && dtypes[r] == native && !streams ? reinterpret_cast<A*>(address) : tiles.out[r];
+      if (!reads) continue;
+      in[r] = tiles.in[r];
+      if (!pointers[r])
+        std::fill_n(tiles.in[r], count, A(0));
+      else if (dtypes[r] == native)
+        in[r] = reinterpret_cast<const A*>(address);
+      else
+        load(dtypes[r], address, count, tiles.in[r]);
+    }
+    ((void)(variant == F::variants[V] && (body.template run<F::variants[V]>(in, out, count), true)), ...);
+    for (int r = 0; r < F::kRoles; ++r) {
+      if (!(F::writes & present & bit(r)) || out[r] != tiles.out[r]) continue;
+      const int size = item_size(dtypes[r]);
+      char* address = reinterpret_cast<char*>(pointers[r]) + (chunk.begin + offset) * size;
+      const bool streams = streaming && !(F::reads & bit(r));
+      const char* from = reinterpret_cast<const char*>(tiles.out[r]);
+      if (dtypes[r] != native) {
+        char* to = streams ? tiles.narrowed : address;
+        narrow(dtypes[r], tiles.out[r], count, to);
+        from = to;
+      }
+      if (streams) stream(address, from, int64_t(count) * size);
+    }
+  }
+}
+
+template <class F>
+F functor_for(const Table& table, const Hyper& hyper, const Signals& signals, int64_t tensor) {
+  const float* count = nullptr;
+  if constexpr (F::step >= 0) count = reinterpret_cast<const float*>(table.pointers[tensor * F::kRoles + F::step]);
+  return F(hyper.row(table.groups[tensor]), signals, count);
+}
+
+template <class F, class A>
+struct MapBody {
+  const F f;
+  template <unsigned kPresent>
+  void run(const A* const* in, A* const* out, int count) {
+    map_tile<kPresent>(f, in, out, count, std::make_index_sequence<F::kRoles>());
+  }
+};
+
+template <class F, class A>
+struct ReduceBody {
+  const F f;
+  A lanes[kLanes] = {};
+  template <unsigned kPresent>
+  void run(const A* const* in, A* const*, int count) {
+    reduce_tile<kPresent>(f, in, lanes, count, std::make_index_sequence<F::kRoles>());
+  }
+};
+
+template <class F>
+using Variants = std::make_index_sequence<std::size(F::variants)>;
+
+struct CpuLoop {
+  template <class F, class A>
+  static void map(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t threads) {
+    const bool streaming = bytes_moved<F>(table) > stream_threshold();
+    for_each_chunk(table.chunks(), int(threads), [&](int64_t index) {
+      const Chunk chunk = chunk_at(table, index);
+      MapBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
+      walk_chunk<F, A>(table, chunk, streaming, body, Variants<F>());
+      if (streaming) end_stream();
+    });
+    if constexpr (F::step >= 0) {
+      if (signals.skip()) return;
+      for (int64_t t = 0; t < table.tensors; ++t)
+        if (const int64_t count = table.pointers[t * F::kRoles + F::step]) *reinterpret_cast<float*>(count) += 1.0f;
+    }
+  }
+
+  template <class F, class A>
+  static void reduce(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t threads) {
+    for_each_chunk(table.chunks(), int(threads), [&](int64_t index) {
+      const Chunk chunk = chunk_at(table, index);
+      ReduceBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
+      walk_chunk<F, A>(table, chunk, false, body, Variants<F>());
+      double sum = 0;
+      for (A lane : body.lanes) sum += double(lane);
+      table.scratch[index] = sum;
+    });
+    int64_t tensor = 0;
+    for (int64_t bucket = 0; bucket < table.buckets; ++bucket) {
+      double sum = 0;
+      for (; tensor < table.tensors && table.bucket_of[tensor] == bucket; ++tensor)
+        for (int64_t c = table.first_chunk[tensor]; c < table.first_chunk[tensor + 1]; ++c) sum += table.scratch[c];
+      const A result = A(F::finish(sum));
+      static_cast<A*>(signals.norm)[bucket] = result;
+      if (signals.found_inf && !finite(result)) *signals.found_inf = 1.0f;
+    }
+  }
+
+  template <class A>
+  static void cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
+                            void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t threads);
+};
+
+/// A NaN is never greater, so it is passed over here and surfaces in the sum.
+template <class A>
+LT_CLONES A row_max(const A* z, int count, A start) {
+  A lanes[kLanes];
+  for (A& lane : lanes) lane = start;
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] = z[i + j] > lanes[j] ? z[i + j] : lanes[j];
+  for (; i < count; ++i) lanes[0] = z[i] > lanes[0] ? z[i] : lanes[0];
+  for (A lane : lanes) start = lane > start ? lane : start;
+  return start;
+}
+
+template <class A>
+LT_CLONES A row_sum(const A* z, int count, A peak) {
+  A lanes[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] += FocalCrossEntropy<A>::shifted_exp(z[i + j], peak);
+  for (; i < count; ++i) lanes[0] += FocalCrossEntropy<A>::shifted_exp(z[i], peak);
+  A sum = 0;
+  for (A lane : lanes) sum += lane;
+  return sum;
+}
+
+template <class A>
+LT_CLONES void row_gradients(const FocalCrossEntropy<A> f, const A* z, int64_t begin, int count, int64_t label,
+                             A* grad_u, A* grad_v) {
+#pragma GCC ivdep
+  for (int i = 0; i < count; ++i) f.gradients(z[i], begin + i == label, grad_u[i], grad_v[i]);
+}
+
+template <class A>
+void CpuLoop::cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
+                            void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t threads) {
+  const int size = item_size(dtype);
+  for_each_chunk(rows, int(threads), [&](int64_t row) {
+    static thread_local A in[kTile], out[2][kTile];
+    const char* z = static_cast<const char*>(logits) + row * classes * size;
+    const int64_t label = labels[row];
+    const auto tile_at = [&](int64_t begin, int count) {
+      load(dtype, z + begin * size, count, in);
+      return in;
+    };
+    const auto for_tiles = [&](auto&& visit) {
+      for (int64_t begin = 0; begin < classes; begin += kTile) {
+        const int count = int(std::min<int64_t>(kTile, classes - begin));
+        visit(begin, count, tile_at(begin, count));
+      }
+    };
+    A peak, sum = 0, label_logit;
+    load(dtype, z, 1, &peak);
+    load(dtype, z + label * size, 1, &label_logit);
+    for_tiles([&](int64_t, int count, const A* tile) { peak = row_max(tile, count, peak); });
+    for_tiles([&](int64_t, int count, const A* tile) { sum += row_sum(tile, count, peak); });
+    losses[row] = FocalCrossEntropy<A>::loss(sum, peak, label_logit);
+    const FocalCrossEntropy<A> f{peak, A(1) / sum, u[label] / A(rows), v[label] / A(rows)};
+    for_tiles([&](int64_t begin, int count, const A* tile) {
+      row_gradients(f, tile, begin, count, label, out[0], out[1]);
+      narrow(dtype, out[0], count, static_cast<char*>(grad_u) + (row * classes + begin) * size);
+      narrow(dtype, out[1], count, static_cast<char*>(grad_v) + (row * classes + begin) * size);
+    });
+  });
+}
+
+}  // namespace lt

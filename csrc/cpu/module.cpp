@@ -1,0 +1,14 @@
+#include "bind.h"
+#include "cpu/dlpack.h"
+#include "cpu/loop.h"
+
+PYBIND11_MODULE(_cpu, m) {
+  lt::bind<lt::CpuLoop>(m);
+  m.def("snapshot", lt::snapshot);
+  m.def("can_snapshot", lt::can_snapshot);
+#ifdef _OPENMP
+  m.attr("OPENMP") = true;
+#else
+  m.attr("OPENMP") = false;
+#endif
+}

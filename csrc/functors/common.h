@@ -1,0 +1,85 @@
+// What every functor shares: element types, accumulator arithmetic, the signals a pass reads. Host and device, no loop.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define LT_HD __host__ __device__ __forceinline__
+#else
+#define LT_HD inline __attribute__((always_inline))
+#endif
+
+namespace lt {
+
+/// Elements per chunk: the unit of work, and of the fixed summation order. ltsam_fast.table.CHUNK must agree.
+constexpr int64_t kChunk = 16384;
+
+/// Codes of ltsam_fast.table.DTYPES.
+enum Dtype : uint8_t { kF32, kF64, kBF16, kF16 };
+
+LT_HD constexpr int item_size(uint8_t dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
+
+LT_HD constexpr unsigned bit(int role) { return 1u << role; }
+
+/// Device addresses of what one pass tells the next; null where it does not apply.
+struct Signals {
+  void* norm;               ///< 0-d, the accumulator's type
+  const float* grad_scale;  ///< gradients are this much too large
+  float* found_inf;         ///< non-zero: skip the update
+
+  template <class A>
+  LT_HD A norm_as() const {
+    return *static_cast<const A*>(norm);
+  }
+  template <class A>
+  LT_HD A inverse_scale() const {
+    return grad_scale ? A(1) / A(*grad_scale) : A(1);
+  }
+  LT_HD bool skip() const { return found_inf && *found_inf != 0.0f; }
+};
+
+template <class A>
+LT_HD bool finite(A x) {
+  return x - x == A(0);  // inf - inf and NaN - NaN are NaN; unlike std::isfinite the same text on both sides
+}
+
+template <class To, class From>
+LT_HD To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &x, sizeof to);
+  return to;
+}
+
+// 16-bit floats as bit patterns: plain integer code, so that compilers without a half type build it too and the CPU
+// loop vectorizes. Rounding is to nearest, ties to even.
+LT_HD float from_bf16(uint16_t h) { return bits<float>(uint32_t(h) << 16); }
+
+LT_HD uint16_t to_bf16(float f) {
+  const uint32_t u = bits<uint32_t>(f);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return f != f ? uint16_t((u >> 16) | 0x40u) : uint16_t(rounded);
+}
+
+LT_HD float from_f16(uint16_t h) {
+  const uint32_t magnitude = (h & 0x7fffu) << 13;
+  // Multiplying by 2^112 rebuilds the exponent, and normalizes subnormal halves exactly on the way.
+  const float scaled = bits<float>(magnitude) * 0x1p112f;
+  const uint32_t value = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : bits<uint32_t>(scaled);
+  return bits<float>(value | (uint32_t(h & 0x8000u) << 16));
+}
+
+LT_HD uint16_t to_f16(float f) {
+  const uint32_t u = bits<uint32_t>(f), magnitude = u & 0x7fffffffu;
+  const uint32_t sign = (u >> 16) & 0x8000u;
+  // Subnormal halves: adding 0.5 lets the float adder round at bit 2^-24, the half's last place.
+  const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to 2^16 or above: infinite
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
+  return uint16_t(sign | half);
+}
+
+}  // namespace lt

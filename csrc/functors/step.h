@@ -1,0 +1,103 @@
+// Restore, add up the gradients and update in one pass: 24 bytes a parameter for SGD with momentum in fp32.
+#pragma once
+#include "functors/common.h"
+
+namespace lt {
+
+/// What SGD and Adam share: unscaling, clipping to max_norm, the sign, and whether to update at all.
+template <class A>
+struct Direction {
+  A factor;
+  bool active;
+
+  LT_HD Direction(double maximize, double max_norm, const Signals& s) : factor(s.inverse_scale<A>()) {
+    if (max_norm > 0 && s.norm) {
+      const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
+      factor *= clip < A(1) ? clip : A(1);
+    }
+    if (maximize != 0) factor = -factor;
+    active = !s.skip();
+  }
+};
+
+/// torch.optim.SGD on the restored weights with the gradient g + extra.
+/// roles: w (write), source (read: where the old weights are), g, extra (read), m (read, write), step
+template <class A>
+struct SgdStep {
+  static constexpr const char* name = "sgd_step_";
+  enum { w, source, g, extra, m, step_role, kRoles };
+  static constexpr const char* roles[] = {"w", "source", "g", "extra", "m", "step"};
+  static constexpr const char* hyper[] = {"lr",       "momentum", "dampening", "weight_decay",
+                                          "nesterov", "maximize", "max_norm"};
+  static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | bit(m), writes = bit(w) | bit(m);
+  static constexpr unsigned plain = bit(w) | bit(source) | bit(g);
+  static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(m), plain | bit(extra) | bit(m)};
+  static constexpr int step = step_role;
+
+  Direction<A> direction;
+  A lr, momentum, fresh, decay;
+  bool nesterov, first;
+
+  LT_HD SgdStep(const double* h, const Signals& s, const float* step_count)
+      : direction(h[5], h[6], s),
+        lr(A(h[0])),
+        momentum(A(h[1])),
+        fresh(A(1) - A(h[2])),
+        decay(A(h[3])),
+        nesterov(h[4] != 0),
+        first(h[1] == 0 || (step_count && *step_count == 0.0f)) {}
+
+  LT_HD void operator()(A* x) const {
+    const A old = x[source], d = (x[g] + x[extra]) * direction.factor + decay * old;
+    const A buffer = first ? d : momentum * x[m] + fresh * d;
+    const A move = nesterov ? d + momentum * buffer : buffer;
+    x[w] = direction.active ? old - lr * move : old;
+    x[m] = direction.active ? buffer : x[m];
+  }
+};
+
+/// torch.optim.Adam (AdamW when decoupled; amsgrad when vmax is there) on the restored weights with g + extra.
+/// roles: w (write), source, g, extra (read), m, v, vmax (read, write), step
+template <class A>
+struct AdamStep {
+  static constexpr const char* name = "adam_step_";
+  enum { w, source, g, extra, m, v, vmax, step_role, kRoles };
+  static constexpr const char* roles[] = {"w", "source", "g", "extra", "m", "v", "vmax", "step"};
+  static constexpr const char* hyper[] = {"lr",           "beta1",     "beta2",    "eps",
+                                          "weight_decay", "decoupled", "maximize", "max_norm"};
+  static constexpr unsigned state = bit(m) | bit(v) | bit(vmax);
+  static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | state, writes = bit(w) | state;
+  static constexpr unsigned plain = bit(w) | bit(source) | bit(g) | bit(m) | bit(v);
+  static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(vmax),
+                                          plain | bit(extra) | bit(vmax)};
+  static constexpr int step = step_role;
+
+  Direction<A> direction;
+  A step_size, fresh1, beta2, fresh2, root_correction2, eps, keep, decay;
+
+  LT_HD AdamStep(const double* h, const Signals& s, const float* step_count) : direction(h[6], h[7], s) {
+    const double t = double(*step_count) + 1;
+    step_size = A(h[0] / (1 - pow(h[1], t)));
+    fresh1 = A(1 - h[1]);
+    beta2 = A(h[2]);
+    fresh2 = A(1 - h[2]);
+    root_correction2 = A(sqrt(1 - pow(h[2], t)));
+    eps = A(h[3]);
+    keep = h[5] != 0 ? A(1 - h[0] * h[4]) : A(1);
+    decay = h[5] != 0 ? A(0) : A(h[4]);
+  }
+
+  LT_HD void operator()(A* x) const {
+    const A old = x[source], d = (x[g] + x[extra]) * direction.factor + decay * old;
+    const A mean = x[m] + fresh1 * (d - x[m]);
+    const A square = beta2 * x[v] + fresh2 * d * d;
+    const A largest = x[vmax] > square ? x[vmax] : square;  // vmax reads as 0 without amsgrad
+    const A moved = old * keep - step_size * mean / (std::sqrt(largest) / root_correction2 + eps);
+    x[w] = direction.active ? moved : old;
+    x[m] = direction.active ? mean : x[m];
+    x[v] = direction.active ? square : x[v];
+    x[vmax] = direction.active ? largest : x[vmax];
+  }
+};
+
+}  // namespace lt

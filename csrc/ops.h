@@ -1,0 +1,16 @@
+// THE list of native ops. An op added here appears in every native module under its functor's name.
+#pragma once
+#include "functors/focal.h"
+#include "functors/norm.h"
+#include "functors/perturb.h"
+#include "functors/step.h"
+
+namespace lt {
+
+template <template <class> class... F>
+struct OpList {};
+
+using MapOps = OpList<Perturb, Restore, SgdStep, AdamStep>;
+using ReduceOps = OpList<GradNorm>;
+
+}  // namespace lt

@@ -1,0 +1,28 @@
+// What Python hands over: addresses, sizes and element types of T tensors by R roles. All checked before it gets here.
+#pragma once
+#include "functors/common.h"
+
+namespace lt {
+
+struct Table {
+  int64_t tensors, buckets;
+  const int64_t* pointers;     ///< [tensors, roles], 0 = absent: reads as zeros, is not written
+  const uint8_t* dtypes;       ///< [tensors, roles]
+  const int64_t* numels;       ///< [tensors]
+  const int32_t* groups;       ///< [tensors], row of the hyperparameters
+  const int32_t* bucket_of;    ///< [tensors], output index of a reduction, nondecreasing
+  const int64_t* first_chunk;  ///< [tensors + 1]
+  double* scratch;             ///< one slot a chunk, then the CUDA block counter
+  bool wide;                   ///< accumulate in double
+
+  int64_t chunks() const { return first_chunk[tensors]; }
+};
+
+/// Hyperparameters of a pass, one row a parameter group.
+struct Hyper {
+  const double* rows;
+  int64_t columns;
+  const double* row(int32_t group) const { return rows + group * columns; }
+};
+
+}  // namespace lt

@@ -1,0 +1,645 @@
+"""Every fused op as a plain function on lists of tensors.
+
+Each op checks its arguments, then runs on the backend that serves the tensors' device (see :mod:`ltsam_fast.backend`) in
+one pass. All are defined by their twin of the same name in :mod:`ltsam_fast.reference`. What holds for all:
+
+* Tensors are dense, on cpu or cuda, in float32, bfloat16, float16 (sums and arithmetic in fp32) or float64 (in fp64). Sizes
+  may be zero, dtypes and devices may differ from tensor to tensor. Tensors of one index have one shape; they need not be
+  contiguous, but the pass is fastest when their elements lie alike in memory.
+* ``None`` in a list of gradients reads as zeros.
+* ``groups``: one int per tensor; a hyperparameter may then be a sequence with one value per group.
+* ``grad_scale``, ``found_inf``: one-element float32 tensors, with the meaning that ``torch.amp.GradScaler`` gives them:
+  gradients are ``grad_scale`` times too large; non-zero ``found_inf`` skips the update. They are read on the device.
+* Same input, same bits, whatever the number of threads.
+* Bad input is a ``ValueError`` or ``TypeError`` that names the argument, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltsam_fast import reference
+from ltsam_fast.backend import backend_for
+from ltsam_fast.table import DTYPES, Op, Part, Role, Table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "adam_step_",
+    "class_grad_norms",
+    "focal_cross_entropy",
+    "focal_weights",
+    "grad_norm",
+    "perturb_",
+    "restore_",
+    "sgd_step_",
+]
+
+Tensors = Sequence[Tensor | None]
+Hyper = float | Sequence[float]
+"""One value, or one for each group."""
+
+
+def _op(name: str, roles: str, arguments: str, reads: str, writes: str, hyper: str) -> Op:
+    return Op(
+        name,
+        tuple(roles.split()),
+        tuple(arguments.split()),
+        frozenset(reads.split()),
+        frozenset(writes.split()),
+        tuple(hyper.split()),
+    )
+
+
+OPS = {
+    op.name: op
+    for op in (
+        _op("grad_norm", "g extra w", "grads extra params", "g extra w", "", "adaptive eta"),
+        _op("perturb_", "w g backup", "params grads backups", "w g", "w backup", "rho adaptive eta eps"),
+        _op("restore_", "w backup", "params backups", "backup", "w", ""),
+        _op(
+            "sgd_step_",
+            "w source g extra m step",
+            "params backups grads extra momentum_buffers steps",
+            "source g extra m step",
+            "w m step",
+            "lr momentum dampening weight_decay nesterov maximize max_norm",
+        ),
+        _op(
+            "adam_step_",
+            "w source g extra m v vmax step",
+            "params backups grads extra exp_avgs exp_avg_sqs max_exp_avg_sqs steps",
+            "source g extra m v vmax step",
+            "w m v vmax step",
+            "lr beta1 beta2 eps weight_decay decoupled maximize max_norm",
+        ),
+    )
+}
+"""The list-wise ops: what Python must know of csrc/ops.h."""
+
+_LOWEST = {op.name: np.array([-np.inf if name == "dampening" else 0.0 for name in op.hyper]) for op in OPS.values()}
+_BELOW = {op.name: np.array([1.0 if name.startswith("beta") else np.inf for name in op.hyper]) for op in OPS.values()}
+
+
+_ROWS: dict[tuple[Any, ...], NDArray[np.float64]] = {}
+_KEPT = 64
+
+
+def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
+    """Hyperparameters as the matrix (groups, columns) that native code takes, checked. They seldom change: kept by value."""
+    columns = [tuple(value) if isinstance(value := values[name], list) else value for name in op.hyper]
+    rows = _ROWS.get((op.name, *columns))
+    if rows is None:
+        rows = _checked_rows(op, columns)
+        if len(_ROWS) >= _KEPT:
+            _ROWS.clear()
+        _ROWS[(op.name, *columns)] = rows
+    return rows
+
+
+def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
+    count = max((len(value) for value in columns if isinstance(value, Sequence)), default=1)
+    rows = np.array([[v[row] if isinstance(v, Sequence) else v for v in columns] for row in range(count)], np.float64)
+    low, below = _LOWEST[op.name], _BELOW[op.name]
+    good = (rows >= low) & (rows < below) & (rows > -np.inf)
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        wanted = f"in [{low[column]:g}, {below[column]:g})" if below[column] < np.inf else f">= {low[column]:g}"
+        raise ValueError(f"{op.hyper[column]} must be a finite number {wanted}, got {rows[row, column]}")
+    return rows
+
+
+_TABLES: dict[tuple[str, int, int], Table] = {}
+
+
+def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
+    """A table to reuse. Any would do, for bind() checks everything: a good guess only saves building it anew."""
+    first = lists[0] or ()
+    key = (op.name, len(first), id(first[0]) if len(first) else 0)
+    table = _TABLES.get(key)
+    if table is None:
+        if len(_TABLES) >= _KEPT:
+            _TABLES.clear()
+        table = _TABLES[key] = Table(op)
+    return table
+
+
+def _scalar(name: str, value: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"{name} must be a tensor of one element, got {value!r}")
+    return value if value.dtype is dtype and value.device == part.device else value.detach().to(part.device, dtype)
+
+
+def _launch(
+    op: Op,
+    backend: ModuleType,
+    part: Part,
+    hyper: NDArray[np.float64],
+    norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    signals = tuple(0 if signal is None else signal.data_ptr() for signal in (norm, grad_scale, found_inf))
+    with torch.cuda.device(part.device) if part.device.type == "cuda" else _HERE:
+        getattr(backend, op.name)(part, hyper, signals, part.where())
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _run(
+    op: Op,
+    roles: tuple[Role, ...],
+    values: dict[str, Hyper],
+    groups: Sequence[int] | None,
+    norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    table: Table | None = None,
+) -> None:
+    """Runs a pass that writes tensors: checks, then one launch for each part, or the twin."""
+    hyper = _hyper_rows(op, values)
+    _check_groups(groups, len(roles[0] or ()), len(hyper))
+    lists = roles
+    if "source" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
+        lists = (roles[0], roles[0], *roles[2:])
+    own = table or _table_for(op, roles)
+    parts = own.bind(lists, groups if len(hyper) > 1 else None)
+    backends = [backend_for(part.device) for part in parts]
+    if reference in backends:
+        twin = getattr(reference, op.name)
+        named = dict(zip(op.arguments, roles, strict=True)) | values
+        if op.hyper:
+            named |= {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf, "groups": groups}
+        twin(**named)
+        return
+    for part, backend in zip(parts, backends, strict=True):
+        size = _scalar("norm", norm, part, part.accumulator)
+        scale = _scalar("grad_scale", grad_scale, part, torch.float32)
+        _launch(op, backend, part, hyper, size, scale, _scalar("found_inf", found_inf, part, torch.float32))
+    own.finish(lists)
+    # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
+    # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
+    for role, tensors in zip(op.roles, roles, strict=True):
+        if tensors is not None and (role == "w" or (table is None and role in op.writes)):
+            torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+def _check_groups(groups: Sequence[int] | None, tensors: int, rows: int) -> None:
+    if groups is None:
+        if rows > 1:
+            raise ValueError(f"groups must say to which of the {rows} groups each tensor belongs, got None")
+    elif len(groups) != tensors:
+        raise ValueError(f"groups has {len(groups)} entries, but there are {tensors} tensors: give one per tensor")
+    elif rows > 1 and len(groups) and not 0 <= min(groups) <= max(groups) < rows:
+        raise ValueError(f"groups must lie in [0, {rows}), got {min(groups)}...{max(groups)}")
+
+
+def grad_norm(
+    grads: Tensors,
+    params: Tensors | None = None,
+    *,
+    extra: Tensors | None = None,
+    adaptive: Hyper = False,
+    eta: Hyper = 0.0,
+    groups: Sequence[int] | None = None,
+    per_group: bool = False,
+    found_inf: Tensor | None = None,
+    table: Table | None = None,
+) -> Tensor:
+    r"""The global norm of a gradient in one pass: 4 bytes read per fp32 element.
+
+    .. math:: \|T (g + g')\|_2, \qquad T = |w| + \eta \text{ if adaptive else } 1
+
+    Args:
+        grads: T gradients ``g``; ``None`` counts as zeros.
+        params: T weights ``w``; needed when adaptive.
+        extra: T gradients ``g'`` to be added, or ``None``.
+        adaptive: Scale by ``|w| + eta`` (ASAM); a flag, or one for each group.
+        eta: ASAM's constant, >= 0; a number, or one for each group.
+        groups: Group of each tensor.
+        per_group: Return one norm for each group instead of the norm over all.
+        found_inf: One float32 number, set to 1 when the result is not finite.
+        table: A table to reuse, for callers that keep one.
+
+    Returns:
+        A 0-d tensor on the device of the first tensor, or shape (G,) with ``per_group``; float32, or float64 if any tensor
+        is. The gradient is not unscaled: divide by the scale.
+
+    Raises:
+        ValueError: Lengths, shapes, devices or hyperparameters do not fit.
+        TypeError: A dtype is not supported.
+
+    Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3. A fixed order of summation makes it repeatable.
+
+    >>> grad_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    tensor(5.)
+    """
+    op = OPS["grad_norm"]
+    hyper = _hyper_rows(op, {"adaptive": adaptive, "eta": eta})
+    _check_groups(groups, len(grads), len(hyper))
+    if per_group and groups is None:
+        raise ValueError("groups must be given when per_group is set, got None")
+    if params is None and hyper[:, 0].any():
+        raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
+    outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
+    roles: tuple[Role, ...] = (grads, extra, params if hyper[:, 0].any() else None)
+    if per_group and groups is not None and list(groups) != sorted(groups):
+        order = sorted(range(len(groups)), key=groups.__getitem__)
+        roles = tuple(None if role is None else [role[i] for i in order] for role in roles)
+        groups = [groups[i] for i in order]
+    parts = (table or _table_for(op, roles)).bind(
+        roles, groups if len(hyper) > 1 else None, groups if per_group else None, outputs
+    )
+    backends = [backend_for(part.device) for part in parts]
+    if reference in backends:
+        return reference.grad_norm(
+            roles[0] or [], roles[2], extra=roles[1], adaptive=adaptive, eta=eta, groups=groups, per_group=per_group,
+            found_inf=found_inf,
+        )  # fmt: skip
+    norms = []
+    for part, backend in zip(parts, backends, strict=True):
+        norms.append(torch.empty(outputs, dtype=part.accumulator, device=part.device))
+        found = _scalar("found_inf", found_inf, part, torch.float32)
+        _launch(op, backend, part, hyper, norms[-1], None, found)
+        if found is not None and found_inf is not None and found.data_ptr() != found_inf.data_ptr():
+            found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
+    if not norms:
+        norms = [torch.zeros(outputs)]
+    norm = norms[0] if len(norms) == 1 else _join(norms)
+    return norm if per_group else norm[0]
+
+
+def _join(norms: list[Tensor]) -> Tensor:
+    """The norm over parts on several devices or in several precisions."""
+    exact = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
+    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return torch.linalg.vector_norm(exact, dim=0).to(dtype)
+
+
+def class_grad_norms(
+    class_grads: Sequence[Tensors], params: Tensors | None = None, *, adaptive: bool = False, eta: float = 0.0
+) -> Tensor:
+    """The norms of K gradients, say one per class, in one pass over all of them.
+
+    Args:
+        class_grads: K lists of T gradients; ``None`` counts as zeros.
+        params: T weights, needed when adaptive.
+        adaptive: Scale by ``|w| + eta``.
+        eta: ASAM's constant, >= 0.
+
+    Returns:
+        Shape (K,), float32, or float64 if any gradient is.
+
+    Raises:
+        ValueError: The K lists differ in length, or as for :func:`grad_norm`.
+
+    Source: the class-conditional gradients of CC-SAM (Zhou et al. 2023).
+
+    >>> class_grad_norms([[torch.tensor([3.0, 4.0])], [torch.tensor([0.0, 2.0])]])
+    tensor([5., 2.])
+    """
+    lengths = {len(grads) for grads in class_grads}
+    if len(lengths) > 1:
+        raise ValueError(f"class_grads must hold lists of one length, got lengths {sorted(lengths)}")
+    if not class_grads:
+        return torch.zeros(0)
+    grads = [grad for one in class_grads for grad in one]
+    groups = [k for k, one in enumerate(class_grads) for _ in one]
+    norms = grad_norm(
+        grads, None if params is None else [*params] * len(class_grads), adaptive=adaptive, eta=eta, groups=groups,
+        per_group=True,
+    )  # fmt: skip
+    return norms if len(norms) == len(class_grads) else norms.new_zeros(len(class_grads))
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    grads: Tensors,
+    backups: Sequence[Tensor],
+    norm: Tensor,
+    *,
+    rho: Hyper,
+    adaptive: Hyper = False,
+    eta: Hyper = 0.0,
+    eps: Hyper = 1e-12,
+    groups: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    table: Table | None = None,
+) -> None:
+    r"""Keeps the weights and climbs along the gradient, in one pass: 16 bytes moved per fp32 element.
+
+    .. math:: b \leftarrow w, \quad w \leftarrow w + \frac{\rho}{\|g\| + \epsilon} T g,
+        \qquad T = (|w| + \eta)^2 \text{ if adaptive else } 1
+
+    Args:
+        params: T weights ``w``, changed in place.
+        grads: T ascent gradients ``g``; ``None``: that weight stays.
+        backups: T tensors of the weights' dtypes, filled with the old weights.
+        norm: Norm of the ascent gradient, one number, from :func:`grad_norm`. When it is not finite, nothing is perturbed.
+        rho: Radius, in units of the weights, >= 0.
+        adaptive: ASAM's scaling.
+        eta: ASAM's constant, >= 0.
+        eps: Added to the norm, >= 0.
+        groups: Group of each tensor.
+        grad_scale: What the gradients, and so the norm, are too large by.
+        found_inf: When not zero, nothing is perturbed.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes, devices or hyperparameters do not fit, or tensors share memory.
+        TypeError: A dtype is not supported.
+
+    Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3.
+
+    >>> w, g, backup = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
+    >>> perturb_([w], [g], [backup], grad_norm([g]), rho=0.5)
+    >>> w
+    tensor([1.3000, 1.4000])
+    """
+    values = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps}
+    _run(OPS["perturb_"], (params, grads, backups), values, groups, norm, grad_scale, found_inf, table)
+
+
+def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, table: Table | None = None) -> None:
+    """Puts the old weights back, bit for bit, into the same storage: 8 bytes moved per fp32 element.
+
+    Args:
+        params: T weights, overwritten.
+        backups: T tensors from :func:`perturb_`.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes or devices do not fit, or tensors share memory.
+        TypeError: A dtype is not supported.
+    """
+    _run(OPS["restore_"], (params, backups), {}, None, table=table)
+
+
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Tensors,
+    *,
+    lr: Hyper,
+    momentum: Hyper = 0.0,
+    dampening: Hyper = 0.0,
+    weight_decay: Hyper = 0.0,
+    nesterov: Hyper = False,
+    maximize: Hyper = False,
+    backups: Tensors | None = None,
+    extra: Tensors | None = None,
+    momentum_buffers: Tensors | None = None,
+    steps: Tensors | None = None,
+    max_norm: Hyper = 0.0,
+    norm: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    table: Table | None = None,
+) -> None:
+    r"""Restores, adds up gradients and takes the step of torch.optim.SGD, in one pass: 24 bytes per fp32 element.
+
+    .. math:: d = s (g + g') + \lambda b, \quad m \leftarrow \mu m + (1 - \tau) d, \quad w \leftarrow b - \alpha m
+
+    with the old weights ``b``, and ``d + mu m`` in place of ``m`` in the last term when nesterov. ``s`` unscales, clips to
+    ``max_norm`` and turns around to maximize.
+
+    Args:
+        params: T weights ``w``, overwritten.
+        grads: T gradients ``g``.
+        lr: Learning rate, >= 0.
+        momentum: ``mu`` >= 0; without momentum no buffers are needed.
+        dampening: ``tau``; not applied in a tensor's first step, see ``steps``.
+        weight_decay: ``lambda`` >= 0, acts on the old weights.
+        nesterov: Nesterov's momentum.
+        maximize: Ascend instead.
+        backups: T old weights ``b``; ``None``: the weights are not perturbed and ``b = w``.
+        extra: T gradients ``g'`` to be added.
+        momentum_buffers: T buffers ``m``, updated; zeros before the first step.
+        steps: T float32 numbers that count steps taken; needed with dampening only.
+        max_norm: Clip the gradient's norm to this; 0: do not.
+        norm: Norm of ``g + g'``, still scaled, as :func:`grad_norm` gives it; needed with ``max_norm``.
+        groups: Group of each tensor.
+        grad_scale: What gradients and norm are too large by.
+        found_inf: When not zero, weights are restored and nothing else happens.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes, devices or hyperparameters do not fit, or tensors share memory.
+        TypeError: A dtype is not supported.
+    """
+    values = {
+        "lr": lr,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+        "max_norm": max_norm,
+    }
+    if momentum_buffers is None and np.any(momentum):
+        raise ValueError(f"momentum_buffers must be given with momentum {momentum}: one tensor of zeros per weight")
+    _check_clipping(max_norm, norm)
+    roles = (params, backups, grads, extra, momentum_buffers, steps)
+    _run(OPS["sgd_step_"], roles, values, groups, norm, grad_scale, found_inf, table)
+
+
+def adam_step_(
+    params: Sequence[Tensor],
+    grads: Tensors,
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Hyper,
+    beta1: Hyper = 0.9,
+    beta2: Hyper = 0.999,
+    eps: Hyper = 1e-8,
+    weight_decay: Hyper = 0.0,
+    decoupled: Hyper = False,
+    maximize: Hyper = False,
+    max_exp_avg_sqs: Tensors | None = None,
+    backups: Tensors | None = None,
+    extra: Tensors | None = None,
+    max_norm: Hyper = 0.0,
+    norm: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    table: Table | None = None,
+) -> None:
+    r"""Restores, adds up gradients and takes the step of torch.optim.Adam or AdamW, in one pass: 32 bytes per element.
+
+    .. math:: m \leftarrow m + (1 - \beta_1)(d - m), \quad v \leftarrow \beta_2 v + (1 - \beta_2) d^2, \quad
+        w \leftarrow b - \frac{\alpha}{1 - \beta_1^t} \frac{m}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    with the old weights ``b`` and ``d`` as for :func:`sgd_step_`; decoupled decay multiplies ``b`` by
+    ``1 - lr weight_decay`` instead.
+
+    Args:
+        params: T weights ``w``, overwritten.
+        grads: T gradients ``g``.
+        exp_avgs: T buffers ``m``, updated.
+        exp_avg_sqs: T buffers ``v``, updated.
+        steps: T float32 numbers ``t - 1``, counted up unless the step is skipped.
+        lr: Learning rate, >= 0.
+        beta1: In [0, 1).
+        beta2: In [0, 1).
+        eps: Added to the root, >= 0.
+        weight_decay: >= 0.
+        decoupled: Decay as AdamW does.
+        maximize: Ascend instead.
+        max_exp_avg_sqs: T buffers with the largest ``v`` so far: amsgrad.
+        backups: T old weights ``b``; ``None``: the weights are not perturbed and ``b = w``.
+        extra: T gradients to be added.
+        max_norm: Clip the gradient's norm to this; 0: do not.
+        norm: Norm of the summed gradient, still scaled; needed with ``max_norm``.
+        groups: Group of each tensor.
+        grad_scale: What gradients and norm are too large by.
+        found_inf: When not zero, weights are restored and nothing else happens.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes, devices or hyperparameters do not fit, or tensors share memory.
+        TypeError: A dtype is not supported.
+
+    Source: Kingma & Ba 2015, Alg. 1; Loshchilov & Hutter 2019, Alg. 2; Reddi et al. 2018, Alg. 2 (amsgrad).
+    """
+    values = {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "decoupled": decoupled,
+        "maximize": maximize,
+        "max_norm": max_norm,
+    }
+    for name, buffers in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("steps", steps)):
+        if buffers is None or any(buffer is None for buffer in buffers):
+            raise ValueError(f"{name} must hold one tensor per weight, got None")
+    _check_clipping(max_norm, norm)
+    roles = (params, backups, grads, extra, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    _run(OPS["adam_step_"], roles, values, groups, norm, grad_scale, found_inf, table)
+
+
+def _check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
+    if norm is None and np.any(max_norm):
+        raise ValueError(f"norm must be given with max_norm {max_norm}: the gradient's, from grad_norm()")
+
+
+def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Tensor:
+    """Focal-SAM's weight of each class's sharpness, v_c = lam (1 - pi_c)^gamma with pi_c = n_c / n.
+
+    Args:
+        class_counts: C numbers of training samples, >= 0, not all zero.
+        gamma: Focus on the tail, >= 0.
+        lam: Overall weight; may exceed 1 (the paper's iNaturalist recipe has 1.1), v is not clamped.
+
+    Returns:
+        Shape (C,), float64.
+
+    Raises:
+        ValueError: ``class_counts`` is empty, negative, not finite or sums to zero; ``gamma`` or ``lam`` is not finite.
+
+    Source: Focal-SAM (ICML 2025, arXiv 2505.01660), Algorithm 1.
+
+    >>> focal_weights([90, 10], gamma=1.0, lam=0.5)
+    tensor([0.0500, 0.4500], dtype=torch.float64)
+    """
+    try:
+        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_counts must be numbers of samples, one per class, got {class_counts!r}") from error
+    if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
+        raise ValueError(
+            f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {class_counts!r}"
+        )
+    for name, value, low in (("gamma", gamma, 0.0), ("lam", lam, 0.0)):
+        if not low <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    return reference.focal_weights(counts, gamma, lam)
+
+
+def focal_cross_entropy(
+    logits: Tensor, targets: Tensor, v: Tensor, u: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Per-sample cross entropy and the gradients of both of Focal-SAM's losses, from one pass over the logits.
+
+    .. math:: \ell_j = \log \sum_c e^{z_{jc}} - z_{j y_j}, \qquad
+        \nabla_{z_j} \frac{1}{B} \sum_i a_{y_i} \ell_i = \frac{a_{y_j}}{B} (\mathrm{softmax}(z_j) - 1_{y_j})
+
+    Feed the gradients to autograd: ``logits.backward(grad_u, retain_graph=True)``. The results themselves are detached.
+
+    Args:
+        logits: (B, C), contiguous or not.
+        targets: (B,), int64 in [0, C).
+        v: (C,) weights of the sharp loss, e.g. :func:`focal_weights`.
+        u: (C,) weights of the clean loss; ``None``: 1 - v.
+
+    Returns:
+        losses (B,) in fp32, or fp64 for fp64 logits; grad_u and grad_v (B, C) in the logits' dtype.
+
+    Raises:
+        ValueError: Shapes do not fit, or a target is out of range (on cpu; on a GPU that check would wait for the device,
+            so there such a row comes out as NaN).
+        TypeError: A dtype is not supported.
+
+    Source: Focal-SAM (ICML 2025), Algorithm 1, with its two backward passes' cotangents in one kernel.
+
+    >>> losses, grad_u, grad_v = focal_cross_entropy(torch.zeros(1, 2), torch.tensor([1]), torch.tensor([0.25, 0.75]))
+    >>> losses, grad_u, grad_v
+    (tensor([0.6931]), tensor([[ 0.1250, -0.1250]]), tensor([[ 0.3750, -0.3750]]))
+    """
+    logits = logits.detach()
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape (B, C) with C > 0, got {tuple(logits.shape)}")
+    if logits.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
+    rows, classes = logits.shape
+    check_targets(targets, rows, classes)
+    accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    weights = []
+    for name, weight in (("v", v), ("u", 1 - v if u is None else u)):
+        if tuple(weight.shape) != (classes,):
+            raise ValueError(f"{name} must have shape ({classes},), one weight per class, got {tuple(weight.shape)}")
+        weights.append(weight.detach().to(logits.device, accumulator).contiguous())
+    v, u = weights
+    backend = backend_for(logits.device)
+    if backend is reference or rows == 0:
+        return reference.focal_cross_entropy(logits, targets.to(logits.device), v, u)
+    logits, targets = logits.contiguous(), targets.to(logits.device).contiguous()
+    losses = torch.empty(rows, dtype=accumulator, device=logits.device)
+    grad_u, grad_v = torch.empty_like(logits), torch.empty_like(logits)
+    addresses = [tensor.data_ptr() for tensor in (logits, targets, u, v, losses, grad_u, grad_v)]
+    if logits.device.type == "cuda":
+        with torch.cuda.device(logits.device):
+            where = torch.cuda.current_stream().cuda_stream
+            backend.focal_cross_entropy(*addresses, rows, classes, DTYPES.index(logits.dtype), where)
+    else:
+        backend.focal_cross_entropy(*addresses, rows, classes, DTYPES.index(logits.dtype), torch.get_num_threads())
+    return losses, grad_u, grad_v
+
+
+def check_targets(targets: Tensor, rows: int, classes: int) -> None:
+    """Raises ValueError unless ``targets`` are ``rows`` labels in [0, classes). On a GPU the range is not looked at."""
+    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point() or len(targets) != rows:
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
+        raise ValueError(f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {shape}")
+    if targets.device.type == "cpu" and rows and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise ValueError(
+            f"targets must lie in [0, {classes}), got {int(targets.min())}...{int(targets.max())}: "
+            "give one class count per class"
+        )

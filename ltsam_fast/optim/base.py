@@ -1,0 +1,458 @@
+"""What all methods share: climbing and coming back, the base optimizer's step, state, and never leaving weights perturbed."""
+
+from __future__ import annotations
+
+import _signal  # the functions behind signal's, without the enums, which cost 5 us a call
+import math
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.optim import Optimizer
+
+from ltsam_fast import ops
+from ltsam_fast.optim.fused import FUSED, Update
+from ltsam_fast.table import Table
+
+Closure = Callable[[], Tensor]
+
+
+class SharpnessAware(Optimizer):
+    """Base of the methods: a torch optimizer that evaluates gradients at perturbed weights and steps from the old ones.
+
+    State and parameter groups are those of ``base_optimizer``, shared, so ``state_dict()`` holds all of it and learning
+    rate schedulers take this optimizer itself. Each group may set ``rho``, ``adaptive``, ``eta`` (ASAM's constant, 0),
+    ``norm_eps`` (added to the norm, 1e-12) and ``perturb`` (False leaves the group, and its share of the norm, out of the
+    perturbation).
+
+    SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
+    steps by itself on the restored weights.
+    """
+
+    _phases: tuple[str, ...] = ()
+    """Names of the explicit phases, in the order in which they are to be called."""
+    _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "_base_only")
+    """Attributes that survive copying and pickling, besides those of torch."""
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        model: torch.nn.Module | None = None,
+        max_grad_norm: float = 0.0,
+        **base_kwargs: Any,
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+            raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
+        if not 0 <= max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm}")
+        own = {"rho": rho, "adaptive": adaptive, "eta": 0.0, "norm_eps": 1e-12, "perturb": True}
+        self.model = model
+        self.max_grad_norm = max_grad_norm
+        # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
+        defaults = base_optimizer([torch.zeros(1)], **base_kwargs).defaults
+        self._base_only = {name: defaults[name] for name in own if name in defaults}
+        self._forget()
+        super().__init__(params, own)
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = {**self.base_optimizer.defaults, **own}
+
+    def _forget(self) -> None:
+        """Sets up what lives within a step only."""
+        self._phase = 0
+        self._climbed: list[Tensor] = []  # the parameters that are perturbed now, and where their old values are
+        self._climbed_from: list[Tensor] = []
+        self._clean: list[Tensor | None] = []  # gradients kept from an earlier phase, one for each parameter
+        self._backups: dict[Tensor, Tensor] = {}
+        self._backed_up: list[Tensor] = []
+        self._backed_up_in: list[Tensor] = []
+        self._thawed: list[tuple[Any, str, Any]] = []  # what _freeze_statistics changed
+        self._norm_table = Table(ops.OPS["grad_norm"])
+        self._final_norm_table = Table(ops.OPS["grad_norm"])
+        self._perturb_table = Table(ops.OPS["perturb_"])
+        self._restore_table = Table(ops.OPS["restore_"])
+        self._update = Update()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does; its ``rho``, ``eta`` and ``norm_eps`` must be finite and >= 0."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("rho", "eta", "norm_eps"):
+            if not isinstance(group[name], (int, float)) or not 0 <= group[name] < math.inf:
+                value = group[name]
+                self.param_groups.pop()
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+    # --- phases
+
+    def _enter(self, phase: str) -> None:
+        """Checks that ``phase`` is next and counts it."""
+        expected = self._phases[self._phase]
+        if phase != expected:
+            raise ValueError(
+                f"{phase}() was called where {expected}() is next: call {', '.join(f'{name}()' for name in self._phases)} "
+                "in this order, each after its backward(), or restore() to start over"
+            )
+
+    def _leave(self) -> None:
+        self._phase = (self._phase + 1) % len(self._phases)
+
+    def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
+        """All parameters, or those that are to be perturbed, and the group of each."""
+        params: list[Tensor] = []
+        groups: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            if not ascent or group["perturb"]:
+                params += group["params"]
+                groups += [index] * len(group["params"])
+        return params, groups
+
+    def _climb(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Perturbs the weights along their present gradients. Weights without one stay."""
+        params, groups = self._parameters(ascent=True)
+        grads = _gradients(params)
+        kept = [i for i, grad in enumerate(grads) if grad is not None]
+        if not kept:
+            raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
+        if len(kept) < len(grads):
+            params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
+        adaptive, eta = self._hyper("adaptive"), self._hyper("eta")
+        norm = ops.grad_norm(
+            grads, params, adaptive=adaptive, eta=eta, groups=groups, found_inf=found_inf, table=self._norm_table
+        )
+
+        def perturb(backups: list[Tensor]) -> list[Tensor]:
+            ops.perturb_(
+                params,
+                grads,
+                backups,
+                norm,
+                rho=self._hyper("rho"),
+                adaptive=adaptive,
+                eta=eta,
+                eps=self._hyper("norm_eps"),
+                groups=groups,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                table=self._perturb_table,
+            )
+            return backups
+
+        with Uninterrupted():
+            try:
+                backups = perturb(self._backups_for(params))
+            except ValueError:  # perhaps a parameter changed its dtype, device or shape, and has a backup of the old kind
+                self._backups.clear()
+                self._backed_up = []
+                backups = perturb(self._backups_for(params))
+            self._climbed, self._climbed_from = params, backups
+        self._freeze_statistics()
+
+    def _hyper(self, name: str) -> Any:
+        return tuple(group[name] for group in self.param_groups)
+
+    def _backups_for(self, params: list[Tensor]) -> list[Tensor]:
+        """Memory for the old weights, kept from step to step. Looking tensors up costs 60 ns each: not done twice."""
+        if not _same_items(params, self._backed_up):
+            for param in params:
+                if param not in self._backups:
+                    self._backups[param] = torch.empty_like(param, requires_grad=False)
+            self._backed_up, self._backed_up_in = params, [self._backups[param] for param in params]
+        return self._backed_up_in
+
+    def restore(self) -> None:
+        """Puts the unperturbed weights back and starts over with the first phase: for use after an error of your own.
+
+        Gradients that were kept from an earlier phase are dropped. Without perturbed weights nothing happens to weights.
+        """
+        with Uninterrupted():
+            if self._climbed:
+                ops.restore_(self._climbed, self._climbed_from, table=self._restore_table)
+            self._settle()
+
+    def _settle(self) -> None:
+        self._climbed, self._climbed_from, self._clean, self._phase = [], [], [], 0
+        for owner, name, value in reversed(self._thawed):
+            setattr(owner, name, value)
+        self._thawed = []
+
+    def _keep_gradients(self) -> None:
+        """Takes the gradients over, without a copy, to be added to those of the last phase."""
+        params, _ = self._parameters()
+        # A view may be one of DDP's buckets, which the next backward overwrites.
+        self._clean = [g.clone() if g is not None and g._is_view() else g for g in _gradients(params)]
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        """zero_grad(), without torch's bookkeeping around it: on small networks that would be a tenth of a phase."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
+    def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Restores the weights and takes the base optimizer's step with the present plus the kept gradients."""
+        params, groups = self._parameters()
+        grads = _gradients(params)
+        extra = self._clean or None
+        with Uninterrupted():
+            backups = self._climbed_from
+            if not _same_items(params, self._climbed):
+                old = dict(zip(self._climbed, self._climbed_from, strict=True))
+                backups = [old.get(param, param) for param in params]
+            if any(grad is None for grad in grads):
+                stepping = self._restore_without_gradient(params, grads, extra)
+                params, groups, grads, backups = ([items[i] for i in stepping] for items in (params, groups, grads, backups))  # type: ignore[assignment]
+                extra = [extra[i] for i in stepping] if extra else None
+            norm = None
+            if params and (self.max_grad_norm or found_inf is not None):
+                norm = ops.grad_norm(grads, extra=extra, found_inf=found_inf, table=self._final_norm_table)
+            if type(self.base_optimizer) in FUSED:
+                self._update(
+                    self.base_optimizer, params, groups, grads, extra, backups, self.max_grad_norm, norm, grad_scale, found_inf
+                )
+            else:
+                self._base_step(params, grads, extra, norm, grad_scale, found_inf)
+            self._settle()
+        self._opt_called = True  # what torch's learning rate schedulers look for
+
+    def _restore_without_gradient(
+        self, params: list[Tensor], grads: list[Tensor | None], extra: list[Tensor | None] | None
+    ) -> list[int]:
+        """Brings back weights that climbed and got no gradient since; returns the indices of those that step."""
+        stepping = [i for i, g in enumerate(grads) if g is not None or (extra is not None and extra[i] is not None)]
+        moving = {params[i] for i in stepping}
+        back = [i for i, param in enumerate(self._climbed) if param not in moving]
+        ops.restore_([self._climbed[i] for i in back], [self._climbed_from[i] for i in back])
+        return stepping
+
+    def _base_step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        extra: list[Tensor | None] | None,
+        norm: Tensor | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The step of an optimizer that has no fused pass. With a scaler it waits for the device to know the overflow."""
+        ops.restore_(self._climbed, self._climbed_from, table=self._restore_table)
+        if found_inf is not None and bool(found_inf):
+            return
+        factor = 1.0 if grad_scale is None else 1 / grad_scale
+        if self.max_grad_norm and norm is not None:
+            factor = factor * (self.max_grad_norm / (norm * factor + 1e-6)).clamp(max=1.0)
+        for param, grad, kept in zip(params, grads, extra or [None] * len(params), strict=True):
+            total = kept if grad is None else grad if kept is None else grad.add_(kept)
+            param.grad = total if isinstance(factor, float) else total.mul_(factor.to(total))  # type: ignore[union-attr]
+        own = [{name: group[name] for name in self._base_only} for group in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group.update(self._base_only)
+            self.base_optimizer.step()
+        finally:
+            for group, values in zip(self.param_groups, own, strict=True):
+                group.update(values)
+
+    def _freeze_statistics(self) -> None:
+        """Keeps running statistics of normalization layers from seeing the perturbed pass, if the model is known."""
+        for module in self.model.modules() if self.model is not None else ():
+            # Batch norm without tracking normalizes by the batch and updates nothing; instance norm looks at momentum only.
+            for kind, name, value in ((_BatchNorm, "track_running_stats", False), (_InstanceNorm, "momentum", 0.0)):
+                if isinstance(module, kind) and module.training and module.running_mean is not None:
+                    self._thawed.append((module, name, getattr(module, name)))
+                    setattr(module, name, value)
+
+    # --- one call for the whole step
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        targets: Tensor | Sequence[Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """One step of the method.
+
+        Args:
+            closure: Runs the forward pass alone and returns the per-sample losses, shape (B,), floating point, not
+                detached. A sequence of closures is a batch in parts: their gradients add up to one step.
+            targets: The samples' classes, shape (B,), integer; a sequence with a sequence of closures. Methods that do not
+                look at classes need none.
+            scaler: A GradScaler. If a gradient of either pass overflows, weights and base state stay as they were, which is
+                decided on the device. Call ``scaler.update()`` yourself, once a step.
+
+        Returns:
+            The mean loss at the unperturbed weights, 0-d, detached, on the losses' device.
+
+        Raises:
+            ValueError: There is no closure, or what it returns or ``targets`` do not fit. Whatever is raised, by the
+                closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
+        """
+        closures = _as_list(closure)
+        if not closures or not all(callable(one) for one in closures):
+            raise ValueError("closure must be given: step(closure), with a function that returns the per-sample losses (B,)")
+        if self._phase:
+            self._enter("step")
+        labels = self._check_targets(targets, len(closures))
+        try:
+            return self._whole_step(closures, labels, scaler)
+        except BaseException:
+            self.restore()
+            self._clear_gradients()
+            raise
+
+    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
+        labels: list[Any] = [None] * closures if targets is None else _as_list(targets)
+        if len(labels) != closures:
+            raise ValueError(f"targets has {len(labels)} entries, but there are {closures} closures: give one each")
+        return labels
+
+    def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Weights (B,) of the samples in the clean loss, None if that is zero, and in the sharp one."""
+        raise NotImplementedError
+
+    def _whole_step(self, closures: list[Closure], labels: list[Tensor | None], scaler: Any) -> Tensor:
+        self._clear_gradients()
+        params, _ = self._parameters()
+        found_inf = grad_scale = None
+        clean: list[Tensor | None] = [None] * len(params)
+        parts, weights = [], []
+        for one, label in zip(closures, labels, strict=True):
+            losses = _evaluate(one, label)
+            count = len(losses) if len(closures) == 1 else 1  # of a batch in parts the size is known at its end
+            u, v = self._cotangents(label, losses)
+            if scaler is not None:
+                u, v = None if u is None else scaler.scale(u), scaler.scale(v)
+            if u is not None:
+                sharp = _swap_gradients(params, clean)
+                torch.autograd.backward(losses, u / count, retain_graph=True)
+                clean = _swap_gradients(params, sharp)
+            torch.autograd.backward(losses, v / count)
+            parts.append(losses.detach())
+            weights.append(v)
+        size = sum(len(part) for part in parts)
+        if len(closures) > 1:
+            summed = [g for g in (*clean, *_gradients(params)) if g is not None]
+            torch._foreach_mul_(summed, 1 / size)
+        if scaler is not None:
+            grad_scale = scaler._get_scale_async()
+            found_inf = torch.zeros((), device=parts[0].device)
+        self._climb(grad_scale, found_inf)
+        self._clean = clean if any(g is not None for g in clean) else []
+        self._clear_gradients()
+        for one, label, v in zip(closures, labels, weights, strict=True):
+            losses = _evaluate(one, label)
+            if losses.shape != v.shape:
+                raise ValueError(f"closure returned {len(losses)} losses at the perturbed weights, but {len(v)} before")
+            torch.autograd.backward(losses, v / size)
+        self._descend(grad_scale, found_inf)
+        self._clear_gradients()
+        if scaler is not None:
+            _report_overflow(scaler, self, found_inf)
+        return torch.stack([part.sum() for part in parts]).sum() / size
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the base optimizer's state; backups and kept gradients belong to a step and are not in it.
+
+        Raises:
+            ValueError: Between two phases, when a checkpoint would hold perturbed weights.
+        """
+        self._check_settled("state_dict")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. A plain base optimizer's state is taken too; what it lacks keeps its default."""
+        self._check_settled("load_state_dict")
+        super().load_state_dict(state_dict)
+
+    def _check_settled(self, name: str) -> None:
+        if self._phase or self._climbed:
+            raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_settled("copy or pickle")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._forget()
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+
+class Uninterrupted:
+    """Holds Ctrl-C back until weights, and the note of whether they are perturbed, agree again. About 1 us."""
+
+    __slots__ = ("_handler", "_pending")
+
+    def __enter__(self) -> None:
+        self._pending: list[tuple[Any, ...]] = []
+        self._handler = None
+        if threading.current_thread() is threading.main_thread():  # no other thread runs Python's signal handlers
+            handler = _signal.getsignal(_signal.SIGINT)
+            if callable(handler):
+                self._handler = handler
+                _signal.signal(_signal.SIGINT, lambda *args: self._pending.append(args))
+
+    def __exit__(self, *_: object) -> None:
+        if self._handler is not None:
+            _signal.signal(_signal.SIGINT, self._handler)
+            if self._pending:
+                self._handler(*self._pending[0])
+
+
+def _same_items(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor | None]:
+    return [param.grad if param.requires_grad else None for param in params]
+
+
+def _swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Puts ``grads`` in place and returns what was there."""
+    before = [param.grad for param in params]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return before
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _evaluate(closure: Closure, labels: Tensor | None) -> Tensor:
+    """The closure's losses, checked."""
+    with torch.enable_grad():
+        losses = closure()
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'")
+    if not losses.requires_grad:
+        raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
+    if labels is not None and len(labels) != len(losses):
+        raise ValueError(f"targets has {len(labels)} entries, but closure returned {len(losses)} losses: give one each")
+    return losses
+
+
+def _report_overflow(scaler: Any, optimizer: Optimizer, found_inf: Tensor | None) -> None:
+    """Tells the scaler what scaler.step() would have found, for its update()."""
+    from torch.amp.grad_scaler import OptState
+
+    record = scaler._per_optimizer_states[id(optimizer)]
+    record["found_inf_per_device"] = {found_inf.device: found_inf}  # type: ignore[union-attr]
+    record["stage"] = OptState.STEPPED
