@@ -29,7 +29,8 @@ struct BoundTable {
         groups(part.attr("groups")),
         buckets(part.attr("buckets")) {
     if (pointers.ndim() != 2 || pointers.shape(1) != roles)
-      throw py::value_error(std::string(op) + ": part.pointers must have shape (tensors, " + std::to_string(roles) + ")");
+      throw py::value_error(std::string(op) + ": part.pointers must have shape (tensors, " + std::to_string(roles) +
+                            ")");
     table = Table{pointers.shape(0),
                   part.attr("bucket_count").cast<int64_t>(),
                   pointers.data(),
@@ -67,8 +68,9 @@ void bind_op(py::module_& m, py::dict& signatures, const Run& run) {
     py::gil_scoped_release release;
     run(bound.table, rows, addresses, where);
   });
-  signatures[name] = py::make_tuple(names<F<float>>(F<float>::roles, std::size(F<float>::roles)),
-                                    names<F<float>>(F<float>::hyper, std::size(F<float>::hyper)));
+  // sizeof, for nvcc's front end does not know the bound of a template's array well enough for std::size.
+  constexpr size_t roles = sizeof(F<float>::roles) / sizeof(char*), hyper = sizeof(F<float>::hyper) / sizeof(char*);
+  signatures[name] = py::make_tuple(names<F<float>>(F<float>::roles, roles), names<F<float>>(F<float>::hyper, hyper));
 }
 
 template <class Loop, template <class> class... F>
@@ -97,20 +99,19 @@ void bind(py::module_& m) {
   py::dict signatures;
   bind_maps<Loop>(m, signatures, MapOps());
   bind_reductions<Loop>(m, signatures, ReduceOps());
-  m.def(FocalCrossEntropy<float>::name,
-        [](intptr_t logits, intptr_t labels, intptr_t u, intptr_t v, intptr_t losses, intptr_t grad_u, intptr_t grad_v,
-           int64_t rows, int64_t classes, uint8_t dtype, intptr_t where) {
-          py::gil_scoped_release release;
-          const auto run = [&](auto accumulator) {
-            using A = decltype(accumulator);
-            Loop::template cross_entropy<A>(reinterpret_cast<const void*>(logits),
-                                            reinterpret_cast<const int64_t*>(labels), reinterpret_cast<const A*>(u),
-                                            reinterpret_cast<const A*>(v), reinterpret_cast<A*>(losses),
-                                            reinterpret_cast<void*>(grad_u), reinterpret_cast<void*>(grad_v), rows,
-                                            classes, dtype, where);
-          };
-          dtype == kF64 ? run(double()) : run(float());
-        });
+  m.def(FocalCrossEntropy<float>::name, [](intptr_t logits, intptr_t labels, intptr_t u, intptr_t v, intptr_t losses,
+                                           intptr_t grad_u, intptr_t grad_v, int64_t rows, int64_t classes,
+                                           uint8_t dtype, intptr_t where) {
+    py::gil_scoped_release release;
+    const auto run = [&](auto accumulator) {
+      using A = decltype(accumulator);
+      Loop::template cross_entropy<A>(reinterpret_cast<const void*>(logits), reinterpret_cast<const int64_t*>(labels),
+                                      reinterpret_cast<const A*>(u), reinterpret_cast<const A*>(v),
+                                      reinterpret_cast<A*>(losses), reinterpret_cast<void*>(grad_u),
+                                      reinterpret_cast<void*>(grad_v), rows, classes, dtype, where);
+    };
+    dtype == kF64 ? run(double()) : run(float());
+  });
   m.attr("SIGNATURES") = signatures;
   m.attr("CHUNK") = kChunk;
 }

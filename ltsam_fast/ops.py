@@ -17,7 +17,9 @@ one pass. All are defined by their twin of the same name in :mod:`ltsam_fast.ref
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
+from numbers import Real
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +50,14 @@ Hyper = float | Sequence[float]
 """One value, or one for each group."""
 
 
-def _op(name: str, roles: str, arguments: str, reads: str, writes: str, hyper: str) -> Op:
+def _op(name: str, roles: str, arguments: str, reads: str, writes: str, needs: str, hyper: str) -> Op:
     return Op(
         name,
         tuple(roles.split()),
         tuple(arguments.split()),
         frozenset(reads.split()),
         frozenset(writes.split()),
+        frozenset(needs.split()),
         tuple(hyper.split()),
     )
 
@@ -62,15 +65,16 @@ def _op(name: str, roles: str, arguments: str, reads: str, writes: str, hyper: s
 OPS = {
     op.name: op
     for op in (
-        _op("grad_norm", "g extra w", "grads extra params", "g extra w", "", "adaptive eta"),
-        _op("perturb_", "w g backup", "params grads backups", "w g", "w backup", "rho adaptive eta eps"),
-        _op("restore_", "w backup", "params backups", "backup", "w", ""),
+        _op("grad_norm", "g extra w", "grads extra params", "g extra w", "", "", "adaptive eta"),
+        _op("perturb_", "w g backup", "params grads backups", "w g", "w backup", "w backup", "rho adaptive eta eps"),
+        _op("restore_", "w backup", "params backups", "backup", "w", "w backup", ""),
         _op(
             "sgd_step_",
             "w source g extra m step",
             "params backups grads extra momentum_buffers steps",
             "source g extra m step",
             "w m step",
+            "w source",
             "lr momentum dampening weight_decay nesterov maximize max_norm",
         ),
         _op(
@@ -79,6 +83,7 @@ OPS = {
             "params backups grads extra exp_avgs exp_avg_sqs max_exp_avg_sqs steps",
             "source g extra m v vmax step",
             "w m v vmax step",
+            "w source m v step",
             "lr beta1 beta2 eps weight_decay decoupled maximize max_norm",
         ),
     )
@@ -96,7 +101,10 @@ _KEPT = 64
 def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
     """Hyperparameters as the matrix (groups, columns) that native code takes, checked. They seldom change: kept by value."""
     columns = [tuple(value) if isinstance(value := values[name], list) else value for name in op.hyper]
-    rows = _ROWS.get((op.name, *columns))
+    try:
+        rows = _ROWS.get((op.name, *columns))
+    except TypeError:  # what has no hash is no number either, which the checks will say
+        rows = None
     if rows is None:
         rows = _checked_rows(op, columns)
         if len(_ROWS) >= _KEPT:
@@ -107,6 +115,12 @@ def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
 
 def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
     count = max((len(value) for value in columns if isinstance(value, Sequence)), default=1)
+    for name, value in zip(op.hyper, columns, strict=True):
+        if isinstance(value, Sequence) and len(value) != max(count, 1):
+            raise ValueError(f"{name} has {len(value)} values, but there are {count} groups: give one per group")
+        for one in value if isinstance(value, Sequence) else (value,):
+            if not isinstance(one, Real):  # a tensor's value could change and would still be found in _ROWS
+                raise TypeError(f"{name} must be a number, or a sequence with one per group, got {value!r}")
     rows = np.array([[v[row] if isinstance(v, Sequence) else v for v in columns] for row in range(count)], np.float64)
     low, below = _LOWEST[op.name], _BELOW[op.name]
     good = (rows >= low) & (rows < below) & (rows > -np.inf)
@@ -117,13 +131,13 @@ def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
     return rows
 
 
-_TABLES: dict[tuple[str, int, int], Table] = {}
+_TABLES: dict[tuple[str, int, int, int], Table] = {}
 
 
 def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
     """A table to reuse. Any would do, for bind() checks everything: a good guess only saves building it anew."""
     first = lists[0] or ()
-    key = (op.name, len(first), id(first[0]) if len(first) else 0)
+    key = (op.name, len(first), id(first[0]) if len(first) else 0, threading.get_ident())  # native code drops the GIL
     table = _TABLES.get(key)
     if table is None:
         if len(_TABLES) >= _KEPT:
@@ -132,11 +146,15 @@ def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
     return table
 
 
-def _scalar(name: str, value: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor | None:
+def _check_signals(**signals: Tensor | None) -> None:
+    for name, value in signals.items():
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
+            raise ValueError(f"{name} must be a tensor of one element, got {value!r}")
+
+
+def _scalar(value: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor | None:
     if value is None:
         return None
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(f"{name} must be a tensor of one element, got {value!r}")
     return value if value.dtype is dtype and value.device == part.device else value.detach().to(part.device, dtype)
 
 
@@ -170,6 +188,7 @@ def _run(
     """Runs a pass that writes tensors: checks, then one launch for each part, or the twin."""
     hyper = _hyper_rows(op, values)
     _check_groups(groups, len(roles[0] or ()), len(hyper))
+    _check_signals(norm=norm, grad_scale=grad_scale, found_inf=found_inf)
     lists = roles
     if "source" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
@@ -184,9 +203,9 @@ def _run(
         twin(**named)
         return
     for part, backend in zip(parts, backends, strict=True):
-        size = _scalar("norm", norm, part, part.accumulator)
-        scale = _scalar("grad_scale", grad_scale, part, torch.float32)
-        _launch(op, backend, part, hyper, size, scale, _scalar("found_inf", found_inf, part, torch.float32))
+        size = _scalar(norm, part, part.accumulator)
+        scale = _scalar(grad_scale, part, torch.float32)
+        _launch(op, backend, part, hyper, size, scale, _scalar(found_inf, part, torch.float32))
     own.finish(lists)
     # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
@@ -201,7 +220,9 @@ def _check_groups(groups: Sequence[int] | None, tensors: int, rows: int) -> None
             raise ValueError(f"groups must say to which of the {rows} groups each tensor belongs, got None")
     elif len(groups) != tensors:
         raise ValueError(f"groups has {len(groups)} entries, but there are {tensors} tensors: give one per tensor")
-    elif rows > 1 and len(groups) and not 0 <= min(groups) <= max(groups) < rows:
+    elif len(groups) and min(groups) < 0:
+        raise ValueError(f"groups must be numbers >= 0, got {min(groups)}")
+    elif rows > 1 and len(groups) and max(groups) >= rows:
         raise ValueError(f"groups must lie in [0, {rows}), got {min(groups)}...{max(groups)}")
 
 
@@ -248,11 +269,17 @@ def grad_norm(
     op = OPS["grad_norm"]
     hyper = _hyper_rows(op, {"adaptive": adaptive, "eta": eta})
     _check_groups(groups, len(grads), len(hyper))
+    _check_signals(found_inf=found_inf)
     if per_group and groups is None:
         raise ValueError("groups must be given when per_group is set, got None")
     if params is None and hyper[:, 0].any():
         raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
     outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
+    if extra is not None and len(extra) == len(grads) and any(grad is None for grad in grads):
+        # A tensor is known by its first role, so a gradient that stands alone takes it.
+        pairs = list(zip(grads, extra, strict=True))
+        grads = [other if grad is None else grad for grad, other in pairs]
+        extra = [None if grad is None else other for grad, other in pairs]
     roles: tuple[Role, ...] = (grads, extra, params if hyper[:, 0].any() else None)
     if per_group and groups is not None and list(groups) != sorted(groups):
         order = sorted(range(len(groups)), key=groups.__getitem__)
@@ -270,7 +297,7 @@ def grad_norm(
     norms = []
     for part, backend in zip(parts, backends, strict=True):
         norms.append(torch.empty(outputs, dtype=part.accumulator, device=part.device))
-        found = _scalar("found_inf", found_inf, part, torch.float32)
+        found = _scalar(found_inf, part, torch.float32)
         _launch(op, backend, part, hyper, norms[-1], None, found)
         if found is not None and found_inf is not None and found.data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
@@ -368,6 +395,8 @@ def perturb_(
     >>> w
     tensor([1.3000, 1.4000])
     """
+    if norm is None:
+        raise ValueError("norm must be a tensor of one element, from grad_norm(), got None")
     values = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps}
     _run(OPS["perturb_"], (params, grads, backups), values, groups, norm, grad_scale, found_inf, table)
 
@@ -448,8 +477,7 @@ def sgd_step_(
         "maximize": maximize,
         "max_norm": max_norm,
     }
-    if momentum_buffers is None and np.any(momentum):
-        raise ValueError(f"momentum_buffers must be given with momentum {momentum}: one tensor of zeros per weight")
+    _check_momentum_buffers(momentum_buffers, momentum, groups)
     _check_clipping(max_norm, norm)
     roles = (params, backups, grads, extra, momentum_buffers, steps)
     _run(OPS["sgd_step_"], roles, values, groups, norm, grad_scale, found_inf, table)
@@ -527,11 +555,25 @@ def adam_step_(
         "max_norm": max_norm,
     }
     for name, buffers in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("steps", steps)):
-        if buffers is None or any(buffer is None for buffer in buffers):
+        if buffers is None:
             raise ValueError(f"{name} must hold one tensor per weight, got None")
     _check_clipping(max_norm, norm)
     roles = (params, backups, grads, extra, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     _run(OPS["adam_step_"], roles, values, groups, norm, grad_scale, found_inf, table)
+
+
+def _check_momentum_buffers(buffers: Tensors | None, momentum: Hyper, groups: Sequence[int] | None) -> None:
+    gaps = None if buffers is None else [i for i, buffer in enumerate(buffers) if buffer is None]
+    if gaps == [] or not np.any(momentum):
+        return
+    if gaps is None:
+        raise ValueError(f"momentum_buffers must be given with momentum {momentum}: one tensor of zeros per weight")
+    if isinstance(momentum, Sequence):
+        _check_groups(groups, len(buffers or ()), len(momentum))
+    for i in gaps:
+        value = reference._value(momentum, groups, i)
+        if value:
+            raise ValueError(f"momentum_buffers[{i}] is None, but its momentum is {value}: give a tensor of zeros")
 
 
 def _check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
@@ -602,25 +644,32 @@ def focal_cross_entropy(
     >>> losses, grad_u, grad_v
     (tensor([0.6931]), tensor([[ 0.1250, -0.1250]]), tensor([[ 0.3750, -0.3750]]))
     """
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] == 0:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits must have shape (B, C) with C > 0, got {shape}")
     logits = logits.detach()
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits must have shape (B, C) with C > 0, got {tuple(logits.shape)}")
     if logits.dtype not in DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
     rows, classes = logits.shape
     check_targets(targets, rows, classes)
+    if targets.device != logits.device:
+        targets = targets.to(logits.device)
+        check_targets(targets, rows, classes)  # labels from a GPU have not been looked at yet
+    targets = targets.long()
     accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weights = []
-    for name, weight in (("v", v), ("u", 1 - v if u is None else u)):
-        if tuple(weight.shape) != (classes,):
-            raise ValueError(f"{name} must have shape ({classes},), one weight per class, got {tuple(weight.shape)}")
+    for name, given in (("v", v), ("u", u)):
+        weight = 1 - v if given is None and name == "u" else given
+        if not isinstance(weight, Tensor) or tuple(weight.shape) != (classes,):
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name} must be a tensor of shape ({classes},), one weight per class, got {shape}")
         weights.append(weight.detach().to(logits.device, accumulator).contiguous())
     v, u = weights
     backend = backend_for(logits.device)
     if backend is reference or rows == 0:
-        return reference.focal_cross_entropy(logits, targets.to(logits.device), v, u)
-    logits, targets = logits.contiguous(), targets.to(logits.device).contiguous()
+        return reference.focal_cross_entropy(logits, targets, v, u)
+    logits, targets = logits.contiguous(), targets.contiguous()
     losses = torch.empty(rows, dtype=accumulator, device=logits.device)
     grad_u, grad_v = torch.empty_like(logits), torch.empty_like(logits)
     addresses = [tensor.data_ptr() for tensor in (logits, targets, u, v, losses, grad_u, grad_v)]
@@ -635,7 +684,8 @@ def focal_cross_entropy(
 
 def check_targets(targets: Tensor, rows: int, classes: int) -> None:
     """Raises ValueError unless ``targets`` are ``rows`` labels in [0, classes). On a GPU the range is not looked at."""
-    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point() or len(targets) != rows:
+    integers = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+    if not integers or targets.dim() != 1 or len(targets) != rows:
         shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
         raise ValueError(f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {shape}")
     if targets.device.type == "cpu" and rows and not 0 <= int(targets.min()) <= int(targets.max()) < classes:

@@ -25,7 +25,9 @@ def _entry(tensors: Tensors | None, index: int) -> Tensor | None:
 
 def _value(value: Any, groups: Sequence[int] | None, index: int) -> Any:
     """The hyperparameter of a tensor: one value for all, or one for each group."""
-    return value[groups[index] if groups else 0] if isinstance(value, Sequence) else value
+    if not isinstance(value, Sequence):
+        return value
+    return value[groups[index] if groups and len(value) > 1 else 0]
 
 
 def _gradient(like: Tensor, *gradients: Tensor | None) -> Tensor:
@@ -35,6 +37,10 @@ def _gradient(like: Tensor, *gradients: Tensor | None) -> Tensor:
         if gradient is not None:
             total = total + _wide(gradient)
     return total
+
+
+def _number(signal: Tensor, like: Tensor) -> Tensor:
+    return signal.detach().reshape(()).to(like.device, _wide(like).dtype)
 
 
 def _skip(found_inf: Tensor | None) -> bool:
@@ -54,14 +60,18 @@ def grad_norm(
     found_inf: Tensor | None = None,
 ) -> Tensor:
     """sqrt(sum (T g)^2),  T = |w| + eta when adaptive, else 1."""
-    present = [g for g in grads if g is not None]
+    present = [g for g in (*grads, *(extra or ())) if g is not None]
     device = present[0].device if present else torch.device("cpu")
     exact = any(g.dtype == torch.float64 for g in present)
-    squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(max(groups) + 1 if per_group else 1)]
+    rows = max((len(value) for value in (adaptive, eta) if isinstance(value, Sequence)), default=1)
+    outputs = max(max(groups or (), default=-1) + 1, rows) if per_group else 1
+    squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(outputs)]
     for i, g in enumerate(grads):
-        if g is None:
+        other = _entry(extra, i)
+        like = other if g is None else g
+        if like is None:
             continue
-        t = _gradient(g, g, _entry(extra, i))
+        t = _gradient(like, g, other)
         if _value(adaptive, groups, i):
             t = (_wide(params[i]).abs() + _value(eta, groups, i)) * t  # type: ignore[index, arg-type]
         bucket = groups[i] if per_group else 0  # type: ignore[index]
@@ -76,7 +86,8 @@ def class_grad_norms(
     class_grads: Sequence[Tensors], params: Tensors | None = None, *, adaptive: bool = False, eta: float = 0.0
 ) -> Tensor:
     """The norm of each of K gradients."""
-    return torch.stack([grad_norm(grads, params, adaptive=adaptive, eta=eta) for grads in class_grads])
+    norms = [grad_norm(grads, params, adaptive=adaptive, eta=eta) for grads in class_grads]
+    return torch.stack(norms) if norms else torch.zeros(0)
 
 
 @torch.no_grad()
@@ -100,9 +111,11 @@ def perturb_(
         backup.copy_(w)
         if not active or g is None:
             continue
-        size = norm.to(w.device, _wide(w).dtype)
-        inverse = 1 / grad_scale.to(size) if grad_scale is not None else torch.ones_like(size)
+        size = _number(norm, w)
+        inverse = 1 / _number(grad_scale, w) if grad_scale is not None else torch.ones_like(size)
         scale = _value(rho, groups, i) * inverse / (size * inverse + _value(eps, groups, i))
+        if not bool(scale.isfinite()):
+            continue
         t = (_wide(w).abs() + _value(eta, groups, i)).square() if _value(adaptive, groups, i) else 1
         w.copy_(_wide(w) + t * _wide(g) * scale)
 
@@ -124,10 +137,10 @@ def _direction(
 ) -> Tensor:
     """The summed gradient: unscaled, clipped to max_norm, turned around to maximize."""
     d = _gradient(w, *gradients)
-    inverse = 1 / grad_scale.to(d.device, d.dtype) if grad_scale is not None else 1.0
+    inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
     d = d * inverse
     if max_norm > 0 and norm is not None:
-        d = d * (max_norm / (norm.to(d.device, d.dtype) * inverse + 1e-6)).clamp(max=1.0)
+        d = d * (max_norm / (_number(norm, w) * inverse + 1e-6)).clamp(max=1.0)
     return -d if maximize else d
 
 

@@ -8,6 +8,7 @@ what follows from them is kept for as long as nothing changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,8 @@ class Op(NamedTuple):
     """Name of each role's argument in :mod:`ltsam_fast.ops`."""
     reads: frozenset[str]
     writes: frozenset[str]
+    needs: frozenset[str]
+    """Roles that every tensor must have."""
     hyper: tuple[str, ...]
 
 
@@ -133,14 +136,16 @@ class Table:
                 written shares memory with another. Nothing was changed then.
         """
         lists = self._as_lists(roles)
-        asked_for = (groups, buckets, bucket_count)
+        # Copies, for callers may change their lists in place.
+        asked_for = (None if groups is None else list(groups), None if buckets is None else list(buckets), bucket_count)
         change = self._read(lists)
         if change != SAME or asked_for != self._valid_for:
             still_valid = asked_for == self._valid_for
             self._valid_for = None  # until the checks have passed
             if change == MOVED and still_valid and not self._staged and len(self.parts) == 1:
-                self._check_overlap(self._snapshot)
-                self.parts[0].pointers[...] = self._snapshot[..., ADDRESS]
+                self._check_overlap(lists)
+                listed = self._snapshot[:, 0, DEVICE] != ABSENT
+                self.parts[0].pointers[...] = self._snapshot[listed, :, ADDRESS]
                 self.parts[0].cache.clear()
             else:
                 self._rebuild(lists, *asked_for)
@@ -166,6 +171,7 @@ class Table:
                 )
         if len(self._snapshot) != count:
             self._snapshot = np.full((count, len(lists), COLUMNS), NEVER_READ, np.int64)
+            self._valid_for = None  # of no tensors none has changed
         return lists
 
     def _read(self, lists: tuple[Any, ...]) -> int:
@@ -197,8 +203,8 @@ class Table:
         self, lists: tuple[Any, ...], groups: Sequence[int] | None, buckets: Sequence[int] | None, bucket_count: int
     ) -> None:
         self._check(self._snapshot, lists)
+        self._check_overlap(lists)
         rows, self._staged = self._stage(self._snapshot.copy(), lists)
-        self._check_overlap(rows)
         count = len(rows)
         group_of = np.zeros(count, np.int32) if groups is None else np.asarray(groups, np.int32)
         bucket_of = np.zeros(count, np.int32) if buckets is None else np.asarray(buckets, np.int32)
@@ -225,12 +231,13 @@ class Table:
         present = rows[..., DEVICE] != ABSENT
         arrays = np.zeros_like(present)
         arrays[:, self._arrays] = True
+        needed = np.array([role in self.op.needs for role in self.op.roles])
         paired = present & present[:, :1]
 
         def check(bad: NDArray[np.bool_], kind: type[Exception], message: str) -> None:
             if bad.any():
                 index, role = (int(i) for i in np.argwhere(bad)[0])
-                it, base = lists[role][index], lists[0][index]
+                it, base = None if lists[role] is None else lists[role][index], lists[0][index]
                 names = self.op.arguments
                 raise kind(
                     f"{names[role]}[{index}] "
@@ -238,6 +245,7 @@ class Table:
                 )
 
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        check(~present & needed, ValueError, "is None: give a tensor")
         check(present & (rows[..., DTYPE] < 0), TypeError, f"has dtype {{it.dtype}}: accepted are {accepted}")
         check(
             present & ~np.isin(rows[..., DEVICE] >> 16, list(DEVICE_TYPES)),
@@ -255,7 +263,7 @@ class Table:
             "is on {it.device}, but {other} is on {base.device}: move it with .to()",
         )
         check(
-            paired & arrays & (rows[..., SHAPE] != rows[:, :1, SHAPE]),
+            paired & arrays & (rows[..., [SHAPE, NUMEL]] != rows[:, :1, [SHAPE, NUMEL]]).any(axis=-1),
             ValueError,
             "has shape {it.shape}, but {other} has {base.shape}: they must be equal",
         )
@@ -288,26 +296,35 @@ class Table:
                 rows[index, role, ADDRESS] = copy.data_ptr()
         return rows, staged
 
-    def _check_overlap(self, rows: NDArray[np.int64]) -> None:
+    def _check_overlap(self, lists: tuple[Any, ...]) -> None:
         """Refuses a tensor that is written and shares memory with another tensor or role."""
-        start = rows[:, self._arrays, ADDRESS]
-        size = rows[:, self._arrays, NUMEL] * ITEM_SIZES[rows[:, self._arrays, DTYPE]]
-        written = np.array([self.op.roles[role] in self.op.writes for role in self._arrays])
+        rows = self._snapshot
+        start = rows[..., ADDRESS]
+        size = rows[..., NUMEL] * ITEM_SIZES[rows[..., DTYPE]]
+        written = np.array([role in self.op.writes for role in self.op.roles])
+        holes = rows[..., LAYOUT] == NOT_DENSE
+        for index, role in np.argwhere(holes).tolist():
+            size[index, role] = _reach(lists[role][index])
         # Elements are read before they are written, so a role that is only read may be the tensor's first role itself.
-        size[:, 1:][(start[:, 1:] == start[:, :1]) & ~written[1:]] = 0
+        itself = (rows[:, 1:, [ADDRESS, DTYPE]] == rows[:, :1, [ADDRESS, DTYPE]]).all(axis=-1)
+        size[:, 1:][itself & ~written[1:]] = 0
         start, size = start.ravel(), size.ravel()
         order = np.argsort(start, kind="stable")
         order = order[size[order] > 0]
         reach = np.maximum.accumulate(start[order] + size[order])
         if not (start[order[1:]] < reach[:-1]).any():
             return
-        columns = len(self._arrays)
+        columns = len(self.op.roles)
         before: list[int] = []
         for here in order.tolist():
             before = [other for other in before if start[other] + size[other] > start[here]]
             for other in before:
-                if written[here % columns] or written[other % columns]:
-                    names = [f"{self.op.arguments[self._arrays[i % columns]]}[{i // columns}]" for i in (other, here)]
+                if not (written[here % columns] or written[other % columns]):
+                    continue
+                if not holes.flat[[here, other]].any() or _share_elements(
+                    *(lists[i % columns][i // columns] for i in (here, other))
+                ):
+                    names = [f"{self.op.arguments[i % columns]}[{i // columns}]" for i in (other, here)]
                     raise ValueError(f"{names[0]} and {names[1]} share memory: give each its own, or list it once")
             before.append(here)
 
@@ -319,6 +336,31 @@ def _device(code: int) -> torch.device:
 
 def _shares_elements(tensor: torch.Tensor) -> bool:
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _share_elements(*tensors: torch.Tensor) -> bool:
+    """Whether two tensors meet, or one only lies in the holes of the other."""
+    arrays = [
+        np.asarray(
+            SimpleNamespace(  # no element is looked at, so this serves device memory too
+                __array_interface__={
+                    "version": 3,
+                    "data": (tensor.data_ptr(), True),
+                    "shape": tuple(tensor.shape),
+                    "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+                    "typestr": f"|V{tensor.element_size()}",
+                }
+            )
+        )
+        for tensor in tensors
+    ]
+    return np.shares_memory(*arrays)
 
 
 _READER: Callable[[tuple[Any, ...], NDArray[np.int64]], int] | None = None
@@ -359,7 +401,7 @@ def _describe(tensor: torch.Tensor) -> tuple[int, ...]:
         reach = 1
         for stride, size in sorted((st, si) for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1):
             reach = reach * size if stride == reach else 0
-        layout = hash(tensor.stride()) | 2 if reach == tensor.numel() else NOT_DENSE
+        layout = hash(tuple(st for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1)) | 2 if reach == tensor.numel() else NOT_DENSE
     return (
         tensor.data_ptr(),
         tensor.numel(),

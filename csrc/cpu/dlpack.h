@@ -39,6 +39,9 @@ enum Column { kAddress, kNumel, kDtypeCode, kDevice, kShape, kLayout, kColumns }
 
 enum Change { kSame, kMoved, kChanged };
 
+/// Where hashes start: large, so that no extent cancels it. From t.ndim alone, (2, 7) hashed like (6,).
+constexpr int64_t kSeed = 0x6a09e667f3bcc909;
+
 inline int64_t mix(int64_t hash, int64_t value) {
   return int64_t((uint64_t(hash) ^ uint64_t(value)) * 0x9e3779b97f4a7c15u) ^ (hash >> 29);
 }
@@ -46,7 +49,7 @@ inline int64_t mix(int64_t hash, int64_t value) {
 /// Layout 0: contiguous. 1: not dense (holes or overlap). Else a hash of the strides of a dense permutation.
 inline int64_t layout_of(const dlpack::Tensor& t, int64_t numel) {
   if (!t.strides || numel < 2) return 0;
-  int64_t expected = 1, hash = 2;
+  int64_t expected = 1, hash = kSeed;
   bool contiguous = true;
   for (int d = t.ndim - 1; d >= 0; --d) {
     if (t.shape[d] == 1) continue;
@@ -82,7 +85,7 @@ inline void describe(const dlpack::ExchangeApi& api, PyObject* tensor, int64_t* 
   }
   dlpack::Tensor t;
   if (api.view(tensor, &t) != 0) throw py::error_already_set();
-  int64_t numel = 1, shape = t.ndim;
+  int64_t numel = 1, shape = mix(kSeed, t.ndim);
   for (int d = 0; d < t.ndim; ++d) {
     numel *= t.shape[d];
     shape = mix(shape, t.shape[d]);

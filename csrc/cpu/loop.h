@@ -1,5 +1,5 @@
-// The two CPU loops: map and ordered reduce over a table, for any functor. Work is dealt out in chunks; a chunk is walked
-// in tiles that stay in L1, where 16-bit floats are widened and narrowed and from where streaming stores leave.
+// The two CPU loops: map and ordered reduce over a table, for any functor. Work is dealt out in chunks; a chunk is
+// walked in tiles that stay in L1, where 16-bit floats are widened and narrowed and from where streaming stores leave.
 #pragma once
 #include <unistd.h>
 
@@ -15,8 +15,8 @@
 #include <emmintrin.h>
 #endif
 
-// One source, three instruction sets, chosen when the module is loaded. Without FMA contraction (see setup.py) all three
-// give the same bits.
+// One source, three instruction sets, chosen when the module is loaded. Without FMA contraction (see setup.py) all
+// three give the same bits.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__gnu_linux__)
 #define LT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -40,10 +40,12 @@ inline Chunk chunk_at(const Table& table, int64_t index) {
   return {tensor, begin, std::min(kChunk, table.numels[tensor] - begin)};
 }
 
-/// Calls body(chunk) for every chunk. Threads take runs of chunks as they get free: a stalled core costs one run, not half
-/// the pass. Results must not depend on who runs what.
+/// Calls body(chunk) for every chunk. Threads take runs of chunks as they get free: a stalled core costs one run, not
+/// half the pass. Results must not depend on who runs what. A thread is worth its start (some 5 us, far more on a busy
+/// machine) from about 256 KiB of work on.
 template <class Body>
-void for_each_chunk(int64_t chunks, int threads, const Body& body) {
+void for_each_chunk(int64_t chunks, int64_t bytes, int threads, const Body& body) {
+  threads = int(std::min<int64_t>(threads, 1 + (bytes >> 18)));
   const int64_t run = std::max<int64_t>(1, chunks / (int64_t(threads) * 32));
   (void)run;
 #ifdef _OPENMP
@@ -69,20 +71,28 @@ LT_CLONES void encode_all(const A* from, int count, uint16_t* to) {
 template <class A>
 void load(uint8_t dtype, const char* from, int count, A* to) {
   switch (dtype) {
-    case kF32: return widen(reinterpret_cast<const float*>(from), count, to);
-    case kF64: return widen(reinterpret_cast<const double*>(from), count, to);
-    case kBF16: return decode_all<A, from_bf16>(reinterpret_cast<const uint16_t*>(from), count, to);
-    default: return decode_all<A, from_f16>(reinterpret_cast<const uint16_t*>(from), count, to);
+    case kF32:
+      return widen(reinterpret_cast<const float*>(from), count, to);
+    case kF64:
+      return widen(reinterpret_cast<const double*>(from), count, to);
+    case kBF16:
+      return decode_all<A, from_bf16>(reinterpret_cast<const uint16_t*>(from), count, to);
+    default:
+      return decode_all<A, from_f16>(reinterpret_cast<const uint16_t*>(from), count, to);
   }
 }
 
 template <class A>
 void narrow(uint8_t dtype, const A* from, int count, char* to) {
   switch (dtype) {
-    case kF32: return widen(from, count, reinterpret_cast<float*>(to));
-    case kF64: return widen(from, count, reinterpret_cast<double*>(to));
-    case kBF16: return encode_all<A, to_bf16>(from, count, reinterpret_cast<uint16_t*>(to));
-    default: return encode_all<A, to_f16>(from, count, reinterpret_cast<uint16_t*>(to));
+    case kF32:
+      return widen(from, count, reinterpret_cast<float*>(to));
+    case kF64:
+      return widen(from, count, reinterpret_cast<double*>(to));
+    case kBF16:
+      return encode_all<A, to_bf16>(from, count, reinterpret_cast<uint16_t*>(to));
+    default:
+      return encode_all<A, to_f16>(from, count, reinterpret_cast<uint16_t*>(to));
   }
 }
 
@@ -107,7 +117,8 @@ inline void end_stream() {
 #endif
 }
 
-/// Passes that move more than this stream what they only write: nothing of it would still be cached when it is next read.
+/// Passes that move more than this stream what they only write: nothing of it would still be cached when it is next
+/// read.
 inline int64_t stream_threshold() {
 #ifdef _SC_LEVEL3_CACHE_SIZE
   static const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -254,8 +265,9 @@ using Variants = std::make_index_sequence<std::size(F::variants)>;
 struct CpuLoop {
   template <class F, class A>
   static void map(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t threads) {
-    const bool streaming = bytes_moved<F>(table) > stream_threshold();
-    for_each_chunk(table.chunks(), int(threads), [&](int64_t index) {
+    const int64_t bytes = bytes_moved<F>(table);
+    const bool streaming = bytes > stream_threshold();
+    for_each_chunk(table.chunks(), bytes, int(threads), [&](int64_t index) {
       const Chunk chunk = chunk_at(table, index);
       MapBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
       walk_chunk<F, A>(table, chunk, streaming, body, Variants<F>());
@@ -270,7 +282,7 @@ struct CpuLoop {
 
   template <class F, class A>
   static void reduce(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t threads) {
-    for_each_chunk(table.chunks(), int(threads), [&](int64_t index) {
+    for_each_chunk(table.chunks(), bytes_moved<F>(table), int(threads), [&](int64_t index) {
       const Chunk chunk = chunk_at(table, index);
       ReduceBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
       walk_chunk<F, A>(table, chunk, false, body, Variants<F>());
@@ -330,7 +342,7 @@ template <class A>
 void CpuLoop::cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
                             void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t threads) {
   const int size = item_size(dtype);
-  for_each_chunk(rows, int(threads), [&](int64_t row) {
+  for_each_chunk(rows, 16 * rows * classes, int(threads), [&](int64_t row) {
     static thread_local A in[kTile], out[2][kTile];
     const char* z = static_cast<const char*>(logits) + row * classes * size;
     const int64_t label = labels[row];

@@ -59,7 +59,8 @@ LT_HD float from_bf16(uint16_t h) { return bits<float>(uint32_t(h) << 16); }
 LT_HD uint16_t to_bf16(float f) {
   const uint32_t u = bits<uint32_t>(f);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return f != f ? uint16_t((u >> 16) | 0x40u) : uint16_t(rounded);
+  const uint32_t nan = (u >> 16) | (u & 0x7f0000u ? 0u : 0x40u);  // keeps its bits, so that a copy is exact
+  return f != f ? uint16_t(nan) : uint16_t(rounded);
 }
 
 LT_HD float from_f16(uint16_t h) {
@@ -78,7 +79,8 @@ LT_HD uint16_t to_f16(float f) {
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to 2^16 or above: infinite
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
+  const uint32_t payload = (magnitude >> 13) & 0x3ffu;
+  half = magnitude > 0x7f800000u ? 0x7c00u | (payload ? payload : 0x200u) : half;  // NaN
   return uint16_t(sign | half);
 }
 

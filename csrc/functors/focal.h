@@ -6,8 +6,8 @@ namespace lt {
 
 LT_HD double exp_(double x) { return exp(x); }
 
-/// e^x in float, 1 ulp on [-104, 88]: round to n ln2 + r, Taylor to degree 7 on |r| <= ln2 / 2, scale by 2^n. Written out
-/// because a loop around libm's expf does not vectorize.
+/// e^x in float, 1 ulp on [-104, 88]: round to n ln2 + r, Taylor to degree 7 on |r| <= ln2 / 2, scale by 2^n. Written
+/// out because a loop around libm's expf does not vectorize.
 LT_HD float exp_(float x) {
 #ifdef __CUDA_ARCH__
   return expf(x);

@@ -36,7 +36,7 @@ struct SgdStep {
 
   Direction<A> direction;
   A lr, momentum, fresh, decay;
-  bool nesterov, first;
+  bool nesterov, first, keeps;
 
   LT_HD SgdStep(const double* h, const Signals& s, const float* step_count)
       : direction(h[5], h[6], s),
@@ -45,14 +45,15 @@ struct SgdStep {
         fresh(A(1) - A(h[2])),
         decay(A(h[3])),
         nesterov(h[4] != 0),
-        first(h[1] == 0 || (step_count && *step_count == 0.0f)) {}
+        first(h[1] == 0 || (step_count && *step_count == 0.0f)),
+        keeps(h[1] != 0) {}
 
   LT_HD void operator()(A* x) const {
     const A old = x[source], d = (x[g] + x[extra]) * direction.factor + decay * old;
     const A buffer = first ? d : momentum * x[m] + fresh * d;
     const A move = nesterov ? d + momentum * buffer : buffer;
     x[w] = direction.active ? old - lr * move : old;
-    x[m] = direction.active ? buffer : x[m];
+    x[m] = direction.active && keeps ? buffer : x[m];
   }
 };
 
@@ -68,8 +69,7 @@ struct AdamStep {
   static constexpr unsigned state = bit(m) | bit(v) | bit(vmax);
   static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | state, writes = bit(w) | state;
   static constexpr unsigned plain = bit(w) | bit(source) | bit(g) | bit(m) | bit(v);
-  static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(vmax),
-                                          plain | bit(extra) | bit(vmax)};
+  static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(vmax), plain | bit(extra) | bit(vmax)};
   static constexpr int step = step_role;
 
   Direction<A> direction;

@@ -36,6 +36,8 @@ class SharpnessAware(Optimizer):
 
     _phases: tuple[str, ...] = ()
     """Names of the explicit phases, in the order in which they are to be called."""
+    _own = ("rho", "adaptive", "eta", "norm_eps", "perturb")
+    """Options of a group that are not the base optimizer's."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "_base_only")
     """Attributes that survive copying and pickling, besides those of torch."""
 
@@ -52,8 +54,10 @@ class SharpnessAware(Optimizer):
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
-        if not 0 <= max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm}")
+        if not _is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
         own = {"rho": rho, "adaptive": adaptive, "eta": 0.0, "norm_eps": 1e-12, "perturb": True}
         self.model = model
         self.max_grad_norm = max_grad_norm
@@ -76,6 +80,7 @@ class SharpnessAware(Optimizer):
         self._backups: dict[Tensor, Tensor] = {}
         self._backed_up: list[Tensor] = []
         self._backed_up_in: list[Tensor] = []
+        self._backed_up_as: list[torch.dtype] = []
         self._thawed: list[tuple[Any, str, Any]] = []  # what _freeze_statistics changed
         self._norm_table = Table(ops.OPS["grad_norm"])
         self._final_norm_table = Table(ops.OPS["grad_norm"])
@@ -88,7 +93,7 @@ class SharpnessAware(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in ("rho", "eta", "norm_eps"):
-            if not isinstance(group[name], (int, float)) or not 0 <= group[name] < math.inf:
+            if not _is_number(group[name]) or not 0 <= group[name] < math.inf:
                 value = group[name]
                 self.param_groups.pop()
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
@@ -96,7 +101,7 @@ class SharpnessAware(Optimizer):
     # --- phases
 
     def _enter(self, phase: str) -> None:
-        """Checks that ``phase`` is next and counts it."""
+        """Checks that ``phase`` is next."""
         expected = self._phases[self._phase]
         if phase != expected:
             raise ValueError(
@@ -104,8 +109,17 @@ class SharpnessAware(Optimizer):
                 "in this order, each after its backward(), or restore() to start over"
             )
 
-    def _leave(self) -> None:
-        self._phase = (self._phase + 1) % len(self._phases)
+    def _run(self, phase: str, work: Callable[[], None]) -> None:
+        """Does a phase's work in its turn. If it fails, by Ctrl-C too, weights that climbed come back."""
+        self._enter(phase)
+        following = (self._phase + 1) % len(self._phases)
+        try:
+            work()
+            self._phase = following
+        except BaseException:
+            if self._climbed:
+                self.restore()
+            raise
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -122,7 +136,7 @@ class SharpnessAware(Optimizer):
         params, groups = self._parameters(ascent=True)
         grads = _gradients(params)
         kept = [i for i, grad in enumerate(grads) if grad is not None]
-        if not kept:
+        if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
             raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
         if len(kept) < len(grads):
             params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
@@ -151,7 +165,7 @@ class SharpnessAware(Optimizer):
         with Uninterrupted():
             try:
                 backups = perturb(self._backups_for(params))
-            except ValueError:  # perhaps a parameter changed its dtype, device or shape, and has a backup of the old kind
+            except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
                 self._backups.clear()
                 self._backed_up = []
                 backups = perturb(self._backups_for(params))
@@ -163,11 +177,13 @@ class SharpnessAware(Optimizer):
 
     def _backups_for(self, params: list[Tensor]) -> list[Tensor]:
         """Memory for the old weights, kept from step to step. Looking tensors up costs 60 ns each: not done twice."""
-        if not _same_items(params, self._backed_up):
+        dtypes = [param.dtype for param in params]  # after model.float() a backup in bfloat16 would round what it keeps
+        if not _same_items(params, self._backed_up) or dtypes != self._backed_up_as:
             for param in params:
-                if param not in self._backups:
+                if param not in self._backups or self._backups[param].dtype != param.dtype:
                     self._backups[param] = torch.empty_like(param, requires_grad=False)
             self._backed_up, self._backed_up_in = params, [self._backups[param] for param in params]
+            self._backed_up_as = dtypes
         return self._backed_up_in
 
     def restore(self) -> None:
@@ -213,6 +229,10 @@ class SharpnessAware(Optimizer):
                 stepping = self._restore_without_gradient(params, grads, extra)
                 params, groups, grads, backups = ([items[i] for i in stepping] for items in (params, groups, grads, backups))  # type: ignore[assignment]
                 extra = [extra[i] for i in stepping] if extra else None
+                if extra:  # kept gradients that stand alone count in the norm too
+                    pairs = list(zip(grads, extra, strict=True))
+                    grads = [kept if grad is None else grad for grad, kept in pairs]
+                    extra = [None if grad is None else kept for grad, kept in pairs]
             norm = None
             if params and (self.max_grad_norm or found_inf is not None):
                 norm = ops.grad_norm(grads, extra=extra, found_inf=found_inf, table=self._final_norm_table)
@@ -254,6 +274,9 @@ class SharpnessAware(Optimizer):
         for param, grad, kept in zip(params, grads, extra or [None] * len(params), strict=True):
             total = kept if grad is None else grad if kept is None else grad.add_(kept)
             param.grad = total if isinstance(factor, float) else total.mul_(factor.to(total))  # type: ignore[union-attr]
+        for param in self._parameters()[0]:
+            if not param.requires_grad:  # frozen since its last backward
+                param.grad = None
         own = [{name: group[name] for name in self._base_only} for group in self.param_groups]
         try:
             for group in self.param_groups:
@@ -266,9 +289,14 @@ class SharpnessAware(Optimizer):
     def _freeze_statistics(self) -> None:
         """Keeps running statistics of normalization layers from seeing the perturbed pass, if the model is known."""
         for module in self.model.modules() if self.model is not None else ():
-            # Batch norm without tracking normalizes by the batch and updates nothing; instance norm looks at momentum only.
-            for kind, name, value in ((_BatchNorm, "track_running_stats", False), (_InstanceNorm, "momentum", 0.0)):
-                if isinstance(module, kind) and module.training and module.running_mean is not None:
+            # Batch norm without tracking normalizes by the batch and updates nothing. Instance norm looks at its buffers only.
+            for kind, name, value in (
+                (_BatchNorm, "track_running_stats", False),
+                (_InstanceNorm, "running_mean", None),
+                (_InstanceNorm, "running_var", None),
+            ):
+                # What is frozen already is another optimizer's to thaw: theirs may end before or after this one's step.
+                if isinstance(module, kind) and module.training and getattr(module, name) is not value:
                     self._thawed.append((module, name, getattr(module, name)))
                     setattr(module, name, value)
 
@@ -298,6 +326,7 @@ class SharpnessAware(Optimizer):
             ValueError: There is no closure, or what it returns or ``targets`` do not fit. Whatever is raised, by the
                 closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
         """
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
         closures = _as_list(closure)
         if not closures or not all(callable(one) for one in closures):
             raise ValueError("closure must be given: step(closure), with a function that returns the per-sample losses (B,)")
@@ -373,9 +402,15 @@ class SharpnessAware(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. A plain base optimizer's state is taken too; what it lacks keeps its default."""
+        """As torch's. A plain base optimizer's state is taken too; what it lacks keeps its present value."""
         self._check_settled("load_state_dict")
-        super().load_state_dict(state_dict)
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            groups = [
+                saved if "perturb" in saved else {**saved, **{name: group[name] for name in self._own}}
+                for saved, group in zip(groups, self.param_groups, strict=True)
+            ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def _check_settled(self, name: str) -> None:
         if self._phase or self._climbed:
@@ -413,6 +448,10 @@ class Uninterrupted:
             _signal.signal(_signal.SIGINT, self._handler)
             if self._pending:
                 self._handler(*self._pending[0])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _same_items(first: list[Any], second: list[Any]) -> bool:

@@ -89,9 +89,7 @@ class FocalSAM(SharpnessAware):
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._enter("first_step")
-        self._keep_gradients()
-        self._leave()
+        self._run("first_step", self._keep_gradients)
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -100,9 +98,7 @@ class FocalSAM(SharpnessAware):
         Raises:
             ValueError: It is not this phase's turn, or no parameter has a gradient.
         """
-        self._enter("second_step")
-        self._climb()
-        self._leave()
+        self._run("second_step", self._climb)
         self._clear_gradients()
 
     @torch.no_grad()
@@ -112,8 +108,7 @@ class FocalSAM(SharpnessAware):
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._enter("third_step")
-        self._descend()
+        self._run("third_step", self._descend)
         self._clear_gradients()
 
     def step(  # type: ignore[override]

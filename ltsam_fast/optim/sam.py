@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.base import Closure, SharpnessAware
+from ltsam_fast.optim.base import Closure, SharpnessAware, _gradients
 
 
 class SAM(SharpnessAware):
@@ -64,9 +64,7 @@ class SAM(SharpnessAware):
         Raises:
             ValueError: It is not this phase's turn, or no parameter has a gradient.
         """
-        self._enter("first_step")
-        self._climb()
-        self._leave()
+        self._run("first_step", self._climb)
         if zero_grad:
             self._clear_gradients()
 
@@ -80,8 +78,7 @@ class SAM(SharpnessAware):
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._enter("second_step")
-        self._descend()
+        self._run("second_step", self._descend)
         if zero_grad:
             self._clear_gradients()
 
@@ -98,7 +95,7 @@ class SAM(SharpnessAware):
         """
         if self._phase == 0 and callable(closure) and targets is None and scaler is None:
             params, _ = self._parameters(ascent=True)
-            if any(param.grad is not None for param in params):
+            if any(grad is not None for grad in _gradients(params)):
                 loss = self._reference_step(closure)
                 if not _per_sample(loss):
                     return loss
@@ -110,6 +107,8 @@ class SAM(SharpnessAware):
             self.first_step(zero_grad=True)
             with torch.enable_grad():
                 loss = closure()
+            if not _per_sample(loss) and all(grad is None for grad in _gradients(self._parameters()[0])):
+                raise ValueError("closure must call backward(), or return the per-sample losses, shape (B,)")
             # Per-sample losses: this closure only runs the forward pass, and the gradients were left over from before.
             self.restore() if _per_sample(loss) else self.second_step()
             return loss.detach() if isinstance(loss, Tensor) and not _per_sample(loss) else loss

@@ -1,0 +1,42 @@
+# Every command makes the virtual environment it needs; only Python has to be there.
+# Another torch, say one for CUDA: make test CONSTRAINTS=my-constraints.txt (an empty file: whatever pip finds).
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= .ci/constraints.txt
+
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
+CSRC := $(shell find csrc -type f)
+
+.PHONY: demo test lint bench clean
+.NOTPARALLEL:
+
+demo: $(VENV)/demo.stamp
+	MPLBACKEND=Agg $(RUN) -m ltsam_fast demo $(if $(METHODS),--methods $(METHODS)) $(ARGS)
+
+test: $(VENV)/triton.stamp
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/test.stamp
+	$(RUN) -m pytest bench $(ARGS)
+
+lint: $(VENV)/lint.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(RUN) -m mypy
+
+# One stamp for each extra. The install is an editable one, and ninja compiles only what changed.
+$(VENV)/%.stamp: pyproject.toml setup.py $(CONSTRAINTS) $(CSRC)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[$*]"
+	touch $@
+
+# Triton has no wheels for some platforms; there its tests say why they are skipped.
+$(VENV)/triton.stamp: $(VENV)/test.stamp
+	-$(PIP) triton
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .*_cache .hypothesis .benchmarks ltsam_fast/*.so ltsam_fast/_build_info.py $(VENV)/*.stamp
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

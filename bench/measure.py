@@ -1,0 +1,91 @@
+"""Optimizer steps to be timed, the bandwidth roof, and interleaved timing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import ltsam_fast as lf
+from ltsam_fast import ops, plain
+
+BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
+BYTES = {"SAM": 40, "FocalSAM": 44}
+"""Moved per fp32 parameter and step, each input and output counted once (SGD with momentum)."""
+PHASES = {"SAM": ("first_step", "second_step"), "FocalSAM": ("first_step", "second_step", "third_step")}
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device, so that a host clock sees its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Step:
+    """One optimizer's phases on tensors of the given shapes. Gradients are set outside the time that is measured."""
+
+    def __init__(self, method: str, implementation: str, shapes: list[Any], device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(device) for s in shapes]  # noqa: E731
+        self.params = [torch.nn.Parameter(w) for w in make(0.05)]
+        self.grads = [make(0.01) for _ in PHASES[method]]
+        self.backend = None if implementation == "plain" else implementation
+        module: Any = plain if implementation == "plain" else lf
+        self.optimizer = getattr(module, method)(self.params, torch.optim.SGD, rho=0.05, **BASE)
+        self.phases = [getattr(self.optimizer, name) for name in PHASES[method]]
+        self.elements = sum(p.numel() for p in self.params)
+        self.device = device
+
+    def __call__(self) -> float:
+        """Runs one step and returns the seconds spent in the phases."""
+        if self.backend is not None:
+            with lf.use_backend(self.backend):
+                return self._run()
+        return self._run()
+
+    def _run(self) -> float:
+        spent = 0.0
+        for phase, grads in zip(self.phases, self.grads, strict=True):
+            for param, grad in zip(self.params, grads, strict=True):
+                param.grad = grad.clone()  # the plain loop adds into its gradients
+            synchronize(self.device)
+            start = time.perf_counter()
+            phase()
+            synchronize(self.device)
+            spent += time.perf_counter() - start
+        return spent
+
+
+def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """Seconds of each, in turns, so that a noisy neighbour hits all alike. The first three rounds warm up."""
+    times: list[list[float]] = [[] for _ in steps]
+    for index in range(rounds + 3):
+        for step, column in zip(steps, times, strict=True):
+            seconds = step()
+            if index >= 3:
+                column.append(seconds)
+    return times
+
+
+def roof(device: str, elements: int = 1 << 26) -> float:
+    """Bytes a second of the fastest of copy, streaming copy and read, over 256 MiB tensors."""
+    x, y = (torch.rand(elements, device=device) for _ in range(2))
+    candidates = {
+        "copy": (lambda: y.copy_(x), 8),
+        "streaming copy": (lambda: ops.restore_([y], [x]), 8),
+        "read": (lambda: ops.grad_norm([x]), 4),
+    }
+    best = 0.0
+    for run, moved in candidates.values():
+        seconds = []
+        for _ in range(12):
+            synchronize(device)
+            start = time.perf_counter()
+            run()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        best = max(best, moved * elements / statistics.median(seconds[2:]))
+    return best

@@ -1,0 +1,647 @@
+// The CUDA loops: map and ordered reduce over a table, for any functor, and the cross entropy's. A launch takes its share
+// of the table by value: nothing is copied to the device or kept alive, and a CUDA graph owns what it replays.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <iterator>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "functors/focal.h"
+#include "table.h"
+
+// How a kernel starts and takes its argument. tests/cuda_on_host puts a loop on the host in their place.
+#ifndef LT_LAUNCH
+#define LT_LAUNCH(kernel, blocks, threads, stream, argument) kernel<<<blocks, threads, 0, stream>>>(argument)
+#define LT_ARGUMENT(Type) const __grid_constant__ Type
+#endif
+
+// The most a kernel takes by value, from sm_70 on: 32,764 bytes since CUDA 12.1, 4 KiB before.
+#ifndef LT_ARGUMENT_BYTES
+#if CUDART_VERSION >= 12010
+#define LT_ARGUMENT_BYTES 32764
+#else
+#define LT_ARGUMENT_BYTES 4096
+#endif
+#endif
+
+namespace lt {
+
+constexpr int kThreads = 256;
+constexpr int kVector = 4;  // elements a thread takes from each role at a time: 16 bytes in fp32
+
+/// What a slice knows of a tensor besides its addresses.
+struct Row {
+  uint32_t first_item;
+  uint32_t last : 14;  ///< elements in the last item, less one
+  uint32_t hyper : 4;
+  uint32_t dtypes : 14;  ///< two bits a role
+};
+
+union Word {
+  Row row;
+  char* address;
+  int64_t end;  ///< chunk at which a bucket ends
+  double hyper;
+};
+
+/// The tensors of one launch. Their elements are dealt out in items of 2^shift. `words` holds, from the front, for each
+/// tensor a Row and the addresses of those roles that any tensor has (SGD with step counts: 56 bytes, 570 tensors), then
+/// the buckets' ends; from the back, rows of hyperparameters.
+struct Slice {
+  static constexpr int kHyperRows = 16, kWords = (LT_ARGUMENT_BYTES - 96) / 8;
+  Signals signals;
+  double* slots;  ///< of all chunks, in or out of this slice
+  unsigned* ticket;
+  int64_t first_slot, first_bucket, bucket_begin;
+  uint32_t items, columns;  ///< columns: four bits a role, its word within a tensor's, 0 = no tensor has it
+  int tensors, stride, shift, hyper_columns, buckets;
+  Word words[kWords];
+
+  LT_HD const Row& row(int tensor) const { return words[tensor * stride].row; }
+  LT_HD char* address(int tensor, int role) const {
+    const int column = columns >> (4 * role) & 15;
+    return column ? words[tensor * stride + column].address : nullptr;
+  }
+  LT_HD int hyper_at(int row) const { return kWords - (row + 1) * hyper_columns; }
+  LT_HD int64_t bucket_end(int bucket) const { return words[tensors * stride + bucket].end; }
+
+  /// The last tensor that starts at or before an item: those of zero elements start where their successor does.
+  LT_HD int tensor_of(uint32_t item) const {
+    int low = 0, high = tensors;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (row(middle).first_item <= item ? low : high) = middle;
+    }
+    return low;
+  }
+};
+static_assert(sizeof(Slice) <= LT_ARGUMENT_BYTES, "a kernel's argument");
+
+/// Four undecoded elements. Fetching is apart from decoding so that all roles' loads are under way before the first use.
+template <class A>
+struct Raw {
+  uint32_t word[sizeof(A)];
+};
+
+/// Elements first...first + n - 1 of a role, as 16 bytes (8 of 16-bit elements) where they are aligned and all there.
+template <class A>
+__device__ __forceinline__ Raw<A> fetch(unsigned dtype, bool aligned, const char* address, int first, int n) {
+  Raw<A> raw{};
+  const char* from = address + int64_t(first) * item_size(uint8_t(dtype));
+  if (aligned && n >= kVector) {
+    if (dtype >= kBF16) {
+      const uint2 low = *reinterpret_cast<const uint2*>(from);
+      raw.word[0] = low.x, raw.word[1] = low.y;
+    } else {
+      const uint4 low = *reinterpret_cast<const uint4*>(from);
+      raw.word[0] = low.x, raw.word[1] = low.y, raw.word[2] = low.z, raw.word[3] = low.w;
+      if constexpr (sizeof(A) == 8) {
+        if (dtype == kF64) {
+          const uint4 high = reinterpret_cast<const uint4*>(from)[1];
+          raw.word[4] = high.x, raw.word[5] = high.y, raw.word[6] = high.z, raw.word[7] = high.w;
+        }
+      }
+    }
+    return raw;
+  }
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    if (j >= n) continue;
+    if (dtype >= kBF16) {
+      raw.word[j / 2] |= uint32_t(reinterpret_cast<const uint16_t*>(from)[j]) << (16 * (j % 2));
+    } else if (sizeof(A) == 4 || dtype == kF32) {
+      raw.word[j] = reinterpret_cast<const uint32_t*>(from)[j];
+    } else if constexpr (sizeof(A) == 8) {
+      raw.word[2 * j] = reinterpret_cast<const uint32_t*>(from)[2 * j];
+      raw.word[2 * j + 1] = reinterpret_cast<const uint32_t*>(from)[2 * j + 1];
+    }
+  }
+  return raw;
+}
+
+/// The reverse of fetch.
+template <class A>
+__device__ __forceinline__ void put(const Raw<A>& raw, unsigned dtype, bool aligned, char* address, int first, int n) {
+  char* to = address + int64_t(first) * item_size(uint8_t(dtype));
+  if (aligned && n >= kVector) {
+    if (dtype >= kBF16) {
+      *reinterpret_cast<uint2*>(to) = uint2{raw.word[0], raw.word[1]};
+    } else {
+      *reinterpret_cast<uint4*>(to) = uint4{raw.word[0], raw.word[1], raw.word[2], raw.word[3]};
+      if constexpr (sizeof(A) == 8) {
+        if (dtype == kF64)
+          reinterpret_cast<uint4*>(to)[1] = uint4{raw.word[4], raw.word[5], raw.word[6], raw.word[7]};
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    if (j >= n) continue;
+    if (dtype >= kBF16) {
+      reinterpret_cast<uint16_t*>(to)[j] = uint16_t(raw.word[j / 2] >> (16 * (j % 2)));
+    } else if (sizeof(A) == 4 || dtype == kF32) {
+      reinterpret_cast<uint32_t*>(to)[j] = raw.word[j];
+    } else if constexpr (sizeof(A) == 8) {
+      reinterpret_cast<uint32_t*>(to)[2 * j] = raw.word[2 * j];
+      reinterpret_cast<uint32_t*>(to)[2 * j + 1] = raw.word[2 * j + 1];
+    }
+  }
+}
+
+template <class A>
+__device__ __forceinline__ void decode(const Raw<A>& raw, unsigned dtype, A (&x)[kVector]) {
+  if (dtype == kF32) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) x[j] = A(bits<float>(raw.word[j]));
+  } else if (sizeof(A) == 8 && dtype == kF64) {
+    if constexpr (sizeof(A) == 8) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) x[j] = bits<A>(uint64_t(raw.word[2 * j + 1]) << 32 | raw.word[2 * j]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const uint16_t half = uint16_t(raw.word[j / 2] >> (16 * (j % 2)));
+      x[j] = A(dtype == kBF16 ? from_bf16(half) : from_f16(half));
+    }
+  }
+}
+
+template <class A>
+__device__ __forceinline__ Raw<A> encode(unsigned dtype, const A (&x)[kVector]) {
+  Raw<A> raw{};
+  if (dtype == kF32) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) raw.word[j] = bits<uint32_t>(float(x[j]));
+  } else if (sizeof(A) == 8 && dtype == kF64) {
+    if constexpr (sizeof(A) == 8) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        raw.word[2 * j] = uint32_t(bits<uint64_t>(x[j]));
+        raw.word[2 * j + 1] = uint32_t(bits<uint64_t>(x[j]) >> 32);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float narrow = float(x[j]);
+      raw.word[j / 2] |= uint32_t(dtype == kBF16 ? to_bf16(narrow) : to_f16(narrow)) << (16 * (j % 2));
+    }
+  }
+  return raw;
+}
+
+/// An item: up to 2^shift elements of one tensor.
+template <class F, class A>
+struct Item {
+  static constexpr unsigned kNative = sizeof(A) == 8 ? kF64 : kF32;
+  int count;
+  unsigned dtypes, present = 0, aligned = 0, native = 0;  ///< but for dtypes, one bit a role
+  char* address[F::kRoles];                               ///< of the item's first element; null: absent
+
+  __device__ Item(const Slice& slice, int tensor, uint32_t index) {
+    const Row row = slice.row(tensor);
+    const uint32_t local = index - row.first_item;
+    const uint32_t end = tensor + 1 < slice.tensors ? slice.row(tensor + 1).first_item : slice.items;
+    count = index + 1 == end ? row.last + 1 : 1 << slice.shift;
+    dtypes = row.dtypes;
+#pragma unroll
+    for (int r = 0; r < F::kRoles; ++r) {
+      address[r] = nullptr;
+      if (r == F::step) continue;
+      char* base = slice.address(tensor, r);
+      if (!base) continue;
+      address[r] = base + (int64_t(local) << slice.shift) * item_size(dtype(r));
+      present |= bit(r);
+      // An item begins at a multiple of 4096 elements: aligned where its tensor is.
+      if (reinterpret_cast<uintptr_t>(base) % (dtype(r) >= kBF16 ? 8 : 16) == 0) aligned |= bit(r);
+      if (dtype(r) == kNative) native |= bit(r);
+    }
+  }
+  __device__ uint8_t dtype(int role) const { return dtypes >> (2 * role) & 3; }
+};
+
+/// Calls body(mask) with the smallest of F's variants that has every role that is present.
+template <class F, class Body, size_t... V>
+__device__ __forceinline__ void with_variant(unsigned present, const Body& body, std::index_sequence<V...>) {
+  bool done = false;
+  (((!done && (V + 1 == sizeof...(V) || !(present & ~F::variants[V])))
+        ? (body(std::integral_constant<unsigned, F::variants[V]>()), done = true)
+        : false),
+   ...);
+}
+
+template <class F>
+using VariantsOf = std::make_index_sequence<sizeof(F::variants) / sizeof(unsigned)>;  // std::size: see bind.h
+
+constexpr int ones(unsigned mask) { return mask ? 1 + ones(mask & (mask - 1)) : 0; }
+
+/// Four vectors under way per thread, counted over the roles read: with 1024 threads 64 KiB a multiprocessor in fp32, where
+/// 4.8 TB/s at 0.7 us take 26.
+template <class F, unsigned kPresent>
+constexpr int kUnroll = ones(F::reads & kPresent) < 4 ? 4 / ones(F::reads & kPresent) : 1;
+
+/// Calls body(plain, v) for this thread's vectors v, v + kThreads, ... of an item, kStep at a time. Plain ones need no test:
+/// every role is there, of the accumulator's type and aligned, and so are all kStep vectors.
+template <unsigned kPresent, int kStep, class F, class A, class Body>
+__device__ __forceinline__ void for_vectors(const Item<F, A>& item, const Body& body) {
+  int v = threadIdx.x;
+  if ((item.aligned & item.native & kPresent) == kPresent)
+    for (; (v + (kStep - 1) * kThreads + 1) * kVector <= item.count; v += kStep * kThreads) body(std::true_type(), v);
+  for (; v * kVector < item.count; v += kStep * kThreads) body(std::false_type(), v);
+}
+
+template <bool kPlain, unsigned kPresent, int kStep, class F, class A>
+__device__ __forceinline__ void load_vectors(const Item<F, A>& item, int v, A (&x)[kStep][F::kRoles][kVector]) {
+  Raw<A> raw[kStep][F::kRoles];
+#pragma unroll
+  for (int s = 0; s < kStep; ++s)
+#pragma unroll
+    for (int r = 0; r < F::kRoles; ++r) {
+      if (!(kPresent & F::reads & bit(r))) continue;
+      const int first = (v + s * kThreads) * kVector;
+      raw[s][r] = kPlain ? fetch<A>(item.kNative, true, item.address[r], first, kVector)
+                         : fetch<A>(item.dtype(r), item.aligned & bit(r), item.address[r], first,
+                                    item.address[r] ? item.count - first : 0);
+    }
+#pragma unroll
+  for (int s = 0; s < kStep; ++s)
+#pragma unroll
+    for (int r = 0; r < F::kRoles; ++r) {
+      if (kPresent & F::reads & bit(r))
+        decode(raw[s][r], kPlain ? item.kNative : item.dtype(r), x[s][r]);
+      else
+        for (int j = 0; j < kVector; ++j) x[s][r][j] = 0;
+    }
+}
+
+template <bool kPlain, unsigned kPresent, int kStep, class F, class A>
+__device__ __forceinline__ void store_vectors(const Item<F, A>& item, int v, const A (&x)[kStep][F::kRoles][kVector]) {
+#pragma unroll
+  for (int s = 0; s < kStep; ++s)
+#pragma unroll
+    for (int r = 0; r < F::kRoles; ++r) {
+      if (!(kPresent & F::writes & bit(r))) continue;
+      const int first = (v + s * kThreads) * kVector;
+      const unsigned dtype = kPlain ? item.kNative : item.dtype(r);
+      const Raw<A> raw = encode(dtype, x[s][r]);
+      if (kPlain)
+        put(raw, dtype, true, item.address[r], first, kVector);
+      else if (item.address[r])
+        put(raw, dtype, item.aligned & bit(r), item.address[r], first, item.count - first);
+    }
+}
+
+/// The functor of the tensor at hand, made by one thread (Adam's takes two pow() in double) and only when it changes.
+template <class F>
+struct Constants {
+  int made_for = -1;
+
+  __device__ F at(const Slice& slice, int tensor) {
+    __shared__ double storage[(sizeof(F) + 7) / 8];
+    const float* step = nullptr;
+    if constexpr (F::step >= 0) step = reinterpret_cast<const float*>(slice.address(tensor, F::step));
+    const int group = slice.row(tensor).hyper, wanted = step ? Slice::kHyperRows + tensor : group;
+    if (wanted != made_for) {
+      __syncthreads();  // some may still read the one before
+      if (threadIdx.x == 0) new (storage) F(&slice.words[slice.hyper_at(group)].hyper, slice.signals, step);
+      __syncthreads();
+      made_for = wanted;
+    }
+    return *reinterpret_cast<const F*>(storage);
+  }
+};
+
+/// True in the block that comes here last; it sees what all others wrote. The ticket is zero again afterwards, for the next
+/// launch or the next replay of a graph.
+__device__ inline bool last_block(unsigned* ticket) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    if (last) *ticket = 0;
+  }
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+/// op over the block's threads, as a tree: always in the same order.
+template <class Op>
+__device__ double block_fold(double x, const Op& op) {
+  __shared__ double cells[kThreads];
+  __syncthreads();  // some may still read the result before
+  cells[threadIdx.x] = x;
+  __syncthreads();
+  for (unsigned width = blockDim.x / 2; width; width /= 2) {
+    if (threadIdx.x < width) cells[threadIdx.x] = op(cells[threadIdx.x], cells[threadIdx.x + width]);
+    __syncthreads();
+  }
+  return cells[0];
+}
+
+__device__ inline double block_sum(double x) {
+  return block_fold(x, [](double a, double b) { return a + b; });
+}
+
+/// Left to itself, ptxas stops at 64 registers and spills.
+template <class F, class A>
+constexpr int kMinBlocks = (F::kRoles > 6 ? 3 : 4) * sizeof(float) / sizeof(A);
+
+template <class F, class A>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) map_kernel(LT_ARGUMENT(Slice) slice) {
+  Constants<F> constants;
+  for (uint32_t index = blockIdx.x; index < slice.items; index += gridDim.x) {
+    const int tensor = slice.tensor_of(index);
+    const F f = constants.at(slice, tensor);
+    const Item<F, A> item(slice, tensor, index);
+    with_variant<F>(
+        item.present,
+        [&](auto mask) {
+          constexpr unsigned kPresent = mask.value;
+          constexpr int kStep = kUnroll<F, kPresent>;
+          for_vectors<kPresent, kStep>(item, [&](auto plain, int v) {
+            A x[kStep][F::kRoles][kVector];
+            load_vectors<plain.value, kPresent>(item, v, x);
+#pragma unroll
+            for (int s = 0; s < kStep; ++s)
+#pragma unroll
+              for (int j = 0; j < kVector; ++j) {
+                A element[F::kRoles];
+#pragma unroll
+                for (int r = 0; r < F::kRoles; ++r) element[r] = x[s][r][j];
+                f(element);
+#pragma unroll
+                for (int r = 0; r < F::kRoles; ++r) x[s][r][j] = element[r];
+              }
+            store_vectors<plain.value, kPresent>(item, v, x);
+          });
+        },
+        VariantsOf<F>());
+  }
+  if constexpr (F::step >= 0) {
+    // After every block has read them, so the last one counts.
+    if (!(slice.columns >> (4 * F::step) & 15) || !last_block(slice.ticket) || slice.signals.skip()) return;
+    for (int tensor = threadIdx.x; tensor < slice.tensors; tensor += kThreads)
+      if (char* step = slice.address(tensor, F::step)) *reinterpret_cast<float*>(step) += 1.0f;
+  }
+}
+
+/// One slot a chunk, filled by one block: where the chunk lies in a launch or on the device leaves no trace in the sum.
+template <class F, class A>
+__global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) reduce_kernel(LT_ARGUMENT(Slice) slice) {
+  Constants<F> constants;
+  for (uint32_t index = blockIdx.x; index < slice.items; index += gridDim.x) {
+    const int tensor = slice.tensor_of(index);
+    const F f = constants.at(slice, tensor);
+    const Item<F, A> item(slice, tensor, index);
+    A lanes[kVector] = {};
+    with_variant<F>(
+        item.present,
+        [&](auto mask) {
+          constexpr unsigned kPresent = mask.value;
+          constexpr int kStep = kUnroll<F, kPresent>;
+          for_vectors<kPresent, kStep>(item, [&](auto plain, int v) {
+            A x[kStep][F::kRoles][kVector];
+            load_vectors<plain.value, kPresent>(item, v, x);
+#pragma unroll
+            for (int s = 0; s < kStep; ++s)
+#pragma unroll
+              for (int j = 0; j < kVector; ++j) {
+                A element[F::kRoles];
+#pragma unroll
+                for (int r = 0; r < F::kRoles; ++r) element[r] = x[s][r][j];
+                lanes[j] += f.term(element);  // what is not there is zero, and so is its term
+              }
+          });
+        },
+        VariantsOf<F>());
+    const double sum = block_sum((double(lanes[0]) + double(lanes[1])) + (double(lanes[2]) + double(lanes[3])));
+    if (threadIdx.x == 0) slice.slots[slice.first_slot + index] = sum;
+  }
+  if (!slice.buckets || !last_block(slice.ticket)) return;
+  int64_t begin = slice.bucket_begin;
+  for (int bucket = 0; bucket < slice.buckets; ++bucket) {
+    const int64_t end = slice.bucket_end(bucket);
+    double sum = 0;
+    for (int64_t slot = begin + threadIdx.x; slot < end; slot += kThreads) sum += slice.slots[slot];
+    const A result = A(F::finish(block_sum(sum)));
+    if (threadIdx.x == 0) {
+      static_cast<A*>(slice.signals.norm)[slice.first_bucket + bucket] = result;
+      if (slice.signals.found_inf && !finite(result)) *slice.signals.found_inf = 1.0f;
+    }
+    begin = end;
+  }
+}
+
+template <class A>
+struct Logits {
+  const char* logits;
+  const int64_t* labels;
+  const A *u, *v;
+  A* losses;
+  char *grad_u, *grad_v;
+  int64_t rows, classes;
+  uint8_t dtype;
+};
+
+template <class A>
+__device__ __forceinline__ A get(const char* from, uint8_t dtype, int64_t index) {
+  A x[kVector];
+  decode(fetch<A>(dtype, false, from + index * item_size(dtype), 0, 1), dtype, x);
+  return x[0];
+}
+
+template <class A>
+__device__ __forceinline__ void set(char* to, uint8_t dtype, int64_t index, A value) {
+  const A x[kVector] = {value};
+  put(encode(dtype, x), dtype, false, to + index * item_size(dtype), 0, 1);
+}
+
+/// A block a row. A label that is no class makes its row NaN: to refuse it, the host would have to wait.
+template <class A>
+__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LT_ARGUMENT(Logits<A>) in) {
+  for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
+    const int64_t first = row * in.classes, label = in.labels[row];
+    const bool known = label >= 0 && label < in.classes;
+    A peak = get<A>(in.logits, in.dtype, first), sum = 0;
+    for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x) {
+      const A z = get<A>(in.logits, in.dtype, first + c);
+      peak = z > peak ? z : peak;
+    }
+    peak = A(block_fold(double(peak), [](double a, double b) { return b > a ? b : a; }));
+    for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x)
+      sum += FocalCrossEntropy<A>::shifted_exp(get<A>(in.logits, in.dtype, first + c), peak);
+    sum = A(block_sum(double(sum)));
+    const A u = known ? in.u[label] : A(NAN), v = known ? in.v[label] : A(NAN);
+    if (threadIdx.x == 0)
+      in.losses[row] =
+          FocalCrossEntropy<A>::loss(sum, peak, known ? get<A>(in.logits, in.dtype, first + label) : A(NAN));
+    const FocalCrossEntropy<A> f{peak, A(1) / sum, u / A(in.rows), v / A(in.rows)};
+    for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x) {
+      A grad_u, grad_v;
+      f.gradients(get<A>(in.logits, in.dtype, first + c), c == label, grad_u, grad_v);
+      set(in.grad_u, in.dtype, first + c, grad_u);
+      set(in.grad_v, in.dtype, first + c, grad_v);
+    }
+  }
+}
+
+inline void check(cudaError_t status, const char* op) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(status));
+}
+
+/// Blocks of a kernel that the current device runs at a time.
+template <auto kKernel>
+int64_t resident_blocks(const char* op) {
+  static std::atomic<int> known[64];  // by device; asking takes 2 us
+  int device, processors, blocks;
+  check(cudaGetDevice(&device), op);
+  if (const int count = known[device % 64]) return count;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0), op);
+  if (device < 64) known[device] = processors * blocks;
+  return processors * blocks;
+}
+
+/// Fills slices with a table's tensors.
+template <class F>
+struct Packer {
+  const Table& table;
+  const Hyper& hyper;
+  Slice slice;
+  int32_t groups[Slice::kHyperRows];
+  int hyper_rows = 0;
+  int64_t next = 0;
+
+  Packer(const Table& table, const Hyper& hyper, const Signals& signals, int shift) : table(table), hyper(hyper) {
+    slice.signals = signals;
+    slice.slots = table.scratch;
+    slice.ticket = reinterpret_cast<unsigned*>(table.scratch + table.chunks() + 1);
+    slice.first_bucket = slice.bucket_begin = 0;
+    slice.shift = shift;
+    slice.hyper_columns = int(hyper.columns);
+    slice.columns = 0;
+    slice.stride = 1;
+    for (int r = 0; r < F::kRoles; ++r)
+      for (int64_t t = 0; t < table.tensors; ++t)
+        if (table.pointers[t * F::kRoles + r]) {
+          slice.columns |= uint32_t(slice.stride++) << (4 * r);
+          break;
+        }
+    clear();
+  }
+
+  void clear() {
+    slice.items = 0;
+    slice.tensors = slice.buckets = hyper_rows = 0;
+  }
+
+  bool room_for(int rows, int hyper_rows, int buckets) const {
+    return rows * slice.stride + hyper_rows * slice.hyper_columns + buckets <= Slice::kWords;
+  }
+
+  /// Adds tensors until the slice is full. Returns whether all are in it, or in an earlier one.
+  bool fill() {
+    slice.first_slot = table.first_chunk[next];
+    for (; next < table.tensors; ++next)
+      if (!add(next)) return false;
+    return true;
+  }
+
+  bool add(int64_t tensor) {
+    const int64_t* pointers = table.pointers + tensor * F::kRoles;
+    const int64_t numel = table.numels[tensor];
+    if (numel == 0 && (F::step < 0 || !pointers[F::step < 0 ? 0 : F::step])) return true;
+    const int row = int(std::find(groups, groups + hyper_rows, table.groups[tensor]) - groups);
+    const bool fresh = row == hyper_rows;
+    if ((fresh && row == Slice::kHyperRows) || !room_for(slice.tensors + 1, hyper_rows + fresh, 0)) return false;
+    if (fresh) {
+      groups[hyper_rows++] = table.groups[tensor];
+      const double* values = hyper.row(table.groups[tensor]);
+      for (int c = 0; c < slice.hyper_columns; ++c) slice.words[slice.hyper_at(row) + c].hyper = values[c];
+    }
+    Word* words = slice.words + slice.tensors++ * slice.stride;
+    uint32_t dtypes = 0;
+    for (int r = 0; r < F::kRoles; ++r) {
+      if (const int column = slice.columns >> (4 * r) & 15) words[column].address = reinterpret_cast<char*>(pointers[r]);
+      if (r != F::step) dtypes |= uint32_t(table.dtypes[tensor * F::kRoles + r]) << (2 * r);
+    }
+    const int64_t items = ((numel - 1) >> slice.shift) + 1;  // 0 of 0 elements
+    words->row = {slice.items, uint32_t(numel - 1) & ((1u << slice.shift) - 1), uint32_t(row), dtypes};
+    slice.items += uint32_t(items);
+    return true;
+  }
+};
+
+constexpr int kChunkShift = 14, kSmallShift = 12;
+static_assert(int64_t(1) << kChunkShift == kChunk, "an item of a reduction is a chunk");
+
+template <class Kernel, class Argument>
+void launch(const char* op, Kernel* kernel, int64_t blocks, int threads, intptr_t stream, const Argument& argument) {
+  LT_LAUNCH(kernel, unsigned(blocks), threads, reinterpret_cast<cudaStream_t>(stream), argument);
+  check(cudaGetLastError(), op);
+}
+
+template <auto kKernel>
+void launch_slice(const char* op, const Slice& slice, intptr_t stream) {
+  const int64_t blocks = std::min<int64_t>(slice.items, resident_blocks<kKernel>(op));
+  launch(op, kKernel, std::max<int64_t>(1, blocks), kThreads, stream, slice);
+}
+
+struct CudaLoop {
+  template <class F, class A>
+  static void map(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t stream) {
+    constexpr auto kernel = map_kernel<F, A>;
+    // Whole chunks where there is enough to do, so that less time goes into finding them; else what fills the device.
+    const bool large = table.chunks() > 16 * resident_blocks<kernel>(F::name);
+    Packer<F> packer(table, hyper, signals, large ? kChunkShift : kSmallShift);
+    for (bool all = false; !all; packer.clear()) {
+      all = packer.fill();
+      if (packer.slice.tensors) launch_slice<kernel>(F::name, packer.slice, stream);
+    }
+  }
+
+  template <class F, class A>
+  static void reduce(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t stream) {
+    constexpr auto kernel = reduce_kernel<F, A>;
+    Packer<F> packer(table, hyper, signals, kChunkShift);
+    for (; !packer.fill(); packer.clear()) launch_slice<kernel>(F::name, packer.slice, stream);
+    Slice& slice = packer.slice;
+    int64_t tensor = 0;
+    for (int64_t bucket = 0; bucket < table.buckets; ++bucket) {
+      const int64_t begin = table.first_chunk[tensor];
+      while (tensor < table.tensors && table.bucket_of[tensor] == bucket) ++tensor;
+      if (!packer.room_for(slice.tensors, packer.hyper_rows, slice.buckets + 1)) {
+        launch_slice<kernel>(F::name, slice, stream);
+        packer.clear();
+        slice.first_bucket = bucket;
+        slice.bucket_begin = begin;
+      }
+      slice.words[slice.tensors * slice.stride + slice.buckets++].end = table.first_chunk[tensor];
+    }
+    if (slice.buckets) launch_slice<kernel>(F::name, slice, stream);
+  }
+
+  template <class A>
+  static void cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
+                            void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t stream) {
+    if (rows == 0) return;
+    int threads = 32;
+    while (threads < kThreads && threads * 8 < classes) threads *= 2;
+    const Logits<A> in{static_cast<const char*>(logits), labels, u, v, losses, static_cast<char*>(grad_u),
+                       static_cast<char*>(grad_v), rows, classes, dtype};
+    launch(FocalCrossEntropy<A>::name, cross_entropy_kernel<A>, std::min<int64_t>(rows, 1 << 20), threads, stream, in);
+  }
+};
+
+}  // namespace lt

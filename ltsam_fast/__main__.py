@@ -1,0 +1,82 @@
+"""The command line: ``python -m ltsam_fast info`` and ``python -m ltsam_fast demo``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+
+import ltsam_fast
+from ltsam_fast import backend
+
+COMMANDS = {
+    "info": "versions, and which backends are available or why not",
+    "demo": "train a small network on long-tailed digits with SGD, SAM and Focal-SAM (demo --help tells more)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; ``argv`` as in ``sys.argv[1:]``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ltsam_fast",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="commands:\n" + "\n".join(f"  {name:6} {text}" for name, text in COMMANDS.items()),
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
+    asked = parser.parse_args(argv)
+    if asked.command == "info":
+        argparse.ArgumentParser(prog=f"{parser.prog} info", description=COMMANDS["info"]).parse_args(asked.arguments)
+        print(info())
+        return
+    try:
+        importlib.import_module("ltsam_fast.demo").main(asked.arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "sklearn", "tqdm"):
+            raise
+        sys.exit(f"{parser.prog} demo needs {error.name}: pip install 'ltsam_fast[demo]'")
+
+
+def info() -> str:
+    """Returns what a bug report needs: versions, threads, and every backend with the reason if it is not available."""
+    cpu, cuda = _core("_cpu"), _core("_cuda")
+    facts = {
+        "ltsam_fast": ltsam_fast.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "numpy": np.__version__,
+        "CPU threads": torch.get_num_threads(),
+    }
+    if cpu is not None:
+        facts["CPU core"] = "with OpenMP" if cpu.OPENMP else "without OpenMP: one thread, whatever the number above"
+    if cuda is not None:
+        facts["CUDA core"] = "for " + " ".join(f"sm_{arch // 10}" for arch in cuda.ARCHS)
+    return "\n".join([*(f"{name:12} {fact}" for name, fact in facts.items()), "", backend.report()])
+
+
+def _core(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"ltsam_fast.{name}")
+    except ImportError:  # the reason is in backend.report()
+        return None
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except Exception as error:  # an import that runs much foreign code; info must not fail with it
+        return f"does not load: {type(error).__name__}: {error}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Which module runs an op: ``"cuda"`` and ``"cpu"`` (C++), ``"triton"``, or ``"torch"``, the plain definition.
+
+A backend is a module that has the op names. The choice is, in this order: :func:`use_backend`, the environment variable
+``LTSAM_BACKEND``, the first available one for the tensors' device. A choice that cannot be had is an error, never
+another backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "torch")
+VARIABLE = "LTSAM_BACKEND"
+
+_MODULES = {
+    "cuda": "ltsam_fast._cuda",
+    "triton": "ltsam_fast.kernels",
+    "cpu": "ltsam_fast._cpu",
+    "torch": "ltsam_fast.reference",
+}
+_AUTOMATIC = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+
+_wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("ltsam_fast.backend", default=None)
+_resolved: dict[tuple[str | None, object, torch.device], ModuleType] = {}
+
+# os.environ.get takes 0.5 us to find that a name is not set, the dictionary behind it 0.03.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_variable = VARIABLE if _environment is os.environ else os.environ.encodekey(VARIABLE)
+
+_interpreted: bool | None = None
+"""Whether Triton's interpreter runs the kernels; known once they are imported, because that is when Triton decides."""
+
+
+def backends() -> list[str]:
+    """Returns the names of the available backends, preferred first.
+
+    >>> backends()[-1]
+    'torch'
+    """
+    return [name for name in NAMES if why_not(name) is None]
+
+
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which every op runs on this backend.
+
+    Args:
+        name: One of :data:`NAMES`.
+
+    Raises:
+        ValueError: There is no such backend, or it is not available; the message says why.
+
+    >>> with use_backend("torch"):
+    ...     print(backend_for(torch.device("cpu")).__name__)
+    ltsam_fast.reference
+    """
+    reason = why_not(name)
+    if reason is not None:
+        raise ValueError(f"use_backend({name!r}): {reason}. {_remedy()}")
+    return _using(name)
+
+
+@contextlib.contextmanager
+def _using(name: str) -> Iterator[None]:
+    token = _wish.set(name)
+    try:
+        yield
+    finally:
+        _wish.reset(token)
+
+
+def backend_for(device: torch.device) -> ModuleType:
+    """Returns the backend that serves tensors on ``device``.
+
+    Raises:
+        ValueError: The chosen backend cannot serve them, or none can; the message has all backends with their reasons.
+    """
+    # Called several times per optimizer step. The environment is part of the key, so it still counts at each call.
+    key = (_wish.get(), _environment.get(_variable), device)
+    module = _resolved.get(key)
+    if module is None:
+        module = _resolved[key] = importlib.import_module(_MODULES[_choose(device.type)])
+    return module
+
+
+def why_not(name: str) -> str | None:
+    """Returns why a backend is not available, in one line, or ``None`` if it is.
+
+    Raises:
+        ValueError: There is no such backend.
+
+    >>> why_not("torch") is None
+    True
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}: choose one of {', '.join(map(repr, NAMES))}")
+    if name == "cuda":
+        return _why_not_cuda()
+    return _why_not_triton() if name == "triton" else _why_not_loaded(name)
+
+
+def report() -> str:
+    """Returns one line per backend: ``name: reason``, or ``name: available``."""
+    return "\n".join(f"{name}: {why_not(name) or 'available'}" for name in NAMES)
+
+
+def _remedy() -> str:
+    return f"Leave the choice open or choose an available backend ({'; '.join(report().splitlines())})"
+
+
+def _choose(device: str) -> str:
+    if device not in _AUTOMATIC:
+        raise ValueError(f"tensors on {device!r} are not supported by any backend: move them to 'cpu' or 'cuda'")
+    name = _wish.get() or os.environ.get(VARIABLE)
+    if not name:
+        return next(candidate for candidate in _AUTOMATIC[device] if _why_not_on(device, candidate) is None)
+    chosen = f"use_backend({name!r})" if _wish.get() else f"{VARIABLE}={name}"
+    if name not in NAMES:
+        raise ValueError(f"{chosen} names no backend: choose one of {', '.join(NAMES)}")
+    reason = _why_not_on(device, name)
+    if reason is not None:
+        raise ValueError(f"{chosen} cannot serve tensors on {device!r}: {reason}. {_remedy()}")
+    return name
+
+
+def _why_not_on(device: str, name: str) -> str | None:
+    serves = {"cuda": "cuda", "triton": "cpu" if _interprets() else "cuda", "cpu": "cpu", "torch": device}[name]
+    reason = why_not(name)
+    if reason is None and serves != device:
+        return f"it takes tensors on {serves!r}"
+    return reason
+
+
+def _why_not_cuda() -> str | None:
+    reason = _why_not_loaded("cuda")
+    if reason is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "built, but torch sees no GPU"
+    if torch.version.hip is not None:
+        return "built for NVIDIA GPUs, but this torch is for AMD's"
+    major, minor = torch.cuda.get_device_capability()
+    gpu = 10 * major + minor
+    archs = [arch // 10 for arch in importlib.import_module(_MODULES["cuda"]).ARCHS]
+    # Machine code runs on later GPUs of its generation, the PTX of the newest architecture on all that came after.
+    if gpu < max(archs) and not any(arch // 10 == major and arch <= gpu for arch in archs):
+        return (
+            f"built for sm_{', sm_'.join(map(str, archs))}, the GPU is sm_{gpu}: reinstall with LTSAM_CUDA_ARCHS={gpu}"
+        )
+    return None
+
+
+def _interprets() -> bool:
+    if _interpreted is not None:
+        return _interpreted
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # what Triton itself reads
+
+
+def _why_not_triton() -> str | None:
+    global _interpreted
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    interprets = _interprets()
+    if not interprets and not torch.cuda.is_available():
+        return "no GPU; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
+    reason = _why_not_loaded("triton")
+    if reason is None:
+        _interpreted = interprets
+    return reason
+
+
+def _why_not_loaded(name: str) -> str | None:
+    try:
+        importlib.import_module(_MODULES[name])
+        return None
+    except ModuleNotFoundError as error:
+        if error.name == _MODULES[name]:
+            return _why_absent(name)
+        reason = str(error)
+    except Exception as error:  # importing runs much foreign code; whatever it says is the reason
+        reason = f"{type(error).__name__}: {error}"
+    return f"{_MODULES[name]} does not load: {reason}"
+
+
+def _why_absent(name: str) -> str:
+    try:
+        missing = importlib.import_module("ltsam_fast._build_info").MISSING
+    except ModuleNotFoundError:
+        missing = {}
+    if name in missing:
+        return f"not built: {missing[name]}"
+    if (Path(__file__).parents[1] / "csrc").is_dir():
+        return "this is a source checkout without built cores: run `pip install -e .` or leave the folder"
+    return f"{_MODULES[name]} is not there for {sys.implementation.cache_tag}: reinstall ltsam_fast"

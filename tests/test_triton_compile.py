@@ -1,0 +1,60 @@
+"""What the interpreter can't show: every kernel compiles for real GPUs, and moves 16 bytes at a time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+# triton.compile and the interpreter need separate processes: the choice is made when triton is imported.
+PROGRAM = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ltsam_fast.kernels import focal, norm, perturb, step
+
+TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64", "signals": "*i64"}
+LISTWISE = {"chunk_sums": (norm, 3), "perturb": (perturb, 3), "restore": (perturb, 2), "sgd_step": (step, 5), "adam_step": (step, 7)}
+
+
+def compiled(kernel, signature, constants, arch):
+    names = kernel.arg_names
+    full = {name: signature.get(name, "constexpr") for name in names}
+    source = ASTSource(kernel, signature=full, constexprs={(names.index(n),): v for n, v in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8, "enable_fp_fusion": False})
+
+
+for arch, types in ((90, (tl.float32, tl.float64, tl.bfloat16, tl.float16)), (80, (tl.float32,)), (100, (tl.float32,))):
+    for type_ in types:
+        wide = tl.float64 if type_ is tl.float64 else tl.float32
+        for name, (module, roles) in LISTWISE.items():
+            kernel = getattr(module, name + "_kernel")
+            ptx = compiled(kernel, TABLE, {"TYPES": (type_,) * roles, "A": wide, "BLOCK": 2048}, arch).asm["ptx"]
+            if type_ is tl.float32:
+                assert "ld.global.v4" in ptx, (name, arch)
+                assert name == "chunk_sums" or "st.global.v4" in ptx, (name, arch)
+        arguments = {n: "i64" for n in ("logits", "labels", "u", "v", "losses", "grad_u", "grad_v")}
+        compiled(focal.focal_kernel, arguments | {"rows": "i32", "classes": "i32"}, {"TYPE": type_, "A": wide, "BLOCK": 1024}, arch)
+    compiled(norm.norms_kernel, {"ranges": "*i64", "signals": "*i64"}, {"A": tl.float32, "SLOTS": 1024}, arch)
+    compiled(
+        step.count_steps_kernel,
+        {"pointers": "*i64", "signals": "*i64", "tensors": "i32"},
+        {"ROLES": 6, "BLOCK": 128},
+        arch,
+    )
+print("compiled")
+"""
+
+
+def test_kernels_compile_for_gpus_with_16_byte_accesses(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    program = tmp_path / "compile_kernels.py"  # a file: Triton reads the kernels' sources
+    program.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, str(program)], text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "compiled" in done.stdout
