@@ -48,7 +48,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     found = rows(results)
     labels = [f"{row['method']}\n{row['network']}\n{row['backend']}" for row in found]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4))
-    for axes, key, title in ((left, "ratio", "times faster than the plain loop"), (right, "share_of_roof", "share of roof")):
+    for axes, key, title in (
+        (left, "ratio", "times faster than the plain loop"),
+        (right, "share_of_roof", "share of roof"),
+    ):
         bars = axes.bar(range(len(found)), [row[key] for row in found])
         axes.bar_label(bars, fmt="%.2g")
         axes.set_xticks(range(len(found)), labels, fontsize=7)

@@ -18,7 +18,9 @@ def _squares(g, extra, w, adaptive, eta):
 
 
 @triton.jit
-def _chunk_sum(row, begin, count, adaptive, eta, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def _chunk_sum(
+    row, begin, count, adaptive, eta, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
     G, EXTRA, W = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     lanes = tl.zeros([BLOCK], A)
     for start in range(0, count, BLOCK):

@@ -102,9 +102,7 @@ def on_device(part, key, make):
     """An array on the part's device, uploaded once for each ``key`` until a tensor moves."""
     if key not in part.cache:
         host = torch.from_numpy(np.ascontiguousarray(make()))
-        part.cache[key] = (
-            host.pin_memory().to(part.device, non_blocking=True) if part.device.type == "cuda" else host
-        )
+        part.cache[key] = host.pin_memory().to(part.device, non_blocking=True) if part.device.type == "cuda" else host
     return part.cache[key]
 
 
@@ -118,8 +116,9 @@ def _groups(part, array_roles):
     present = part.pointers[:, :array_roles] != 0
     types = np.where(present, part.dtypes[:, :array_roles].astype(np.int64), -1)
     for kind in np.unique(types[part.numels > 0], axis=0):
-        yield tuple(TYPES[code] if code >= 0 else None for code in kind), np.flatnonzero(
-            (types == kind).all(axis=1) & (part.numels > 0)
+        yield (
+            tuple(TYPES[code] if code >= 0 else None for code in kind),
+            np.flatnonzero((types == kind).all(axis=1) & (part.numels > 0)),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +54,9 @@ def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "
     raise ValueError(f"profile must be 'exp' or 'step', got {profile!r}")
 
 
-def longtail_subset(labels: Tensor | Sequence[int] | np.ndarray[Any, Any], counts: Sequence[int], seed: int = 0) -> Tensor:
+def longtail_subset(
+    labels: Tensor | Sequence[int] | np.ndarray[Any, Any], counts: Sequence[int], seed: int = 0
+) -> Tensor:
     """Returns the indices of ``counts[c]`` samples of each class c, drawn at random.
 
     For c = 0, 1, ...: the indices of class c are shuffled by one ``numpy.random.RandomState(seed)``, and the first

@@ -23,9 +23,9 @@ BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
 MANY, FEW = 60, 10
 """Shot groups of the digits, whose largest class has about 130 training images: more than 60, fewer than 10."""
 GROUPS = ("all", "many", "medium", "few")
-BASE = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+BASE: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 
-Step = Callable[[Tensor, Tensor], None]
+Step = Callable[[Tensor, Tensor], object]
 
 
 def network() -> nn.Sequential:
@@ -60,14 +60,12 @@ def _sgd(model: nn.Module, counts: list[int]) -> tuple[torch.optim.Optimizer, St
 
 def _sam(model: nn.Module, counts: list[int]) -> tuple[torch.optim.Optimizer, Step]:
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, **BASE)
-    return optimizer, lambda x, y: optimizer.step(_per_sample(model, x, y)) and None
+    return optimizer, lambda x, y: optimizer.step(_per_sample(model, x, y))
 
 
 def _focal_sam(model: nn.Module, counts: list[int]) -> tuple[torch.optim.Optimizer, Step]:
-    optimizer = FocalSAM(
-        model.parameters(), torch.optim.SGD, rho=0.2, class_counts=counts, gamma=3.0, lam=0.5, **BASE
-    )
-    return optimizer, lambda x, y: optimizer.step(_per_sample(model, x, y), targets=y) and None
+    optimizer = FocalSAM(model.parameters(), torch.optim.SGD, rho=0.2, class_counts=counts, gamma=3.0, lam=0.5, **BASE)
+    return optimizer, lambda x, y: optimizer.step(_per_sample(model, x, y), targets=y)
 
 
 METHODS = {"sgd": ("SGD", _sgd), "sam": ("SAM", _sam), "focal_sam": ("Focal-SAM", _focal_sam)}
@@ -226,7 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # for 24 k parameters a second thread costs more than it brings
     print(f"long-tailed digits, training images per class: {first.class_counts}")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}
-    with tqdm(total=options.seeds * len(results) * options.epochs, unit="epoch", desc="training", mininterval=1.0) as bar:
+    with tqdm(
+        total=options.seeds * len(results) * options.epochs, unit="epoch", desc="training", mininterval=1.0
+    ) as bar:
         for seed in range(options.seeds):
             data = digits(options.imbalance, seed)
             for name, runs in results.items():

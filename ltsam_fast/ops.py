@@ -114,9 +114,9 @@ def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
 
 
 def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
-    count = max((len(value) for value in columns if isinstance(value, Sequence)), default=1)
+    count = max((1, *(len(value) for value in columns if isinstance(value, Sequence))))
     for name, value in zip(op.hyper, columns, strict=True):
-        if isinstance(value, Sequence) and len(value) != max(count, 1):
+        if isinstance(value, Sequence) and len(value) != count:
             raise ValueError(f"{name} has {len(value)} values, but there are {count} groups: give one per group")
         for one in value if isinstance(value, Sequence) else (value,):
             if not isinstance(one, Real):  # a tensor's value could change and would still be found in _ROWS
@@ -197,7 +197,7 @@ def _run(
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
         twin = getattr(reference, op.name)
-        named = dict(zip(op.arguments, roles, strict=True)) | values
+        named: dict[str, Any] = dict(zip(op.arguments, roles, strict=True)) | values
         if op.hyper:
             named |= {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf, "groups": groups}
         twin(**named)
@@ -662,8 +662,8 @@ def focal_cross_entropy(
     for name, given in (("v", v), ("u", u)):
         weight = 1 - v if given is None and name == "u" else given
         if not isinstance(weight, Tensor) or tuple(weight.shape) != (classes,):
-            shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"{name} must be a tensor of shape ({classes},), one weight per class, got {shape}")
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"{name} must be a tensor of shape ({classes},), one weight per class, got {got}")
         weights.append(weight.detach().to(logits.device, accumulator).contiguous())
     v, u = weights
     backend = backend_for(logits.device)

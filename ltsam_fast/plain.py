@@ -34,7 +34,9 @@ class _Plain(Optimizer):
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
-        self.param_groups = self.base_optimizer.param_groups  # one list, so that schedulers reach the base's learning rate
+        self.param_groups = (
+            self.base_optimizer.param_groups
+        )  # one list, so that schedulers reach the base's learning rate
         self._old: list[tuple[Tensor, Tensor]] = []
 
     def _climb(self) -> None:

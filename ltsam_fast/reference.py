@@ -225,9 +225,7 @@ def adam_step_(
         mean = _wide(m) + (1 - at(beta1)) * (d - _wide(m))
         square = at(beta2) * _wide(v) + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(_wide(vmax), square)
-        w.copy_(
-            old - at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps))
-        )
+        w.copy_(old - at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps)))
         m.copy_(mean)
         v.copy_(square)
         if vmax is not None:

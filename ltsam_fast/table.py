@@ -7,6 +7,7 @@ what follows from them is kept for as long as nothing changed.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,7 +101,7 @@ class Staged(NamedTuple):
     """A tensor whose elements do not lie as its partners' do, and the copy that stands in for it during a pass."""
 
     role: int
-    index: int
+    row: int
     copy: torch.Tensor
 
 
@@ -152,14 +153,14 @@ class Table:
             self._valid_for = asked_for
         for staged in self._staged:
             if self.op.roles[staged.role] in self.op.reads:
-                staged.copy.copy_(lists[staged.role][staged.index].detach())
+                staged.copy.copy_(lists[staged.role][staged.row].detach())
         return self.parts
 
     def finish(self, roles: tuple[Role, ...]) -> None:
         """Copies what was computed on stand-ins back into the tensors they stood in for."""
         for staged in self._staged:
             if self.op.roles[staged.role] in self.op.writes:
-                roles[staged.role][staged.index].detach().copy_(staged.copy)  # type: ignore[index, union-attr]
+                roles[staged.role][staged.row].detach().copy_(staged.copy)  # type: ignore[index, union-attr]
 
     def _as_lists(self, roles: tuple[Role, ...]) -> tuple[Any, ...]:
         lists = tuple(role if role is None or type(role) is list else list(role) for role in roles)
@@ -344,7 +345,7 @@ def _reach(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _share_elements(*tensors: torch.Tensor) -> bool:
+def _share_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors meet, or one only lies in the holes of the other."""
     arrays = [
         np.asarray(
@@ -358,9 +359,9 @@ def _share_elements(*tensors: torch.Tensor) -> bool:
                 }
             )
         )
-        for tensor in tensors
+        for tensor in (one, other)
     ]
-    return np.shares_memory(*arrays)
+    return bool(np.shares_memory(arrays[0], arrays[1]))
 
 
 _READER: Callable[[tuple[Any, ...], NDArray[np.int64]], int] | None = None
@@ -373,11 +374,11 @@ def _reader() -> Callable[[tuple[Any, ...], NDArray[np.int64]], int]:
         _READER = read_in_python
         api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
         try:
-            from ltsam_fast import _cpu
+            native: Any = importlib.import_module("ltsam_fast._cpu")
         except ImportError:
             return _READER
-        if api is not None and _cpu.can_snapshot(api):
-            _READER = lambda lists, out: _cpu.snapshot(api, lists, out)  # noqa: E731
+        if api is not None and native.can_snapshot(api):
+            _READER = lambda lists, out: native.snapshot(api, lists, out)  # noqa: E731
     return _READER
 
 
@@ -399,9 +400,10 @@ def _describe(tensor: torch.Tensor) -> tuple[int, ...]:
     layout = CONTIGUOUS
     if not tensor.is_contiguous():
         reach = 1
-        for stride, size in sorted((st, si) for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1):
+        dims = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+        for stride, size in sorted(dims):
             reach = reach * size if stride == reach else 0
-        layout = hash(tuple(st for si, st in zip(tensor.shape, tensor.stride(), strict=True) if si != 1)) | 2 if reach == tensor.numel() else NOT_DENSE
+        layout = hash(tuple(dims)) | 2 if reach == tensor.numel() else NOT_DENSE
     return (
         tensor.data_ptr(),
         tensor.numel(),

@@ -7,7 +7,6 @@ import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +18,7 @@ import pybind11
 import pytest
 import torch
 
-from ltsam_fast import ops, reference
-from ltsam_fast.table import CHUNK, Table
+from ltsam_fast import ops
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "csrc").rglob("*.*")), *sorted((ROOT / "tests/cuda_on_host").iterdir())]
@@ -32,7 +30,7 @@ CXX = shutil.which("g++") or shutil.which("c++")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [0, 1, 7, 4095, 4097, 0, 16384, 16385, 100003, 0]
-MIXED = (F32, BF16, F16, F32, BF16)
+MIXED = (F32, BF16, F16, F32, F16, BF16, F32)
 NOISE = torch.randn(2**20, generator=torch.Generator().manual_seed(0), dtype=F64)
 
 
@@ -52,25 +50,33 @@ def made(config, name, *command):
     return made, log.read_text()
 
 
-@pytest.fixture(scope="session", params=[32764, 4096], ids="{}-byte-arguments".format)
-def core(request):
-    """The CUDA core, built to run on the host, with either limit on what a kernel takes by value."""
+def built(config, argument_bytes):
+    """The CUDA core, built to run on the host, with this limit on what a kernel takes by value."""
     if CXX is None or not sys.platform.startswith("linux"):
         pytest.skip("needs a C++ compiler and ucontext")
     path, _ = made(
-        request.config, f"_cuda_{request.param}{sysconfig.get_config_var('EXT_SUFFIX')}",
+        config, f"_cuda_{argument_bytes}{sysconfig.get_config_var('EXT_SUFFIX')}",
         CXX, "-xc++", "-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", *ARITHMETIC,
         "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",  # a GPU traps at misaligned vectors
-        f"-DLT_ARGUMENT_BYTES={request.param}", f"-I{ROOT}/tests/cuda_on_host", *INCLUDES,
+        f"-DLT_ARGUMENT_BYTES={argument_bytes}", f"-I{ROOT}/tests/cuda_on_host", *INCLUDES,
         ROOT / "csrc/cuda/module.cu",
     )  # fmt: skip
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
     loader.exec_module(module)
     library = ctypes.CDLL(str(path))
-    return SimpleNamespace(
-        module=module, launches=library.on_host_launches, blocks=library.on_host_blocks, bytes=request.param
-    )
+    return SimpleNamespace(module=module, launches=library.on_host_launches, blocks=library.on_host_blocks)
+
+
+@pytest.fixture(scope="session")
+def core(request):
+    return built(request.config, 32764)
+
+
+@pytest.fixture(scope="session")
+def narrow_core(request):
+    """What CUDA before 12.1 gets: an eighth of the tensors in a launch."""
+    return built(request.config, 4096)
 
 
 @pytest.fixture(scope="session")
@@ -80,10 +86,10 @@ def cpu():
 
 
 @pytest.fixture
-def on(monkeypatch, core):
+def on(monkeypatch):
     """on(module)(op, ...): calls a public op and has this module run it."""
 
-    def on(module, device=0, seed=0):
+    def on(module, device=1, seed=1):
         def call(op, *arguments, **named):
             monkeypatch.setattr(ops, "backend_for", lambda _: module)
             monkeypatch.setenv("LTSAM_HOST_DEVICE", str(device))
@@ -195,9 +201,247 @@ MAPS = {
 
 @pytest.mark.parametrize(
     ("dtypes", "offsets"),
-    [((F32,), (0,)), ((F32,), (0, 1, 2, 3, 4)), ((BF16,), (0, 4, 1)), (MIXED, (0, 0, 0, 2)), ((F64,), (0, 0, 1))],
+    [((F32,), (0,)), ((F32,), (0, 1, 2)), ((BF16,), (0, 4, 1)), (MIXED, (0, 0, 0, 2)), ((F64, F64, F16), (0, 0, 1))],
     ids=["fp32", "fp32-views", "bf16", "mixed", "fp64"],
 )
 @pytest.mark.parametrize("build", MAPS.values(), ids=MAPS)
 def test_maps_match_the_cpu_core(on, core, cpu, build, dtypes, offsets):
-    assert_same_bits([on(cpu), on(core.module, device=1, seed=1)], build, SIZES, dtypes, offsets)
+    assert_same_bits([on(cpu), on(core.module)], build, SIZES, dtypes, offsets)
+
+
+def holes(build):
+    """Leaves out every third gradient and every other optional tensor."""
+
+    def with_holes(lists):
+        op, (w, g, *rest), keywords = build(lists)
+        for name in ("extra", "momentum_buffers", "max_exp_avg_sqs", "steps"):
+            if name in keywords and not (name == "momentum_buffers" and keywords["momentum"]):
+                keywords[name] = [None if i % 2 else tensor for i, tensor in enumerate(keywords[name])]
+        return op, (w, [None if i % 3 == 1 else tensor for i, tensor in enumerate(g)], *rest), keywords
+
+    return with_holes
+
+
+@pytest.mark.parametrize("name", ["perturb", "sgd all", "adam all"])
+def test_absent_tensors_read_as_zeros(on, core, cpu, name):
+    assert_same_bits([on(cpu), on(core.module)], holes(MAPS[name]), SIZES, MIXED)
+
+
+@pytest.mark.parametrize("norm", [float("inf"), float("nan")])
+def test_nothing_is_perturbed_by_a_norm_that_is_not_finite(on, core, norm):
+    lists = Lists(SIZES)
+    w, g, backup = lists.new(), lists.new(), lists.new()
+    old = [x.clone() for x in w]
+    for x in g:
+        x.fill_(norm)
+    on(core.module)("perturb_", w, g, backup, torch.tensor(norm), rho=0.05)
+    for kept, now, saved in zip(old, w, backup, strict=True):
+        assert torch.equal(kept, now) and torch.equal(kept, saved)
+
+
+@pytest.mark.parametrize("name", ["perturb", "sgd all", "adam all"])
+def test_results_do_not_depend_on_device_or_schedule(on, core, narrow_core, name):
+    calls = [on(core.module, device, seed) for device, seed in [(0, 0), (0, 1), (3, 2), (30, 3)]]
+    assert_same_bits([*calls, on(narrow_core.module)], MAPS[name], SIZES)
+
+
+@pytest.mark.parametrize("name", ["restore", "sgd momentum"])
+def test_large_tables_take_whole_chunks(on, core, cpu, name):
+    sizes = [33 * CHUNK, 5, CHUNK + 1]  # 36 chunks: more than 16 each for the two blocks of device 0, less for device 1
+    assert_same_bits([on(cpu), on(core.module, device=0), on(core.module, device=1)], MAPS[name], sizes)
+    assert core.blocks() == 2 + 4
+
+
+TINY = [i % 5 for i in range(700)]
+
+
+def grouped(build, count, **varied):
+    def with_groups(lists):
+        op, positional, keywords = build(lists)
+        groups = [7 * i % count for i in range(len(lists.sizes))]
+        values = {name: [value * (1 + group) for group in range(count)] for name, value in varied.items()}
+        return op, positional, keywords | values | {"groups": groups}
+
+    return with_groups
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (restore, (1, 5)),
+        (grouped(MAPS["perturb"], 16, rho=0.01), (1, 7)),
+        (grouped(MAPS["perturb"], 20, rho=0.01), (44, 44)),  # groups take turns, so 16 groups is 16 tensors
+        (grouped(MAPS["sgd all"], 3, lr=0.1), (2, 11)),
+        (grouped(MAPS["adam all"], 3, lr=1e-3), (2, 14)),
+    ],
+    ids=["restore", "perturb", "perturb 20 groups", "sgd", "adam"],
+)
+def test_tables_beyond_one_launch(on, core, narrow_core, cpu, build, expected):
+    core.launches(), narrow_core.launches()
+    assert_same_bits([on(cpu), on(core.module), on(narrow_core.module)], build, TINY)
+    assert (core.launches(), narrow_core.launches()) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if name not in ("adam all", "adam amsgrad")])
+def test_one_launch_serves_500_tensors(on, core, name):
+    op, positional, keywords = MAPS[name](Lists(TINY[:500]))
+    core.launches()
+    on(core.module)(op, *positional, **keywords)
+    assert core.launches() == 1
+
+
+def norm_inputs(*arguments, **named):
+    lists = Lists(*arguments, **named)
+    return lists.new(), lists.new(), lists.new()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), MIXED, (F64,)], ids=["fp32", "bf16", "mixed", "fp64"])
+def test_norm_is_right_and_repeatable(on, core, narrow_core, dtypes, adaptive):
+    norms = []
+    for offsets in ((0,), (0, 1, 2)):  # the order of summation must not depend on alignment either
+        w, g, extra = norm_inputs(SIZES, dtypes, offsets)
+        for module, device, seed in [(core, 0, 0), (core, 3, 1), (core, 30, 2), (narrow_core, 1, 3)]:
+            table = Table(ops.OPS["grad_norm"])
+            for _ in range(2):
+                norms.append(
+                    on(module.module, device, seed)(
+                        "grad_norm", g, w, extra=extra, adaptive=adaptive, eta=0.01, table=table
+                    )
+                )
+            assert not table.parts[0]._scratch[-2:].any(), "the ticket must be back at zero"
+    exact = [[x.double() for x in role] for role in (w, g, extra)]
+    right = reference.grad_norm(exact[1], exact[0], extra=exact[2], adaptive=adaptive, eta=0.01)
+    torch.testing.assert_close(norms[0].double(), right, rtol=1e-12 if dtypes == (F64,) else 3e-7, atol=0)
+    assert all(torch.equal(bits(norm), bits(norms[0])) for norm in norms)
+
+
+def test_norm_of_nothing(on, core):
+    for sizes in ([0], [0, 0, 0]):
+        assert on(core.module)("grad_norm", Lists(sizes).new()) == 0
+
+
+def test_norms_of_groups(on, core, narrow_core):
+    w, g, extra = norm_inputs(SIZES * 4, MIXED)
+    groups = [(7 * i) % 20 if i % 20 != 11 else 3 for i in range(len(g))]
+    etas = [0.01 * group for group in range(20)]
+    named = {"extra": extra, "adaptive": True, "eta": etas, "groups": groups, "per_group": True}
+    right = reference.grad_norm(g, w, **named)
+    for module in (core, narrow_core):
+        norms = [on(module.module, device)("grad_norm", g, w, **named) for device in (0, 5)]
+        torch.testing.assert_close(norms[0], right, rtol=1e-6, atol=0)
+        assert torch.equal(*norms)
+
+
+def test_norms_of_more_classes_than_one_launch_can_finish(on, core, narrow_core):
+    lists = Lists([3, 0, 5])
+    gradients = [lists.new() for _ in range(1500)]
+    right = torch.stack([torch.cat(gradient).double().norm() for gradient in gradients])
+    core.launches(), narrow_core.launches()
+    for module, launches in ((core, 3), (narrow_core, 16)):
+        norms = on(module.module)("class_grad_norms", gradients)
+        torch.testing.assert_close(norms.double(), right, rtol=1e-6, atol=0)
+        assert module.launches() == launches
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_non_finite_gradients_are_found(on, core, bad):
+    g = Lists(SIZES).new()
+    found = torch.zeros(())
+    on(core.module)("grad_norm", g, found_inf=found)
+    assert found == 0
+    g[4][4096] = bad
+    assert not on(core.module)("grad_norm", g, found_inf=found).isfinite()
+    assert found == 1
+    g[4][4096] = 0
+    on(core.module)("grad_norm", g, found_inf=found)
+    assert found == 1, "never reset"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
+@pytest.mark.parametrize(("rows", "classes"), [(1, 1), (7, 2), (5, 33), (3, 1000), (2, 20000)])
+def test_cross_entropy(on, core, rows, classes, dtype):
+    size = rows * classes
+    logits = (4 * NOISE[3 : 3 + size]).to(dtype).reshape(rows, classes)
+    targets = torch.arange(rows) * 31 % classes
+    v = NOISE[:classes].abs()
+    results = [on(core.module, seed=seed)("focal_cross_entropy", logits, targets, v) for seed in (0, 1)]
+    accumulator = F64 if dtype == F64 else F32
+    right = reference.focal_cross_entropy(logits.double(), targets, v.to(accumulator).double())
+    tolerance = {F64: 1e-13, F32: 3e-6, BF16: 5e-3, F16: 1e-3}[dtype]
+    for mine, exact, again in zip(results[0], right, results[1], strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=tolerance, atol=tolerance if dtype == F16 else 1e-7)
+        assert torch.equal(bits(mine), bits(again))
+
+
+def test_cross_entropy_of_an_unknown_label_is_nan(on, core, monkeypatch):
+    monkeypatch.setattr(ops, "check_targets", lambda *_: None)  # on a GPU nobody looks
+    logits, v = NOISE[:30].float().reshape(3, 10), torch.rand(10)
+    good = on(core.module)("focal_cross_entropy", logits, torch.tensor([1, 2, 3]), v)
+    for label in (-1, 10, 2**40):
+        bad = on(core.module)("focal_cross_entropy", logits, torch.tensor([1, label, 3]), v)
+        for mine, usual in zip(bad, good, strict=True):
+            assert mine[1].isnan().all()
+            assert torch.equal(mine[::2], usual[::2])
+
+
+def test_errors_name_the_op(on, core):
+    with pytest.raises(RuntimeError, match="^restore_: no CUDA-capable device is detected"):
+        on(core.module, device=-1)("restore_", [torch.zeros(1)], [torch.zeros(1)])
+    with pytest.raises(RuntimeError, match="^focal_cross_entropy: no CUDA-capable device is detected"):
+        on(core.module, device=-1)("focal_cross_entropy", torch.zeros(1, 2), torch.tensor([0]), torch.ones(2))
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """What nvcc makes of the CUDA core: the object file and what ptxas said."""
+    if NVCC is None:
+        pytest.skip("no nvcc on PATH")
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    return made(
+        request.config, "module.o",
+        NVCC, "-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "--threads=0", "-Xptxas=-v", *code,
+        "-Xcompiler=-fPIC", *INCLUDES, "-c", ROOT / "csrc/cuda/module.cu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def machine_code(compiled):
+    """sm_90 instructions of each kernel."""
+    folder = importlib.util.find_spec("triton")
+    inside = folder and Path(folder.submodule_search_locations[0], "backends/nvidia/bin/cuobjdump")
+    tool = shutil.which("cuobjdump") or (inside and inside.exists() and str(inside))
+    if not tool:
+        pytest.skip("no cuobjdump, on PATH or in triton")
+    command = [tool, "-sass", "-arch", "sm_90", compiled[0]]
+    text = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction|\Z)", text, re.DOTALL))
+
+
+KERNELS = {f"{op}<{a}>" for op in ("Perturb", "Restore", "SgdStep", "AdamStep", "GradNorm") for a in "fd"}
+
+
+def kernel(mangled):
+    found = re.search(r"(?:map|reduce)_kernelINS_\d+([A-Za-z]+)I([fd])E", mangled)
+    return f"{found[1]}<{found[2]}>" if found else None
+
+
+def test_nothing_spills_on_any_architecture(compiled):
+    found = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?\n"
+        r".*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        compiled[1],
+        re.DOTALL,
+    )
+    assert {(kernel(name), arch) for name, arch, *_ in found} >= {(name, arch) for name in KERNELS for arch in ARCHS}
+    assert not [entry for entry in found if any(map(int, entry[2:]))]
+
+
+def test_access_is_16_bytes_wide(machine_code):
+    code = {kernel(name): text for name, text in machine_code.items()}
+    assert code.keys() >= KERNELS
+    for name in KERNELS:
+        assert not re.search(r"\b(LDL|STL)\b", code[name]), name
+        assert "LDG.E.128" in code[name], name
+        assert ("STG.E.128" in code[name]) == ("GradNorm" not in name), name
+        assert not re.search(r"\b(LD|ST)\.E", code[name]), f"{name} does not know that its tensors are in global memory"

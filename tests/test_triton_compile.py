@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 from ltsam_fast.kernels import focal, norm, perturb, step
 
 TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64", "signals": "*i64"}
-LISTWISE = {"chunk_sums": (norm, 3), "perturb": (perturb, 3), "restore": (perturb, 2), "sgd_step": (step, 5), "adam_step": (step, 7)}
+LISTWISE = {"chunk_sums": (norm, 3), "perturb": (perturb, 3), "restore": (perturb, 2)}
+LISTWISE |= {"sgd_step": (step, 5), "adam_step": (step, 7)}
 
 
 def compiled(kernel, signature, constants, arch):
@@ -39,7 +40,8 @@ for arch, types in ((90, (tl.float32, tl.float64, tl.bfloat16, tl.float16)), (80
                 assert "ld.global.v4" in ptx, (name, arch)
                 assert name == "chunk_sums" or "st.global.v4" in ptx, (name, arch)
         arguments = {n: "i64" for n in ("logits", "labels", "u", "v", "losses", "grad_u", "grad_v")}
-        compiled(focal.focal_kernel, arguments | {"rows": "i32", "classes": "i32"}, {"TYPE": type_, "A": wide, "BLOCK": 1024}, arch)
+        arguments |= {"rows": "i32", "classes": "i32"}
+        compiled(focal.focal_kernel, arguments, {"TYPE": type_, "A": wide, "BLOCK": 1024}, arch)
     compiled(norm.norms_kernel, {"ranges": "*i64", "signals": "*i64"}, {"A": tl.float32, "SLOTS": 1024}, arch)
     compiled(
         step.count_steps_kernel,

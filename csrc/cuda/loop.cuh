@@ -1,5 +1,5 @@
-// The CUDA loops: map and ordered reduce over a table, for any functor, and the cross entropy's. A launch takes its share
-// of the table by value: nothing is copied to the device or kept alive, and a CUDA graph owns what it replays.
+// The CUDA loops: map and ordered reduce over a table, for any functor, and the cross entropy's. A launch takes its
+// share of the table by value: nothing is copied to the device or kept alive, and a CUDA graph owns what it replays.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -52,8 +52,8 @@ union Word {
 };
 
 /// The tensors of one launch. Their elements are dealt out in items of 2^shift. `words` holds, from the front, for each
-/// tensor a Row and the addresses of those roles that any tensor has (SGD with step counts: 56 bytes, 570 tensors), then
-/// the buckets' ends; from the back, rows of hyperparameters.
+/// tensor a Row and the addresses of those roles that any tensor has (SGD with step counts: 56 bytes, 570 tensors),
+/// then the buckets' ends; from the back, rows of hyperparameters.
 struct Slice {
   static constexpr int kHyperRows = 16, kWords = (LT_ARGUMENT_BYTES - 96) / 8;
   Signals signals;
@@ -84,7 +84,8 @@ struct Slice {
 };
 static_assert(sizeof(Slice) <= LT_ARGUMENT_BYTES, "a kernel's argument");
 
-/// Four undecoded elements. Fetching is apart from decoding so that all roles' loads are under way before the first use.
+/// Four undecoded elements. Fetching is apart from decoding so that all roles' loads are under way before the first
+/// use.
 template <class A>
 struct Raw {
   uint32_t word[sizeof(A)];
@@ -136,8 +137,7 @@ __device__ __forceinline__ void put(const Raw<A>& raw, unsigned dtype, bool alig
     } else {
       *reinterpret_cast<uint4*>(to) = uint4{raw.word[0], raw.word[1], raw.word[2], raw.word[3]};
       if constexpr (sizeof(A) == 8) {
-        if (dtype == kF64)
-          reinterpret_cast<uint4*>(to)[1] = uint4{raw.word[4], raw.word[5], raw.word[6], raw.word[7]};
+        if (dtype == kF64) reinterpret_cast<uint4*>(to)[1] = uint4{raw.word[4], raw.word[5], raw.word[6], raw.word[7]};
       }
     }
     return;
@@ -244,13 +244,13 @@ using VariantsOf = std::make_index_sequence<sizeof(F::variants) / sizeof(unsigne
 
 constexpr int ones(unsigned mask) { return mask ? 1 + ones(mask & (mask - 1)) : 0; }
 
-/// Four vectors under way per thread, counted over the roles read: with 1024 threads 64 KiB a multiprocessor in fp32, where
-/// 4.8 TB/s at 0.7 us take 26.
+/// Four vectors under way per thread, counted over the roles read: with 1024 threads 64 KiB a multiprocessor in fp32,
+/// where 4.8 TB/s at 0.7 us take 26.
 template <class F, unsigned kPresent>
 constexpr int kUnroll = ones(F::reads & kPresent) < 4 ? 4 / ones(F::reads & kPresent) : 1;
 
-/// Calls body(plain, v) for this thread's vectors v, v + kThreads, ... of an item, kStep at a time. Plain ones need no test:
-/// every role is there, of the accumulator's type and aligned, and so are all kStep vectors.
+/// Calls body(plain, v) for this thread's vectors v, v + kThreads, ... of an item, kStep at a time. Plain ones need no
+/// test: every role is there, of the accumulator's type and aligned, and so are all kStep vectors.
 template <unsigned kPresent, int kStep, class F, class A, class Body>
 __device__ __forceinline__ void for_vectors(const Item<F, A>& item, const Body& body) {
   int v = threadIdx.x;
@@ -320,8 +320,8 @@ struct Constants {
   }
 };
 
-/// True in the block that comes here last; it sees what all others wrote. The ticket is zero again afterwards, for the next
-/// launch or the next replay of a graph.
+/// True in the block that comes here last; it sees what all others wrote. The ticket is zero again afterwards, for the
+/// next launch or the next replay of a graph.
 __device__ inline bool last_block(unsigned* ticket) {
   __shared__ bool last;
   __threadfence();
@@ -573,7 +573,8 @@ struct Packer {
     Word* words = slice.words + slice.tensors++ * slice.stride;
     uint32_t dtypes = 0;
     for (int r = 0; r < F::kRoles; ++r) {
-      if (const int column = slice.columns >> (4 * r) & 15) words[column].address = reinterpret_cast<char*>(pointers[r]);
+      if (const int column = slice.columns >> (4 * r) & 15)
+        words[column].address = reinterpret_cast<char*>(pointers[r]);
       if (r != F::step) dtypes |= uint32_t(table.dtypes[tensor * F::kRoles + r]) << (2 * r);
     }
     const int64_t items = ((numel - 1) >> slice.shift) + 1;  // 0 of 0 elements
@@ -638,8 +639,8 @@ struct CudaLoop {
     if (rows == 0) return;
     int threads = 32;
     while (threads < kThreads && threads * 8 < classes) threads *= 2;
-    const Logits<A> in{static_cast<const char*>(logits), labels, u, v, losses, static_cast<char*>(grad_u),
-                       static_cast<char*>(grad_v), rows, classes, dtype};
+    const Logits<A> in{static_cast<const char*>(logits), labels, u,       v,    losses, static_cast<char*>(grad_u),
+                       static_cast<char*>(grad_v),       rows,   classes, dtype};
     launch(FocalCrossEntropy<A>::name, cross_entropy_kernel<A>, std::min<int64_t>(rows, 1 << 20), threads, stream, in);
   }
 };

@@ -227,7 +227,8 @@ class SharpnessAware(Optimizer):
                 backups = [old.get(param, param) for param in params]
             if any(grad is None for grad in grads):
                 stepping = self._restore_without_gradient(params, grads, extra)
-                params, groups, grads, backups = ([items[i] for i in stepping] for items in (params, groups, grads, backups))  # type: ignore[assignment]
+                params, groups = [params[i] for i in stepping], [groups[i] for i in stepping]
+                grads, backups = [grads[i] for i in stepping], [backups[i] for i in stepping]
                 extra = [extra[i] for i in stepping] if extra else None
                 if extra:  # kept gradients that stand alone count in the norm too
                     pairs = list(zip(grads, extra, strict=True))
@@ -238,7 +239,16 @@ class SharpnessAware(Optimizer):
                 norm = ops.grad_norm(grads, extra=extra, found_inf=found_inf, table=self._final_norm_table)
             if type(self.base_optimizer) in FUSED:
                 self._update(
-                    self.base_optimizer, params, groups, grads, extra, backups, self.max_grad_norm, norm, grad_scale, found_inf
+                    self.base_optimizer,
+                    params,
+                    groups,
+                    grads,
+                    extra,
+                    backups,
+                    self.max_grad_norm,
+                    norm,
+                    grad_scale,
+                    found_inf,
                 )
             else:
                 self._base_step(params, grads, extra, norm, grad_scale, found_inf)
@@ -329,7 +339,9 @@ class SharpnessAware(Optimizer):
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         closures = _as_list(closure)
         if not closures or not all(callable(one) for one in closures):
-            raise ValueError("closure must be given: step(closure), with a function that returns the per-sample losses (B,)")
+            raise ValueError(
+                "closure must be given: step(closure), with a function that returns the per-sample losses (B,)"
+            )
         if self._phase:
             self._enter("step")
         labels = self._check_targets(targets, len(closures))

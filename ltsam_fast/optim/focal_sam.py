@@ -78,9 +78,7 @@ class FocalSAM(SharpnessAware):
         # With counts of 1 and 0 gamma and lam are checked even where the caller weighs the losses.
         weights = ops.focal_weights([1, 0] if class_counts is None else class_counts, gamma, lam)
         self.class_weights = None if class_counts is None else weights
-        super().__init__(
-            params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs
-        )
+        super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -119,7 +117,9 @@ class FocalSAM(SharpnessAware):
     ) -> Tensor:
         """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
         if self.class_weights is None:
-            raise ValueError("class_counts must be given to the constructor for step(closure, targets); the phases need none")
+            raise ValueError(
+                "class_counts must be given to the constructor for step(closure, targets); the phases need none"
+            )
         if targets is None:
             raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
         return super().step(closure, targets, scaler)
@@ -127,7 +127,8 @@ class FocalSAM(SharpnessAware):
     def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
         labels = super()._check_targets(targets, closures)
         for label in labels:
-            ops.check_targets(label, len(label) if isinstance(label, Tensor) and label.dim() else 0, len(self.class_weights))  # type: ignore[arg-type]
+            rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
+            ops.check_targets(label, rows, len(self.class_weights))  # type: ignore[arg-type]
         return labels
 
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,9 @@ def _step_count(state: dict[str, Any], param: Tensor) -> Tensor:
     """The number of steps taken, on the parameter's device, where the pass reads it and counts it up."""
     count = state.get("step")
     if not isinstance(count, Tensor) or count.device != param.device or count.dtype != torch.float32:
-        count = state["step"] = torch.as_tensor(0.0 if count is None else count, dtype=torch.float32, device=param.device)
+        count = state["step"] = torch.as_tensor(
+            0.0 if count is None else count, dtype=torch.float32, device=param.device
+        )
     return count
 
 
