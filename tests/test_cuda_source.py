@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -18,10 +19,12 @@ import pybind11
 import pytest
 import torch
 
-from ltsam_fast import ops
+from ltsam_fast import ops, reference
+from ltsam_fast.table import CHUNK, Table
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*sorted((ROOT / "csrc").rglob("*.*")), *sorted((ROOT / "tests/cuda_on_host").iterdir())]
+HEADERS = sorted(file for file in (ROOT / "csrc").rglob("*.*") if file.parent.name != "cpu")
+SOURCES = [*HEADERS, ROOT / "tests/cuda_on_host/cuda_runtime.h"]
 INCLUDES = [f"-I{folder}" for folder in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
 ARITHMETIC = ["-fno-math-errno", "-ffp-contract=off"]
 ARCHS = ("80", "90", "100")

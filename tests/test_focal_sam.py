@@ -14,7 +14,7 @@ from .methods import BASES, METHODS, RHO, focal_phases
 from .oracles import CLASSES, COUNTS, FEATURES, batches, flat, losses, network, relative_error
 
 
-@pytest.fixture(params=[name for name in lf.backends() if name != "cuda"])
+@pytest.fixture(params=[name for name in lf.backends() if name in ("cpu", "torch")])
 def backend(request):
     with lf.use_backend(request.param):
         yield request.param
