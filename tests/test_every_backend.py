@@ -1,0 +1,23 @@
+"""The oracles once more, on every backend that runs here, the Triton interpreter and a GPU included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .methods import BASES, METHODS
+from .oracles import batches, network, relative_error
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("base", ["nesterov", "adamw"])
+@pytest.mark.parametrize("name", ["SAM", "ASAM", "FocalSAM"])
+def test_25_steps_agree_with_the_oracle(name, base, dtype, backend, device):
+    method, (kind, options) = METHODS[name], BASES[base]
+    model = network(dtype).to(device)
+    data = [(x.to(device), y.to(device)) for x, y in batches(dtype)]
+    assert len(data) == 25
+    weights = method.drive("closure", method.make(model, kind, **options), model, data)
+    assert relative_error(weights.cpu(), method.oracle(kind, options, batches())[0].cpu()) < TOLERANCE[dtype]
