@@ -150,7 +150,9 @@ def test_overflow_skips_the_update_and_nothing_counts(backend, device):
     lists = lists_for(SHAPES["mixed"], torch.float32, device)
     kept = {n: [t.clone() for t in lists[n]] for n in ("m", "v", "steps", "b")}
     found = torch.ones((), device=device)
-    ops.adam_step_(lists["w"], lists["g"], lists["m"], lists["v"], lists["steps"], lr=0.1, backups=lists["b"], found_inf=found)
+    ops.adam_step_(
+        lists["w"], lists["g"], lists["m"], lists["v"], lists["steps"], lr=0.1, backups=lists["b"], found_inf=found
+    )
     for name, other in (("m", "m"), ("v", "v"), ("steps", "steps"), ("w", "b")):
         assert all(torch.equal(a, b) for a, b in zip(lists[name], kept[other], strict=True)), name
 
@@ -208,7 +210,9 @@ def test_overwriting_a_saved_weight_is_noticed(backend, device):
     w = torch.ones(3, device=device, requires_grad=True)
     loss = (w * w).sum()
     with torch.no_grad():
-        ops.perturb_([w], [torch.ones(3, device=device)], [torch.empty(3, device=device)], torch.ones((), device=device), rho=1.0)
+        ops.perturb_(
+            [w], [torch.ones(3, device=device)], [torch.empty(3, device=device)], torch.ones((), device=device), rho=1.0
+        )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
