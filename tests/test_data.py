@@ -45,7 +45,7 @@ def test_shot_groups_at_their_edges():
         (lambda: longtail_counts(0, 10, 100), "n_max"),
         (lambda: longtail_counts(10, 10, 0.5), "imbalance"),
         (lambda: longtail_counts(10, 10, 10, "linear"), "profile"),
-        (lambda: longtail_subset([0, 0, 1], [2, 2]), r"counts\[1\] is 2"),
+        (lambda: longtail_subset([0, 0, 1], [2, 2]), r"counts\[1\]"),
         (lambda: shot_split([1], many=5, few=9), "few"),
     ],
 )

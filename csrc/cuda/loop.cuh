@@ -300,6 +300,34 @@ __device__ __forceinline__ void store_vectors(const Item<F, A>& item, int v, con
     }
 }
 
+/// Calls visit(element, lane) for each element of this thread's share of an item and stores what F writes.
+template <class F, class A, class Visit>
+__device__ __forceinline__ void walk(const Item<F, A>& item, const Visit& visit) {
+  with_variant<F>(
+      item.present,
+      [&](auto mask) {
+        constexpr unsigned kPresent = mask.value;
+        constexpr int kStep = kUnroll<F, kPresent>;
+        for_vectors<kPresent, kStep>(item, [&](auto plain, int v) {
+          A x[kStep][F::kRoles][kVector];
+          load_vectors<plain.value, kPresent>(item, v, x);
+#pragma unroll
+          for (int s = 0; s < kStep; ++s)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) {
+              A element[F::kRoles];
+#pragma unroll
+              for (int r = 0; r < F::kRoles; ++r) element[r] = x[s][r][j];
+              visit(element, j);
+#pragma unroll
+              for (int r = 0; r < F::kRoles; ++r) x[s][r][j] = element[r];
+            }
+          store_vectors<plain.value, kPresent>(item, v, x);
+        });
+      },
+      VariantsOf<F>());
+}
+
 /// The functor of the tensor at hand, made by one thread (Adam's takes two pow() in double) and only when it changes.
 template <class F>
 struct Constants {
@@ -353,7 +381,7 @@ __device__ inline double block_sum(double x) {
   return block_fold(x, [](double a, double b) { return a + b; });
 }
 
-/// Left to itself, ptxas stops at 64 registers and spills.
+/// Least blocks a multiprocessor is to hold. Left to itself, ptxas stops at 64 registers and spills Adam's.
 template <class F, class A>
 constexpr int kMinBlocks = (F::kRoles > 6 ? 3 : 4) * sizeof(float) / sizeof(A);
 
@@ -363,30 +391,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) map_kernel(LT_ARGU
   for (uint32_t index = blockIdx.x; index < slice.items; index += gridDim.x) {
     const int tensor = slice.tensor_of(index);
     const F f = constants.at(slice, tensor);
-    const Item<F, A> item(slice, tensor, index);
-    with_variant<F>(
-        item.present,
-        [&](auto mask) {
-          constexpr unsigned kPresent = mask.value;
-          constexpr int kStep = kUnroll<F, kPresent>;
-          for_vectors<kPresent, kStep>(item, [&](auto plain, int v) {
-            A x[kStep][F::kRoles][kVector];
-            load_vectors<plain.value, kPresent>(item, v, x);
-#pragma unroll
-            for (int s = 0; s < kStep; ++s)
-#pragma unroll
-              for (int j = 0; j < kVector; ++j) {
-                A element[F::kRoles];
-#pragma unroll
-                for (int r = 0; r < F::kRoles; ++r) element[r] = x[s][r][j];
-                f(element);
-#pragma unroll
-                for (int r = 0; r < F::kRoles; ++r) x[s][r][j] = element[r];
-              }
-            store_vectors<plain.value, kPresent>(item, v, x);
-          });
-        },
-        VariantsOf<F>());
+    walk(Item<F, A>(slice, tensor, index), [&](A* element, int) { f(element); });
   }
   if constexpr (F::step >= 0) {
     // After every block has read them, so the last one counts.
@@ -403,28 +408,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) reduce_kernel(LT_A
   for (uint32_t index = blockIdx.x; index < slice.items; index += gridDim.x) {
     const int tensor = slice.tensor_of(index);
     const F f = constants.at(slice, tensor);
-    const Item<F, A> item(slice, tensor, index);
     A lanes[kVector] = {};
-    with_variant<F>(
-        item.present,
-        [&](auto mask) {
-          constexpr unsigned kPresent = mask.value;
-          constexpr int kStep = kUnroll<F, kPresent>;
-          for_vectors<kPresent, kStep>(item, [&](auto plain, int v) {
-            A x[kStep][F::kRoles][kVector];
-            load_vectors<plain.value, kPresent>(item, v, x);
-#pragma unroll
-            for (int s = 0; s < kStep; ++s)
-#pragma unroll
-              for (int j = 0; j < kVector; ++j) {
-                A element[F::kRoles];
-#pragma unroll
-                for (int r = 0; r < F::kRoles; ++r) element[r] = x[s][r][j];
-                lanes[j] += f.term(element);  // what is not there is zero, and so is its term
-              }
-          });
-        },
-        VariantsOf<F>());
+    // What a role or the end of an item lacks reads as zero, and so does its term.
+    walk(Item<F, A>(slice, tensor, index), [&](A* element, int lane) { lanes[lane] += f.term(element); });
     const double sum = block_sum((double(lanes[0]) + double(lanes[1])) + (double(lanes[2]) + double(lanes[3])));
     if (threadIdx.x == 0) slice.slots[slice.first_slot + index] = sum;
   }
@@ -503,19 +489,22 @@ inline void check(cudaError_t status, const char* op) {
 /// Blocks of a kernel that the current device runs at a time.
 template <auto kKernel>
 int64_t resident_blocks(const char* op) {
-  static std::atomic<int> known[64];  // by device; asking takes 2 us
+  static std::atomic<int> known[64];  // by device: asking takes 2 us
   int device, processors, blocks;
   check(cudaGetDevice(&device), op);
-  if (const int count = known[device % 64]) return count;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op);
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0), op);
-  if (device < 64) known[device] = processors * blocks;
-  return processors * blocks;
+  std::atomic<int>& count = known[device % 64];
+  if (count == 0) {
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), op);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, kThreads, 0), op);
+    count = processors * blocks;
+  }
+  return count;
 }
 
 /// Fills slices with a table's tensors.
 template <class F>
 struct Packer {
+  static_assert(F::kRoles <= 8 && (F::step < 0 ? F::kRoles < 8 : F::step == F::kRoles - 1), "bits in Row and Slice");
   const Table& table;
   const Hyper& hyper;
   Slice slice;
