@@ -102,6 +102,14 @@ class SAM(_Plain):
         if zero_grad:
             self.zero_grad()
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
+        """Both phases, with a closure that does forward and backward in between."""
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
 
 class FocalSAM(_Plain):
     """Focal-SAM with the three phases of the published code; the caller weighs the losses.
