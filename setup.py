@@ -100,7 +100,7 @@ class BuildCores(build_ext):
         if not HEADERS.exists():
             shutil.copytree(f"{pybind11.get_include()}/pybind11", BUILD / "new/pybind11", dirs_exist_ok=True)
             (BUILD / "new").rename(HEADERS)
-        self.missing, script = {}, ""
+        self.missing, script = {}, f"builddir = {BUILD}\n"
         for core, tools in (("cpu", cpu_tools), ("cuda", cuda_tools)):
             try:
                 script += rules(core, *tools())

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .table import finite, inverse_scale, item, launch, load, norm_of, skipped, store
+from .table import divide, finite, inverse_scale, item, launch, load, narrow, number, skipped, store
 
 
 @triton.jit
@@ -14,51 +14,49 @@ def _perturb(w, g, scale, adaptive, eta):
 
 
 @triton.jit
-def _perturb_chunk(
-    row, begin, count, scale, active, adaptive, eta,
+def _perturb_blocks(
+    row, begin, end, scale, active, adaptive, eta,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     W, G, BACKUP = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    for start in range(0, count, BLOCK):
-        first, left = begin + start, count - start
-        w = load(W, first, left, TYPES[0], WIDE, A, BLOCK)
-        g = load(G, first, left, TYPES[1], WIDE, A, BLOCK)
-        store(BACKUP, first, left, w, TYPES[2], WIDE, BLOCK)
-        store(W, first, left, tl.where(active, _perturb(w, g, scale, adaptive, eta), w), TYPES[0], WIDE, BLOCK)
+    for first in range(begin, end, BLOCK):
+        old = load(W, first, end, TYPES[0], WIDE, A, BLOCK)
+        g = load(G, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
+        w = narrow(_perturb(old.to(A), g, scale, adaptive, eta), TYPES[0])
+        store(BACKUP, first, end, old, TYPES[2], WIDE, BLOCK)
+        store(W, first, end, tl.where(active, w, old), TYPES[0], WIDE, BLOCK)
 
 
 @triton.jit
-def perturb_kernel(items, pointers, hyper, signals, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def perturb_kernel(
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64,
+    TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Backup = w;  w = w + (T g) rho / (|g| + eps)."""
-    tensor, begin, count, group, wide, _ = item(items)
+    tensor, begin, whole, end, group, _ = item(items)
     row, h = pointers + tensor * 3, hyper + group * 4
-    inverse, norm = inverse_scale(signals, A), norm_of(signals, A)
-    scale = tl.load(h).to(A) * inverse / (norm * inverse + tl.load(h + 3).to(A))
-    active = (skipped(signals) == 0) & finite(norm) & finite(scale)
+    inverse, size = inverse_scale(grad_scale, A), number(norm, 0.0, A)
+    scale = divide(tl.load(h).to(A) * inverse, size * inverse + tl.load(h + 3).to(A))
+    active = (skipped(found_inf) == 0) & finite(size) & finite(scale)
     adaptive, eta = tl.load(h + 1) != 0, tl.load(h + 2).to(A)
-    if wide != 0:
-        _perturb_chunk(row, begin, count, scale, active, adaptive, eta, TYPES, True, A, BLOCK)
-    else:
-        _perturb_chunk(row, begin, count, scale, active, adaptive, eta, TYPES, False, A, BLOCK)
+    _perturb_blocks(row, begin, whole, scale, active, adaptive, eta, TYPES, True, A, BLOCK)
+    _perturb_blocks(row, whole, end, scale, active, adaptive, eta, TYPES, False, A, BLOCK)
 
 
 @triton.jit
-def _restore_chunk(row, begin, count, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def _restore_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
     W, BACKUP = tl.load(row), tl.load(row + 1)
-    for start in range(0, count, BLOCK):
-        first, left = begin + start, count - start
-        store(W, first, left, load(BACKUP, first, left, TYPES[1], WIDE, A, BLOCK), TYPES[0], WIDE, BLOCK)
+    for first in range(begin, end, BLOCK):
+        store(W, first, end, load(BACKUP, first, end, TYPES[1], WIDE, A, BLOCK), TYPES[0], WIDE, BLOCK)
 
 
 @triton.jit
-def restore_kernel(items, pointers, hyper, signals, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
-    """W = backup."""
-    tensor, begin, count, _, wide, _ = item(items)
+def restore_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+    """W = backup, bit for bit."""
+    tensor, begin, whole, end, _, _ = item(items)
     row = pointers + tensor * 2
-    if wide != 0:
-        _restore_chunk(row, begin, count, TYPES, True, A, BLOCK)
-    else:
-        _restore_chunk(row, begin, count, TYPES, False, A, BLOCK)
+    _restore_blocks(row, begin, whole, TYPES, True, A, BLOCK)
+    _restore_blocks(row, whole, end, TYPES, False, A, BLOCK)
 
 
 def perturb_(part, hyper, signals, where):
@@ -68,4 +66,4 @@ def perturb_(part, hyper, signals, where):
 
 def restore_(part, hyper, signals, where):
     """Puts the old weights back. See :func:`ltsam_fast.ops.restore_`."""
-    launch(restore_kernel, part, hyper, signals, 2)
+    launch(restore_kernel, part, hyper, (), 2)

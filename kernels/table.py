@@ -1,7 +1,7 @@
 """Walking a table of addresses on the device: one program a chunk, one launch for each set of element types.
 
-The host's side is :func:`launch`; the device's are :func:`load` and :func:`store`. Element types and which roles are there
-are compile-time constants of a launch, so tensors are grouped by them.
+The host's side is :func:`launch`; the device's are :func:`item`, :func:`load` and :func:`store`. Element types and which
+roles are there are compile-time constants of a launch, so tensors are grouped by them.
 """
 
 import numpy as np
@@ -12,79 +12,79 @@ import triton.language as tl
 CHUNK = 16384  # ltsam_fast.table.CHUNK
 BLOCK = 2048  # with 8 warps two 16-byte accesses of a role in fp32 for each thread
 TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16)  # ltsam_fast.table.DTYPES
-SIZES = np.array([4, 8, 2, 2])
 
 
 @triton.jit
 def item(items):
-    """This program's chunk: row of its tensor's addresses, first element, elements, hyperparameters' row, wide, slot."""
+    """This program's chunk: tensor, first element, end of whole aligned blocks, end, row of hyperparameters, slot."""
     at = items + tl.program_id(0).to(tl.int64) * 6
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
 
 
 @triton.jit
-def load(address, first, count, TYPE: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements from ``first`` on, widened to A; zeros for an absent role (TYPE None) and past ``count``.
+def load(address, first, end, TYPE: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK elements from ``first`` on, as stored; zeros from ``end`` on and, in A, for an absent role (TYPE None).
 
-    WIDE promises 16-byte alignment and a whole block: then accesses are 16 bytes wide, else single elements.
+    WIDE promises a whole block at a multiple of 16 bytes: then accesses are 16 bytes wide, else single elements.
     """
-    lanes = tl.arange(0, BLOCK)
     if TYPE is None:
         value = tl.zeros([BLOCK], A)
     else:
         pointer = address.to(tl.pointer_type(TYPE)) + first
+        lanes = tl.arange(0, BLOCK)
         if WIDE:
-            value = tl.load(tl.multiple_of(pointer, 16) + lanes).to(A)
+            value = tl.load(tl.multiple_of(pointer, 16) + lanes)
         else:
-            value = tl.load(pointer + lanes, mask=lanes < count, other=0.0).to(A)
+            value = tl.load(pointer + lanes, mask=lanes < end - first, other=0.0)
     return value
 
 
 @triton.jit
-def bf16_bits(value):
-    """A float as bfloat16's bits, rounded to nearest even: Triton's own cast truncates in the interpreter."""
-    u = value.to(tl.float32).to(tl.uint32, bitcast=True)
-    rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-    return tl.where(value == value, rounded, 0x7FC0).to(tl.uint16)
+def narrow(value, TYPE: tl.constexpr):
+    """A value as it is stored: of another type it is rounded to nearest even, of this one it keeps its bits."""
+    if TYPE is None:
+        narrowed = value
+    elif value.dtype == TYPE:
+        narrowed = value
+    elif TYPE == tl.bfloat16:  # by hand, because Triton's own cast does not round to even in the interpreter
+        number = value.to(tl.float32)
+        u = number.to(tl.uint32, bitcast=True)
+        rounded = tl.where(number == number, (u + 0x7FFF + ((u >> 16) & 1)) >> 16, 0x7FC0)
+        narrowed = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrowed = value.to(TYPE)
+    return narrowed
 
 
 @triton.jit
-def store(address, first, count, value, TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def store(address, first, end, value, TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Stores what :func:`load` would load; nothing for an absent role."""
-    lanes = tl.arange(0, BLOCK)
     if TYPE is not None:
-        if TYPE == tl.bfloat16:
-            pointer = address.to(tl.pointer_type(tl.uint16)) + first
-            narrow = bf16_bits(value)
-        else:
-            pointer = address.to(tl.pointer_type(TYPE)) + first
-            narrow = value.to(TYPE)
+        pointer = address.to(tl.pointer_type(TYPE)) + first
+        lanes = tl.arange(0, BLOCK)
         if WIDE:
-            tl.store(tl.multiple_of(pointer, 16) + lanes, narrow)
+            tl.store(tl.multiple_of(pointer, 16) + lanes, narrow(value, TYPE))
         else:
-            tl.store(pointer + lanes, narrow, mask=lanes < count)
+            tl.store(pointer + lanes, narrow(value, TYPE), mask=lanes < end - first)
 
 
 @triton.jit
-def inverse_scale(signals, A: tl.constexpr):
-    """1 / grad_scale, or 1 without one. ``signals`` holds the addresses of norm, grad_scale, found_inf and scratch."""
-    address = tl.load(signals + 1)
-    scale = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=1.0)
-    return 1.0 / scale.to(A)
+def number(address, otherwise, TYPE: tl.constexpr):
+    """The number at an address, or another where there is none."""
+    address = address.to(tl.int64)  # the interpreter gives small integers 32 bits
+    return tl.load(address.to(tl.pointer_type(TYPE)), mask=address != 0, other=otherwise)
 
 
 @triton.jit
-def skipped(signals):
+def inverse_scale(grad_scale, A: tl.constexpr):
+    """1 / grad_scale, or 1 without one."""
+    return divide(1.0, number(grad_scale, 1.0, tl.float32).to(A))
+
+
+@triton.jit
+def skipped(found_inf):
     """Whether found_inf says that the update is to be skipped."""
-    address = tl.load(signals + 2)
-    return tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0) != 0.0
-
-
-@triton.jit
-def norm_of(signals, A: tl.constexpr):
-    """The norm, or 0 without one."""
-    address = tl.load(signals)
-    return tl.load(address.to(tl.pointer_type(A)), mask=address != 0, other=0.0)
+    return number(found_inf, 0.0, tl.float32) != 0.0
 
 
 @triton.jit
@@ -93,60 +93,74 @@ def finite(x):
     return x - x == 0
 
 
+@triton.jit
+def divide(x, y):
+    """X / y, correctly rounded: of itself Triton only does so in fp64."""
+    if y.dtype == tl.float32:
+        quotient = tl.div_rn(x, y)
+    else:
+        quotient = x / y
+    return quotient
+
+
+@triton.jit
+def sqrt(x):
+    """The root, correctly rounded: of itself Triton only does so in fp64."""
+    if x.dtype == tl.float32:
+        root = tl.sqrt_rn(x)
+    else:
+        root = tl.sqrt(x)
+    return root
+
+
 def accumulator(part):
     """The Triton type that sums are kept in."""
     return tl.float64 if part.wide else tl.float32
 
 
-def on_device(part, key, make):
-    """An array on the part's device, uploaded once for each ``key`` until a tensor moves."""
-    if key not in part.cache:
-        host = torch.from_numpy(np.ascontiguousarray(make()))
-        part.cache[key] = host.pin_memory().to(part.device, non_blocking=True) if part.device.type == "cuda" else host
-    return part.cache[key]
+def on_device(part, name, make, key=None):
+    """The array that ``make`` returns, on the part's device: uploaded when a tensor has moved or ``key`` changed."""
+    kept = part.cache.get(name)
+    if kept is None or kept[0] != key:
+        kept = part.cache[name] = (key, _upload(part, make()))
+    return kept[1]
 
 
-def signals_on_device(part, signals):
-    """The addresses of norm, grad_scale, found_inf and the part's scratch."""
-    return on_device(part, ("signals", signals), lambda: np.array([*signals, part.scratch], np.int64))
+def _upload(part, array):
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host.pin_memory().to(part.device, non_blocking=True) if part.device.type == "cuda" else host
 
 
-def _groups(part, array_roles):
-    """For each set of tensors with the same types: those types, with None for absent roles, and the tensors' indices."""
-    present = part.pointers[:, :array_roles] != 0
-    types = np.where(present, part.dtypes[:, :array_roles].astype(np.int64), -1)
-    for kind in np.unique(types[part.numels > 0], axis=0):
-        yield (
-            tuple(TYPES[code] if code >= 0 else None for code in kind),
-            np.flatnonzero((types == kind).all(axis=1) & (part.numels > 0)),
-        )
-
-
-def _items(part, tensors, array_roles):
-    """One row a chunk, as :func:`item` reads it."""
-    chunks = np.diff(part.first_chunk)[tensors]
-    owner = np.repeat(tensors, chunks)
-    slot = np.concatenate([np.arange(part.first_chunk[t], part.first_chunk[t + 1]) for t in tensors])
-    begin = (slot - part.first_chunk[owner]) * CHUNK
-    count = np.minimum(CHUNK, part.numels[owner] - begin)
-    aligned = (part.pointers[:, :array_roles] % 16 == 0).all(axis=1)
-    wide = aligned[owner] & (count % BLOCK == 0)
-    return np.stack([owner, begin, count, part.groups[owner], wide, slot], axis=1).astype(np.int64)
+def _launches(part, array_roles):
+    """For each set of element types, with None for absent roles, the chunks with these: rows as :func:`item` reads them."""
+    addresses = part.pointers[:, :array_roles]
+    kinds = np.where(addresses != 0, part.dtypes[:, :array_roles].astype(np.int64), -1)
+    tensor = np.repeat(np.arange(len(addresses)), np.diff(part.first_chunk))
+    slot = np.arange(len(tensor))
+    begin = (slot - part.first_chunk[tensor]) * CHUNK
+    end = np.minimum(begin + CHUNK, part.numels[tensor])
+    aligned = (addresses % 16 == 0).all(axis=1)[tensor]
+    whole = np.where(aligned, end - end % BLOCK, begin)
+    items = np.stack([tensor, begin, whole, end, part.groups[tensor], slot], axis=1).astype(np.int64)
+    _, first, kind = np.unique((kinds + 1) @ 5 ** np.arange(array_roles), return_index=True, return_inverse=True)
+    for index, like in enumerate(first):
+        chosen = items[kind[tensor] == index]
+        if len(chosen):
+            yield tuple(TYPES[code] if code >= 0 else None for code in kinds[like]), _upload(part, chosen)
 
 
 def launch(kernel, part, hyper, signals, array_roles):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
-    if "groups" not in part.cache:
-        part.cache["groups"] = list(_groups(part, array_roles))
+    if "launches" not in part.cache:
+        part.cache["launches"] = list(_launches(part, array_roles))
     pointers = on_device(part, "pointers", lambda: part.pointers)
-    rows = on_device(part, ("hyper", hyper.tobytes()), lambda: hyper if hyper.size else np.zeros((1, 1)))
-    for index, (types, tensors) in enumerate(part.cache["groups"]):
-        items = on_device(part, ("items", index), lambda tensors=tensors: _items(part, tensors, array_roles))
+    rows = on_device(part, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
+    for types, items in part.cache["launches"]:
         kernel[(len(items),)](
             items,
             pointers,
             rows,
-            signals_on_device(part, signals),
+            *signals,
             TYPES=types,
             A=accumulator(part),
             BLOCK=BLOCK,

@@ -153,7 +153,7 @@ def _why_not_cuda() -> str | None:
     gpu = 10 * major + minor
     archs = [arch // 10 for arch in importlib.import_module(_MODULES["cuda"]).ARCHS]
     # Machine code runs on later GPUs of its generation, the PTX of the newest architecture on all that came after.
-    if gpu < max(archs) and not any(arch // 10 == major and arch <= gpu for arch in archs):
+    if archs and gpu < max(archs) and not any(arch // 10 == major and arch <= gpu for arch in archs):
         return (
             f"built for sm_{', sm_'.join(map(str, archs))}, the GPU is sm_{gpu}: reinstall with LTSAM_CUDA_ARCHS={gpu}"
         )

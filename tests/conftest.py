@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import random
+import signal
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import ltsam_fast as lf
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background job Ctrl-C starts out ignored
 
 
 @pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
@@ -35,7 +40,7 @@ def device(backend):
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Memory from torch.empty holds NaN: what a kernel forgets to write can't pass."""
-    for name in ("empty", "empty_like"):
+    for name in ("empty", "empty_like", "empty_strided"):
         plain = getattr(torch, name)
 
         def poisoned(*args, plain=plain, **kwargs):
@@ -43,3 +48,32 @@ def poison(monkeypatch):
             return made.fill_(float("nan")) if made.is_floating_point() else made
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def seed():
+    """Another one each time, shown when the test fails; LTSAM_TEST_SEED repeats it."""
+    seed = int(os.environ.get("LTSAM_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"LTSAM_TEST_SEED={seed}")
+    return seed
+
+
+@pytest.fixture
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def threads():
+    """A context that sets the number of threads."""
+    before = torch.get_num_threads()
+
+    @contextlib.contextmanager
+    def using(count):
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return using

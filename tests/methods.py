@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
@@ -96,6 +97,8 @@ METHODS = {
 EACH = ("SAM", "FocalSAM")
 """One row for each class, for behaviour that does not depend on the formula."""
 INTERFACES = ("closure", "phases")
+on_cpu = pytest.mark.parametrize("backend", ["cpu", "torch"], indirect=True)
+"""The backends that take CPU tensors at full speed; test_every_backend.py has the others."""
 
 BASES = {
     "sgd": (SGD, {"lr": 0.1}),

@@ -16,20 +16,13 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
-import ltsam_fast as lf
 from ltsam_fast.backend import backend_for
 
 from . import oracles
-from .methods import BASES, EACH, INTERFACES, METHODS, RHO, SOME, one_group
+from .methods import BASES, EACH, INTERFACES, METHODS, RHO, SOME, on_cpu, one_group
 from .oracles import CLASSES, batches, flat, losses, network, relative_error
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
-
-
-@pytest.fixture(params=[name for name in lf.backends() if name in ("cpu", "torch")])
-def backend(request):
-    with lf.use_backend(request.param):
-        yield request.param
 
 
 @functools.cache
@@ -51,6 +44,7 @@ by_interface = pytest.mark.parametrize("interface", INTERFACES)
 # --- the formula
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @by_interface
 @with_bases(*BASES)
@@ -63,6 +57,7 @@ def test_agrees_with_oracle(name, base, interface, dtype, backend):
     assert relative_error(weights, expected(name, base)[0]) < TOLERANCE[dtype]
 
 
+@on_cpu
 @by_interface
 @with_bases("momentum", "adam", "rmsprop")
 @each(*METHODS)
@@ -76,6 +71,7 @@ def test_bfloat16_stays_finite_and_learns(name, base, interface, backend):
     assert losses(model, x, y).mean().item() < before
 
 
+@on_cpu
 @each(*METHODS)
 def test_returns_the_loss_at_the_unperturbed_weights(name, backend):
     method, (kind, options) = METHODS[name], BASES["momentum"]
@@ -98,6 +94,7 @@ def test_calls_the_closure_twice_and_clears_gradients(name):
     assert all(p.grad is None for p in model.parameters())
 
 
+@on_cpu
 @each(*EACH)
 def test_without_radius_is_the_base_optimizer(name, backend):
     model, twin = network(), network()
@@ -111,6 +108,7 @@ def test_without_radius_is_the_base_optimizer(name, backend):
     assert relative_error(flat(model), flat(twin)) < 1e-12
 
 
+@on_cpu
 @with_bases("nesterov", "adam", "rmsprop")
 @each(*METHODS)
 def test_clips_like_clip_grad_norm(name, base, backend):
@@ -122,6 +120,7 @@ def test_clips_like_clip_grad_norm(name, base, backend):
         assert relative_error(weights, method.oracle(kind, options, batches(steps=8), limit)[0]) < 1e-9
 
 
+@on_cpu
 @by_interface
 @each(*METHODS)
 def test_same_bits_on_every_run(name, interface, backend):
@@ -150,6 +149,7 @@ def test_same_bits_on_every_run(name, interface, backend):
     assert torch.equal(*runs)
 
 
+@on_cpu
 @with_bases("sgd", "adam", "rmsprop")
 @each(*EACH)
 def test_backward_through_overwritten_weights_is_noticed(name, base, backend):
@@ -168,6 +168,7 @@ def test_backward_through_overwritten_weights_is_noticed(name, base, backend):
 # --- groups
 
 
+@on_cpu
 @with_bases("nesterov", "adam", "adadelta")
 @each(*EACH)
 def test_groups_have_their_own_options(name, base, backend):
@@ -210,6 +211,7 @@ def test_group_left_out_is_not_perturbed_and_not_in_the_norm(name, interface):
     assert [distance for _, distance in seen] == pytest.approx([0.0, RHO], rel=1e-9)
 
 
+@on_cpu
 @with_bases("momentum", "adam", "rmsprop")
 @each(*EACH)
 def test_add_param_group_later(name, base, backend):
@@ -318,6 +320,7 @@ def two_groups(method, model, kind, options):
     return opt, CosineAnnealingLR(opt, T_max=20)
 
 
+@on_cpu
 @by_interface
 @with_bases(*BASES)
 @each(*EACH)
@@ -363,6 +366,7 @@ def test_checkpoint_holds_the_base_state_and_no_weights(name, base, interface):
         assert entries <= set(state) <= entries | {"step"}
 
 
+@on_cpu
 @with_bases(*(base for base, (kind, _) in BASES.items() if kind in (SGD, Adam, AdamW)), "rmsprop", "adadelta")
 @each(*EACH)
 def test_goes_on_from_the_plain_optimizers_checkpoint(name, base, backend):
@@ -502,6 +506,7 @@ def test_is_a_torch_optimizer(name):
     assert all(p.grad is None for p in model.parameters())
 
 
+@on_cpu
 @by_interface
 @with_bases(*SOME)
 @each(*EACH)
@@ -516,6 +521,7 @@ def test_parameters_stay_where_they_are(name, base, interface, backend):
 # --- batches in parts
 
 
+@on_cpu
 @pytest.mark.parametrize("sizes", [(16,), (8, 8), (5, 10, 1)])
 @with_bases("momentum", "adamw", "rmsprop")
 @each(*METHODS)
@@ -537,6 +543,7 @@ def test_a_batch_in_parts_is_one_batch(name, base, sizes, backend):
 # --- mixed precision
 
 
+@on_cpu
 @pytest.mark.parametrize("enabled", [True, False])
 @with_bases("momentum", "adamw", "rmsprop")
 @each(*METHODS)
@@ -568,6 +575,7 @@ def snapshot(opt):
     }
 
 
+@on_cpu
 @pytest.mark.parametrize("at", [0, 2], ids=["first step", "third step"])
 @pytest.mark.parametrize("overflowing", [(1,), (2,), (1, 2)], ids=["pass 1", "pass 2", "both"])
 @with_bases(*SOME, "adam-amsgrad")
@@ -727,6 +735,7 @@ class Parts(nn.Module):
         return sum((x @ self.w[i] - i - 1).square().sum(1) for i in used)
 
 
+@on_cpu
 @with_bases("sgd", *SOME)
 @each(*(name for name, method in METHODS.items() if method.groups is one_group))
 def test_parameters_without_gradient_in_a_pass(name, base, backend):
@@ -750,6 +759,7 @@ def test_parameters_without_gradient_in_a_pass(name, base, backend):
     assert torch.equal(model.w[3], Parts().w[3]) and model.w[3] not in opt.state
 
 
+@on_cpu
 @with_bases("momentum", "adam", "rmsprop")
 @each(*EACH)
 def test_clipping_counts_gradients_of_any_pass(name, base, backend):
@@ -831,6 +841,7 @@ class Odd(nn.Module):
         return out + self.empty.sum() + self.empty_too.sum() + self.last.sum()
 
 
+@on_cpu
 @pytest.mark.parametrize("channels_last", [False, True])
 @with_bases("momentum", "adamw", "rmsprop")
 @each("SAM", "ASAM", "FocalSAM")
@@ -862,6 +873,7 @@ def test_odd_shapes_and_layouts(name, base, channels_last, backend):
     assert [p.stride() for p in model.parameters()] == strides
 
 
+@on_cpu
 @with_bases("momentum", "adam", "rmsprop")
 @each(*EACH)
 def test_gradients_need_not_lie_like_their_weights(name, base, backend):
@@ -878,6 +890,7 @@ def test_gradients_need_not_lie_like_their_weights(name, base, backend):
     assert relative_error(results[1], results[0]) < 1e-6 and relative_error(results[2], results[0]) < 1e-6
 
 
+@on_cpu
 @with_bases("momentum", "adam")
 @each(*EACH)
 def test_mixed_dtypes_in_one_model(name, base, backend):
@@ -893,6 +906,7 @@ def test_mixed_dtypes_in_one_model(name, base, backend):
     assert relative_error(flat(model), expected(name, base)[0]) < 2e-4
 
 
+@on_cpu
 @pytest.mark.parametrize("change", [lambda m: m.float(), lambda m: m.double(), lambda m: m.bfloat16()])
 @each(*EACH)
 def test_a_model_that_changes_its_dtype_comes_back_exactly(name, change, backend):
@@ -907,6 +921,7 @@ def test_a_model_that_changes_its_dtype_comes_back_exactly(name, change, backend
     assert torch.equal(method.drive("closure", opt, model, batches(model[0].weight.dtype, 2)), before)
 
 
+@on_cpu
 @each(*EACH)
 def test_a_model_whose_weights_moved(name, backend):
     method, model, twin = METHODS[name], network(), network()
@@ -942,6 +957,7 @@ class Fails:
         raise self.error
 
 
+@on_cpu
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), RuntimeError("out of memory")], ids=repr)
 @pytest.mark.parametrize("in_backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("call", [1, 2])
@@ -978,6 +994,7 @@ def test_an_error_in_a_pass_restores_the_layers_flags(name, call):
     assert flags(model) == before and all(b is not None for b in model.state_dict().values())
 
 
+@on_cpu
 @by_interface
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("op", ["grad_norm", "perturb_", "sgd_step_", "restore_"])
@@ -1018,6 +1035,7 @@ def test_ctrl_c_within_the_passes(name, op, after, interface, backend, monkeypat
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@on_cpu
 @each(*EACH)
 def test_restore_starts_over(name, backend):
     method, model, twin, data = METHODS[name], network(), network(), batches(steps=4)

@@ -162,6 +162,7 @@ def test_core_is_rebuilt_only_when_a_header_changed(tree, bad_nvcc):
         loaded = python("-c", "import _cpu; print(_cpu.ANSWER)", cwd=core.parent)
         assert loaded.stdout == f"{answer}\n", process.stderr + loaded.stderr
     assert objects[0] == objects[1] < objects[2]
+    assert not list(tree.glob(".ninja*")), "all that a build leaves behind is in build/"
 
 
 @needs_compiler

@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ltsam_fast.kernels import focal, norm, perturb, step
 
-TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64", "signals": "*i64"}
+SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "scratch"), "i64")
+TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64"} | SIGNALS
 LISTWISE = {"chunk_sums": (norm, 3), "perturb": (perturb, 3), "restore": (perturb, 2)}
 LISTWISE |= {"sgd_step": (step, 5), "adam_step": (step, 7)}
 
@@ -42,10 +43,10 @@ for arch, types in ((90, (tl.float32, tl.float64, tl.bfloat16, tl.float16)), (80
         arguments = {n: "i64" for n in ("logits", "labels", "u", "v", "losses", "grad_u", "grad_v")}
         arguments |= {"rows": "i32", "classes": "i32"}
         compiled(focal.focal_kernel, arguments, {"TYPE": type_, "A": wide, "BLOCK": 1024}, arch)
-    compiled(norm.norms_kernel, {"ranges": "*i64", "signals": "*i64"}, {"A": tl.float32, "SLOTS": 1024}, arch)
+    compiled(norm.norms_kernel, {"ranges": "*i64"} | SIGNALS, {"A": tl.float32, "SLOTS": 1024}, arch)
     compiled(
         step.count_steps_kernel,
-        {"pointers": "*i64", "signals": "*i64", "tensors": "i32"},
+        {"pointers": "*i64", "tensors": "i32"} | SIGNALS,
         {"ROLES": 6, "BLOCK": 128},
         arch,
     )

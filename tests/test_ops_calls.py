@@ -1,0 +1,100 @@
+"""Calls of the ops beside the table in cases.py: classes and groups, cross entropy, moved tensors, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ltsam_fast import ops, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def draw(shapes, dtype, seed, device, positive=False):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return [(t.abs() if positive else t).to(device, dtype) for t in made]
+
+
+def test_norms_by_group_and_by_class(backend, device):
+    grads = draw([(5,), (0,), (7, 3), (20000,)], torch.float32, 0, device)
+    norms = ops.grad_norm(grads, groups=[2, 0, 0, 2], per_group=True)
+    wanted = torch.stack([grads[2].norm(), torch.zeros((), device=device), torch.cat([grads[0], grads[3]]).norm()])
+    torch.testing.assert_close(norms, wanted)
+    sets = [draw([(5,), (70,)], torch.float32, k, device) for k in range(4)]
+    sets[1][0] = None
+    torch.testing.assert_close(ops.class_grad_norms(sets), reference.class_grad_norms(sets))
+    found = torch.zeros((), device=device)
+    ops.grad_norm([torch.tensor([float("nan")], device=device)], found_inf=found)
+    assert found.item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 100, 1025])
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_focal_cross_entropy(rows, classes, dtype, backend, device):
+    generator = torch.Generator().manual_seed(rows * classes)
+    logits = (3 * torch.randn(rows, classes, generator=generator)).to(device, dtype)
+    targets = torch.randint(0, classes, (rows,), generator=generator).to(device)
+    v = ops.focal_weights(torch.arange(1, classes + 1), 2.0, 1.1).to(device)
+    losses, grad_u, grad_v = ops.focal_cross_entropy(logits, targets, v)
+    z = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(z, targets, reduction="none")
+    tolerance = 20 * TOLERANCE[dtype]
+    torch.testing.assert_close(losses.double(), exact.detach(), rtol=1e-5, atol=1e-5)
+    for grad, weight in ((grad_u, 1 - v), (grad_v, v)):
+        (wanted,) = torch.autograd.grad((weight[targets] * exact).sum() / rows, z, retain_graph=True)
+        torch.testing.assert_close(grad.double(), wanted, rtol=tolerance, atol=tolerance / rows)
+
+
+def test_overwriting_a_saved_weight_is_noticed(backend, device):
+    w = torch.ones(3, device=device, requires_grad=True)
+    loss = (w * w).sum()
+    with torch.no_grad():
+        ops.perturb_(
+            [w], [torch.ones(3, device=device)], [torch.empty(3, device=device)], torch.ones((), device=device), rho=1.0
+        )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_moved_tensors_are_noticed(backend, device):
+    w, g, b = ([torch.ones(1000, device=device)] for _ in range(3))
+    one = torch.ones((), device=device)
+    for round_ in range(4):
+        ops.perturb_(w, g, b, one, rho=1.0)
+        assert bool((w[0] == 2.0).all()) and bool((b[0] == 1.0).all()), round_
+        w = [torch.ones(1000, device=device)] if round_ % 2 else w
+        w[0].fill_(1.0)
+        g[0].data = torch.ones(1000, device=device)
+
+
+X = torch.ones(3)
+BAD = [
+    (lambda: ops.perturb_([X], [X], [X.clone()], X.norm(), rho=-0.1), ValueError, "rho must be a finite number >= 0"),
+    (lambda: ops.perturb_([X], [X], [X.clone()], X.norm(), rho=float("nan")), ValueError, "rho"),
+    (lambda: ops.perturb_([X], [X.clone()], [X], X.norm(), rho=0.1), ValueError, "share memory"),
+    (lambda: ops.perturb_([X], [torch.ones(4)], [X.clone()], X.norm(), rho=0.1), ValueError, "shape"),
+    (lambda: ops.perturb_([X], [], [X.clone()], X.norm(), rho=0.1), ValueError, "grads has 0 entries"),
+    (lambda: ops.perturb_([X.int()], [X], [X.clone()], X.norm(), rho=0.1), TypeError, "dtype torch.int32"),
+    (lambda: ops.perturb_([X.cfloat()], [X], [X.clone()], X.norm(), rho=0.1), TypeError, "complex64"),
+    (lambda: ops.perturb_([X], [X.to_sparse()], [X.clone()], X.norm(), rho=0.1), ValueError, "sparse"),
+    (lambda: ops.perturb_([X.to("meta")], [X], [X.clone()], X.norm(), rho=0.1), ValueError, "meta"),
+    (lambda: ops.sgd_step_([X], [X.clone()], lr=-1.0), ValueError, "lr must be"),
+    (lambda: ops.sgd_step_([X], [X.clone()], lr=0.1, momentum=0.9), ValueError, "momentum_buffers"),
+    (lambda: ops.sgd_step_([X], [X.clone()], lr=0.1, max_norm=1.0), ValueError, "norm must be given"),
+    (lambda: ops.sgd_step_([X], [X.clone()], lr=[0.1, 0.2], groups=[2]), ValueError, "groups"),
+    (lambda: ops.grad_norm([X], adaptive=True), ValueError, "params"),
+    (lambda: ops.focal_weights([0, 0]), ValueError, "class_counts"),
+    (lambda: ops.focal_weights([3, -1]), ValueError, "class_counts"),
+    (lambda: ops.focal_cross_entropy(torch.ones(2, 3), torch.tensor([0, 3]), X), ValueError, "targets"),
+]
+
+
+@pytest.mark.parametrize("row", range(len(BAD)))
+def test_bad_input_names_the_argument_and_changes_nothing(row):
+    call, kind, message = BAD[row]
+    with pytest.raises(kind, match=message):
+        call()
+    assert bool((X == 1).all())
