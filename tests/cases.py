@@ -1,4 +1,4 @@
-"""The rows of the op tests: shapes, element types, layouts and tolerances, a row for each way to call an op, and what compares."""
+"""The op tests' rows: shapes, element types, layouts, tolerances and ways to call an op; and what compares."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

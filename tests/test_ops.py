@@ -1,22 +1,17 @@
 """Every op on every backend: no further from the fp64 twin than the twin is, and bit for bit where that is promised."""
 
-import copy
 import inspect
-import itertools
 import math
 import os
-import threading
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from ltsam_fast import backend as backends
 from ltsam_fast import ops, reference
 from ltsam_fast.ops import OPS
 from ltsam_fast.table import CHUNK
 
-from . import cases
 from .cases import (
     BF16,
     BIG_SHAPES,
@@ -37,11 +32,9 @@ from .cases import (
     assert_as_good,
     assert_same_bits,
     assert_surroundings_untouched,
-    assert_unchanged,
     build,
     place,
     plain,
-    snapshot,
     tensors_of,
 )
 
