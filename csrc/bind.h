@@ -16,7 +16,7 @@ using Array = py::array_t<T, py::array::c_style>;
 struct BoundTable {
   Array<int64_t> pointers, numels, first_chunk;
   Array<uint8_t> dtypes;
-  Array<int32_t> groups, buckets;
+  Array<int32_t> groups, numbers, buckets;
   Table table;
 
   BoundTable(const char* op, const py::object& part, int roles)
@@ -25,6 +25,7 @@ struct BoundTable {
         first_chunk(part.attr("first_chunk")),
         dtypes(part.attr("dtypes")),
         groups(part.attr("groups")),
+        numbers(part.attr("numbers")),
         buckets(part.attr("buckets")) {
     if (pointers.ndim() != 2 || pointers.shape(1) != roles)
       throw py::value_error(std::string(op) + ": part.pointers must have shape (tensors, " + std::to_string(roles) +
@@ -35,6 +36,7 @@ struct BoundTable {
                   dtypes.data(),
                   numels.data(),
                   groups.data(),
+                  numbers.data(),
                   buckets.data(),
                   first_chunk.data(),
                   reinterpret_cast<double*>(part.attr("scratch").cast<intptr_t>()),
@@ -44,7 +46,7 @@ struct BoundTable {
 
 inline Signals signals_from(const py::tuple& addresses) {
   const auto address = [&](int i) { return reinterpret_cast<void*>(addresses[size_t(i)].cast<intptr_t>()); };
-  return {address(0), static_cast<const float*>(address(1)), static_cast<float*>(address(2))};
+  return {address(0), static_cast<const float*>(address(1)), static_cast<float*>(address(2)), address(3)};
 }
 
 template <class F>

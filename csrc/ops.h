@@ -10,7 +10,7 @@ namespace lt {
 template <template <class> class... F>
 struct OpList {};
 
-using MapOps = OpList<Perturb, Restore, SgdStep, AdamStep>;
-using ReduceOps = OpList<GradNorm>;
+using MapOps = OpList<Perturb, RandomPerturb, GaussianPerturb, ClassPerturb, Combine, Restore, SgdStep, AdamStep>;
+using ReduceOps = OpList<GradNorm, GradDots>;
 
 }  // namespace lt

@@ -10,11 +10,14 @@ struct Table {
   const uint8_t* dtypes;       ///< [tensors, roles]
   const int64_t* numels;       ///< [tensors]
   const int32_t* groups;       ///< [tensors], row of the hyperparameters
+  const int32_t* numbers;      ///< [tensors], position in the caller's list
   const int32_t* bucket_of;    ///< [tensors], output index of a reduction, nondecreasing
   const int64_t* first_chunk;  ///< [tensors + 1]
-  double* scratch;             ///< one slot a chunk, then the CUDA block counter
+  double* scratch;             ///< the CUDA block counter in the first, then one slot for each chunk and sum
   bool wide;                   ///< accumulate in double
 
+  static constexpr int kFirstSlot = 1;
+  double* slots() const { return scratch + kFirstSlot; }
   int64_t chunks() const { return first_chunk[tensors]; }
 };
 

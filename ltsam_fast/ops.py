@@ -37,10 +37,14 @@ if TYPE_CHECKING:
 __all__ = [
     "adam_step_",
     "class_grad_norms",
+    "combine_",
     "focal_cross_entropy",
     "focal_weights",
+    "gaussian_perturb_",
+    "grad_dots",
     "grad_norm",
     "perturb_",
+    "perturb_by_class_",
     "restore_",
     "sgd_step_",
 ]
@@ -50,7 +54,7 @@ Hyper = float | Sequence[float]
 """One value, or one for each group."""
 
 
-def _op(name: str, roles: str, arguments: str, reads: str, writes: str, needs: str, hyper: str) -> Op:
+def _op(name: str, roles: str, arguments: str, reads: str, writes: str, needs: str, hyper: str, sums: int = 1) -> Op:
     return Op(
         name,
         tuple(roles.split()),
@@ -59,14 +63,36 @@ def _op(name: str, roles: str, arguments: str, reads: str, writes: str, needs: s
         frozenset(writes.split()),
         frozenset(needs.split()),
         tuple(hyper.split()),
+        sums,
     )
 
+
+_PERTURB = (
+    "w source g backup mean frozen",
+    "params sources grads backups means frozen",
+    "source g mean frozen",
+    "w backup mean",
+    "w source",
+)
 
 OPS = {
     op.name: op
     for op in (
         _op("grad_norm", "g extra w", "grads extra params", "g extra w", "", "", "adaptive eta"),
-        _op("perturb_", "w g backup", "params grads backups", "w g", "w backup", "w backup", "rho adaptive eta eps"),
+        _op("grad_dots", "g extra", "grads extra", "g extra", "", "", "", sums=3),
+        _op("perturb_", *_PERTURB, "rho adaptive eta eps decay"),
+        _op("random_perturb_", *_PERTURB, "rho adaptive eta eps decay chance stochastic seed step"),
+        _op(
+            "gaussian_perturb_",
+            "w source backup",
+            "params sources backups",
+            "source",
+            "w backup",
+            "w source",
+            "amplitude sigma clip seed step",
+        ),
+        _op("perturb_by_class_", "w g", "params class_grads", "w g", "g", "w g", ""),
+        _op("combine_", "out g extra", "out grads extra", "out g extra", "out", "out", ""),
         _op("restore_", "w backup", "params backups", "backup", "w", "w backup", ""),
         _op(
             "sgd_step_",
@@ -91,7 +117,8 @@ OPS = {
 """The list-wise ops: what Python must know of csrc/ops.h."""
 
 _LOWEST = {op.name: np.array([-np.inf if name == "dampening" else 0.0 for name in op.hyper]) for op in OPS.values()}
-_BELOW = {op.name: np.array([1.0 if name.startswith("beta") else np.inf for name in op.hyper]) for op in OPS.values()}
+_ENDS = {"beta1": 1.0, "beta2": 1.0, "chance": np.nextafter(1.0, 2.0), "seed": 2.0**53, "step": 2.0**32}
+_BELOW = {op.name: np.array([_ENDS.get(name, np.inf) for name in op.hyper]) for op in OPS.values()}
 
 
 _ROWS: dict[tuple[Any, ...], NDArray[np.float64]] = {}
@@ -146,30 +173,37 @@ def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
     return table
 
 
-def _check_signals(**signals: Tensor | None) -> None:
+_SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "mix": 3}
+"""Where native code expects the address of a signal: a small tensor that is read, or written, on the device."""
+
+
+def _check_signals(sizes: dict[str, int], **signals: Tensor | None) -> None:
     for name, value in signals.items():
-        if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
-            raise ValueError(f"{name} must be a tensor of one element, got {value!r}")
+        count = sizes.get(name, 1)
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != count):
+            element = "one element" if count == 1 else f"{count} elements"
+            raise ValueError(f"{name} must be a tensor of {element}, got {value!r}")
 
 
-def _scalar(value: Tensor | None, part: Part, dtype: torch.dtype) -> Tensor | None:
-    if value is None:
-        return None
-    return value if value.dtype is dtype and value.device == part.device else value.detach().to(part.device, dtype)
+def _at(part: Part, name: str, value: Tensor) -> Tensor:
+    """A signal on the part's device and in the type that native code reads."""
+    dtype = torch.float32 if name in ("grad_scale", "found_inf") else part.accumulator
+    if value.dtype is dtype and value.device == part.device and value.is_contiguous():
+        return value
+    return value.detach().to(part.device, dtype).contiguous()
 
 
 def _launch(
-    op: Op,
-    backend: ModuleType,
-    part: Part,
-    hyper: NDArray[np.float64],
-    norm: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    signals = tuple(0 if signal is None else signal.data_ptr() for signal in (norm, grad_scale, found_inf))
+    op: Op, backend: ModuleType, part: Part, hyper: NDArray[np.float64], signals: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Runs one native call; returns the signals as it saw them."""
+    seen = {name: _at(part, name, value) for name, value in signals.items() if value is not None}
+    addresses = [0] * 4
+    for name, value in seen.items():
+        addresses[_SLOTS[name]] = value.data_ptr()
     with torch.cuda.device(part.device) if part.device.type == "cuda" else _HERE:
-        getattr(backend, op.name)(part, hyper, signals, part.where())
+        getattr(backend, op.name)(part, hyper, tuple(addresses), part.where())
+    return seen
 
 
 _HERE = contextlib.nullcontext()
@@ -178,17 +212,15 @@ _HERE = contextlib.nullcontext()
 def _run(
     op: Op,
     roles: tuple[Role, ...],
-    values: dict[str, Hyper],
-    groups: Sequence[int] | None,
-    norm: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    values: dict[str, Hyper] | None = None,
+    groups: Sequence[int] | None = None,
     table: Table | None = None,
+    **signals: Tensor | None,
 ) -> None:
     """Runs a pass that writes tensors: checks, then one launch for each part, or the twin."""
-    hyper = _hyper_rows(op, values)
+    hyper = _hyper_rows(op, values or {})
     _check_groups(groups, len(roles[0] or ()), len(hyper))
-    _check_signals(norm=norm, grad_scale=grad_scale, found_inf=found_inf)
+    _check_signals({"mix": 4, "scales": len(roles[0] or ())}, **signals)
     lists = roles
     if "source" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
@@ -196,21 +228,16 @@ def _run(
     parts = own.bind(lists, groups if len(hyper) > 1 else None)
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
-        twin = getattr(reference, op.name)
-        named: dict[str, Any] = dict(zip(op.arguments, roles, strict=True)) | values
-        if op.hyper:
-            named |= {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf, "groups": groups}
-        twin(**named)
+        named: dict[str, Any] = dict(zip(op.arguments, roles, strict=True)) | (values or {}) | signals
+        getattr(reference, op.name.removeprefix("random_"))(**named, **({"groups": groups} if op.hyper else {}))
         return
     for part, backend in zip(parts, backends, strict=True):
-        size = _scalar(norm, part, part.accumulator)
-        scale = _scalar(grad_scale, part, torch.float32)
-        _launch(op, backend, part, hyper, size, scale, _scalar(found_inf, part, torch.float32))
+        _launch(op, backend, part, hyper, signals)
     own.finish(lists)
     # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
     for role, tensors in zip(op.roles, roles, strict=True):
-        if tensors is not None and (role == "w" or (table is None and role in op.writes)):
+        if tensors is not None and role in op.writes and (role == "w" or table is None):
             torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
 
 
@@ -231,6 +258,7 @@ def grad_norm(
     params: Tensors | None = None,
     *,
     extra: Tensors | None = None,
+    mix: Tensor | None = None,
     adaptive: Hyper = False,
     eta: Hyper = 0.0,
     groups: Sequence[int] | None = None,
@@ -246,6 +274,7 @@ def grad_norm(
         grads: T gradients ``g``; ``None`` counts as zeros.
         params: T weights ``w``; needed when adaptive.
         extra: T gradients ``g'`` to be added, or ``None``.
+        mix: Four numbers ``c``, of which two count: the norm is of ``c0 g + c1 g'``; ``None``: both are 1.
         adaptive: Scale by ``|w| + eta`` (ASAM); a flag, or one for each group.
         eta: ASAM's constant, >= 0; a number, or one for each group.
         groups: Group of each tensor.
@@ -269,17 +298,19 @@ def grad_norm(
     op = OPS["grad_norm"]
     hyper = _hyper_rows(op, {"adaptive": adaptive, "eta": eta})
     _check_groups(groups, len(grads), len(hyper))
-    _check_signals(found_inf=found_inf)
+    _check_signals({"mix": 4}, found_inf=found_inf, mix=mix)
     if per_group and groups is None:
         raise ValueError("groups must be given when per_group is set, got None")
     if params is None and hyper[:, 0].any():
         raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
     outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
     if extra is not None and len(extra) == len(grads) and any(grad is None for grad in grads):
-        # A tensor is known by its first role, so a gradient that stands alone takes it.
-        pairs = list(zip(grads, extra, strict=True))
-        grads = [other if grad is None else grad for grad, other in pairs]
-        extra = [None if grad is None else other for grad, other in pairs]
+        if mix is not None:
+            grads = _filled(grads, extra)
+        else:  # a tensor is known by its first role, so a gradient that stands alone takes it
+            pairs = list(zip(grads, extra, strict=True))
+            grads = [other if grad is None else grad for grad, other in pairs]
+            extra = [None if grad is None else other for grad, other in pairs]
     roles: tuple[Role, ...] = (grads, extra, params if hyper[:, 0].any() else None)
     if per_group and groups is not None and list(groups) != sorted(groups):
         order = sorted(range(len(groups)), key=groups.__getitem__)
@@ -291,15 +322,14 @@ def grad_norm(
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
         return reference.grad_norm(
-            roles[0] or [], roles[2], extra=roles[1], adaptive=adaptive, eta=eta, groups=groups, per_group=per_group,
-            found_inf=found_inf,
+            roles[0] or [], roles[2], extra=roles[1], mix=mix, adaptive=adaptive, eta=eta, groups=groups,
+            per_group=per_group, found_inf=found_inf,
         )  # fmt: skip
     norms = []
     for part, backend in zip(parts, backends, strict=True):
         norms.append(torch.empty(outputs, dtype=part.accumulator, device=part.device))
-        found = _scalar(found_inf, part, torch.float32)
-        _launch(op, backend, part, hyper, norms[-1], None, found)
-        if found is not None and found_inf is not None and found.data_ptr() != found_inf.data_ptr():
+        seen = _launch(op, backend, part, hyper, {"norm": norms[-1], "found_inf": found_inf, "mix": mix})
+        if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
     if not norms:
         norms = [torch.zeros(outputs)]
@@ -312,6 +342,49 @@ def _join(norms: list[Tensor]) -> Tensor:
     exact = torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])
     dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
     return torch.linalg.vector_norm(exact, dim=0).to(dtype)
+
+
+def _filled(grads: Tensors, extra: Tensors) -> list[Tensor | None]:
+    """Zeros for gradients that are missing where their partner is there."""
+    return [
+        torch.zeros_like(other) if grad is None and other is not None else grad
+        for grad, other in zip(grads, extra, strict=True)
+    ]
+
+
+def grad_dots(grads: Tensors, extra: Tensors, *, table: Table | None = None) -> Tensor:
+    r"""The inner products of two gradients over all tensors, in one pass: 8 bytes read per fp32 element.
+
+    Args:
+        grads: T gradients ``g``; ``None`` counts as zeros.
+        extra: T gradients ``h``; ``None`` counts as zeros.
+        table: A table to reuse, for callers that keep one.
+
+    Returns:
+        Shape (3,): ``g.g``, ``h.h``, ``g.h``; float32, or float64 if any tensor is.
+
+    Raises:
+        ValueError: Lengths, shapes or devices do not fit.
+        TypeError: A dtype is not supported.
+
+    >>> grad_dots([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])])
+    tensor([5., 9., 3.])
+    """
+    if len(extra) == len(grads) and any(grad is None for grad in grads):
+        grads = _filled(grads, extra)
+    op, roles = OPS["grad_dots"], (grads, extra)
+    parts = (table or _table_for(op, roles)).bind(roles)
+    backends = [backend_for(part.device) for part in parts]
+    if reference in backends:
+        return reference.grad_dots(grads, extra)
+    dots = []
+    for part, backend in zip(parts, backends, strict=True):
+        dots.append(torch.empty(3, dtype=part.accumulator, device=part.device))
+        _launch(op, backend, part, _hyper_rows(op, {}), {"norm": dots[-1]})
+    if len(dots) < 2:
+        return dots[0] if dots else torch.zeros(3)
+    dtype = torch.float64 if any(one.dtype == torch.float64 for one in dots) else torch.float32
+    return torch.stack([one.to(dots[0].device, torch.float64) for one in dots]).sum(0).to(dtype)
 
 
 def class_grad_norms(
@@ -353,7 +426,7 @@ def class_grad_norms(
 def perturb_(
     params: Sequence[Tensor],
     grads: Tensors,
-    backups: Sequence[Tensor],
+    backups: Tensors | None,
     norm: Tensor,
     *,
     rho: Hyper,
@@ -363,18 +436,29 @@ def perturb_(
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    sources: Sequence[Tensor] | None = None,
+    means: Tensors | None = None,
+    mix: Tensor | None = None,
+    decay: Hyper = 0.0,
+    frozen: Tensors | None = None,
+    chance: Hyper = 1.0,
+    stochastic: bool = False,
+    seed: int | None = None,
+    step: int = 0,
     table: Table | None = None,
 ) -> None:
     r"""Keeps the weights and climbs along the gradient, in one pass: 16 bytes moved per fp32 element.
 
-    .. math:: b \leftarrow w, \quad w \leftarrow w + \frac{\rho}{\|g\| + \epsilon} T g,
+    .. math:: b \leftarrow w, \quad w \leftarrow w + \frac{\rho}{\|d\| + \epsilon} T d,
         \qquad T = (|w| + \eta)^2 \text{ if adaptive else } 1
+
+    with the ascent direction ``d = g``, or ``d = c0 g + c1 m`` with means, which then take the gradient in.
 
     Args:
         params: T weights ``w``, changed in place.
         grads: T ascent gradients ``g``; ``None``: that weight stays.
-        backups: T tensors of the weights' dtypes, filled with the old weights.
-        norm: Norm of the ascent gradient, one number, from :func:`grad_norm`. When it is not finite, nothing is perturbed.
+        backups: T tensors of the weights' dtypes, filled with the old weights; ``None``: they are not kept.
+        norm: Norm of the ascent direction, one number, from :func:`grad_norm`. When it is not finite, nothing is perturbed.
         rho: Radius, in units of the weights, >= 0.
         adaptive: ASAM's scaling.
         eta: ASAM's constant, >= 0.
@@ -382,13 +466,26 @@ def perturb_(
         groups: Group of each tensor.
         grad_scale: What the gradients, and so the norm, are too large by.
         found_inf: When not zero, nothing is perturbed.
-        table: A table to reuse, for callers that keep one.
+        sources: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
+        means: T running means ``m`` of the (unscaled) gradients, updated to ``decay m + (1 - decay) g`` unless the step is
+            skipped.
+        mix: Four numbers ``c``, of which two count; ``None``: 1, 0.
+        decay: Of the means, >= 0.
+        frozen: T maps of bits, uint8 of ceil(n / 8) elements: bit i % 8 (lowest first) of byte i / 8 is 1 when element i, in
+            the order of memory, is not to move.
+        chance: In [0, 1], to 2^-16: each element moves with this chance, drawn anew. Needs ``seed``.
+        stochastic: Round weights of 16 bits up or down at random, so that steps below their resolution survive on average.
+            Needs ``seed``.
+        seed: Seed of the draws, in [0, 2^53). They depend on seed, step, the tensor's position and the element's alone.
+        step: Number of the step, in [0, 2^32).
+        table: A table to reuse, for callers that keep one; with a seed another one than without.
 
     Raises:
         ValueError: Lengths, shapes, devices or hyperparameters do not fit, or tensors share memory.
         TypeError: A dtype is not supported.
 
-    Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3.
+    Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3; means: Li et al. 2024 (Friendly SAM), Alg. 1;
+    frozen: Mi et al. 2022 (sparse SAM), Alg. 1; chance: Du et al. 2022 (ESAM), section 3.2.
 
     >>> w, g, backup = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
     >>> perturb_([w], [g], [backup], grad_norm([g]), rho=0.5)
@@ -397,8 +494,125 @@ def perturb_(
     """
     if norm is None:
         raise ValueError("norm must be a tensor of one element, from grad_norm(), got None")
-    values = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps}
-    _run(OPS["perturb_"], (params, grads, backups), values, groups, norm, grad_scale, found_inf, table)
+    values: dict[str, Hyper] = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps, "decay": decay}
+    op = OPS["perturb_"]
+    if seed is not None:
+        op = OPS["random_perturb_"]
+        values |= {"chance": chance, "stochastic": stochastic, "seed": seed, "step": step}
+    elif stochastic or np.any(np.not_equal(chance, 1.0)):
+        raise ValueError("seed must be given with chance or stochastic, got None")
+    roles = (params, sources, grads, backups, means, frozen)
+    _run(op, roles, values, groups, table, norm=norm, grad_scale=grad_scale, found_inf=found_inf, mix=mix)
+
+
+def gaussian_perturb_(
+    params: Sequence[Tensor],
+    backups: Tensors | None,
+    *,
+    amplitude: Hyper,
+    sigma: Hyper = 1 / 3,
+    clip: Hyper = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    groups: Sequence[int] | None = None,
+    sources: Sequence[Tensor] | None = None,
+    table: Table | None = None,
+) -> None:
+    r"""Keeps the weights and adds clipped Gaussian noise that is made on the way, in one pass: 12 bytes per fp32 element.
+
+    .. math:: b \leftarrow w, \quad w \leftarrow w + a \, \mathrm{clamp}(\sigma z, -c, c), \quad z \sim N(0, 1)
+
+    Args:
+        params: T weights ``w``, changed in place.
+        backups: T tensors of the weights' dtypes, filled with the old weights; ``None``: they are not kept.
+        amplitude: ``a`` >= 0, in units of the weights.
+        sigma: Standard deviation before clipping, >= 0.
+        clip: ``c`` >= 0.
+        seed: In [0, 2^53). The noise depends on seed, step, the tensor's position and the element's (in the order of
+            memory) alone: not on the backend, the number of threads or other tensors.
+        step: Number of the step, in [0, 2^32).
+        groups: Group of each tensor.
+        sources: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes, devices or hyperparameters do not fit, or tensors share memory.
+        TypeError: A dtype is not supported.
+
+    Source: GNM-PT (NeurIPS 2024, arXiv 2410.21042), poster, eqs. 1-3. Philox-4x32-10 (Salmon et al. 2011) and the inverse
+    distribution function after Giles (2011).
+
+    >>> w, backup = torch.zeros(4), torch.empty(4)
+    >>> gaussian_perturb_([w], [backup], amplitude=1.0)
+    >>> bool((w.abs() <= 1.0).all() and w.any())
+    True
+    """
+    values: dict[str, Hyper] = {"amplitude": amplitude, "sigma": sigma, "clip": clip, "seed": seed, "step": step}
+    _run(OPS["gaussian_perturb_"], (params, sources, backups), values, groups, table)
+
+
+def perturb_by_class_(
+    params: Sequence[Tensor], class_grads: Sequence[Sequence[Tensor]], scales: Tensor, *, table: Table | None = None
+) -> None:
+    r"""Turns K gradients of the same weights into K perturbed copies of the weights, in one pass over all of them.
+
+    .. math:: g_k \leftarrow w + s_{k} g_k
+
+    Args:
+        params: T weights ``w``, not changed.
+        class_grads: K lists of T gradients ``g_k``, overwritten with the perturbed weights, say one list per class.
+        scales: Shape (K,), or (K, T) for a scale of each tensor's own: radius divided by norm.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes or devices do not fit, or gradients share memory.
+        TypeError: A dtype is not supported.
+
+    Source: the class-conditional perturbations of CC-SAM (Zhou et al., CVPR 2023).
+
+    >>> w, g = torch.tensor([1.0, 1.0]), [torch.tensor([0.0, 2.0]), torch.tensor([4.0, 0.0])]
+    >>> perturb_by_class_([w], [[g[0]], [g[1]]], torch.tensor([0.5, 0.25]))
+    >>> g
+    [tensor([1., 2.]), tensor([2., 1.])]
+    """
+    classes, tensors = len(class_grads), len(params)
+    for k, grads in enumerate(class_grads):
+        if len(grads) != tensors:
+            raise ValueError(
+                f"class_grads[{k}] has {len(grads)} entries, but params has {tensors}: give one per weight"
+            )
+    if not isinstance(scales, Tensor) or tuple(scales.shape) not in {(classes,), (classes, tensors)}:
+        shape = tuple(scales.shape) if isinstance(scales, Tensor) else scales
+        raise ValueError(f"scales must have shape ({classes},) or ({classes}, {tensors}), got {shape}")
+    flat = scales.reshape(classes, -1).expand(classes, tensors).reshape(-1)
+    rows = (list(params) * classes, [grad for grads in class_grads for grad in grads])
+    _run(OPS["perturb_by_class_"], rows, table=table, scales=flat)
+
+
+def combine_(
+    out: Sequence[Tensor],
+    grads: Tensors,
+    extra: Tensors,
+    mix: Tensor,
+    *,
+    found_inf: Tensor | None = None,
+    table: Table | None = None,
+) -> None:
+    """Fills ``out`` with ``c0 g + c1 g'``, with numbers that are on the device, in one pass: 16 bytes per fp32 element.
+
+    Args:
+        out: T tensors, overwritten.
+        grads: T gradients ``g``; ``None`` counts as zeros.
+        extra: T gradients ``g'``; ``None`` counts as zeros.
+        mix: Four numbers ``c``, of which two count.
+        found_inf: When not zero, nothing is written.
+        table: A table to reuse, for callers that keep one.
+
+    Raises:
+        ValueError: Lengths, shapes or devices do not fit, or tensors share memory.
+        TypeError: A dtype is not supported.
+    """
+    _run(OPS["combine_"], (out, grads, extra), table=table, found_inf=found_inf, mix=mix)
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, table: Table | None = None) -> None:
@@ -413,7 +627,7 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, table: Tabl
         ValueError: Lengths, shapes or devices do not fit, or tensors share memory.
         TypeError: A dtype is not supported.
     """
-    _run(OPS["restore_"], (params, backups), {}, None, table=table)
+    _run(OPS["restore_"], (params, backups), table=table)
 
 
 def sgd_step_(
@@ -432,6 +646,7 @@ def sgd_step_(
     steps: Tensors | None = None,
     max_norm: Hyper = 0.0,
     norm: Tensor | None = None,
+    mix: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -459,6 +674,8 @@ def sgd_step_(
         steps: T float32 numbers that count steps taken; needed with dampening only.
         max_norm: Clip the gradient's norm to this; 0: do not.
         norm: Norm of ``g + g'``, still scaled, as :func:`grad_norm` gives it; needed with ``max_norm``.
+        mix: Four numbers ``c``: the gradient is ``c0 g + c1 g'``, and the weights move by ``-lr s (c2 g + c3 g')`` besides,
+            past momentum, decay and clipping; ``None``: 1, 1, 0, 0.
         groups: Group of each tensor.
         grad_scale: What gradients and norm are too large by.
         found_inf: When not zero, weights are restored and nothing else happens.
@@ -480,7 +697,7 @@ def sgd_step_(
     _check_momentum_buffers(momentum_buffers, momentum, groups)
     _check_clipping(max_norm, norm)
     roles = (params, backups, grads, extra, momentum_buffers, steps)
-    _run(OPS["sgd_step_"], roles, values, groups, norm, grad_scale, found_inf, table)
+    _run(OPS["sgd_step_"], roles, values, groups, table, norm=norm, grad_scale=grad_scale, found_inf=found_inf, mix=mix)
 
 
 def adam_step_(
@@ -502,6 +719,7 @@ def adam_step_(
     extra: Tensors | None = None,
     max_norm: Hyper = 0.0,
     norm: Tensor | None = None,
+    mix: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -533,6 +751,7 @@ def adam_step_(
         extra: T gradients to be added.
         max_norm: Clip the gradient's norm to this; 0: do not.
         norm: Norm of the summed gradient, still scaled; needed with ``max_norm``.
+        mix: As for :func:`sgd_step_`.
         groups: Group of each tensor.
         grad_scale: What gradients and norm are too large by.
         found_inf: When not zero, weights are restored and nothing else happens.
@@ -559,7 +778,9 @@ def adam_step_(
             raise ValueError(f"{name} must hold one tensor per weight, got None")
     _check_clipping(max_norm, norm)
     roles = (params, backups, grads, extra, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-    _run(OPS["adam_step_"], roles, values, groups, norm, grad_scale, found_inf, table)
+    _run(
+        OPS["adam_step_"], roles, values, groups, table, norm=norm, grad_scale=grad_scale, found_inf=found_inf, mix=mix
+    )
 
 
 def _check_momentum_buffers(buffers: Tensors | None, momentum: Hyper, groups: Sequence[int] | None) -> None:

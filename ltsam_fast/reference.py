@@ -39,6 +39,16 @@ def _gradient(like: Tensor, *gradients: Tensor | None) -> Tensor:
     return total
 
 
+def _mixed(like: Tensor, g: Tensor | None, other: Tensor | None, mix: Tensor | None, first: int = 0) -> Tensor:
+    """c[first] g + c[first + 1] other; without a mix the sum."""
+    if mix is None:
+        return _gradient(like, g, other)
+    c = mix.to(like.device, _wide(like).dtype)
+    zeros = torch.zeros_like(_wide(like))
+    parts = [zeros if one is None else _wide(one) for one in (g, other)]
+    return c[first] * parts[0] + c[first + 1] * parts[1]
+
+
 def _number(signal: Tensor, like: Tensor) -> Tensor:
     return signal.detach().reshape(()).to(like.device, _wide(like).dtype)
 
@@ -53,13 +63,14 @@ def grad_norm(
     params: Tensors | None = None,
     *,
     extra: Tensors | None = None,
+    mix: Tensor | None = None,
     adaptive: Any = False,
     eta: Any = 0.0,
     groups: Sequence[int] | None = None,
     per_group: bool = False,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """sqrt(sum (T g)^2),  T = |w| + eta when adaptive, else 1."""
+    """sqrt(sum (T g)^2),  T = |w| + eta when adaptive, else 1;  g is the sum, or mix, of grads and extra."""
     present = [g for g in (*grads, *(extra or ())) if g is not None]
     device = present[0].device if present else torch.device("cpu")
     exact = any(g.dtype == torch.float64 for g in present)
@@ -71,7 +82,7 @@ def grad_norm(
         like = other if g is None else g
         if like is None:
             continue
-        t = _gradient(like, g, other)
+        t = _mixed(like, g, other, mix)
         if _value(adaptive, groups, i):
             t = (_wide(params[i]).abs() + _value(eta, groups, i)) * t  # type: ignore[index, arg-type]
         bucket = groups[i] if per_group else 0  # type: ignore[index]
@@ -82,6 +93,21 @@ def grad_norm(
     return norm if per_group else norm[0]
 
 
+@torch.no_grad()
+def grad_dots(grads: Tensors, extra: Tensors) -> Tensor:
+    """(g.g, h.h, g.h) over all tensors."""
+    pairs = []
+    for g, h in zip(grads, extra, strict=True):
+        if g is not None or h is not None:
+            pairs.append((torch.zeros_like(h) if g is None else g, torch.zeros_like(g) if h is None else h))
+    exact = any(one.dtype == torch.float64 for pair in pairs for one in pair)
+    sums = torch.zeros(3, dtype=torch.float64, device=pairs[0][0].device if pairs else "cpu")
+    for g, h in pairs:
+        g, h = _wide(g), _wide(h)
+        sums += torch.stack([(g * g).sum(), (h * h).sum(), (g * h).sum()]).to(sums)
+    return sums.to(torch.float64 if exact else torch.float32)
+
+
 def class_grad_norms(
     class_grads: Sequence[Tensors], params: Tensors | None = None, *, adaptive: bool = False, eta: float = 0.0
 ) -> Tensor:
@@ -90,11 +116,84 @@ def class_grad_norms(
     return torch.stack(norms) if norms else torch.zeros(0)
 
 
+def _numbers(like: Tensor) -> Tensor:
+    """The number of each element in the order of memory."""
+    numbers = torch.empty_like(like, dtype=torch.int64)
+    numbers.as_strided((numbers.numel(),), (1,)).copy_(torch.arange(numbers.numel()))
+    return numbers
+
+
+def _bits(bitmap: Tensor, like: Tensor) -> Tensor:
+    """A map of bits as booleans of a tensor's shape."""
+    numbers = _numbers(like)
+    return (bitmap[numbers // 8] >> (numbers % 8).to(torch.uint8)) & 1 == 1
+
+
+def _random_words(like: Tensor, number: int, seed: int, step: int) -> Tensor:
+    """32 random bits for each element, as int64: Philox-4x32-10, Salmon et al. 2011. A call serves four elements."""
+    elements = _numbers(like)
+    low = 0xFFFFFFFF
+    quad = elements // 4
+    a, b, c, d = quad & low, quad >> 32, torch.full_like(quad, number), torch.full_like(quad, step)
+    key0, key1 = int(seed) & low, int(seed) >> 32
+    for _ in range(10):
+        x, y = 0xD2511F53 * a, 0xCD9E8D57 * c  # of the 64 bits that wrap around, all are right
+        a, b, c, d = (y >> 32) & low ^ b ^ key0, y & low, (x >> 32) & low ^ d ^ key1, x & low
+        key0, key1 = (key0 + 0x9E3779B9) & low, (key1 + 0xBB67AE85) & low
+    return torch.stack([a, b, c, d]).gather(0, (elements % 4)[None])[0]
+
+
+def _log(x: Tensor) -> Tensor:
+    """ln x in fp32, Cephes' polynomial."""
+    u = x.view(torch.int32) - 0x3F3504F3
+    e = (u >> 23).float()
+    f = ((u & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1
+    square = f * f
+    p = torch.full_like(f, 7.0376836292e-2)
+    for c in (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
+              -2.4999993993e-1, 3.3333331174e-1):  # fmt: skip
+        p = p * f + c
+    return f + (p * f * square - e * 2.12194440e-4 - 0.5 * square) + e * 0.693359375
+
+
+_CENTRAL = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503, -0.00417768164,
+            0.246640727, 1.50140941)  # fmt: skip
+_TAIL = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613, 0.00943887047,
+         1.00167406, 2.83297682)  # fmt: skip
+
+
+def _normal(words: Tensor) -> Tensor:
+    """Standard normal numbers, fp32, by the inverse distribution function: Giles 2011."""
+    p = ((words & 0x7FFFFFFF).float() + 0.5) * 2.0**-32
+    x, w = 1 - 2 * p, -_log(4 * p * (1 - p))
+    central = w < 5
+    root = w.double().sqrt().float()  # in fp32 torch's own root may be a bit off
+    t = torch.where(central, w - 2.5, root - 3)
+    q = torch.zeros_like(t)
+    for near, far in zip(_CENTRAL, _TAIL, strict=True):
+        q = q * t + torch.where(central, torch.tensor(near), torch.tensor(far)).to(q)
+    z = 1.41421356 * (q * x)
+    return torch.where(words >> 31 != 0, -z, z)
+
+
+def _round_randomly(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
+    """Rounded to a 16-bit dtype, up or down with the chances that keep the mean."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return x
+    digits, least = (8, -126) if dtype == torch.bfloat16 else (11, -14)
+    chance = (words >> 16).float() * 2.0**-16
+    if dtype == torch.float16:
+        chance = (chance * 2**13).floor() * 2.0**-13
+    exponent = (torch.frexp(x).exponent - 1).clamp(min=least)
+    place = torch.ldexp(torch.ones_like(x), exponent - (digits - 1))
+    return torch.where(x.isfinite(), (x / place + chance).floor() * place, x)
+
+
 @torch.no_grad()
 def perturb_(
     params: Sequence[Tensor],
     grads: Tensors,
-    backups: Sequence[Tensor],
+    backups: Tensors | None,
     norm: Tensor,
     *,
     rho: Any,
@@ -104,20 +203,86 @@ def perturb_(
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    sources: Sequence[Tensor] | None = None,
+    means: Tensors | None = None,
+    mix: Tensor | None = None,
+    decay: Any = 0.0,
+    frozen: Tensors | None = None,
+    chance: Any = 1.0,
+    stochastic: bool = False,
+    seed: int | None = None,
+    step: int = 0,
 ) -> None:
-    """backup = w;  w = w + (T g) rho / (|g| + eps),  T = (|w| + eta)^2 when adaptive, else 1."""
+    """backup = w;  w = w + (T d) rho / (|d| + eps),  T = (|w| + eta)^2 when adaptive, else 1;  d = g, or mix of g and mean."""
     active = not _skip(found_inf) and bool(norm.isfinite())
-    for i, (w, g, backup) in enumerate(zip(params, grads, backups, strict=True)):
-        backup.copy_(w)
-        if not active or g is None:
-            continue
+    for i, (w, g) in enumerate(zip(params, grads, strict=True)):
+        at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
+        backup, mean, still = _entry(backups, i), _entry(means, i), _entry(frozen, i)
+        old = _wide(w if sources is None else sources[i]).clone()
+        w.copy_(old)
+        if backup is not None:
+            backup.copy_(old)
         size = _number(norm, w)
         inverse = 1 / _number(grad_scale, w) if grad_scale is not None else torch.ones_like(size)
-        scale = _value(rho, groups, i) * inverse / (size * inverse + _value(eps, groups, i))
-        if not bool(scale.isfinite()):
+        scale = at(rho) * inverse / (size * inverse + at(eps))
+        if not active or not bool(scale.isfinite()):
             continue
-        t = (_wide(w).abs() + _value(eta, groups, i)).square() if _value(adaptive, groups, i) else 1
-        w.copy_(_wide(w) + t * _wide(g) * scale)
+        d = _gradient(w, g) if mix is None else _mixed(w, g, mean, mix)
+        t = (old.abs() + at(eta)).square() if at(adaptive) else 1
+        climbed = old + t * d * scale
+        moves = torch.ones_like(w, dtype=torch.bool) if still is None else ~_bits(still, w)
+        if seed is not None:
+            words = _random_words(w, i, seed, step)
+            moves &= (words & 0xFFFF) < int(at(chance) * 65536 + 0.5)
+            climbed = _round_randomly(climbed, w.dtype, words) if stochastic else climbed
+        w.copy_(torch.where(moves, climbed, old))
+        if mean is not None:
+            mean.copy_(at(decay) * _wide(mean) + (1 - at(decay)) * (_gradient(w, g) * inverse))
+
+
+@torch.no_grad()
+def gaussian_perturb_(
+    params: Sequence[Tensor],
+    backups: Tensors | None,
+    *,
+    amplitude: Any,
+    sigma: Any = 1 / 3,
+    clip: Any = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    groups: Sequence[int] | None = None,
+    sources: Sequence[Tensor] | None = None,
+) -> None:
+    """backup = w;  w = w + amplitude clamp(sigma z, -clip, clip),  z standard normal."""
+    for i, w in enumerate(params):
+        at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
+        old, backup = _wide(w if sources is None else sources[i]).clone(), _entry(backups, i)
+        if backup is not None:
+            backup.copy_(old)
+        z = _normal(_random_words(w, i, seed, step)).to(old.dtype)
+        w.copy_(old + at(amplitude) * (at(sigma) * z).clamp(-at(clip), at(clip)))
+
+
+@torch.no_grad()
+def perturb_by_class_(params: Sequence[Tensor], class_grads: Sequence[Any], scales: Tensor) -> None:
+    """g_k = w + s_k g_k. Lists may also be flat: T weights, T gradients, T scales."""
+    if class_grads and isinstance(class_grads[0], Tensor):
+        class_grads, scales = [class_grads], scales[None]
+    scales = scales.reshape(len(class_grads), -1).expand(-1, len(params))
+    for k, grads in enumerate(class_grads):
+        for i, (w, g) in enumerate(zip(params, grads, strict=True)):
+            g.copy_(_wide(w) + scales[k, i].to(_wide(w)) * _wide(g))
+
+
+@torch.no_grad()
+def combine_(
+    out: Sequence[Tensor], grads: Tensors, extra: Tensors, mix: Tensor, *, found_inf: Tensor | None = None
+) -> None:
+    """out = c0 g + c1 g'."""
+    if _skip(found_inf):
+        return
+    for i, one in enumerate(out):
+        one.copy_(_mixed(one, grads[i], extra[i], mix))
 
 
 @torch.no_grad()
@@ -129,19 +294,31 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
 
 def _direction(
     w: Tensor,
-    gradients: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, Tensor | None],
     maximize: bool,
     max_norm: float,
     norm: Tensor | None,
     grad_scale: Tensor | None,
+    mix: Tensor | None,
 ) -> Tensor:
-    """The summed gradient: unscaled, clipped to max_norm, turned around to maximize."""
-    d = _gradient(w, *gradients)
+    """The summed, or mixed, gradient: unscaled, clipped to max_norm, turned around to maximize."""
+    d = _mixed(w, *gradients, mix)
     inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
     d = d * inverse
     if max_norm > 0 and norm is not None:
         d = d * (max_norm / (_number(norm, w) * inverse + 1e-6)).clamp(max=1.0)
     return -d if maximize else d
+
+
+def _beside(
+    w: Tensor, lr: float, gradients: tuple[Tensor | None, Tensor | None], maximize: bool, grad_scale: Tensor | None,
+    mix: Tensor | None,
+) -> Tensor | float:  # fmt: skip
+    """What the weights move by past the base optimizer: lr (c2 g + c3 extra)."""
+    if mix is None:
+        return 0.0
+    inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
+    return lr * _mixed(w, *gradients, mix, first=2) * (-inverse if maximize else inverse)
 
 
 @torch.no_grad()
@@ -161,6 +338,7 @@ def sgd_step_(
     steps: Tensors | None = None,
     max_norm: Any = 0.0,
     norm: Tensor | None = None,
+    mix: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -172,14 +350,15 @@ def sgd_step_(
         w.copy_(w if source is None else source)
         if _skip(found_inf):
             continue
-        d = _direction(w, (grads[i], _entry(extra, i)), at(maximize), at(max_norm), norm, grad_scale)
+        d = _direction(w, (grads[i], _entry(extra, i)), at(maximize), at(max_norm), norm, grad_scale, mix)
         d = d + at(weight_decay) * _wide(w)
         if at(momentum) != 0 and m is not None:
             first = step is not None and bool(step == 0)
             buffer = d if first else at(momentum) * _wide(m) + (1 - at(dampening)) * d
             m.copy_(buffer)
             d = d + at(momentum) * buffer if at(nesterov) else buffer
-        w.copy_(_wide(w) - at(lr) * d)
+        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
+        w.copy_(_wide(w) - at(lr) * d - beside)
         if step is not None:
             step += 1
 
@@ -204,6 +383,7 @@ def adam_step_(
     extra: Tensors | None = None,
     max_norm: Any = 0.0,
     norm: Tensor | None = None,
+    mix: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -217,7 +397,7 @@ def adam_step_(
             continue
         t = float(steps[i]) + 1
         old = _wide(w)
-        d = _direction(w, (grads[i], _entry(extra, i)), at(maximize), at(max_norm), norm, grad_scale)
+        d = _direction(w, (grads[i], _entry(extra, i)), at(maximize), at(max_norm), norm, grad_scale, mix)
         if at(decoupled):
             old = old * (1 - at(lr) * at(weight_decay))
         else:
@@ -225,7 +405,9 @@ def adam_step_(
         mean = _wide(m) + (1 - at(beta1)) * (d - _wide(m))
         square = at(beta2) * _wide(v) + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(_wide(vmax), square)
-        w.copy_(old - at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps)))
+        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
+        move = at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps))
+        w.copy_(old - move - beside)
         m.copy_(mean)
         v.copy_(square)
         if vmax is not None:

@@ -22,7 +22,8 @@ CHUNK = 16384
 """Elements per chunk: the unit of work and of the fixed summation order; ``lt::kChunk`` in csrc."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ITEM_SIZES = np.array([4, 8, 2, 2])
+BITMAP = len(DTYPES)  # the code of uint8, which serves as a map of bits
+ITEM_SIZES = np.array([4, 8, 2, 2, 1])
 WIDE = DTYPES.index(torch.float64)
 
 ADDRESS, NUMEL, DTYPE, DEVICE, SHAPE, LAYOUT = range(6)
@@ -49,15 +50,18 @@ class Op(NamedTuple):
     needs: frozenset[str]
     """Roles that every tensor must have."""
     hyper: tuple[str, ...]
+    sums: int = 1
+    """Numbers that a reduction yields for each bucket."""
 
 
 class Part:
     """The tensors of a table that share a device and an accumulator: what one native call takes.
 
     Attributes: ``pointers`` int64 (T, R), 0 where absent; ``dtypes`` uint8 (T, R), indices of :data:`DTYPES`; ``numels``
-    int64 (T,); ``groups`` int32 (T,), rows of the hyperparameters; ``buckets`` int32 (T,), nondecreasing, outputs of a
-    reduction, ``bucket_count`` of them; ``first_chunk`` int64 (T + 1,); ``wide``: accumulates in fp64; ``scratch``: address
-    of (chunks + 2) zeroed doubles on ``device``; ``cache``: a dict for what a backend derives, emptied when a tensor moved.
+    int64 (T,); ``groups`` int32 (T,), rows of the hyperparameters; ``numbers`` int32 (T,), positions in the caller's lists;
+    ``buckets`` int32 (T,), nondecreasing, outputs of a reduction, ``bucket_count`` of them; ``first_chunk`` int64 (T + 1,);
+    ``wide``: accumulates in fp64; ``scratch``: address of 1 + chunks * sums zeroed doubles on ``device``; ``cache``: a dict
+    for what a backend derives, emptied when a tensor moved.
     """
 
     def __init__(
@@ -66,8 +70,10 @@ class Part:
         dtypes: NDArray[np.int64],
         numels: NDArray[np.int64],
         groups: NDArray[np.int32],
+        numbers: NDArray[np.int64],
         buckets: NDArray[np.int32],
         bucket_count: int,
+        sums: int,
         device: torch.device,
         wide: bool,
     ) -> None:
@@ -75,14 +81,15 @@ class Part:
         self.dtypes = np.ascontiguousarray(dtypes.astype(np.uint8))
         self.numels = np.ascontiguousarray(numels)
         self.groups = np.ascontiguousarray(groups)
+        self.numbers = np.ascontiguousarray(numbers.astype(np.int32))
         self.buckets = np.ascontiguousarray(buckets)
         self.bucket_count = bucket_count
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-self.numels // CHUNK))]).astype(np.int64)
         self.device = device
         self.wide = wide
         self.cache: dict[Any, Any] = {}
-        # One partial sum a chunk; the last cells count finished CUDA blocks and must start at zero.
-        self._scratch = torch.zeros(int(self.first_chunk[-1]) + 2, dtype=torch.float64, device=device)
+        # The first cell counts finished CUDA blocks and must start at zero; then partial sums, chunk by chunk.
+        self._scratch = torch.zeros(1 + int(self.first_chunk[-1]) * sums, dtype=torch.float64, device=device)
         self.scratch = self._scratch.data_ptr()
 
     @property
@@ -111,7 +118,9 @@ class Table:
     def __init__(self, op: Op) -> None:
         self.op = op
         self.parts: list[Part] = []
-        self._arrays = [index for index, role in enumerate(op.roles) if role != "step"]  # a step is one number
+        # A step is one number, frozen elements are a bit each.
+        self._arrays = [index for index, role in enumerate(op.roles) if role not in ("step", "frozen")]
+        self._bitmaps = np.array([role == "frozen" for role in op.roles])
         self._snapshot = np.empty((0, len(op.roles), COLUMNS), np.int64)
         self._valid_for: tuple[Any, ...] | None = None
         self._staged: list[Staged] = []
@@ -218,8 +227,10 @@ class Table:
                 rows[chosen, :, DTYPE],
                 rows[chosen, 0, NUMEL],
                 group_of[chosen],
+                np.flatnonzero(chosen),
                 bucket_of[chosen],
                 bucket_count,
+                self.op.sums,
                 _device(code),
                 bool(is_wide),
             )
@@ -247,7 +258,8 @@ class Table:
 
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         check(~present & needed, ValueError, "is None: give a tensor")
-        check(present & (rows[..., DTYPE] < 0), TypeError, f"has dtype {{it.dtype}}: accepted are {accepted}")
+        unknown = (rows[..., DTYPE] < 0) | (rows[..., DTYPE] == BITMAP)
+        check(present & unknown & ~self._bitmaps, TypeError, f"has dtype {{it.dtype}}: accepted are {accepted}")
         check(
             present & ~np.isin(rows[..., DEVICE] >> 16, list(DEVICE_TYPES)),
             ValueError,
@@ -268,8 +280,17 @@ class Table:
             ValueError,
             "has shape {it.shape}, but {other} has {base.shape}: they must be equal",
         )
+        whole_bytes = (rows[..., NUMEL] == -(-rows[:, :1, NUMEL] // 8)) & (rows[..., LAYOUT] == CONTIGUOUS)
         check(
-            present & ~arrays & ((rows[..., NUMEL] != 1) | (rows[..., DTYPE] != DTYPES.index(torch.float32))),
+            present & self._bitmaps & ~(whole_bytes & (rows[..., DTYPE] == BITMAP)),
+            ValueError,
+            "has shape {it.shape} and dtype {it.dtype}: it must be contiguous uint8 with a bit for each element",
+        )
+        check(
+            present
+            & ~arrays
+            & ~self._bitmaps
+            & ((rows[..., NUMEL] != 1) | (rows[..., DTYPE] != DTYPES.index(torch.float32))),
             ValueError,
             "has shape {it.shape} and dtype {it.dtype}: it must be one float32 number",
         )
@@ -395,6 +416,10 @@ def read_in_python(lists: tuple[Any, ...], out: NDArray[np.int64]) -> int:
     return CHANGED if differs[..., NUMEL:].any() else MOVED if differs.any() else SAME
 
 
+def _code(dtype: torch.dtype) -> int:
+    return BITMAP if dtype == torch.uint8 else DTYPES.index(dtype) if dtype in DTYPES else -1
+
+
 def _describe(tensor: torch.Tensor) -> tuple[int, ...]:
     kind = {name: number for number, name in DEVICE_TYPES.items()}[tensor.device.type]
     layout = CONTIGUOUS
@@ -407,7 +432,7 @@ def _describe(tensor: torch.Tensor) -> tuple[int, ...]:
     return (
         tensor.data_ptr(),
         tensor.numel(),
-        DTYPES.index(tensor.dtype) if tensor.dtype in DTYPES else -1,
+        _code(tensor.dtype),
         kind << 16 | (tensor.device.index or 0),
         hash(tuple(tensor.shape)),
         layout,

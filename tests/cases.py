@@ -24,8 +24,8 @@ TOLERANCES = {
     BF16: Tolerance(2**-8, 2e-6),
     F16: Tolerance(2**-11, 2e-6),
 }
-NORM_TOLERANCES = {F32: Tolerance(4e-6, 0.0), F64: Tolerance(1e-14, 0.0)}
-"""Sums of many squares."""
+NORM_TOLERANCES = {F32: Tolerance(4e-6, 1e-6), F64: Tolerance(1e-14, 1e-14)}
+"""Sums of many squares or products; the absolute one is of the largest."""
 
 # Zero elements first, in the middle and last; a number; both sides of the edges of lanes, tiles (1024), blocks (2048, 4096)
 # and chunks (16384).
@@ -58,6 +58,11 @@ def shuffled(count):
     return [(i * i + 2) % 3 for i in range(count)]
 
 
+def numbered(count):
+    """Another number for each tensor."""
+    return [0.1 * (i - 2) for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to call an op: the lists of tensors and the other arguments. Signals are numbers here."""
@@ -81,15 +86,24 @@ def _adam(name, *lists, missing=False, lr=0.1, **values):
     return Case("adam_step_", name, lists, {"lr": lr, **values}, missing)
 
 
-def _perturb(name, missing=False, rho=0.05, norm=3.0, **values):
-    return Case("perturb_", name, "params grads backups", {"rho": rho, "norm": norm, **values}, missing)
+def _perturb(name, *lists, missing=False, rho=0.05, norm=3.0, **values):
+    op = "random_perturb_" if "seed" in values else "perturb_"
+    lists = " ".join(("params grads", *(lists or ("backups",))))
+    return Case(op, name, lists, {"rho": rho, "norm": norm, **values}, missing)
 
+
+def _gaussian(name, *lists, amplitude=0.05, **values):
+    return Case("gaussian_perturb_", name, " ".join(("params", *lists)), {"amplitude": amplitude, **values})
+
+
+MIX = (0.7, -0.4, 0.3, 1.5)
 
 CASES = (
     Case("grad_norm", "plain", "grads"),
     Case("grad_norm", "missing", "grads", missing=True),
     Case("grad_norm", "extra", "grads extra"),
     Case("grad_norm", "extra missing", "grads extra", missing=True),
+    Case("grad_norm", "mix", "grads extra params", {"mix": MIX, "adaptive": True}, missing=True),
     Case("grad_norm", "adaptive", "grads params", {"adaptive": True, "eta": 0.01}),
     Case("grad_norm", "adaptive extra", "grads extra params", {"adaptive": True, "eta": 0.5}, missing=True),
     Case("grad_norm", "found", "grads", {"found_inf": 0.0}),
@@ -107,6 +121,32 @@ CASES = (
     _perturb("found nothing", found_inf=0.0, rho=0.0),
     _perturb("found", found_inf=1.0),
     _perturb("groups", groups=shuffled, rho=[0.0, 0.5, 1.0], adaptive=[True, False, True], eta=[0.0, 0.0, 0.1]),
+    _perturb("again", "sources"),
+    _perturb("means", "backups", "means", mix=MIX, decay=0.9),
+    _perturb("means missing", "backups", "means", missing=True, mix=MIX, decay=0.6),
+    _perturb("frozen", "backups", "frozen"),
+    _perturb("frozen again", "sources", "frozen", adaptive=True),
+    _perturb("found means", "backups", "means", mix=MIX, decay=0.5, found_inf=1.0),
+    _perturb(
+        "everything", "sources", "backups", "means", "frozen", mix=MIX, decay=0.5, adaptive=True, eta=0.1, grad_scale=8.0,
+        norm=24.0, found_inf=0.0,
+    ),
+    _perturb("chance", seed=3, chance=0.6),
+    _perturb("stochastic", seed=2**52 + 1, step=7, stochastic=True),
+    _perturb(
+        "chance everything", "sources", "backups", "means", "frozen", mix=MIX, decay=0.5, seed=11, step=2**31, chance=0.25,
+        stochastic=True,
+    ),
+    _perturb("chance groups", seed=11, chance=[0.0, 0.5, 1.0], groups=shuffled, rho=[0.0, 0.5, 1.0]),
+    _gaussian("plain", "backups"),
+    _gaussian("not kept", "sources", seed=2**40 + 3, step=2**32 - 1, clip=0.5, sigma=1.0),
+    _gaussian("groups", "backups", groups=shuffled, amplitude=[0.0, 0.5, 2.0], seed=9),
+    Case("perturb_by_class_", "plain", "params class_grads", {"scales": numbered}),
+    Case("combine_", "plain", "out grads extra", {"mix": MIX}),
+    Case("combine_", "missing", "out grads extra", {"mix": MIX, "found_inf": 0.0}, missing=True),
+    Case("combine_", "found", "out grads extra", {"mix": MIX, "found_inf": 1.0}),
+    Case("grad_dots", "plain", "grads extra"),
+    Case("grad_dots", "missing", "grads extra", missing=True),
     Case("restore_", "plain", "params backups"),
     _sgd("plain"),
     _sgd("missing", missing=True, weight_decay=0.01),
@@ -120,6 +160,7 @@ CASES = (
     _sgd("clipped scaled", max_norm=1.0, norm=3072.0, grad_scale=1024.0),
     _sgd("idle momentum", "momentum_buffers steps"),
     _sgd("found", "backups momentum_buffers steps", momentum=0.9, found_inf=1.0),
+    _sgd("mix", "backups extra momentum_buffers", momentum=0.9, mix=MIX, maximize=True, grad_scale=2.0, max_norm=1.0, norm=3.0),
     _sgd(
         "everything", "backups extra momentum_buffers steps", momentum=0.9, dampening=0.1, weight_decay=0.05,
         maximize=True, max_norm=2.0, norm=2048.0, grad_scale=512.0, found_inf=0.0,
@@ -136,6 +177,7 @@ CASES = (
     _adam("no betas", beta1=0.0, beta2=0.0),
     _adam("clipped scaled", "extra", max_norm=1.0, norm=3072.0, grad_scale=1024.0),
     _adam("found", "backups max_exp_avg_sqs", found_inf=1.0),
+    _adam("mix", "backups extra", weight_decay=0.1, decoupled=True, mix=MIX),
     _adam(
         "everything", "backups extra max_exp_avg_sqs", weight_decay=0.1, decoupled=True, maximize=True, max_norm=2.0,
         norm=4.0, grad_scale=2.0, found_inf=0.0,
@@ -150,7 +192,12 @@ RICHEST = tuple(
     BY_NAME[name]
     for name in (
         "grad_norm adaptive extra",
-        "perturb_ adaptive",
+        "grad_dots missing",
+        "perturb_ everything",
+        "random_perturb_ chance everything",
+        "gaussian_perturb_ plain",
+        "perturb_by_class_ plain",
+        "combine_ missing",
         "restore_ plain",
         "sgd_step_ everything",
         "adam_step_ everything",
@@ -158,7 +205,7 @@ RICHEST = tuple(
 )
 """Of each op the row with most roles."""
 
-SIGNALS = ("norm", "grad_scale", "found_inf")
+SIGNALS = ("norm", "grad_scale", "found_inf", "mix", "scales")
 
 
 def place(values, layout="contiguous", offset=0):
@@ -192,11 +239,17 @@ def build(case, generator, device="cpu", shapes=SHAPES, kind="fp32", layout="con
     call = {}
     for role, name in enumerate(roles):
         if name not in case.lists.split():
+            if name == "backups" and "perturb" in case.op:
+                call[name] = None
             continue
         call[name] = []
         for i, shape in enumerate(shapes):
             if name == "steps":
                 call[name].append(torch.tensor(float(i % 3), device=device))
+                continue
+            if name == "frozen":
+                size = (-(-torch.Size(shape).numel() // 8),)
+                call[name].append(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device))
                 continue
             if case.missing and name in ("grads", "extra") and (i + role) % 3 == 0:
                 call[name].append(None)
@@ -204,7 +257,7 @@ def build(case, generator, device="cpu", shapes=SHAPES, kind="fp32", layout="con
             values = torch.randn(shape, generator=generator, dtype=F64)
             if name.endswith("_sqs"):  # not too small, for it divides
                 values = values.square() + 0.01
-            if name == "backups" and case.op == "perturb_":
+            if name == "backups" and "perturb" in case.op:
                 values = torch.full(shape, torch.nan)
             mixed = LAYOUTS[(role + i) % len(LAYOUTS)] if layout == "mixed" else layout
             offset = (i + 5 * role * (offsets == "mixed")) % 16 if offsets else 0
@@ -224,15 +277,15 @@ def tensors_of(call):
 
 
 def plain(call, double=False):
-    """A copy of a call, in contiguous tensors of their own; in double precision if asked for."""
+    """A copy of a call, in tensors of their own without holes; in double precision if asked for."""
 
     def copy(name, value):
         if isinstance(value, list):
             return [copy(name, one) for one in value]
         if not isinstance(value, torch.Tensor):
             return value
-        keep = not double or name in ("steps", "found_inf")
-        return value.detach().clone(memory_format=torch.contiguous_format).to(value.dtype if keep else F64)
+        keep = not double or name in ("steps", "found_inf", "frozen")
+        return value.detach().clone().to(value.dtype if keep else F64)
 
     return {name: copy(name, value) for name, value in call.items()}
 

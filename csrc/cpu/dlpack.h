@@ -72,6 +72,7 @@ inline int64_t layout_of(const dlpack::Tensor& t, int64_t numel) {
 
 inline int64_t dtype_code(dlpack::DataType dtype) {
   if (dtype.lanes != 1) return -1;
+  if (dtype.code == 1 && dtype.bits == 8) return kBitmap;
   if (dtype.code == 2) return dtype.bits == 32 ? kF32 : dtype.bits == 64 ? kF64 : dtype.bits == 16 ? kF16 : -1;
   return dtype.code == 4 && dtype.bits == 16 ? kBF16 : -1;
 }

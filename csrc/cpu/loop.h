@@ -68,6 +68,27 @@ LT_CLONES void encode_all(const A* from, int count, uint16_t* to) {
   for (int i = 0; i < count; ++i) to[i] = encode(float(from[i]));
 }
 
+/// Bits of a bitmap, lowest first, as numbers.
+template <class A>
+LT_CLONES void expand(const uint8_t* from, int count, A* to) {
+  for (int i = 0; i < count; ++i) to[i] = A(from[i >> 3] >> (i & 7) & 1);
+}
+
+/// The random words of `quads` times four elements.
+LT_CLONES inline void draw(const Philox philox, int64_t first_quad, int quads, uint32_t* words) {
+  constexpr int kPlane = 64;
+  for (int done = 0; done < quads; done += kPlane) {
+    uint32_t plane[4][kPlane];
+    for (int q = 0; q < kPlane; ++q) {
+      uint32_t word[4];
+      philox(uint64_t(first_quad + done + q), word);
+      for (int j = 0; j < 4; ++j) plane[j][q] = word[j];
+    }
+    for (int q = 0; q < kPlane; ++q)
+      for (int j = 0; j < 4; ++j) words[4 * (done + q) + j] = plane[j][q];
+  }
+}
+
 template <class A>
 void load(uint8_t dtype, const char* from, int count, A* to) {
   switch (dtype) {
@@ -129,12 +150,17 @@ inline int64_t stream_threshold() {
 }
 
 template <class F>
+int64_t bytes_of(int role, uint8_t dtype, int64_t elements) {
+  return F::bitmaps >> role & 1 ? elements / 8 : elements * item_size(dtype);
+}
+
+template <class F>
 int64_t bytes_moved(const Table& table) {
   int64_t total = 0;
   for (int64_t t = 0; t < table.tensors; ++t)
     for (int r = 0; r < F::kRoles; ++r)
       if (r != F::step && table.pointers[t * F::kRoles + r])
-        total += table.numels[t] * item_size(table.dtypes[t * F::kRoles + r]) *
+        total += bytes_of<F>(r, table.dtypes[t * F::kRoles + r], table.numels[t]) *
                  (int(F::reads >> r & 1) + int(F::writes >> r & 1));
   return total;
 }
@@ -145,15 +171,20 @@ struct Tiles {
   alignas(64) A in[F::kRoles][kTile];
   alignas(64) A out[F::kRoles][kTile];
   alignas(64) char narrowed[kTile * 8];
+  alignas(64) uint32_t words[F::random ? kTile : 1];
 };
 
 template <unsigned kPresent, class F, class A, size_t... R>
-LT_CLONES void map_tile(const F f, const A* const* in, A* const* out, int count, std::index_sequence<R...>) {
+LT_CLONES void map_tile(const F f, const A* const* in, A* const* out, const uint32_t* words, int count,
+                        std::index_sequence<R...>) {
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
     A x[F::kRoles];
     ((x[R] = (F::reads & kPresent & bit(R)) ? in[R][i] : A(0)), ...);
-    f(x);
+    if constexpr (F::random)
+      f(x, words[i]);
+    else
+      f(x);
     ((void)((F::writes & kPresent & bit(R)) && (out[R][i] = x[R], true)), ...);
   }
 }
@@ -161,22 +192,24 @@ LT_CLONES void map_tile(const F f, const A* const* in, A* const* out, int count,
 constexpr int kLanes = 64;
 
 template <unsigned kPresent, class F, class A, size_t... R>
-LT_CLONES void reduce_tile(const F f, const A* const* in, A* lanes, int count, std::index_sequence<R...>) {
-  A sum[kLanes];
-  for (int j = 0; j < kLanes; ++j) sum[j] = lanes[j];
+LT_CLONES void reduce_tile(const F f, const A* const* in, A (*lanes)[F::sums], int count, std::index_sequence<R...>) {
+  A sum[kLanes][F::sums];
+  for (int j = 0; j < kLanes; ++j)
+    for (int s = 0; s < F::sums; ++s) sum[j][s] = lanes[j][s];
   int i = 0;
   for (; i + kLanes <= count; i += kLanes)
     for (int j = 0; j < kLanes; ++j) {
       A x[F::kRoles];
       ((x[R] = (kPresent & bit(R)) ? in[R][i + j] : A(0)), ...);
-      sum[j] += f.term(x);
+      f.add(x, sum[j]);
     }
   for (int j = 0; i < count; ++i, ++j) {
     A x[F::kRoles];
     ((x[R] = (kPresent & bit(R)) ? in[R][i] : A(0)), ...);
-    sum[j] += f.term(x);
+    f.add(x, sum[j]);
   }
-  for (int j = 0; j < kLanes; ++j) lanes[j] = sum[j];
+  for (int j = 0; j < kLanes; ++j)
+    for (int s = 0; s < F::sums; ++s) lanes[j][s] = sum[j][s];
 }
 
 /// Walks one chunk in tiles: body.run<present>(in, out, count) does the arithmetic, with `present` the smallest of F's
@@ -201,9 +234,10 @@ void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& bo
   A* out[F::kRoles] = {};
   for (int64_t offset = 0; offset < chunk.count; offset += kTile) {
     const int count = int(std::min<int64_t>(kTile, chunk.count - offset));
+    if constexpr (F::random) draw(body.f.philox, (chunk.begin + offset) / 4, (count + 3) / 4, tiles.words);
     for (int r = 0; r < F::kRoles; ++r) {
       if (!(variant & bit(r))) continue;
-      char* address = reinterpret_cast<char*>(pointers[r]) + (chunk.begin + offset) * item_size(dtypes[r]);
+      char* address = reinterpret_cast<char*>(pointers[r]) + bytes_of<F>(r, dtypes[r], chunk.begin + offset);
       const bool writes = F::writes & bit(r), reads = F::reads & bit(r);
       const bool streams = streaming && !reads;
       out[r] = writes && pointers[r] && dtypes[r] == native && !streams ? reinterpret_cast<A*>(address) : tiles.out[r];
@@ -211,12 +245,14 @@ void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& bo
       in[r] = tiles.in[r];
       if (!pointers[r])
         std::fill_n(tiles.in[r], count, A(0));
+      else if (F::bitmaps & bit(r))
+        expand(reinterpret_cast<const uint8_t*>(address), count, tiles.in[r]);
       else if (dtypes[r] == native)
         in[r] = reinterpret_cast<const A*>(address);
       else
         load(dtypes[r], address, count, tiles.in[r]);
     }
-    ((void)(variant == F::variants[V] && (body.template run<F::variants[V]>(in, out, count), true)), ...);
+    ((void)(variant == F::variants[V] && (body.template run<F::variants[V]>(in, out, tiles.words, count), true)), ...);
     for (int r = 0; r < F::kRoles; ++r) {
       if (!(F::writes & present & bit(r)) || out[r] != tiles.out[r]) continue;
       const int size = item_size(dtypes[r]);
@@ -235,26 +271,26 @@ void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& bo
 
 template <class F>
 F functor_for(const Table& table, const Hyper& hyper, const Signals& signals, int64_t tensor) {
-  const float* count = nullptr;
-  if constexpr (F::step >= 0) count = reinterpret_cast<const float*>(table.pointers[tensor * F::kRoles + F::step]);
-  return F(hyper.row(table.groups[tensor]), signals, count);
+  Here here{nullptr, uint32_t(table.numbers[tensor]), table.dtypes[tensor * F::kRoles]};
+  if constexpr (F::step >= 0) here.step = reinterpret_cast<const float*>(table.pointers[tensor * F::kRoles + F::step]);
+  return F(hyper.row(table.groups[tensor]), signals, here);
 }
 
 template <class F, class A>
 struct MapBody {
   const F f;
   template <unsigned kPresent>
-  void run(const A* const* in, A* const* out, int count) {
-    map_tile<kPresent>(f, in, out, count, std::make_index_sequence<F::kRoles>());
+  void run(const A* const* in, A* const* out, const uint32_t* words, int count) {
+    map_tile<kPresent>(f, in, out, words, count, std::make_index_sequence<F::kRoles>());
   }
 };
 
 template <class F, class A>
 struct ReduceBody {
   const F f;
-  A lanes[kLanes] = {};
+  A lanes[kLanes][F::sums] = {};
   template <unsigned kPresent>
-  void run(const A* const* in, A* const*, int count) {
+  void run(const A* const* in, A* const*, const uint32_t*, int count) {
     reduce_tile<kPresent>(f, in, lanes, count, std::make_index_sequence<F::kRoles>());
   }
 };
@@ -286,18 +322,23 @@ struct CpuLoop {
       const Chunk chunk = chunk_at(table, index);
       ReduceBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
       walk_chunk<F, A>(table, chunk, false, body, Variants<F>());
-      double sum = 0;
-      for (A lane : body.lanes) sum += double(lane);
-      table.scratch[index] = sum;
+      for (int s = 0; s < F::sums; ++s) {
+        double sum = 0;
+        for (const auto& lane : body.lanes) sum += double(lane[s]);
+        table.slots()[index * F::sums + s] = sum;
+      }
     });
     int64_t tensor = 0;
     for (int64_t bucket = 0; bucket < table.buckets; ++bucket) {
-      double sum = 0;
+      double sum[F::sums] = {};
       for (; tensor < table.tensors && table.bucket_of[tensor] == bucket; ++tensor)
-        for (int64_t c = table.first_chunk[tensor]; c < table.first_chunk[tensor + 1]; ++c) sum += table.scratch[c];
-      const A result = A(F::finish(sum));
-      static_cast<A*>(signals.norm)[bucket] = result;
-      if (signals.found_inf && !finite(result)) *signals.found_inf = 1.0f;
+        for (int64_t c = table.first_chunk[tensor]; c < table.first_chunk[tensor + 1]; ++c)
+          for (int s = 0; s < F::sums; ++s) sum[s] += table.slots()[c * F::sums + s];
+      for (int s = 0; s < F::sums; ++s) {
+        const A result = A(F::finish(sum[s]));
+        static_cast<A*>(signals.norm)[bucket * F::sums + s] = result;
+        if (signals.found_inf && !finite(result)) *signals.found_inf = 1.0f;
+      }
     }
   }
 

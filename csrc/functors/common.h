@@ -16,7 +16,7 @@ namespace lt {
 constexpr int64_t kChunk = 16384;
 
 /// Codes of ltsam_fast.table.DTYPES.
-enum Dtype : uint8_t { kF32, kF64, kBF16, kF16 };
+enum Dtype : uint8_t { kF32, kF64, kBF16, kF16, kBitmap };
 
 LT_HD constexpr int item_size(uint8_t dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 
@@ -24,9 +24,10 @@ LT_HD constexpr unsigned bit(int role) { return 1u << role; }
 
 /// Device addresses of what one pass tells the next; null where it does not apply.
 struct Signals {
-  void* norm;               ///< 0-d, the accumulator's type
+  void* norm;               ///< of the accumulator's type: one number, or as many as a reduction has outputs
   const float* grad_scale;  ///< gradients are this much too large
   float* found_inf;         ///< non-zero: skip the update
+  const void* mix;          ///< four numbers of the accumulator's type, see Mix
 
   template <class A>
   LT_HD A norm_as() const {
@@ -37,6 +38,29 @@ struct Signals {
     return grad_scale ? A(1) / A(*grad_scale) : A(1);
   }
   LT_HD bool skip() const { return found_inf && *found_inf != 0.0f; }
+};
+
+/// How two gradients are combined: c[0] g + c[1] other is the direction, c[2] g + c[3] other a step beside the base's.
+template <class A>
+struct Mix {
+  A c[4];
+
+  LT_HD Mix(const Signals& s, A otherwise) {
+    const A* given = static_cast<const A*>(s.mix);
+    c[0] = given ? given[0] : A(1);
+    c[1] = given ? given[1] : otherwise;
+    c[2] = given ? given[2] : A(0);
+    c[3] = given ? given[3] : A(0);
+  }
+  LT_HD A direction(A g, A other) const { return c[0] * g + c[1] * other; }
+  LT_HD A beside(A g, A other) const { return c[2] * g + c[3] * other; }
+};
+
+/// What a functor may know of the tensor it is made for.
+struct Here {
+  const float* step;  ///< its count of steps, or null
+  uint32_t number;    ///< its position in the list
+  uint8_t dtype;      ///< of its first role
 };
 
 template <class A>

@@ -7,16 +7,23 @@ namespace lt {
 /// What SGD and Adam share: unscaling, clipping to max_norm, the sign, and whether to update at all.
 template <class A>
 struct Direction {
-  A factor;
-  bool active;
+  Mix<A> mix;
+  A factor, turned;  ///< turned: the same without clipping
+  bool active, besides;
 
-  LT_HD Direction(double maximize, double max_norm, const Signals& s) : factor(s.inverse_scale<A>()) {
+  LT_HD Direction(double maximize, double max_norm, const Signals& s)
+      : mix(s, A(1)), factor(s.inverse_scale<A>()), active(!s.skip()), besides(s.mix != nullptr) {
+    turned = maximize != 0 ? -factor : factor;
     if (max_norm > 0 && s.norm) {
       const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
       factor *= clip < A(1) ? clip : A(1);
     }
     if (maximize != 0) factor = -factor;
-    active = !s.skip();
+  }
+  LT_HD A operator()(A g, A extra) const { return mix.direction(g, extra) * factor; }
+  /// A step of its own beside the base optimizer's: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
+  LT_HD A beside(A moved, A lr, A g, A extra) const {
+    return besides ? moved - lr * (mix.beside(g, extra) * turned) : moved;
   }
 };
 
@@ -30,29 +37,31 @@ struct SgdStep {
   static constexpr const char* hyper[] = {"lr",       "momentum", "dampening", "weight_decay",
                                           "nesterov", "maximize", "max_norm"};
   static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | bit(m), writes = bit(w) | bit(m);
+  static constexpr unsigned bitmaps = 0;
   static constexpr unsigned plain = bit(w) | bit(source) | bit(g);
   static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(m), plain | bit(extra) | bit(m)};
   static constexpr int step = step_role;
+  static constexpr bool keyed = false, random = false;
 
   Direction<A> direction;
   A lr, momentum, fresh, decay;
   bool nesterov, first, keeps;
 
-  LT_HD SgdStep(const double* h, const Signals& s, const float* step_count)
+  LT_HD SgdStep(const double* h, const Signals& s, const Here& here)
       : direction(h[5], h[6], s),
         lr(A(h[0])),
         momentum(A(h[1])),
         fresh(A(1) - A(h[2])),
         decay(A(h[3])),
         nesterov(h[4] != 0),
-        first(h[1] == 0 || (step_count && *step_count == 0.0f)),
+        first(h[1] == 0 || (here.step && *here.step == 0.0f)),
         keeps(h[1] != 0) {}
 
   LT_HD void operator()(A* x) const {
-    const A old = x[source], d = (x[g] + x[extra]) * direction.factor + decay * old;
+    const A old = x[source], d = direction(x[g], x[extra]) + decay * old;
     const A buffer = first ? d : momentum * x[m] + fresh * d;
     const A move = nesterov ? d + momentum * buffer : buffer;
-    x[w] = direction.active ? old - lr * move : old;
+    x[w] = direction.active ? direction.beside(old - lr * move, lr, x[g], x[extra]) : old;
     x[m] = direction.active && keeps ? buffer : x[m];
   }
 };
@@ -68,15 +77,17 @@ struct AdamStep {
                                           "weight_decay", "decoupled", "maximize", "max_norm"};
   static constexpr unsigned state = bit(m) | bit(v) | bit(vmax);
   static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | state, writes = bit(w) | state;
+  static constexpr unsigned bitmaps = 0;
   static constexpr unsigned plain = bit(w) | bit(source) | bit(g) | bit(m) | bit(v);
   static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(vmax), plain | bit(extra) | bit(vmax)};
   static constexpr int step = step_role;
+  static constexpr bool keyed = false, random = false;
 
   Direction<A> direction;
-  A step_size, fresh1, beta2, fresh2, root_correction2, eps, keep, decay;
+  A lr, step_size, fresh1, beta2, fresh2, root_correction2, eps, keep, decay;
 
-  LT_HD AdamStep(const double* h, const Signals& s, const float* step_count) : direction(h[6], h[7], s) {
-    const double t = double(*step_count) + 1;
+  LT_HD AdamStep(const double* h, const Signals& s, const Here& here) : direction(h[6], h[7], s), lr(A(h[0])) {
+    const double t = double(*here.step) + 1;
     step_size = A(h[0] / (1 - pow(h[1], t)));
     fresh1 = A(1 - h[1]);
     beta2 = A(h[2]);
@@ -88,12 +99,12 @@ struct AdamStep {
   }
 
   LT_HD void operator()(A* x) const {
-    const A old = x[source], d = (x[g] + x[extra]) * direction.factor + decay * old;
+    const A old = x[source], d = direction(x[g], x[extra]) + decay * old;
     const A mean = x[m] + fresh1 * (d - x[m]);
     const A square = beta2 * x[v] + fresh2 * d * d;
     const A largest = x[vmax] > square ? x[vmax] : square;  // vmax reads as 0 without amsgrad
     const A moved = old * keep - step_size * mean / (std::sqrt(largest) / root_correction2 + eps);
-    x[w] = direction.active ? moved : old;
+    x[w] = direction.active ? direction.beside(moved, lr, x[g], x[extra]) : old;
     x[m] = direction.active ? mean : x[m];
     x[v] = direction.active ? square : x[v];
     x[vmax] = direction.active ? largest : x[vmax];
