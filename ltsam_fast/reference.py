@@ -218,10 +218,11 @@ def perturb_(
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
         backup, mean, still = _entry(backups, i), _entry(means, i), _entry(frozen, i)
-        old = _wide(w if sources is None else sources[i]).clone()
-        w.copy_(old)
+        source = w if sources is None else sources[i]
         if backup is not None:
-            backup.copy_(old)
+            backup.copy_(source)
+        old = _wide(source).clone()
+        w.copy_(source)
         size = _number(norm, w)
         inverse = 1 / _number(grad_scale, w) if grad_scale is not None else torch.ones_like(size)
         scale = at(rho) * inverse / (size * inverse + at(eps))
@@ -256,9 +257,10 @@ def gaussian_perturb_(
     """backup = w;  w = w + amplitude clamp(sigma z, -clip, clip),  z standard normal."""
     for i, w in enumerate(params):
         at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
-        old, backup = _wide(w if sources is None else sources[i]).clone(), _entry(backups, i)
+        source, backup = w if sources is None else sources[i], _entry(backups, i)
         if backup is not None:
-            backup.copy_(old)
+            backup.copy_(source)
+        old = _wide(source).clone()
         z = _normal(_random_words(w, i, seed, step)).to(old.dtype)
         w.copy_(old + at(amplitude) * (at(sigma) * z).clamp(-at(clip), at(clip)))
 

@@ -192,12 +192,12 @@ RICHEST = tuple(
     BY_NAME[name]
     for name in (
         "grad_norm adaptive extra",
-        "grad_dots missing",
+        "grad_dots plain",
         "perturb_ everything",
         "random_perturb_ chance everything",
         "gaussian_perturb_ plain",
         "perturb_by_class_ plain",
-        "combine_ missing",
+        "combine_ plain",
         "restore_ plain",
         "sgd_step_ everything",
         "adam_step_ everything",
