@@ -6,15 +6,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ltsam_fast.backend import backends, use_backend
-from ltsam_fast.optim import SAM, FocalSAM
+from ltsam_fast.optim import (
+    CCSAM,
+    ESAM,
+    GNM,
+    GSAM,
+    MSAM,
+    SAM,
+    SSESAM,
+    WSAM,
+    FocalSAM,
+    FriendlySAM,
+    ImbSAM,
+    LookSAM,
+    SparseSAM,
+)
 
 if TYPE_CHECKING:
-    from ltsam_fast import data, ops, reference
+    from ltsam_fast import compat, data, ops, reference
 
 __version__ = "0.1.0"
-__all__ = ["SAM", "FocalSAM", "__version__", "backends", "data", "ops", "reference", "use_backend"]
+__all__ = [
+    "CCSAM",
+    "ESAM",
+    "FocalSAM",
+    "FriendlySAM",
+    "GNM",
+    "GSAM",
+    "ImbSAM",
+    "LookSAM",
+    "MSAM",
+    "SAM",
+    "SSESAM",
+    "SparseSAM",
+    "WSAM",
+    "__version__",
+    "backends",
+    "compat",
+    "data",
+    "ops",
+    "reference",
+    "use_backend",
+]
 
-_ON_FIRST_USE = ("data", "ops", "plain", "reference")
+_ON_FIRST_USE = ("compat", "data", "ops", "plain", "reference")
 
 
 def __getattr__(name: str) -> Any:

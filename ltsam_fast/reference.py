@@ -96,10 +96,11 @@ def grad_norm(
 @torch.no_grad()
 def grad_dots(grads: Tensors, extra: Tensors) -> Tensor:
     """(g.g, h.h, g.h) over all tensors."""
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for g, h in zip(grads, extra, strict=True):
-        if g is not None or h is not None:
-            pairs.append((torch.zeros_like(h) if g is None else g, torch.zeros_like(g) if h is None else h))
+        like = h if g is None else g
+        if like is not None:
+            pairs.append((torch.zeros_like(like) if g is None else g, torch.zeros_like(like) if h is None else h))
     exact = any(one.dtype == torch.float64 for pair in pairs for one in pair)
     sums = torch.zeros(3, dtype=torch.float64, device=pairs[0][0].device if pairs else "cpu")
     for g, h in pairs:

@@ -8,6 +8,9 @@ import os
 import random
 import signal
 
+# Waiting threads that spin make small tests many times slower where other programs run. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -494,7 +494,7 @@ def test_is_a_torch_optimizer(name):
     method, model = METHODS[name], network()
     opt = method.make(model, AdamW, lr=0.01)
     assert isinstance(opt, torch.optim.Optimizer)
-    assert set(AdamW(model.parameters()).defaults) | {"rho", "adaptive", "eta", "norm_eps", "perturb"} == set(
+    assert set(AdamW(model.parameters()).defaults) | {"rho", "adaptive", "eta", "norm_eps", "perturb", "taken"} == set(
         opt.defaults
     )
     assert opt.defaults["lr"] == 0.01 and opt.defaults["rho"] == RHO

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast import ops
+from ltsam_fast.optim.batch import Batch, Closure, Scaling, mean_loss
+from ltsam_fast.optim.checks import is_number
 from ltsam_fast.optim.fused import FUSED, Update
 from ltsam_fast.table import Table
-
-Closure = Callable[[], Tensor]
 
 
 class SharpnessAware(Optimizer):
@@ -28,7 +29,10 @@ class SharpnessAware(Optimizer):
     State and parameter groups are those of ``base_optimizer``, shared, so ``state_dict()`` holds all of it and learning
     rate schedulers take this optimizer itself. Each group may set ``rho``, ``adaptive``, ``eta`` (ASAM's constant, 0),
     ``norm_eps`` (added to the norm, 1e-12) and ``perturb`` (False leaves the group, and its share of the norm, out of the
-    perturbation).
+    perturbation). ``taken`` counts the steps.
+
+    Weights in bfloat16 and float16 are perturbed with stochastic rounding: most of the perturbation is below their
+    resolution and would vanish.
 
     SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
     steps by itself on the restored weights.
@@ -36,8 +40,10 @@ class SharpnessAware(Optimizer):
 
     _phases: tuple[str, ...] = ()
     """Names of the explicit phases, in the order in which they are to be called."""
-    _own = ("rho", "adaptive", "eta", "norm_eps", "perturb")
+    _own: tuple[str, ...] = ("rho", "adaptive", "eta", "norm_eps", "perturb", "taken")
     """Options of a group that are not the base optimizer's."""
+    _mixes = False
+    """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "_base_only")
     """Attributes that survive copying and pickling, besides those of torch."""
 
@@ -54,11 +60,11 @@ class SharpnessAware(Optimizer):
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
-        if not _is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
+        if not is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
-        own = {"rho": rho, "adaptive": adaptive, "eta": 0.0, "norm_eps": 1e-12, "perturb": True}
+        own = {"rho": rho, "adaptive": adaptive, "eta": 0.0, "norm_eps": 1e-12, "perturb": True, "taken": 0}
         self.model = model
         self.max_grad_norm = max_grad_norm
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
@@ -76,16 +82,16 @@ class SharpnessAware(Optimizer):
         self._phase = 0
         self._climbed: list[Tensor] = []  # the parameters that are perturbed now, and where their old values are
         self._climbed_from: list[Tensor] = []
+        self._climbed_groups: list[int] = []
         self._clean: list[Tensor | None] = []  # gradients kept from an earlier phase, one for each parameter
         self._backups: dict[Tensor, Tensor] = {}
         self._backed_up: list[Tensor] = []
         self._backed_up_in: list[Tensor] = []
         self._backed_up_as: list[torch.dtype] = []
+        self._low_precision = False
         self._thawed: list[tuple[Any, str, Any]] = []  # what _freeze_statistics changed
-        self._norm_table = Table(ops.OPS["grad_norm"])
-        self._final_norm_table = Table(ops.OPS["grad_norm"])
-        self._perturb_table = Table(ops.OPS["perturb_"])
-        self._restore_table = Table(ops.OPS["restore_"])
+        self._tables: dict[str, Table] = {}
+        self._constants: dict[Any, Tensor] = {}
         self._update = Update()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -93,7 +99,7 @@ class SharpnessAware(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in ("rho", "eta", "norm_eps"):
-            if not _is_number(group[name]) or not 0 <= group[name] < math.inf:
+            if not is_number(group[name]) or not 0 <= group[name] < math.inf:
                 value = group[name]
                 self.param_groups.pop()
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
@@ -113,6 +119,8 @@ class SharpnessAware(Optimizer):
         """Does a phase's work in its turn. If it fails, by Ctrl-C too, weights that climbed come back."""
         self._enter(phase)
         following = (self._phase + 1) % len(self._phases)
+        if self._phase == 0:
+            self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
         try:
             work()
             self._phase = following
@@ -120,6 +128,14 @@ class SharpnessAware(Optimizer):
             if self._climbed:
                 self.restore()
             raise
+        if following == 0:
+            self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
+
+    def _call_hooks(self, *registered: dict[int, Callable[..., Any]]) -> None:
+        """Calls the hooks that torch.optim calls around step(), which the phases together are."""
+        for hooks in registered:
+            for hook in list(hooks.values()):
+                hook(self, (), {})
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -131,46 +147,91 @@ class SharpnessAware(Optimizer):
                 groups += [index] * len(group["params"])
         return params, groups
 
+    def _table(self, op: str, use: str = "") -> Table:
+        """The table of one op and use, kept from step to step."""
+        key = op + use
+        if key not in self._tables:
+            self._tables[key] = Table(ops.OPS[op])
+        return self._tables[key]
+
     def _climb(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
-        """Perturbs the weights along their present gradients. Weights without one stay."""
-        params, groups = self._parameters(ascent=True)
+        """Perturbs the weights along their present gradients; anew, where they are perturbed. Without a gradient they stay."""
+        again = bool(self._climbed)
+        params, groups = (self._climbed, self._climbed_groups) if again else self._parameters(ascent=True)
         grads = _gradients(params)
-        kept = [i for i, grad in enumerate(grads) if grad is not None]
-        if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
-            raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
-        if len(kept) < len(grads):
+        if not again and None in grads:
+            kept = [i for i, grad in enumerate(grads) if grad is not None]
+            if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
+                raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
             params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
+        options = self._ascent(params, grads, grad_scale, found_inf)
         adaptive, eta = self._hyper("adaptive"), self._hyper("eta")
         norm = ops.grad_norm(
-            grads, params, adaptive=adaptive, eta=eta, groups=groups, found_inf=found_inf, table=self._norm_table
+            grads,
+            params,
+            extra=options.get("means"),
+            mix=options.get("mix"),
+            adaptive=adaptive,
+            eta=eta,
+            groups=groups,
+            found_inf=found_inf,
+            table=self._table("grad_norm"),
         )
+        options = {
+            "rho": self._hyper("rho"),
+            "adaptive": adaptive,
+            "eta": eta,
+            "eps": self._hyper("norm_eps"),
+        } | options
 
-        def perturb(backups: list[Tensor]) -> list[Tensor]:
+        def perturb(backups: list[Tensor]) -> None:
+            if self._low_precision:
+                options.update(stochastic=True, seed=options.get("seed", 0), step=self._taken)
             ops.perturb_(
                 params,
                 grads,
-                backups,
+                None if again else backups,
                 norm,
-                rho=self._hyper("rho"),
-                adaptive=adaptive,
-                eta=eta,
-                eps=self._hyper("norm_eps"),
                 groups=groups,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
-                table=self._perturb_table,
+                sources=backups if again else None,
+                table=self._table("random_perturb_" if "seed" in options else "perturb_"),
+                **options,
             )
-            return backups
 
+        self._perturb(params, groups, perturb)
+
+    def _perturb(self, params: list[Tensor], groups: list[int], perturb: Callable[[list[Tensor]], None]) -> None:
+        """Has ``perturb(backups)`` keep and perturb the weights, and takes note of it."""
         with Uninterrupted():
             try:
-                backups = perturb(self._backups_for(params))
+                perturb(self._backups_for(params))
             except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
                 self._backups.clear()
                 self._backed_up = []
-                backups = perturb(self._backups_for(params))
-            self._climbed, self._climbed_from = params, backups
+                perturb(self._backups_for(params))
+            self._climbed, self._climbed_from, self._climbed_groups = params, self._backed_up_in, groups
         self._freeze_statistics()
+
+    def _ascent(
+        self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> dict[str, Any]:
+        """Further arguments of :func:`ltsam_fast.ops.perturb_`, for methods that climb otherwise."""
+        return {}
+
+    def _constant(self, values: tuple[float, ...]) -> Tensor:
+        """A small tensor for the ops, made once."""
+        param = self.param_groups[0]["params"][0]
+        key = (values, param.device, torch.float64 if param.dtype == torch.float64 else torch.float32)
+        if key not in self._constants:
+            self._constants = {key: torch.tensor(values, device=param.device, dtype=key[2])}
+        return self._constants[key]
+
+    @property
+    def _taken(self) -> int:
+        """Steps taken so far."""
+        return int(self.param_groups[0]["taken"])
 
     def _hyper(self, name: str) -> Any:
         return tuple(group[name] for group in self.param_groups)
@@ -184,6 +245,7 @@ class SharpnessAware(Optimizer):
                     self._backups[param] = torch.empty_like(param, requires_grad=False)
             self._backed_up, self._backed_up_in = params, [self._backups[param] for param in params]
             self._backed_up_as = dtypes
+            self._low_precision = torch.bfloat16 in dtypes or torch.float16 in dtypes
         return self._backed_up_in
 
     def restore(self) -> None:
@@ -193,11 +255,21 @@ class SharpnessAware(Optimizer):
         """
         with Uninterrupted():
             if self._climbed:
-                ops.restore_(self._climbed, self._climbed_from, table=self._restore_table)
+                ops.restore_(self._climbed, self._climbed_from, table=self._table("restore_"))
             self._settle()
+
+    def _come_back(self) -> None:
+        """Puts the unperturbed weights back in the middle of a step."""
+        with Uninterrupted():
+            ops.restore_(self._climbed, self._climbed_from, table=self._table("restore_"))
+            self._climbed, self._climbed_from = [], []
+            self._thaw_statistics()
 
     def _settle(self) -> None:
         self._climbed, self._climbed_from, self._clean, self._phase = [], [], [], 0
+        self._thaw_statistics()
+
+    def _thaw_statistics(self) -> None:
         for owner, name, value in reversed(self._thawed):
             setattr(owner, name, value)
         self._thawed = []
@@ -220,6 +292,8 @@ class SharpnessAware(Optimizer):
         params, groups = self._parameters()
         grads = _gradients(params)
         extra = self._clean or None
+        if extra and self._mixes:  # a gradient of the last pass decides whether a weight moves
+            extra = [None if grad is None else kept for grad, kept in zip(grads, extra, strict=True)]
         with Uninterrupted():
             backups = self._climbed_from
             if not _same_items(params, self._climbed):
@@ -230,13 +304,16 @@ class SharpnessAware(Optimizer):
                 params, groups = [params[i] for i in stepping], [groups[i] for i in stepping]
                 grads, backups = [grads[i] for i in stepping], [backups[i] for i in stepping]
                 extra = [extra[i] for i in stepping] if extra else None
-                if extra:  # kept gradients that stand alone count in the norm too
-                    pairs = list(zip(grads, extra, strict=True))
-                    grads = [kept if grad is None else grad for grad, kept in pairs]
-                    extra = [None if grad is None else kept for grad, kept in pairs]
+            mix = self._mix(grads, extra, found_inf) if extra else None
+            if extra and any(grad is None for grad in grads):  # kept gradients that stand alone count in the norm too
+                pairs = list(zip(grads, extra, strict=True))
+                grads = [kept if grad is None else grad for grad, kept in pairs]
+                extra = [None if grad is None else kept for grad, kept in pairs]
             norm = None
             if params and (self.max_grad_norm or found_inf is not None):
-                norm = ops.grad_norm(grads, extra=extra, found_inf=found_inf, table=self._final_norm_table)
+                norm = ops.grad_norm(
+                    grads, extra=extra, mix=mix, found_inf=found_inf, table=self._table("grad_norm", " of the step")
+                )
             if type(self.base_optimizer) in FUSED:
                 self._update(
                     self.base_optimizer,
@@ -247,13 +324,20 @@ class SharpnessAware(Optimizer):
                     backups,
                     self.max_grad_norm,
                     norm,
+                    mix,
                     grad_scale,
                     found_inf,
                 )
             else:
-                self._base_step(params, grads, extra, norm, grad_scale, found_inf)
+                self._base_step(params, groups, grads, extra, norm, mix, grad_scale, found_inf)
+            for group in self.param_groups:
+                group["taken"] += 1
             self._settle()
         self._opt_called = True  # what torch's learning rate schedulers look for
+
+    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None:
+        """How the last pass's gradients and the kept ones become the step: four numbers as in ops.sgd_step_, or their sum."""
+        return None
 
     def _restore_without_gradient(
         self, params: list[Tensor], grads: list[Tensor | None], extra: list[Tensor | None] | None
@@ -268,17 +352,27 @@ class SharpnessAware(Optimizer):
     def _base_step(
         self,
         params: list[Tensor],
+        groups: list[int],
         grads: list[Tensor | None],
         extra: list[Tensor | None] | None,
         norm: Tensor | None,
+        mix: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
         """The step of an optimizer that has no fused pass. With a scaler it waits for the device to know the overflow."""
-        ops.restore_(self._climbed, self._climbed_from, table=self._restore_table)
+        ops.restore_(self._climbed, self._climbed_from, table=self._table("restore_"))
         if found_inf is not None and bool(found_inf):
             return
-        factor = 1.0 if grad_scale is None else 1 / grad_scale
+        beside: list[Tensor] = []
+        unscale = factor = 1.0 if grad_scale is None else 1 / grad_scale
+        if mix is not None and extra is not None:
+            pairs = [
+                (g, torch.zeros_like(g) if e is None else e) for g, e in zip(grads, extra, strict=True) if g is not None
+            ]
+            lrs = [float(self.param_groups[group]["lr"]) * unscale for group in groups]
+            beside = [(-lr * (mix[2] * g + mix[3] * e)).to(g) for lr, (g, e) in zip(lrs, pairs, strict=True)]
+            grads, extra = [(mix[0] * g + mix[1] * e).to(g) for g, e in pairs], None
         if self.max_grad_norm and norm is not None:
             factor = factor * (self.max_grad_norm / (norm * factor + 1e-6)).clamp(max=1.0)
         for param, grad, kept in zip(params, grads, extra or [None] * len(params), strict=True):
@@ -295,6 +389,8 @@ class SharpnessAware(Optimizer):
         finally:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)
+        if beside:
+            torch._foreach_add_(params, beside)
 
     def _freeze_statistics(self) -> None:
         """Keeps running statistics of normalization layers from seeing the perturbed pass, if the model is known."""
@@ -336,7 +432,6 @@ class SharpnessAware(Optimizer):
             ValueError: There is no closure, or what it returns or ``targets`` do not fit. Whatever is raised, by the
                 closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
         """
-        scaler = scaler if scaler is not None and scaler.is_enabled() else None
         closures = _as_list(closure)
         if not closures or not all(callable(one) for one in closures):
             raise ValueError(
@@ -346,7 +441,12 @@ class SharpnessAware(Optimizer):
             self._enter("step")
         labels = self._check_targets(targets, len(closures))
         try:
-            return self._whole_step(closures, labels, scaler)
+            self._clear_gradients()
+            scaling = Scaling(scaler, self._parameters()[0])
+            loss = self._whole_step([Batch(*pair) for pair in zip(closures, labels, strict=True)], scaling)
+            self._clear_gradients()
+            scaling.report(self)
+            return loss
         except BaseException:
             self.restore()
             self._clear_gradients()
@@ -358,49 +458,58 @@ class SharpnessAware(Optimizer):
             raise ValueError(f"targets has {len(labels)} entries, but there are {closures} closures: give one each")
         return labels
 
-    def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Weights (B,) of the samples in the clean loss, None if that is zero, and in the sharp one."""
+    def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weights (B,) of the samples in the clean and in the sharp loss; None where all are zero."""
         raise NotImplementedError
 
-    def _whole_step(self, closures: list[Closure], labels: list[Tensor | None], scaler: Any) -> Tensor:
-        self._clear_gradients()
+    def _backward_mean(self, parts: list[Batch], scaling: Scaling) -> list[Tensor]:
+        """The gradient of the mean loss, at the weights as they are, which pass for w; returns the losses, detached."""
+        seen = []
+        for part in parts:
+            losses = part.evaluate()
+            seen.append(losses.detach())
+            share = 1 / len(losses) if len(parts) == 1 else 1.0  # of a batch in parts the size is known at its end
+            torch.autograd.backward(losses, scaling(torch.full_like(losses, share)))
+        if len(parts) > 1:
+            grads = [param.grad for param in self._parameters()[0] if param.grad is not None]
+            torch._foreach_mul_(grads, 1 / sum(part.size for part in parts))
+        return seen
+
+    def _examine(self, losses: Tensor, scaling: Scaling) -> None:
+        """Looks at the losses at w before their graph is gone."""
+
+    def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
+        """eps = rho g_v / |g_v|, direction g_u(w) + g_v(w + eps): the step of all methods with class weights u and v."""
         params, _ = self._parameters()
-        found_inf = grad_scale = None
         clean: list[Tensor | None] = [None] * len(params)
-        parts, weights = [], []
-        for one, label in zip(closures, labels, strict=True):
-            losses = _evaluate(one, label)
-            count = len(losses) if len(closures) == 1 else 1  # of a batch in parts the size is known at its end
-            u, v = self._cotangents(label, losses)
-            if scaler is not None:
-                u, v = None if u is None else scaler.scale(u), scaler.scale(v)
+        weights = []
+        for part in parts:
+            losses = part.evaluate()
+            count = len(losses) if len(parts) == 1 else 1  # of a batch in parts the size is known at its end
+            self._examine(losses, scaling)
+            u, v = self._cotangents(part.labels, losses)
+            weights.append(v)
             if u is not None:
                 sharp = _swap_gradients(params, clean)
-                torch.autograd.backward(losses, u / count, retain_graph=True)
+                torch.autograd.backward(losses, scaling(u / count), retain_graph=v is not None)
                 clean = _swap_gradients(params, sharp)
-            torch.autograd.backward(losses, v / count)
-            parts.append(losses.detach())
-            weights.append(v)
-        size = sum(len(part) for part in parts)
-        if len(closures) > 1:
-            summed = [g for g in (*clean, *_gradients(params)) if g is not None]
-            torch._foreach_mul_(summed, 1 / size)
-        if scaler is not None:
-            grad_scale = scaler._get_scale_async()
-            found_inf = torch.zeros((), device=parts[0].device)
-        self._climb(grad_scale, found_inf)
-        self._clean = clean if any(g is not None for g in clean) else []
-        self._clear_gradients()
-        for one, label, v in zip(closures, labels, weights, strict=True):
-            losses = _evaluate(one, label)
-            if losses.shape != v.shape:
-                raise ValueError(f"closure returned {len(losses)} losses at the perturbed weights, but {len(v)} before")
-            torch.autograd.backward(losses, v / size)
-        self._descend(grad_scale, found_inf)
-        self._clear_gradients()
-        if scaler is not None:
-            _report_overflow(scaler, self, found_inf)
-        return torch.stack([part.sum() for part in parts]).sum() / size
+            if v is not None:
+                torch.autograd.backward(losses, scaling(v / count))
+        size = sum(part.size for part in parts)
+        if len(parts) > 1:
+            torch._foreach_mul_([g for g in (*clean, *_gradients(params)) if g is not None], 1 / size)
+        if all(v is None for v in weights):
+            _swap_gradients(params, clean)
+        else:
+            self._climb(*scaling.signals)
+            if any(g is not None for g in clean):
+                self._clean = clean
+            self._clear_gradients()
+            for part, v in zip(parts, weights, strict=True):
+                losses = part.evaluate(at_w=False)
+                torch.autograd.backward(losses, scaling(torch.zeros_like(losses) if v is None else v / size))
+        self._descend(*scaling.signals)
+        return mean_loss(parts)
 
     # --- state
 
@@ -462,10 +571,6 @@ class Uninterrupted:
                 self._handler(*self._pending[0])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
-
-
 def _same_items(first: list[Any], second: list[Any]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
@@ -484,26 +589,3 @@ def _swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Te
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _evaluate(closure: Closure, labels: Tensor | None) -> Tensor:
-    """The closure's losses, checked."""
-    with torch.enable_grad():
-        losses = closure()
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
-        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'")
-    if not losses.requires_grad:
-        raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
-    if labels is not None and len(labels) != len(losses):
-        raise ValueError(f"targets has {len(labels)} entries, but closure returned {len(losses)} losses: give one each")
-    return losses
-
-
-def _report_overflow(scaler: Any, optimizer: Optimizer, found_inf: Tensor | None) -> None:
-    """Tells the scaler what scaler.step() would have found, for its update()."""
-    from torch.amp.grad_scaler import OptState
-
-    record = scaler._per_optimizer_states[id(optimizer)]
-    record["found_inf_per_device"] = {found_inf.device: found_inf}  # type: ignore[union-attr]
-    record["stage"] = OptState.STEPPED

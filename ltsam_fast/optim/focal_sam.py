@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import Closure, SharpnessAware
+from ltsam_fast.optim.class_wise import ClassWise
 
 
-class FocalSAM(SharpnessAware):
+class FocalSAM(ClassWise):
     r"""Focal sharpness-aware minimization for long-tailed data.
 
     .. code-block:: text
@@ -58,9 +57,6 @@ class FocalSAM(SharpnessAware):
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
     """
 
-    _phases = ("first_step", "second_step", "third_step")
-    _kept = (*SharpnessAware._kept, "class_weights")
-
     def __init__(
         self,
         params: Any,
@@ -75,63 +71,8 @@ class FocalSAM(SharpnessAware):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        # With counts of 1 and 0 gamma and lam are checked even where the caller weighs the losses.
-        weights = ops.focal_weights([1, 0] if class_counts is None else class_counts, gamma, lam)
-        self.class_weights = None if class_counts is None else weights
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
-
-    @torch.no_grad()
-    def first_step(self) -> None:
-        """Keeps the gradients of the clean loss, sum_j (1 - v) l_j / B, and clears them.
-
-        Raises:
-            ValueError: It is not this phase's turn.
-        """
-        self._run("first_step", self._keep_gradients)
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        """Climbs along the gradients of the sharp loss, sum_j v l_j / B, and clears them.
-
-        Raises:
-            ValueError: It is not this phase's turn, or no parameter has a gradient.
-        """
-        self._run("second_step", self._climb)
-        self._clear_gradients()
-
-    @torch.no_grad()
-    def third_step(self) -> None:
-        """Goes back to w and steps with the kept gradients plus those of the sharp loss at w + eps, and clears them.
-
-        Raises:
-            ValueError: It is not this phase's turn.
-        """
-        self._run("third_step", self._descend)
-        self._clear_gradients()
-
-    def step(  # type: ignore[override]
-        self,
-        closure: Closure | Sequence[Closure] | None = None,
-        targets: Tensor | Sequence[Tensor] | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> Tensor:
-        """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
-        if self.class_weights is None:
-            raise ValueError(
-                "class_counts must be given to the constructor for step(closure, targets); the phases need none"
-            )
-        if targets is None:
-            raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
-        return super().step(closure, targets, scaler)
-
-    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
-        labels = super()._check_targets(targets, closures)
-        for label in labels:
-            rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-            ops.check_targets(label, rows, len(self.class_weights))  # type: ignore[arg-type]
-        return labels
-
-    def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:
-        weights = self.class_weights = self.class_weights.to(losses.device)  # type: ignore[union-attr]
-        v = weights[labels.to(losses.device, torch.long)].to(losses.dtype)  # type: ignore[union-attr]
-        return 1 - v, v
+        # With counts of 1 and 0 gamma and lam are checked even where the caller weighs the losses.
+        v = ops.focal_weights([1, 0] if class_counts is None else class_counts, gamma, lam)
+        if class_counts is not None:
+            self._weigh(1 - v, v)

@@ -103,6 +103,7 @@ class Update:
         backups: list[Tensor],
         max_norm: float,
         norm: Tensor | None,
+        mix: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -117,6 +118,7 @@ class Update:
             extra=extra,
             max_norm=max_norm if norm is not None else 0.0,
             norm=norm,
+            mix=mix,
             groups=group_of,
             grad_scale=grad_scale,
             found_inf=found_inf,

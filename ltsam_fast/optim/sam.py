@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.base import Closure, SharpnessAware, _gradients
+from ltsam_fast.optim.base import SharpnessAware, _gradients
+from ltsam_fast.optim.batch import Closure
 
 
 class SAM(SharpnessAware):
@@ -104,13 +105,14 @@ class SAM(SharpnessAware):
     @torch.no_grad()
     def _reference_step(self, closure: Closure) -> Tensor:
         try:
-            self.first_step(zero_grad=True)
+            self._climb()
+            self._clear_gradients()
             with torch.enable_grad():
                 loss = closure()
             if not _per_sample(loss) and all(grad is None for grad in _gradients(self._parameters()[0])):
                 raise ValueError("closure must call backward(), or return the per-sample losses, shape (B,)")
             # Per-sample losses: this closure only runs the forward pass, and the gradients were left over from before.
-            self.restore() if _per_sample(loss) else self.second_step()
+            self.restore() if _per_sample(loss) else self._descend()
             return loss.detach() if isinstance(loss, Tensor) and not _per_sample(loss) else loss
         except BaseException:
             self.restore()
@@ -119,6 +121,16 @@ class SAM(SharpnessAware):
 
     def _cotangents(self, labels: Any, losses: Tensor) -> tuple[None, Tensor]:
         return None, torch.ones_like(losses)
+
+
+class TwoGradients(SAM):
+    """Base of the methods that combine the gradients at w and at w + eps into one step: see ``_mix``."""
+
+    _mixes = True
+
+    def _climb(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        super()._climb(grad_scale, found_inf)
+        self._keep_gradients()
 
 
 def _per_sample(loss: Any) -> bool:

@@ -1,0 +1,213 @@
+"""CC-SAM: every class has a perturbation, and a radius, of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast import ops
+from ltsam_fast.optim.base import SharpnessAware, Uninterrupted
+from ltsam_fast.optim.batch import Batch, Closure, Scaling, check_takes_index, mean_loss
+from ltsam_fast.optim.checks import check_choice, check_factor
+
+
+class CCSAM(SharpnessAware):
+    r"""Class-conditional sharpness-aware minimization, its first stage.
+
+    .. code-block:: text
+
+        for each class k in the batch and each tensor t of the scope:          n_k training samples
+            G_kt     = grad of the mean loss of class k at w
+            r_kt     = noise_ratio * sqrt(|w|) / sqrt(|G_kt|) / sqrt(2) / (n_k - 1)^(1/4) / P^(1/4)
+            delta_kt = r_kt * sqrt(P) * G_kt / |G_kt|                           P scalars, of joint norm |w|, in the scope
+        w <- base_step(w, grad of (1 - flat_ratio) * (1/B) sum_j l_j(w) + flat_ratio * (1/B) sum_j l_j(w + delta_{y_j}))
+
+    Two forwards and two backwards for the whole batch, the second ones class by class, and for each class in the batch a
+    backward through the scope alone. With ``scope="all"`` that is a whole backward, a gradient set is kept for each class, and
+    the cost grows with the number of classes in the batch. All norms are one pass, and so are all perturbations.
+
+    The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
+    Targets on the cpu are read without waiting for the device.
+
+    Args:
+        params: Parameters or groups, as for any torch optimizer.
+        base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.
+        rho: Not looked at: the radius is the rule's. Taken for the sake of one signature.
+        adaptive: Must be False.
+        class_counts: C numbers of training samples.
+        scope: "head": perturb the classifier, as published; "all": the whole network.
+        head: The classifier's parameters or module; ``None``: those of the last parameter group.
+        noise_ratio: Factor of all radii, >= 0.
+        flat_ratio: Share of the perturbed loss, in [0, 1].
+        model: If given, running statistics of normalization layers see the unperturbed pass only.
+        max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
+        **base_kwargs: Options of ``base_optimizer``.
+
+    Raises:
+        ValueError: ``class_counts`` or a number is out of its range, ``scope`` is unknown, or ``head`` is not among ``params``.
+        TypeError: ``base_optimizer`` is not a class.
+
+    Differences from the published code: a class of one sample gets the radius of two, a zero gradient no perturbation; the
+    head's second pass recomputes the features; labels are not mixed.
+
+    Source: Zhou et al., "Class-Conditional Sharpness-Aware Minimization for Deep Long-Tailed Recognition", CVPR 2023; the
+    radius is the published code's, with the joint norm of the weights and each tensor's own norm of the gradient.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 2)
+    >>> opt = CCSAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], lr=0.1)
+    >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    >>> def closure(index=slice(None)):
+    ...     return torch.nn.functional.cross_entropy(model(x[index]), y[index], reduction="none")
+    >>> loss = opt.step(closure, targets=y)
+    """
+
+    _kept = (*SharpnessAware._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        class_counts: Any,
+        scope: str = "head",
+        head: Any = None,
+        noise_ratio: float = 1e-6,
+        flat_ratio: float = 0.5,
+        model: torch.nn.Module | None = None,
+        max_grad_norm: float = 0.0,
+        **base_kwargs: Any,
+    ) -> None:
+        ops.focal_weights(class_counts)  # checks the counts
+        check_choice("scope", scope, ("head", "all"))
+        check_factor("noise_ratio", noise_ratio)
+        check_factor("flat_ratio", flat_ratio, below=math.nextafter(1.0, 2.0))
+        self.class_counts = torch.as_tensor(class_counts, dtype=torch.float64).tolist()
+        self.scope, self.noise_ratio, self.flat_ratio = scope, noise_ratio, flat_ratio
+        self._head: list[tuple[int, int]] | None = None
+        super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
+        if head is not None:
+            self._head = self._find(head)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does; its ``adaptive`` must be False."""
+        super().add_param_group(param_group)
+        if self.param_groups[-1]["adaptive"]:
+            self.param_groups.pop()
+            raise ValueError("adaptive must be False for CCSAM: its perturbation is not scaled by the weights")
+
+    def _find(self, head: Any) -> list[tuple[int, int]]:
+        """The head's parameters by group and position, which copies and checkpoints keep."""
+        wanted = list(head.parameters()) if isinstance(head, torch.nn.Module) else list(head)
+        places = {id(p): (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        missing = [tuple(p.shape) for p in wanted if id(p) not in places]
+        if missing or not wanted:
+            raise ValueError(
+                f"head must be a module, or parameters, of those given as params; not among them: {missing}"
+            )
+        return [places[id(p)] for p in wanted]
+
+    def _scope(self) -> tuple[list[Tensor], list[int]]:
+        groups = self.param_groups
+        if self.scope == "all":
+            params, of = self._parameters(ascent=True)
+        elif self._head is None:
+            params, of = list(groups[-1]["params"]), [len(groups) - 1] * len(groups[-1]["params"])
+        else:
+            params, of = [groups[g]["params"][i] for g, i in self._head], [g for g, _ in self._head]
+        moving = [i for i, param in enumerate(params) if param.requires_grad]
+        return [params[i] for i in moving], [of[i] for i in moving]
+
+    def step(  # type: ignore[override]
+        self, closure: Closure | list[Closure] | None = None, targets: Any = None, scaler: Any = None
+    ) -> Tensor:
+        """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
+        if targets is None:
+            raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
+        return super().step(closure, targets, scaler)
+
+    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
+        labels = super()._check_targets(targets, closures)
+        for label in labels:
+            rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
+            ops.check_targets(label, rows, len(self.class_counts))  # type: ignore[arg-type]
+        return labels
+
+    def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
+        check_takes_index(parts, "CCSAM")
+        scope, groups = self._scope()
+        size = sum(part.size for part in parts)
+        members: dict[int, dict[int, list[int]]] = {}  # class -> part -> numbers of its samples
+        for number, part in enumerate(parts):
+            for i, label in enumerate(part.labels.tolist()):  # type: ignore[union-attr]
+                members.setdefault(label, {}).setdefault(number, []).append(i)
+        classes = sorted(members)
+        grads = self._class_gradients(parts, scope, classes, members, size, scaling)
+        if self.flat_ratio > 0 and scope:
+            self._climb_by_class(scope, classes, grads, scaling)
+            self._perturb(scope, groups, lambda backups: ops.restore_(backups, scope))
+            for k, weights in zip(classes, grads, strict=True):
+                with Uninterrupted():
+                    ops.restore_(scope, weights)
+                for number, indices in members[k].items():
+                    part = parts[number]
+                    index = torch.tensor(indices, device=part.labels.device)  # type: ignore[union-attr]
+                    losses = part.evaluate(index, at_w=False)
+                    share = torch.full_like(losses, self.flat_ratio / size)
+                    torch.autograd.backward(losses, scaling(share))
+        self._descend(*scaling.signals)
+        return mean_loss(parts)
+
+    def _class_gradients(
+        self,
+        parts: list[Batch],
+        scope: list[Tensor],
+        classes: list[int],
+        members: dict[int, dict[int, list[int]]],
+        size: int,
+        scaling: Scaling,
+    ) -> list[list[Tensor]]:
+        """The gradient of each class's mean loss with respect to the scope; those of the clean loss stay in place."""
+        sums = [[torch.zeros_like(param, requires_grad=False) for param in scope] for _ in classes]
+        for number, part in enumerate(parts):
+            losses = part.evaluate()
+            for k, total in zip(classes, sums, strict=True):
+                if self.flat_ratio == 0 or number not in members[k] or not scope:
+                    continue
+                of_class = torch.zeros_like(losses)
+                of_class[members[k][number]] = 1 / sum(map(len, members[k].values()))
+                found = torch.autograd.grad(losses, scope, scaling(of_class), retain_graph=True, allow_unused=True)
+                for one, grad in zip(total, found, strict=True):
+                    if grad is not None:
+                        one += grad
+            torch.autograd.backward(losses, scaling(torch.full_like(losses, (1 - self.flat_ratio) / size)))
+        return sums
+
+    def _climb_by_class(
+        self, scope: list[Tensor], classes: list[int], grads: list[list[Tensor]], scaling: Scaling
+    ) -> None:
+        """Turns each class's gradients into its perturbed weights."""
+        grad_scale, found_inf = scaling.signals
+        tensors = len(scope)
+        norms = ops.grad_norm(
+            [grad for one in grads for grad in one], groups=range(len(classes) * tensors), per_group=True,
+            found_inf=found_inf,
+        ).double()  # fmt: skip
+        if grad_scale is not None:
+            norms = norms / grad_scale
+        count = sum(param.numel() for param in scope)
+        rare = torch.tensor(
+            [max(self.class_counts[k], 2.0) - 1 for k in classes], dtype=torch.float64, device=norms.device
+        )
+        weight_norm = ops.grad_norm(scope).double() + 1e-12
+        radius = self.noise_ratio * weight_norm.sqrt() * count**0.25 / math.sqrt(2) * rare**-0.25
+        scales = torch.where(norms > 0, radius.repeat_interleave(tensors) * norms**-1.5, torch.zeros_like(norms))
+        if grad_scale is not None:
+            scales = scales / grad_scale
+        ops.perturb_by_class_(scope, grads, scales.view(len(classes), tensors))

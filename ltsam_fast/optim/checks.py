@@ -1,0 +1,69 @@
+"""Checks of the methods' own arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast import ops
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a plain number."""
+    return isinstance(value, (int, float))
+
+
+def check_factor(name: str, value: Any, below: float = math.inf) -> None:
+    """Raises ValueError unless ``value`` is a number in [0, below)."""
+    if not is_number(value) or not 0 <= value < below:
+        wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_share(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is a number in (0, 1]."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def check_seed(seed: Any) -> None:
+    """Raises ValueError unless ``seed`` is an integer that the generators take."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**53:
+        raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
+    """Which classes are tail, shape (C,), bool: those with fewer than ``eta`` samples, or those that are named.
+
+    Raises:
+        ValueError: ``class_counts`` or ``eta`` is negative or not finite, or a tail class does not exist.
+    """
+    if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf:
+        raise ValueError(f"eta must be a finite number of samples >= 0, got {eta!r}")
+    if class_counts is None and tail_classes is None:
+        return None
+    if class_counts is None:
+        raise ValueError("class_counts must be given with tail_classes: they tell the number of classes")
+    ops.focal_weights(class_counts)  # checks the counts
+    counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
+    if tail_classes is None:
+        return counts < eta
+    chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
+    if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(counts):
+        raise ValueError(f"tail_classes must lie in [0, {len(counts)}), got {tail_classes!r}")
+    return torch.zeros(len(counts), dtype=torch.bool).index_fill(0, chosen, True)

@@ -1,0 +1,94 @@
+"""Friendly SAM: the running mean of the gradient is left out of the perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast.optim.checks import check_factor
+from ltsam_fast.optim.sam import SAM
+
+
+class FriendlySAM(SAM):
+    r"""Friendly sharpness-aware minimization.
+
+    .. code-block:: text
+
+        d   = g_t - sigma * m_{t-1}                          g_t = grad L(w)
+        eps = rho * d / (|d| + 1e-12)
+        m_t = lmbda * m_{t-1} + (1 - lmbda) * g_t            m_1 = g_1; step 1 is plain SAM
+        w  <- base_step(w, grad L(w + eps))
+
+    Two forwards and two backwards a step; 52 bytes moved per fp32 parameter with SGD and momentum, in three passes: the mean
+    is subtracted in the norm's and updated in the perturbation's.
+
+    Args:
+        params: Parameters or groups, as for any torch optimizer.
+        base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.
+        rho: Radius, in units of the weights, >= 0.
+        adaptive: Scale the perturbation by the weights, as ASAM does.
+        sigma: How much of the mean is left out, >= 0.
+        lmbda: Decay of the mean, in [0, 1).
+        model: If given, running statistics of normalization layers see the unperturbed pass only.
+        max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
+        **base_kwargs: Options of ``base_optimizer``.
+
+    Raises:
+        ValueError: ``rho`` or ``sigma`` is negative or not finite, or ``lmbda`` is not in [0, 1).
+        TypeError: ``base_optimizer`` is not a class.
+
+    Source: Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024 (arXiv 2403.12350), Algorithm 1, with the mean of
+    the steps before, as in the authors' code (for sigma = 1 the direction is the same).
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 2)
+    >>> opt = FriendlySAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
+    """
+
+    _kept = (*SAM._kept, "sigma", "lmbda")
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        sigma: float = 1.0,
+        lmbda: float = 0.9,
+        model: torch.nn.Module | None = None,
+        max_grad_norm: float = 0.0,
+        **base_kwargs: Any,
+    ) -> None:
+        check_factor("sigma", sigma)
+        check_factor("lmbda", lmbda, below=1.0)
+        self.sigma, self.lmbda = sigma, lmbda
+        super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._begun: tuple[Tensor, list[Tensor]] | None = None
+
+    def _ascent(
+        self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> dict[str, Any]:
+        if self._begun is not None and bool(self._begun[0]):  # means that began in a step that overflowed: begin again
+            for param in self._begun[1]:
+                self.state[param].pop("grad_mean", None)
+        self._begun = None
+        means = [self.state[param].get("grad_mean") for param in params]
+        beginning = [i for i, mean in enumerate(means) if mean is None]
+        for i in beginning:  # climbs without a mean, which then is the gradient
+            scale = torch.ones(()) if grad_scale is None else 1 / grad_scale
+            self.state[params[i]]["grad_mean"] = (grads[i] * scale.to(grads[i])).to(params[i].dtype)  # type: ignore[union-attr, operator, arg-type]
+        if beginning and found_inf is not None:
+            self._begun = (found_inf, [params[i] for i in beginning])
+        mix = self._constant((1.0, -self.sigma, 0.0, 0.0))
+        if grad_scale is not None:  # the mean is of unscaled gradients
+            mix = mix * torch.stack([torch.ones_like(grad_scale), grad_scale, grad_scale, grad_scale]).to(mix)
+        return {"means": means, "mix": mix, "decay": self.lmbda}
