@@ -155,25 +155,28 @@ def test_cc_sam_scopes(base):
     different(last, whole)
 
 
-def test_cc_sam_radius():
-    """One class and a whole step: with flat_ratio 1 it is the gradient at w + delta, of a known norm per tensor."""
-    x, y = DATA[0]
-    k, count = 3, sum(param.numel() for param in network().parameters())
-    y = torch.full_like(y, k)
-    model = network()
-    grads = torch.autograd.grad(losses(model, x, y).mean(), list(model.parameters()))
-    climbed = copy.deepcopy(model)
-    norm = flat(model).norm().item()
-    with torch.no_grad():
-        for param, grad in zip(climbed.parameters(), grads, strict=True):
-            length = 0.01 * math.sqrt(norm / grad.norm().item() / 2) * (count / (COUNTS[k] - 1)) ** 0.25
-            param += length * grad / grad.norm()
-    there = torch.autograd.grad(losses(climbed, x, y).mean(), list(climbed.parameters()))
-    expected = flat(model) - 0.1 * flat(there)
-    own = {"class_counts": COUNTS, "scope": "all", "noise_ratio": 0.01, "flat_ratio": 1.0}
-    result, _ = run(family.cc_sam, "sgd", data=[(x, y)], **own)
-    assert relative_error(result, expected) < 1e-12
-    assert relative_error(flat(model) - result, flat(model) - expected) < 1e-12
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_cc_sam_by_hand(scope):
+    """One step: each class on its own copy of the network, moved by its radius."""
+    (x, y), model = DATA[0], network()
+    params = list(model.parameters())
+    first = 0 if scope == "all" else len(params) - 2
+    inside = params[first:]
+    norm, count = flat(inside).norm().item(), len(flat(inside))
+    expected = 0.7 * flat(torch.autograd.grad(losses(model, x, y).mean(), params))
+    for k in range(CLASSES):
+        mine = y == k
+        climbed = copy.deepcopy(model)
+        grads = torch.autograd.grad(losses(model, x[mine], y[mine]).mean(), inside)
+        with torch.no_grad():
+            for param, grad in zip(list(climbed.parameters())[first:], grads, strict=True):
+                length = 0.05 * math.sqrt(norm / grad.norm().item() / 2) * (count / (COUNTS[k] - 1)) ** 0.25
+                param += length * grad / grad.norm()
+        total = losses(climbed, x[mine], y[mine]).sum() / len(y)
+        expected = expected + 0.3 * flat(torch.autograd.grad(total, list(climbed.parameters())))
+    own = {"class_counts": COUNTS, "noise_ratio": 0.05, "flat_ratio": 0.3, "scope": scope, "head": inside}
+    result, _ = family.cc_sam(model, groups_of(model), DATA[:1], SGD, {"lr": 0.1}, **own)
+    assert relative_error((flat(network()) - result) / 0.1, expected) < 1e-12
 
 
 def test_cc_sam_counts_a_class_of_one_as_two_and_skips_zero_gradients():
@@ -270,6 +273,21 @@ def test_esam_selects_weights_and_samples(base):
     fewer = run(family.esam, base, mask=drawn, beta=0.6, gamma=0.5)
     different(fewer, some)
     same(run(family.esam, base, mask=drawn, beta=0.6, gamma=7.5 / 16), fewer)  # rounded up
+
+
+def test_esam_keeps_the_largest_increases():
+    (x, y), model = DATA[0], network()
+    params = list(model.parameters())
+    at_w = losses(model, x, y)
+    g = flat(torch.autograd.grad(at_w.mean(), params))
+    torch.nn.utils.vector_to_parameters(flat(model) + RHO / 0.6 * g / g.norm(), params)
+    there = losses(model, x, y)
+    increases = (there - at_w).tolist()
+    kept = sorted(range(len(y)), key=lambda j: -increases[j])[:5]
+    expected = flat(torch.autograd.grad(there[kept].mean(), params))
+    own = {"mask": lambda t, n, shape: torch.ones(shape), "beta": 0.6, "gamma": 5 / 16}
+    result, _ = run(family.esam, "sgd", data=DATA[:1], **own)
+    assert relative_error((flat(network()) - result) / 0.1, expected) < 1e-12
 
 
 @PLAIN
