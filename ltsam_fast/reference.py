@@ -314,14 +314,17 @@ def _direction(
 
 
 def _beside(
-    w: Tensor, lr: float, gradients: tuple[Tensor | None, Tensor | None], maximize: bool, grad_scale: Tensor | None,
+    w: Tensor,
+    lr: float,
+    gradients: tuple[Tensor | None, Tensor | None],
+    grad_scale: Tensor | None,
     mix: Tensor | None,
-) -> Tensor | float:  # fmt: skip
+) -> Tensor | float:
     """What the weights move by past the base optimizer: lr (c2 g + c3 extra)."""
     if mix is None:
         return 0.0
     inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
-    return lr * _mixed(w, *gradients, mix, first=2) * (-inverse if maximize else inverse)
+    return lr * _mixed(w, *gradients, mix, first=2) * inverse
 
 
 @torch.no_grad()
@@ -360,7 +363,7 @@ def sgd_step_(
             buffer = d if first else at(momentum) * _wide(m) + (1 - at(dampening)) * d
             m.copy_(buffer)
             d = d + at(momentum) * buffer if at(nesterov) else buffer
-        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
+        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), grad_scale, mix)
         w.copy_(_wide(w) - at(lr) * d - beside)
         if step is not None:
             step += 1
@@ -408,7 +411,7 @@ def adam_step_(
         mean = _wide(m) + (1 - at(beta1)) * (d - _wide(m))
         square = at(beta2) * _wide(v) + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(_wide(vmax), square)
-        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
+        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), grad_scale, mix)
         move = at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps))
         w.copy_(old - move - beside)
         m.copy_(mean)

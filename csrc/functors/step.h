@@ -8,12 +8,11 @@ namespace lt {
 template <class A>
 struct Direction {
   Mix<A> mix;
-  A factor, turned;  ///< turned: the same without clipping
+  A factor, inverse;
   bool active, besides;
 
   LT_HD Direction(double maximize, double max_norm, const Signals& s)
-      : mix(s, A(1)), factor(s.inverse_scale<A>()), active(!s.skip()), besides(s.mix != nullptr) {
-    turned = maximize != 0 ? -factor : factor;
+      : mix(s, A(1)), factor(s.inverse_scale<A>()), inverse(factor), active(!s.skip()), besides(s.mix != nullptr) {
     if (max_norm > 0 && s.norm) {
       const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
       factor *= clip < A(1) ? clip : A(1);
@@ -23,7 +22,7 @@ struct Direction {
   LT_HD A operator()(A g, A extra) const { return mix.direction(g, extra) * factor; }
   /// A step of its own beside the base optimizer's: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
   LT_HD A beside(A moved, A lr, A g, A extra) const {
-    return besides ? moved - lr * (mix.beside(g, extra) * turned) : moved;
+    return besides ? moved - lr * (mix.beside(g, extra) * inverse) : moved;
   }
 };
 

@@ -42,6 +42,8 @@ class SharpnessAware(Optimizer):
     """Names of the explicit phases, in the order in which they are to be called."""
     _own: tuple[str, ...] = ("rho", "adaptive", "eta", "norm_eps", "perturb", "taken")
     """Options of a group that are not the base optimizer's."""
+    _buffers: tuple[str, ...] = ()
+    """Names of a parameter's state that is not the base optimizer's."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "_base_only")
@@ -382,6 +384,9 @@ class SharpnessAware(Optimizer):
             if not param.requires_grad:  # frozen since its last backward
                 param.grad = None
         own = [{name: group[name] for name in self._base_only} for group in self.param_groups]
+        # torch's optimizers take a state that is not empty for one of theirs.
+        states = [state for state in self.state.values() if self._buffers]
+        buffers = [{name: state.pop(name) for name in self._buffers if name in state} for state in states]
         try:
             for group in self.param_groups:
                 group.update(self._base_only)
@@ -389,6 +394,8 @@ class SharpnessAware(Optimizer):
         finally:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)
+            for state, values in zip(states, buffers, strict=True):
+                state.update(values)
         if beside:
             torch._foreach_add_(params, beside)
 

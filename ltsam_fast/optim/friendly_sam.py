@@ -50,6 +50,7 @@ class FriendlySAM(SAM):
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
     """
 
+    _buffers = ("grad_mean",)
     _kept = (*SAM._kept, "sigma", "lmbda")
 
     def __init__(

@@ -52,6 +52,7 @@ class LookSAM(SharpnessAware):
     """
 
     _mixes = True
+    _buffers = ("grad_v",)
     _kept = (*SharpnessAware._kept, "k", "alpha")
 
     def __init__(

@@ -63,6 +63,7 @@ class SparseSAM(SAM):
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
     """
 
+    _buffers = ("frozen",)
     _kept = (
         *SAM._kept, "sparsity", "mask", "refresh_every", "drop_rate", "total_steps", "num_samples", "seed",
     )  # fmt: skip
