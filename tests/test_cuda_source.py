@@ -124,6 +124,13 @@ class Lists:
             self.count += 1
         return tensors
 
+    def bitmaps(self):
+        made = [
+            NOISE[7 * i : 7 * i + -(-size // 8)].mul(1e9).long().to(torch.uint8) for i, size in enumerate(self.sizes)
+        ]
+        self.buffers += made
+        return made
+
     def steps(self, first=0.0):
         steps = [torch.tensor(first + i % 3) for i in range(len(self.sizes))]
         self.buffers += steps
@@ -158,6 +165,28 @@ def perturb(lists, **named):
     return "perturb_", (lists.new(), lists.new(), lists.new()), keywords
 
 
+def perturb_all(lists, **named):
+    """A perturbation with every role, anew from old weights."""
+    mix = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=ops_dtype(lists))
+    roles = {"sources": lists.new(), "means": lists.new(), "frozen": lists.bitmaps()}
+    return perturb(lists, **roles, mix=mix, decay=0.9, grad_scale=scalar(4), **named)
+
+
+def gaussian(lists, **named):
+    return "gaussian_perturb_", (lists.new(), lists.new()), {"amplitude": 0.1, "seed": 2**40 + 3, "step": 5} | named
+
+
+def by_class(lists):
+    w, g = lists.new(), lists.new()
+    scales = torch.linspace(-1, 1, len(w), dtype=ops_dtype(lists))[None]
+    return "perturb_by_class_", (w, [g], scales), {}
+
+
+def combine(lists):
+    mix = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=ops_dtype(lists))
+    return "combine_", (lists.new(), lists.new(), lists.new(), mix), {}
+
+
 def restore(lists):
     return "restore_", (lists.new(), lists.new()), {}
 
@@ -185,6 +214,14 @@ def scalar(value):
 MAPS = {
     "perturb": perturb,
     "perturb adaptive": lambda x: perturb(x, adaptive=True, eta=0.01, grad_scale=scalar(512), found_inf=scalar(0)),
+    "perturb means": lambda x: perturb(x, means=x.new(), mix=torch.ones(4, dtype=ops_dtype(x)), decay=0.5),
+    "perturb frozen": lambda x: perturb(x, frozen=x.bitmaps()),
+    "perturb all": perturb_all,
+    "perturb random": lambda x: perturb(x, chance=0.6, stochastic=True, seed=7, step=2**31 + 1),
+    "perturb random all": lambda x: perturb_all(x, chance=0.3, stochastic=True, seed=2**52 + 1),
+    "gaussian": gaussian,
+    "by class": by_class,
+    "combine": combine,
     "restore": restore,
     "sgd": sgd,
     "sgd extra": lambda x: sgd(x, "backups", "extra", maximize=True),
@@ -243,7 +280,7 @@ def test_nothing_is_perturbed_by_a_norm_that_is_not_finite(on, core, norm):
         assert torch.equal(kept, now) and torch.equal(kept, saved)
 
 
-@pytest.mark.parametrize("name", ["perturb", "sgd all", "adam all"])
+@pytest.mark.parametrize("name", ["perturb", "perturb random all", "gaussian", "sgd all", "adam all"])
 def test_results_do_not_depend_on_device_or_schedule(on, core, narrow_core, name):
     calls = [on(core.module, device, seed) for device, seed in [(0, 0), (0, 1), (3, 2), (30, 3)]]
     assert_same_bits([*calls, on(narrow_core.module)], MAPS[name], SIZES)
@@ -274,12 +311,13 @@ def grouped(build, count, **varied):
     ("build", "expected"),
     [
         (restore, (1, 4)),
-        (grouped(MAPS["perturb"], 16, rho=0.01), (1, 6)),
+        (grouped(MAPS["perturb"], 16, rho=0.01), (1, 7)),
         (grouped(MAPS["perturb"], 23, rho=0.01), (35, 35)),  # the groups take turns: a launch ends at the 17th tensor
+        (grouped(gaussian, 2, amplitude=0.1), (1, 6)),  # numbers count on from launch to launch
         (grouped(MAPS["sgd all"], 3, lr=0.1), (2, 11)),
         (grouped(MAPS["adam all"], 3, lr=1e-3), (2, 14)),
     ],
-    ids=["restore", "perturb", "perturb 23 groups", "sgd", "adam"],
+    ids=["restore", "perturb", "perturb 23 groups", "gaussian", "sgd", "adam"],
 )
 def test_tables_beyond_one_launch(on, core, narrow_core, cpu, build, expected):
     core.launches(), narrow_core.launches()
@@ -287,7 +325,9 @@ def test_tables_beyond_one_launch(on, core, narrow_core, cpu, build, expected):
     assert (core.launches(), narrow_core.launches()) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in MAPS if name not in ("adam all", "adam amsgrad")])
+@pytest.mark.parametrize(
+    "name", [name for name in MAPS if name not in ("adam all", "adam amsgrad", "perturb random all")]
+)
 def test_one_launch_serves_500_tensors(on, core, name):
     op, positional, keywords = MAPS[name](Lists(TINY[:500]))
     core.launches()
@@ -314,11 +354,24 @@ def test_norm_is_right_and_repeatable(on, core, narrow_core, dtypes, adaptive):
                         "grad_norm", g, w, extra=extra, adaptive=adaptive, eta=0.01, table=table
                     )
                 )
-            assert not table.parts[0]._scratch[-2:].any(), "the ticket must be back at zero"
+            assert not table.parts[0]._scratch[0], "the ticket must be back at zero"
     exact = [[x.double() for x in role] for role in (w, g, extra)]
     right = reference.grad_norm(exact[1], exact[0], extra=exact[2], adaptive=adaptive, eta=0.01)
     torch.testing.assert_close(norms[0].double(), right, rtol=1e-12 if dtypes == (F64,) else 3e-7, atol=0)
     assert all(torch.equal(bits(norm), bits(norms[0])) for norm in norms)
+
+
+@pytest.mark.parametrize("dtypes", [(F32,), (BF16,), MIXED, (F64,)], ids=["fp32", "bf16", "mixed", "fp64"])
+def test_inner_products_are_right_and_repeatable(on, core, narrow_core, dtypes):
+    dots = []
+    for offsets in ((0,), (0, 1, 2)):
+        _, g, extra = norm_inputs(SIZES, dtypes, offsets)
+        calls = [on(module.module, device) for module, device in [(core, 0), (core, 30), (narrow_core, 1)]]
+        dots += [call("grad_dots", g, extra) for call in calls]
+    right = reference.grad_dots([x.double() for x in g], [x.double() for x in extra])
+    exact = dtypes == (F64,)
+    torch.testing.assert_close(dots[0].double(), right, rtol=1e-12 if exact else 3e-7, atol=1e-9 if exact else 1e-3)
+    assert all(torch.equal(bits(other), bits(dots[0])) for other in dots)
 
 
 def test_norm_of_nothing(on, core):
@@ -423,7 +476,8 @@ def machine_code(compiled):
     return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\t\tFunction|\Z)", text, re.DOTALL))
 
 
-KERNELS = {f"{op}<{a}>" for op in ("Perturb", "Restore", "SgdStep", "AdamStep", "GradNorm") for a in "fd"}
+MAP_KERNELS = "Perturb RandomPerturb GaussianPerturb ClassPerturb Combine Restore SgdStep AdamStep".split()
+KERNELS = {f"{op}<{a}>" for op in (*MAP_KERNELS, "GradNorm", "GradDots") for a in "fd"}
 
 
 def kernel(mangled):
@@ -448,5 +502,5 @@ def test_access_is_16_bytes_wide(machine_code):
     for name in KERNELS:
         assert not re.search(r"\b(LDL|STL)\b", code[name]), name
         assert "LDG.E.128" in code[name], name
-        assert ("STG.E.128" in code[name]) == ("GradNorm" not in name), name
+        assert ("STG.E.128" in code[name]) == (name.partition("<")[0] in MAP_KERNELS), name
         assert not re.search(r"\b(LD|ST)\.E", code[name]), f"{name} does not know that its tensors are in global memory"

@@ -47,15 +47,16 @@ struct Row {
 union Word {
   Row row;
   char* address;
-  int64_t end;  ///< chunk at which a bucket ends
+  int64_t end;     ///< chunk at which a bucket ends
+  int64_t number;  ///< a tensor's position in the caller's list
   double hyper;
 };
 
 /// The tensors of one launch. Their elements are dealt out in items of 2^shift. `words` holds, from the front, for each
-/// tensor a Row and the addresses of those roles that any tensor has (SGD with step counts: 56 bytes, 570 tensors),
-/// then the buckets' ends; from the back, rows of hyperparameters.
+/// tensor a Row, the addresses of those roles that any tensor has (SGD with step counts: 56 bytes, 570 tensors) and, if
+/// the functor asks for it, its number, then the buckets' ends; from the back, rows of hyperparameters.
 struct Slice {
-  static constexpr int kHyperRows = 16, kWords = (LT_ARGUMENT_BYTES - 96) / 8;
+  static constexpr int kHyperRows = 16, kWords = (LT_ARGUMENT_BYTES - 104) / 8;
   Signals signals;
   double* slots;  ///< of all chunks, in or out of this slice
   unsigned* ticket;
@@ -69,6 +70,7 @@ struct Slice {
     const int column = columns >> (4 * role) & 15;
     return column ? words[tensor * stride + column].address : nullptr;
   }
+  LT_HD int64_t number(int tensor) const { return words[tensor * stride + stride - 1].number; }
   LT_HD int hyper_at(int row) const { return kWords - (row + 1) * hyper_columns; }
   LT_HD int64_t bucket_end(int bucket) const { return words[tensors * stride + bucket].end; }
 
@@ -199,10 +201,25 @@ __device__ __forceinline__ Raw<A> encode(unsigned dtype, const A (&x)[kVector]) 
   return raw;
 }
 
+/// The nibble of a bitmap that belongs to four elements, and those as numbers.
+template <class A>
+__device__ __forceinline__ Raw<A> fetch_bits(const char* address, int first, int n) {
+  Raw<A> raw{};
+  if (n > 0) raw.word[0] = uint32_t(reinterpret_cast<const uint8_t*>(address)[first / 8]) >> (first & 4);
+  return raw;
+}
+
+template <class A>
+__device__ __forceinline__ void decode_bits(const Raw<A>& raw, A (&x)[kVector]) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) x[j] = A(raw.word[0] >> j & 1);
+}
+
 /// An item: up to 2^shift elements of one tensor.
 template <class F, class A>
 struct Item {
   static constexpr unsigned kNative = sizeof(A) == 8 ? kF64 : kF32;
+  int64_t begin;  ///< number of its first element
   int count;
   unsigned dtypes, present = 0, aligned = 0, native = 0;  ///< but for dtypes, one bit a role
   char* address[F::kRoles];                               ///< of the item's first element; null: absent
@@ -211,6 +228,7 @@ struct Item {
     const Row row = slice.row(tensor);
     const uint32_t local = index - row.first_item;
     const uint32_t end = tensor + 1 < slice.tensors ? slice.row(tensor + 1).first_item : slice.items;
+    begin = int64_t(local) << slice.shift;
     count = index + 1 == end ? row.last + 1 : 1 << slice.shift;
     dtypes = row.dtypes;
 #pragma unroll
@@ -219,8 +237,14 @@ struct Item {
       if (r == F::step) continue;
       char* base = slice.address(tensor, r);
       if (!base) continue;
-      address[r] = base + (int64_t(local) << slice.shift) * item_size(dtype(r));
       present |= bit(r);
+      if (F::bitmaps & bit(r)) {
+        address[r] = base + begin / 8;
+        aligned |= bit(r);
+        native |= bit(r);
+        continue;
+      }
+      address[r] = base + begin * item_size(dtype(r));
       // An item begins at a multiple of 4096 elements: aligned where its tensor is.
       if (reinterpret_cast<uintptr_t>(base) % (dtype(r) >= kBF16 ? 8 : 16) == 0) aligned |= bit(r);
       if (dtype(r) == kNative) native |= bit(r);
@@ -245,9 +269,9 @@ using VariantsOf = std::make_index_sequence<sizeof(F::variants) / sizeof(unsigne
 constexpr int ones(unsigned mask) { return mask ? 1 + ones(mask & (mask - 1)) : 0; }
 
 /// Four vectors under way per thread, counted over the roles read: with 1024 threads 64 KiB a multiprocessor in fp32,
-/// where 4.8 TB/s at 0.7 us take 26.
+/// where 4.8 TB/s at 0.7 us take 26. Random ones are busy with arithmetic, and need the registers for it.
 template <class F, unsigned kPresent>
-constexpr int kUnroll = ones(F::reads & kPresent) < 4 ? 4 / ones(F::reads & kPresent) : 1;
+constexpr int kUnroll = F::random || ones(F::reads & kPresent) > 3 ? 1 : 4 / ones(F::reads & kPresent);
 
 /// Calls body(plain, v) for this thread's vectors v, v + kThreads, ... of an item, kStep at a time. Plain ones need no
 /// test: every role is there, of the accumulator's type and aligned, and so are all kStep vectors.
@@ -268,6 +292,10 @@ __device__ __forceinline__ void load_vectors(const Item<F, A>& item, int v, A (&
     for (int r = 0; r < F::kRoles; ++r) {
       if (!(kPresent & F::reads & bit(r))) continue;
       const int first = (v + s * kThreads) * kVector;
+      if (F::bitmaps & bit(r)) {
+        raw[s][r] = fetch_bits<A>(item.address[r], first, item.address[r] ? item.count - first : 0);
+        continue;
+      }
       raw[s][r] = kPlain ? fetch<A>(item.kNative, true, item.address[r], first, kVector)
                          : fetch<A>(item.dtype(r), item.aligned & bit(r), item.address[r], first,
                                     item.address[r] ? item.count - first : 0);
@@ -276,7 +304,9 @@ __device__ __forceinline__ void load_vectors(const Item<F, A>& item, int v, A (&
   for (int s = 0; s < kStep; ++s)
 #pragma unroll
     for (int r = 0; r < F::kRoles; ++r) {
-      if (kPresent & F::reads & bit(r))
+      if (kPresent & F::bitmaps & bit(r))
+        decode_bits(raw[s][r], x[s][r]);
+      else if (kPresent & F::reads & bit(r))
         decode(raw[s][r], kPlain ? item.kNative : item.dtype(r), x[s][r]);
       else
         for (int j = 0; j < kVector; ++j) x[s][r][j] = 0;
@@ -300,9 +330,10 @@ __device__ __forceinline__ void store_vectors(const Item<F, A>& item, int v, con
     }
 }
 
-/// Calls visit(element, lane) for each element of this thread's share of an item and stores what F writes.
+/// Calls visit(element, lane, word) for each element of this thread's share of an item and stores what F writes. The
+/// word is random if F asks for that.
 template <class F, class A, class Visit>
-__device__ __forceinline__ void walk(const Item<F, A>& item, const Visit& visit) {
+__device__ __forceinline__ void walk(const F& f, const Item<F, A>& item, const Visit& visit) {
   with_variant<F>(
       item.present,
       [&](auto mask) {
@@ -312,16 +343,19 @@ __device__ __forceinline__ void walk(const Item<F, A>& item, const Visit& visit)
           A x[kStep][F::kRoles][kVector];
           load_vectors<plain.value, kPresent>(item, v, x);
 #pragma unroll
-          for (int s = 0; s < kStep; ++s)
+          for (int s = 0; s < kStep; ++s) {
+            uint32_t word[kVector] = {};
+            if constexpr (F::random) f.philox(uint64_t(item.begin / kVector + v + s * kThreads), word);
 #pragma unroll
             for (int j = 0; j < kVector; ++j) {
               A element[F::kRoles];
 #pragma unroll
               for (int r = 0; r < F::kRoles; ++r) element[r] = x[s][r][j];
-              visit(element, j);
+              visit(element, j, word[j]);
 #pragma unroll
               for (int r = 0; r < F::kRoles; ++r) x[s][r][j] = element[r];
             }
+          }
           store_vectors<plain.value, kPresent>(item, v, x);
         });
       },
@@ -335,12 +369,14 @@ struct Constants {
 
   __device__ F at(const Slice& slice, int tensor) {
     __shared__ double storage[(sizeof(F) + 7) / 8];
-    const float* step = nullptr;
-    if constexpr (F::step >= 0) step = reinterpret_cast<const float*>(slice.address(tensor, F::step));
-    const int group = slice.row(tensor).hyper, wanted = step ? Slice::kHyperRows + tensor : group;
+    const Row& row = slice.row(tensor);
+    Here here{nullptr, 0, uint8_t(row.dtypes & 3)};
+    if constexpr (F::step >= 0) here.step = reinterpret_cast<const float*>(slice.address(tensor, F::step));
+    if constexpr (F::keyed) here.number = uint32_t(slice.number(tensor));
+    const int group = row.hyper, wanted = here.step || F::keyed ? Slice::kHyperRows + tensor : group;
     if (wanted != made_for) {
       __syncthreads();  // some may still read the one before
-      if (threadIdx.x == 0) new (storage) F(&slice.words[slice.hyper_at(group)].hyper, slice.signals, step);
+      if (threadIdx.x == 0) new (storage) F(&slice.words[slice.hyper_at(group)].hyper, slice.signals, here);
       __syncthreads();
       made_for = wanted;
     }
@@ -391,7 +427,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) map_kernel(LT_ARGU
   for (uint32_t index = blockIdx.x; index < slice.items; index += gridDim.x) {
     const int tensor = slice.tensor_of(index);
     const F f = constants.at(slice, tensor);
-    walk(Item<F, A>(slice, tensor, index), [&](A* element, int) { f(element); });
+    walk(f, Item<F, A>(slice, tensor, index), [&](A* element, int, uint32_t word) {
+      if constexpr (F::random)
+        f(element, word);
+      else
+        f(element);
+    });
   }
   if constexpr (F::step >= 0) {
     // After every block has read them, so the last one counts.
@@ -408,22 +449,28 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) reduce_kernel(LT_A
   for (uint32_t index = blockIdx.x; index < slice.items; index += gridDim.x) {
     const int tensor = slice.tensor_of(index);
     const F f = constants.at(slice, tensor);
-    A lanes[kVector] = {};
+    A lanes[kVector][F::sums] = {};
     // What a role or the end of an item lacks reads as zero, and so does its term.
-    walk(Item<F, A>(slice, tensor, index), [&](A* element, int lane) { lanes[lane] += f.term(element); });
-    const double sum = block_sum((double(lanes[0]) + double(lanes[1])) + (double(lanes[2]) + double(lanes[3])));
-    if (threadIdx.x == 0) slice.slots[slice.first_slot + index] = sum;
+    walk(f, Item<F, A>(slice, tensor, index), [&](A* element, int lane, uint32_t) { f.add(element, lanes[lane]); });
+#pragma unroll
+    for (int s = 0; s < F::sums; ++s) {
+      const double sum =
+          block_sum((double(lanes[0][s]) + double(lanes[1][s])) + (double(lanes[2][s]) + double(lanes[3][s])));
+      if (threadIdx.x == 0) slice.slots[(slice.first_slot + index) * F::sums + s] = sum;
+    }
   }
   if (!slice.buckets || !last_block(slice.ticket)) return;
   int64_t begin = slice.bucket_begin;
   for (int bucket = 0; bucket < slice.buckets; ++bucket) {
     const int64_t end = slice.bucket_end(bucket);
-    double sum = 0;
-    for (int64_t slot = begin + threadIdx.x; slot < end; slot += kThreads) sum += slice.slots[slot];
-    const A result = A(F::finish(block_sum(sum)));
-    if (threadIdx.x == 0) {
-      static_cast<A*>(slice.signals.norm)[slice.first_bucket + bucket] = result;
-      if (slice.signals.found_inf && !finite(result)) *slice.signals.found_inf = 1.0f;
+    for (int s = 0; s < F::sums; ++s) {
+      double sum = 0;
+      for (int64_t slot = begin + threadIdx.x; slot < end; slot += kThreads) sum += slice.slots[slot * F::sums + s];
+      const A result = A(F::finish(block_sum(sum)));
+      if (threadIdx.x == 0) {
+        static_cast<A*>(slice.signals.norm)[(slice.first_bucket + bucket) * F::sums + s] = result;
+        if (slice.signals.found_inf && !finite(result)) *slice.signals.found_inf = 1.0f;
+      }
     }
     begin = end;
   }
@@ -514,8 +561,8 @@ struct Packer {
 
   Packer(const Table& table, const Hyper& hyper, const Signals& signals, int shift) : table(table), hyper(hyper) {
     slice.signals = signals;
-    slice.slots = table.scratch;
-    slice.ticket = reinterpret_cast<unsigned*>(table.scratch + table.chunks() + 1);
+    slice.slots = table.slots();
+    slice.ticket = reinterpret_cast<unsigned*>(table.scratch);
     slice.first_bucket = slice.bucket_begin = 0;
     slice.shift = shift;
     slice.hyper_columns = int(hyper.columns);
@@ -527,6 +574,7 @@ struct Packer {
           slice.columns |= uint32_t(slice.stride++) << (4 * r);
           break;
         }
+    slice.stride += F::keyed;
     clear();
   }
 
@@ -566,6 +614,7 @@ struct Packer {
         words[column].address = reinterpret_cast<char*>(pointers[r]);
       if (r != F::step) dtypes |= uint32_t(table.dtypes[tensor * F::kRoles + r]) << (2 * r);
     }
+    if (F::keyed) words[slice.stride - 1].number = table.numbers[tensor];
     const int64_t items = ((numel - 1) >> slice.shift) + 1;  // 0 of 0 elements
     words->row = {slice.items, uint32_t(numel - 1) & ((1u << slice.shift) - 1), uint32_t(row), dtypes};
     slice.items += uint32_t(items);

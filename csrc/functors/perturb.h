@@ -6,9 +6,9 @@
 namespace lt {
 
 /// old = source;  backup = old;  w = old + (T d) scale,  d = g, or the mix of g and mean,  scale = rho / (|d| + eps),
-/// T = (|old| + eta)^2 when adaptive, else 1;  mean = keep mean + (1 - keep) g. Frozen elements stay, and a norm that is
-/// not finite perturbs nothing.
-/// roles: w (write), source (read: where the old weights are), g (read), backup (write), mean (read, write), frozen (bits)
+/// T = (|old| + eta)^2 when adaptive, else 1;  mean = keep mean + (1 - keep) g. Frozen elements stay, and a norm that
+/// is not finite perturbs nothing. roles: w (write), source (read: where the old weights are), g (read), backup
+/// (write), mean (read, write), frozen (bits)
 template <class A>
 struct Perturb {
   static constexpr const char* name = "perturb_";
@@ -103,9 +103,8 @@ struct GaussianPerturb {
   }
 };
 
-/// g = w + norm[number] g: each tensor's gradient becomes its perturbed weight, for many perturbations of the same weights
-/// in one pass. CC-SAM (Zhou et al., CVPR 2023).
-/// roles: w (read), g (read, write)
+/// g = w + norm[number] g: each tensor's gradient becomes its perturbed weight, for many perturbations of the same
+/// weights in one pass. CC-SAM (Zhou et al., CVPR 2023). roles: w (read), g (read, write)
 template <class A>
 struct ClassPerturb {
   static constexpr const char* name = "perturb_by_class_";

@@ -31,8 +31,8 @@ struct Philox {
   }
 };
 
-/// ln x of a normal float, to 1 ulp: Cephes' polynomial (Moshier 1992) on [sqrt(1/2), sqrt(2)]. Written out, for libraries
-/// differ in the last bit.
+/// ln x of a normal float, to 1 ulp: Cephes' polynomial (Moshier 1992) on [sqrt(1/2), sqrt(2)]. Written out, for
+/// libraries differ in the last bit.
 LT_HD float log_(float x) {
   const uint32_t u = bits<uint32_t>(x) - 0x3f3504f3u;  // sqrt(1/2)
   const float e = float(int32_t(u) >> 23);
@@ -50,8 +50,8 @@ LT_HD float log_(float x) {
   return f + y + e * 0.693359375f;
 }
 
-/// A standard normal number from 32 random bits, by the inverse distribution function; |z| < 6.4. Giles, "Approximating the
-/// erfinv function", GPU Computing Gems 2011, single precision.
+/// A standard normal number from 32 random bits, by the inverse distribution function; |z| < 6.4. Giles, "Approximating
+/// the erfinv function", GPU Computing Gems 2011, single precision.
 LT_HD float normal(uint32_t word) {
   const float p = (float(int32_t(word & 0x7fffffffu)) + 0.5f) * 0x1p-32f;  // of one tail, in (0, 1/2]
   const float x = 1.0f - 2.0f * p, tail = 4.0f * p * (1.0f - p);
