@@ -1,63 +1,100 @@
-"""The norm of the ascent gradient: a partial sum for each chunk, then one program a norm that adds them up in order."""
+"""Norms and inner products: partial sums for each chunk, then one program for each result that adds them up in order."""
 
 import numpy as np
 import triton
 import triton.language as tl
 
-from .table import accumulator, finite, item, launch, load, on_device, sqrt
+from .table import accumulator, finite, item, launch, load, mixed, on_device, sqrt
 
 SLOTS = 2048
 
 
 @triton.jit
-def _squares(g, extra, w, adaptive, eta):
-    """t^2,  t = T (g + extra),  T = |w| + eta when adaptive, else 1."""
-    total = g + extra
+def _squares(total, w, adaptive, eta):
+    """t^2,  t = T total,  T = |w| + eta when adaptive, else 1."""
     t = tl.where(adaptive, (tl.abs(w) + eta) * total, total)
     return t * t
 
 
 @triton.jit
-def _blocks_sum(
-    row, begin, end, adaptive, eta, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
-):
+def _norm_blocks(
+    row, begin, end, c0, c1, adaptive, eta,
+    TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     G, EXTRA, W = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     lanes = tl.zeros([BLOCK], A)
     for first in range(begin, end, BLOCK):
         g = load(G, first, end, TYPES[0], WIDE, A, BLOCK).to(A)
         extra = load(EXTRA, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
         w = load(W, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
-        lanes += _squares(g, extra, w, adaptive, eta)
+        lanes += _squares(c0 * g + c1 * extra, w, adaptive, eta)
     return tl.sum(lanes.to(tl.float64), axis=0)
 
 
 @triton.jit
-def chunk_sums_kernel(
-    items, pointers, hyper, scratch: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+def chunk_norms_kernel(
+    items, pointers, hyper, scratch: tl.int64, mix: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
 ):
     """scratch[slot] = sum of t^2 over a chunk."""
-    tensor, begin, whole, end, group, slot = item(items)
+    tensor, begin, whole, end, group, slot, _ = item(items)
     row = pointers + tensor * 3
     adaptive, eta = tl.load(hyper + group * 2) != 0, tl.load(hyper + group * 2 + 1).to(A)
-    total = _blocks_sum(row, begin, whole, adaptive, eta, TYPES, True, A, BLOCK)
+    c0, c1 = mixed(mix, 0, 1.0, A), mixed(mix, 1, 1.0, A)
+    total = _norm_blocks(row, begin, whole, c0, c1, adaptive, eta, TYPES, True, A, BLOCK)
     if whole < end:
-        total += _blocks_sum(row, whole, end, adaptive, eta, TYPES, False, A, BLOCK)
+        total += _norm_blocks(row, whole, end, c0, c1, adaptive, eta, TYPES, False, A, BLOCK)
     tl.store(scratch.to(tl.pointer_type(tl.float64)) + slot, total)
 
 
 @triton.jit
-def norms_kernel(ranges, scratch: tl.int64, norm: tl.int64, found_inf: tl.int64, A: tl.constexpr, SLOTS: tl.constexpr):
-    """norm[bucket] = sqrt of the sum of its slots; found_inf = 1 if that is not finite."""
-    bucket = tl.program_id(0).to(tl.int64)
+def _dots_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+    G, EXTRA = tl.load(row), tl.load(row + 1)
+    gg, ee, ge = tl.zeros([BLOCK], A), tl.zeros([BLOCK], A), tl.zeros([BLOCK], A)
+    for first in range(begin, end, BLOCK):
+        g = load(G, first, end, TYPES[0], WIDE, A, BLOCK).to(A)
+        extra = load(EXTRA, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
+        gg += g * g
+        ee += extra * extra
+        ge += g * extra
+    return tl.sum(gg.to(tl.float64), axis=0), tl.sum(ee.to(tl.float64), axis=0), tl.sum(ge.to(tl.float64), axis=0)
+
+
+@triton.jit
+def chunk_dots_kernel(
+    items, pointers, hyper, scratch: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
+    """scratch[3 slot...] = sums of g g, extra extra and g extra over a chunk."""
+    tensor, begin, whole, end, _, slot, _ = item(items)
+    row, sums = pointers + tensor * 2, scratch.to(tl.pointer_type(tl.float64)) + slot * 3
+    gg, ee, ge = _dots_blocks(row, begin, whole, TYPES, True, A, BLOCK)
+    if whole < end:
+        more_gg, more_ee, more_ge = _dots_blocks(row, whole, end, TYPES, False, A, BLOCK)
+        gg, ee, ge = gg + more_gg, ee + more_ee, ge + more_ge
+    tl.store(sums, gg)
+    tl.store(sums + 1, ee)
+    tl.store(sums + 2, ge)
+
+
+@triton.jit
+def totals_kernel(
+    ranges, scratch: tl.int64, out: tl.int64, found_inf: tl.int64,
+    SUMS: tl.constexpr, ROOT: tl.constexpr, A: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """out[bucket, sum] = the sum of its slots, or its root; found_inf = 1 if that is not finite."""
+    result = tl.program_id(0).to(tl.int64)
+    bucket, which = result // SUMS, result % SUMS
     begin, end = tl.load(ranges + bucket * 2), tl.load(ranges + bucket * 2 + 1)
     lanes = tl.zeros([SLOTS], tl.float64)
     for first in range(begin, end, SLOTS):
         at = first + tl.arange(0, SLOTS)
-        lanes += tl.load(scratch.to(tl.pointer_type(tl.float64)) + at, mask=at < end, other=0.0)
-    result = sqrt(tl.sum(lanes, axis=0)).to(A)
-    tl.store(norm.to(tl.int64).to(tl.pointer_type(A)) + bucket, result)
+        lanes += tl.load(scratch.to(tl.pointer_type(tl.float64)) + at * SUMS + which, mask=at < end, other=0.0)
+    total = tl.sum(lanes, axis=0)
+    if ROOT:
+        total = sqrt(total)
+    total = total.to(A)
+    tl.store(out.to(tl.int64).to(tl.pointer_type(A)) + result, total)
     found_inf = found_inf.to(tl.int64)
-    tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0, mask=(found_inf != 0) & (finite(result) == 0))
+    tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0, mask=(found_inf != 0) & (finite(total) == 0))
 
 
 def _ranges(part):
@@ -66,11 +103,22 @@ def _ranges(part):
     return np.stack([part.first_chunk[edges[:-1]], part.first_chunk[edges[1:]]], axis=1).astype(np.int64)
 
 
+def _reduce(kernel, part, hyper, signals, also, roles, sums, root):
+    out, _, found_inf, _ = signals
+    slots = part.scratch + 8  # the first double is a counter of the CUDA back end's
+    launch(kernel, part, hyper, (slots, *also), roles)
+    ranges = on_device(part, "ranges", lambda: _ranges(part))
+    totals_kernel[(part.bucket_count * sums,)](
+        ranges, slots, out, found_inf, SUMS=sums, ROOT=root, A=accumulator(part), SLOTS=SLOTS, num_warps=8,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
 def grad_norm(part, hyper, signals, where):
     """norm = sqrt(sum (T (g + extra))^2) for each bucket. See :func:`ltsam_fast.ops.grad_norm`."""
-    norm, _, found_inf = signals
-    launch(chunk_sums_kernel, part, hyper, (part.scratch,), 3)
-    ranges = on_device(part, "ranges", lambda: _ranges(part))
-    norms_kernel[(part.bucket_count,)](
-        ranges, part.scratch, norm, found_inf, A=accumulator(part), SLOTS=SLOTS, num_warps=8, enable_fp_fusion=False
-    )
+    _reduce(chunk_norms_kernel, part, hyper, signals, signals[3:], 3, 1, True)
+
+
+def grad_dots(part, hyper, signals, where):
+    """(g.g, extra.extra, g.extra) for each bucket. See :func:`ltsam_fast.ops.grad_dots`."""
+    _reduce(chunk_dots_kernel, part, hyper, signals, (), 2, 3, False)

@@ -3,44 +3,155 @@
 import triton
 import triton.language as tl
 
-from .table import divide, finite, inverse_scale, item, launch, load, narrow, number, skipped, store
+from .random import normal, random_words, round_randomly
+from .table import (
+    divide,
+    finite,
+    inverse_scale,
+    item,
+    launch,
+    load,
+    load_bits,
+    mixed,
+    narrow,
+    number,
+    skipped,
+    store,
+)
 
 
 @triton.jit
-def _perturb(w, g, scale, adaptive, eta):
-    """W + (T g) scale,  T = (|w| + eta)^2 when adaptive, else 1."""
-    t = tl.abs(w) + eta
-    return w + tl.where(adaptive, t * t * g, g) * scale
+def _perturb(old, d, scale, adaptive, eta):
+    """Old + (T d) scale,  T = (|old| + eta)^2 when adaptive, else 1."""
+    t = tl.abs(old) + eta
+    return old + tl.where(adaptive, t * t * d, d) * scale
 
 
 @triton.jit
 def _perturb_blocks(
-    row, begin, end, scale, active, adaptive, eta,
-    TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    row, begin, end, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, tensor,
+    RANDOM: tl.constexpr, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    W, G, BACKUP = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    W, SOURCE, G = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    BACKUP, MEAN, FROZEN = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     for first in range(begin, end, BLOCK):
-        old = load(W, first, end, TYPES[0], WIDE, A, BLOCK)
-        g = load(G, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
-        w = narrow(_perturb(old.to(A), g, scale, adaptive, eta), TYPES[0])
-        store(BACKUP, first, end, old, TYPES[2], WIDE, BLOCK)
-        store(W, first, end, tl.where(active, w, old), TYPES[0], WIDE, BLOCK)
+        old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
+        g = load(G, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
+        mean = load(MEAN, first, end, TYPES[4], WIDE, A, BLOCK)
+        moves = active & (load_bits(FROZEN, first, end, TYPES[5], BLOCK) == 0)
+        climbed = _perturb(old.to(A), c0 * g + c1 * mean.to(A), scale, adaptive, eta)
+        if RANDOM:
+            word = random_words(first, seed, step, tensor, BLOCK)
+            moves = moves & ((word & 0xFFFF).to(tl.int32) < chance)
+            if TYPES[0] == tl.bfloat16 or TYPES[0] == tl.float16:
+                rounded = round_randomly(climbed.to(tl.float32), word, TYPES[0]).to(A)
+                climbed = tl.where(stochastic, rounded, climbed)
+        store(BACKUP, first, end, narrow(old, TYPES[3]), TYPES[3], WIDE, BLOCK)
+        new = narrow(climbed, TYPES[0])
+        store(W, first, end, tl.where(moves, new, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
+        if TYPES[4] is not None:
+            taken_in = narrow(decay * mean.to(A) + (1.0 - decay) * (g * inverse), TYPES[4])
+            store(MEAN, first, end, tl.where(active, taken_in, mean), TYPES[4], WIDE, BLOCK)
 
 
 @triton.jit
 def perturb_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64,
-    TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64,
+    RANDOM: tl.constexpr, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Backup = w;  w = w + (T g) rho / (|g| + eps)."""
-    tensor, begin, whole, end, group, _ = item(items)
-    row, h = pointers + tensor * 3, hyper + group * 4
+    """Backup = old;  w = old + (T d) rho / (|d| + eps);  d = g, or the mix of g and mean;  mean takes g in."""
+    tensor, begin, whole, end, group, _, position = item(items)
+    row, h = pointers + tensor * 6, hyper + group * (9 if RANDOM else 5)
     inverse, size = inverse_scale(grad_scale, A), number(norm, 0.0, A)
     scale = divide(tl.load(h).to(A) * inverse, size * inverse + tl.load(h + 3).to(A))
     active = (skipped(found_inf) == 0) & finite(size) & finite(scale)
-    adaptive, eta = tl.load(h + 1) != 0, tl.load(h + 2).to(A)
-    _perturb_blocks(row, begin, whole, scale, active, adaptive, eta, TYPES, True, A, BLOCK)
-    _perturb_blocks(row, whole, end, scale, active, adaptive, eta, TYPES, False, A, BLOCK)
+    adaptive, eta, decay = tl.load(h + 1) != 0, tl.load(h + 2).to(A), tl.load(h + 4).to(A)
+    c0, c1 = mixed(mix, 0, 1.0, A), mixed(mix, 1, 0.0, A)
+    chance, stochastic, seed, step = 0, False, tl.load(h), tl.load(h)
+    if RANDOM:
+        chance, stochastic = (tl.load(h + 5) * 65536 + 0.5).to(tl.int32), tl.load(h + 6) != 0
+        seed, step = tl.load(h + 7), tl.load(h + 8)
+    _perturb_blocks(
+        row, begin, whole, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, position,
+        RANDOM, TYPES, True, A, BLOCK,
+    )  # fmt: skip
+    _perturb_blocks(
+        row, whole, end, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, position,
+        RANDOM, TYPES, False, A, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gaussian_blocks(
+    row, begin, end, amplitude, sigma, clip, seed, step, tensor,
+    TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    W, SOURCE, BACKUP = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    for first in range(begin, end, BLOCK):
+        old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
+        e = sigma * normal(random_words(first, seed, step, tensor, BLOCK)).to(A)
+        e = tl.minimum(tl.maximum(e, -clip), clip)
+        store(BACKUP, first, end, narrow(old, TYPES[2]), TYPES[2], WIDE, BLOCK)
+        store(W, first, end, old.to(A) + amplitude * e, TYPES[0], WIDE, BLOCK)
+
+
+@triton.jit
+def gaussian_perturb_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+    """Backup = old;  w = old + amplitude clamp(sigma z, -clip, clip),  z standard normal."""
+    tensor, begin, whole, end, group, _, position = item(items)
+    row, h = pointers + tensor * 3, hyper + group * 5
+    amplitude, sigma, clip = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 2).to(A)
+    seed, step = tl.load(h + 3), tl.load(h + 4)
+    _gaussian_blocks(row, begin, whole, amplitude, sigma, clip, seed, step, position, TYPES, True, A, BLOCK)
+    _gaussian_blocks(row, whole, end, amplitude, sigma, clip, seed, step, position, TYPES, False, A, BLOCK)
+
+
+@triton.jit
+def _combine_blocks(
+    row, begin, end, c0, c1, active, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
+    OUT, G, EXTRA = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    for first in range(begin, end, BLOCK):
+        out = load(OUT, first, end, TYPES[0], WIDE, A, BLOCK)
+        g = load(G, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
+        extra = load(EXTRA, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
+        combined = narrow(c0 * g + c1 * extra, TYPES[0])
+        store(OUT, first, end, tl.where(active, combined, out), TYPES[0], WIDE, BLOCK)
+
+
+@triton.jit
+def combine_kernel(
+    items, pointers, hyper, found_inf: tl.int64, mix: tl.int64,
+    TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Out = c0 g + c1 extra."""
+    tensor, begin, whole, end, _, _, _ = item(items)
+    row, active = pointers + tensor * 3, skipped(found_inf) == 0
+    c0, c1 = mixed(mix, 0, 1.0, A), mixed(mix, 1, 1.0, A)
+    _combine_blocks(row, begin, whole, c0, c1, active, TYPES, True, A, BLOCK)
+    _combine_blocks(row, whole, end, c0, c1, active, TYPES, False, A, BLOCK)
+
+
+@triton.jit
+def _class_blocks(
+    row, begin, end, scale, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
+    W, G = tl.load(row), tl.load(row + 1)
+    for first in range(begin, end, BLOCK):
+        w = load(W, first, end, TYPES[0], WIDE, A, BLOCK).to(A)
+        g = load(G, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
+        store(G, first, end, w + scale * g, TYPES[1], WIDE, BLOCK)
+
+
+@triton.jit
+def perturb_by_class_kernel(
+    items, pointers, hyper, scales: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
+    """G = w + scale g, with a scale for each tensor."""
+    tensor, begin, whole, end, _, _, position = item(items)
+    row, scale = pointers + tensor * 2, tl.load(scales.to(tl.int64).to(tl.pointer_type(A)) + position)
+    _class_blocks(row, begin, whole, scale, TYPES, True, A, BLOCK)
+    _class_blocks(row, whole, end, scale, TYPES, False, A, BLOCK)
 
 
 @triton.jit
@@ -53,7 +164,7 @@ def _restore_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A:
 @triton.jit
 def restore_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
     """W = backup, bit for bit."""
-    tensor, begin, whole, end, _, _ = item(items)
+    tensor, begin, whole, end, _, _, _ = item(items)
     row = pointers + tensor * 2
     _restore_blocks(row, begin, whole, TYPES, True, A, BLOCK)
     _restore_blocks(row, whole, end, TYPES, False, A, BLOCK)
@@ -61,7 +172,27 @@ def restore_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr,
 
 def perturb_(part, hyper, signals, where):
     """Keeps the weights and climbs. See :func:`ltsam_fast.ops.perturb_`."""
-    launch(perturb_kernel, part, hyper, signals, 3)
+    launch(perturb_kernel, part, hyper, signals, 6, RANDOM=False)
+
+
+def random_perturb_(part, hyper, signals, where):
+    """Keeps the weights and climbs, with draws. See :func:`ltsam_fast.ops.perturb_`."""
+    launch(perturb_kernel, part, hyper, signals, 6, RANDOM=True)
+
+
+def gaussian_perturb_(part, hyper, signals, where):
+    """Keeps the weights and adds noise. See :func:`ltsam_fast.ops.gaussian_perturb_`."""
+    launch(gaussian_perturb_kernel, part, hyper, (), 3)
+
+
+def combine_(part, hyper, signals, where):
+    """Combines two gradients. See :func:`ltsam_fast.ops.combine_`."""
+    launch(combine_kernel, part, hyper, signals[2:], 3)
+
+
+def perturb_by_class_(part, hyper, signals, where):
+    """Perturbs for many classes. See :func:`ltsam_fast.ops.perturb_by_class_`."""
+    launch(perturb_by_class_kernel, part, hyper, signals[:1], 2)
 
 
 def restore_(part, hyper, signals, where):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .table import divide, inverse_scale, item, launch, load, narrow, number, on_device, skipped, sqrt, store
+from .table import divide, inverse_scale, item, launch, load, mixed, narrow, number, on_device, skipped, sqrt, store
 
 
 @triton.jit
@@ -17,25 +17,34 @@ def _factor(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
 
 
 @triton.jit
-def _sgd(old, g, extra, m, factor, lr, momentum, fresh, decay, nesterov, first):
-    """W = old - lr m,  m = momentum m + fresh d,  d = factor (g + extra) + decay old;  the first m is d."""
-    d = (g + extra) * factor + decay * old
+def _coefficients(mix, A: tl.constexpr):
+    """How g and extra are combined: for the direction, and for a step beside the base's."""
+    return mixed(mix, 0, 1.0, A), mixed(mix, 1, 1.0, A), mixed(mix, 2, 0.0, A), mixed(mix, 3, 0.0, A)
+
+
+@triton.jit
+def _sgd(old, total, m, factor, lr, momentum, fresh, decay, nesterov, first):
+    """W = old - lr m,  m = momentum m + fresh d,  d = factor total + decay old;  the first m is d."""
+    d = total * factor + decay * old
     buffer = tl.where(first, d, momentum * m + fresh * d)
     return old - lr * tl.where(nesterov, d + momentum * buffer, buffer), buffer
 
 
 @triton.jit
 def _sgd_blocks(
-    row, begin, end, active, factor, lr, momentum, fresh, decay, nesterov, first_step,
+    row, begin, end, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     W, SOURCE, G, EXTRA, M = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    c0, c1, c2, c3 = _coefficients(mix, A)
     for first in range(begin, end, BLOCK):
         old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
         g = load(G, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
         extra = load(EXTRA, first, end, TYPES[3], WIDE, A, BLOCK).to(A)
         m = load(M, first, end, TYPES[4], WIDE, A, BLOCK)
-        w, buffer = _sgd(old.to(A), g, extra, m.to(A), factor, lr, momentum, fresh, decay, nesterov, first_step)
+        total, beside = c0 * g + c1 * extra, c2 * g + c3 * extra
+        w, buffer = _sgd(old.to(A), total, m.to(A), factor, lr, momentum, fresh, decay, nesterov, first_step)
+        w = tl.where(mix != 0, w - lr * (beside * inverse), w)
         new_w, new_m = narrow(w, TYPES[0]), narrow(buffer, TYPES[4])
         store(W, first, end, tl.where(active, new_w, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
         store(M, first, end, tl.where(active & (momentum != 0), new_m, m), TYPES[4], WIDE, BLOCK)
@@ -43,29 +52,32 @@ def _sgd_blocks(
 
 @triton.jit
 def sgd_step_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """torch.optim.SGD on the restored weights with the gradient g + extra."""
-    tensor, begin, whole, end, group, _ = item(items)
+    tensor, begin, whole, end, group, _, _ = item(items)
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
     fresh = 1.0 - tl.load(h + 2).to(A)
     factor = _factor(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
     first_step = (momentum == 0) | (number(tl.load(row + 5), 1.0, tl.float32) == 0)
     nesterov, active = tl.load(h + 4) != 0, skipped(found_inf) == 0
+    inverse = inverse_scale(grad_scale, A)
     _sgd_blocks(
-        row, begin, whole, active, factor, lr, momentum, fresh, decay, nesterov, first_step, TYPES, True, A, BLOCK
-    )
+        row, begin, whole, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+        TYPES, True, A, BLOCK,
+    )  # fmt: skip
     _sgd_blocks(
-        row, whole, end, active, factor, lr, momentum, fresh, decay, nesterov, first_step, TYPES, False, A, BLOCK
-    )
+        row, whole, end, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+        TYPES, False, A, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
-def _adam(old, g, extra, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay):
+def _adam(old, total, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay):
     """W = keep old - step_size m / (sqrt(v) / root + eps),  m += fresh1 (d - m),  v = beta2 v + fresh2 d^2."""
-    d = (g + extra) * factor + decay * old
+    d = total * factor + decay * old
     mean = m + fresh1 * (d - m)
     square = beta2 * v + fresh2 * d * d
     largest = tl.where(vmax > square, vmax, square)  # vmax reads as 0 without amsgrad
@@ -74,11 +86,12 @@ def _adam(old, g, extra, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, r
 
 @triton.jit
 def _adam_blocks(
-    row, begin, end, active, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+    row, begin, end, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     W, SOURCE, G, EXTRA = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     M, V, VMAX = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    c0, c1, c2, c3 = _coefficients(mix, A)
     for first in range(begin, end, BLOCK):
         old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
         g = load(G, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
@@ -86,10 +99,12 @@ def _adam_blocks(
         m = load(M, first, end, TYPES[4], WIDE, A, BLOCK)
         v = load(V, first, end, TYPES[5], WIDE, A, BLOCK)
         vmax = load(VMAX, first, end, TYPES[6], WIDE, A, BLOCK)
+        total, beside = c0 * g + c1 * extra, c2 * g + c3 * extra
         w, mean, square, largest = _adam(
-            old.to(A), g, extra, m.to(A), v.to(A), vmax.to(A),
+            old.to(A), total, m.to(A), v.to(A), vmax.to(A),
             factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         )  # fmt: skip
+        w = tl.where(mix != 0, w - lr * (beside * inverse), w)
         new_w, new_m = narrow(w, TYPES[0]), narrow(mean, TYPES[4])
         new_v, new_vmax = narrow(square, TYPES[5]), narrow(largest, TYPES[6])
         store(W, first, end, tl.where(active, new_w, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
@@ -100,11 +115,11 @@ def _adam_blocks(
 
 @triton.jit
 def adam_step_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """torch.optim.Adam, or AdamW when decoupled, on the restored weights with the gradient g + extra."""
-    tensor, begin, whole, end, group, _ = item(items)
+    tensor, begin, whole, end, group, _, _ = item(items)
     row, h = pointers + tensor * 8, hyper + group * 8
     lr, beta1, beta2, decay = tl.load(h), tl.load(h + 1), tl.load(h + 2), tl.load(h + 4)
     decoupled = tl.load(h + 5) != 0
@@ -114,51 +129,16 @@ def adam_step_kernel(
     root = sqrt(1.0 - tl.exp(t * tl.log(beta2))).to(A)
     keep = tl.where(decoupled, 1.0 - lr * decay, 1.0).to(A)
     decay = tl.where(decoupled, 0.0, decay).to(A)
-    fresh1, fresh2, eps, active = (
-        (1.0 - beta1).to(A),
-        (1.0 - beta2).to(A),
-        tl.load(h + 3).to(A),
-        skipped(found_inf) == 0,
-    )
-    beta2 = beta2.to(A)
+    fresh1, fresh2, eps = (1.0 - beta1).to(A), (1.0 - beta2).to(A), tl.load(h + 3).to(A)
+    beta2, lr, inverse, active = beta2.to(A), lr.to(A), inverse_scale(grad_scale, A), skipped(found_inf) == 0
     _adam_blocks(
-        row,
-        begin,
-        whole,
-        active,
-        factor,
-        step_size,
-        fresh1,
-        beta2,
-        fresh2,
-        root,
-        eps,
-        keep,
-        decay,
-        TYPES,
-        True,
-        A,
-        BLOCK,
-    )
+        row, begin, whole, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+        TYPES, True, A, BLOCK,
+    )  # fmt: skip
     _adam_blocks(
-        row,
-        whole,
-        end,
-        active,
-        factor,
-        step_size,
-        fresh1,
-        beta2,
-        fresh2,
-        root,
-        eps,
-        keep,
-        decay,
-        TYPES,
-        False,
-        A,
-        BLOCK,
-    )
+        row, whole, end, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+        TYPES, False, A, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -11,14 +11,16 @@ import triton.language as tl
 
 CHUNK = 16384  # ltsam_fast.table.CHUNK
 BLOCK = 2048  # with 8 warps two 16-byte accesses of a role in fp32 for each thread
-TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16)  # ltsam_fast.table.DTYPES
+TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.uint8)  # ltsam_fast.table.DTYPES, and maps of bits
+BITMAP = 4
 
 
 @triton.jit
 def item(items):
-    """This program's chunk: tensor, first element, end of whole aligned blocks, end, row of hyperparameters, slot."""
-    at = items + tl.program_id(0).to(tl.int64) * 6
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
+    """This program's chunk: tensor, first element, end of whole aligned blocks, end, hyperparameters' row, slot, number."""
+    at = items + tl.program_id(0).to(tl.int64) * 7
+    begin, whole, end = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    return tl.load(at), begin, whole, end, tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
 
 
 @triton.jit
@@ -37,6 +39,18 @@ def load(address, first, end, TYPE: tl.constexpr, WIDE: tl.constexpr, A: tl.cons
         else:
             value = tl.load(pointer + lanes, mask=lanes < end - first, other=0.0)
     return value
+
+
+@triton.jit
+def load_bits(address, first, end, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """The bits of BLOCK elements from ``first`` on, lowest first; zeros for an absent role and from ``end`` on."""
+    if TYPE is None:
+        bits = tl.zeros([BLOCK], tl.int32)
+    else:
+        at = first + tl.arange(0, BLOCK)
+        byte = tl.load(address.to(tl.pointer_type(tl.uint8)) + at // 8, mask=at < end, other=0)
+        bits = (byte.to(tl.int32) >> (at % 8).to(tl.int32)) & 1
+    return bits
 
 
 @triton.jit
@@ -73,6 +87,13 @@ def number(address, otherwise, TYPE: tl.constexpr):
     """The number at an address, or another where there is none."""
     address = address.to(tl.int64)  # the interpreter gives small integers 32 bits
     return tl.load(address.to(tl.pointer_type(TYPE)), mask=address != 0, other=otherwise)
+
+
+@triton.jit
+def mixed(mix, index: tl.constexpr, otherwise, A: tl.constexpr):
+    """A coefficient of a mix, or another number where there is none."""
+    address = mix.to(tl.int64)
+    return tl.load(address.to(tl.pointer_type(A)) + index, mask=address != 0, other=otherwise)
 
 
 @triton.jit
@@ -139,17 +160,18 @@ def _launches(part, array_roles):
     slot = np.arange(len(tensor))
     begin = (slot - part.first_chunk[tensor]) * CHUNK
     end = np.minimum(begin + CHUNK, part.numels[tensor])
-    aligned = (addresses % 16 == 0).all(axis=1)[tensor]
+    aligned = ((addresses % 16 == 0) | (kinds == BITMAP)).all(axis=1)[tensor]
     whole = np.where(aligned, end - end % BLOCK, begin)
-    items = np.stack([tensor, begin, whole, end, part.groups[tensor], slot], axis=1).astype(np.int64)
-    _, first, kind = np.unique((kinds + 1) @ 5 ** np.arange(array_roles), return_index=True, return_inverse=True)
+    columns = [tensor, begin, whole, end, part.groups[tensor], slot, part.numbers[tensor]]
+    items = np.stack(columns, axis=1).astype(np.int64)
+    _, first, kind = np.unique((kinds + 1) @ 6 ** np.arange(array_roles), return_index=True, return_inverse=True)
     for index, like in enumerate(first):
         chosen = items[kind[tensor] == index]
         if len(chosen):
             yield tuple(TYPES[code] if code >= 0 else None for code in kinds[like]), _upload(part, chosen)
 
 
-def launch(kernel, part, hyper, signals, array_roles):
+def launch(kernel, part, hyper, signals, array_roles, **constants):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
     if "launches" not in part.cache:
         part.cache["launches"] = list(_launches(part, array_roles))
@@ -164,6 +186,7 @@ def launch(kernel, part, hyper, signals, array_roles):
             TYPES=types,
             A=accumulator(part),
             BLOCK=BLOCK,
+            **constants,
             num_warps=8,
             enable_fp_fusion=False,
         )

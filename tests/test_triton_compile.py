@@ -18,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ltsam_fast.kernels import focal, norm, perturb, step
 
-SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "scratch"), "i64")
+SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "mix", "scratch", "scales", "out"), "i64")
 TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64"} | SIGNALS
-LISTWISE = {"chunk_sums": (norm, 3), "perturb": (perturb, 3), "restore": (perturb, 2)}
+LISTWISE = {"chunk_norms": (norm, 3), "chunk_dots": (norm, 2), "perturb": (perturb, 6), "gaussian_perturb": (perturb, 3)}
+LISTWISE |= {"perturb_by_class": (perturb, 2), "combine": (perturb, 3), "restore": (perturb, 2)}
 LISTWISE |= {"sgd_step": (step, 5), "adam_step": (step, 7)}
+REDUCTIONS = ("chunk_norms", "chunk_dots")
 
 
 def compiled(kernel, signature, constants, arch):
@@ -36,14 +38,20 @@ for arch, types in ((90, (tl.float32, tl.float64, tl.bfloat16, tl.float16)), (80
         wide = tl.float64 if type_ is tl.float64 else tl.float32
         for name, (module, roles) in LISTWISE.items():
             kernel = getattr(module, name + "_kernel")
-            ptx = compiled(kernel, TABLE, {"TYPES": (type_,) * roles, "A": wide, "BLOCK": 2048}, arch).asm["ptx"]
+            types = (type_,) * (roles - (name == "perturb")) + (tl.uint8,) * (name == "perturb")
+            constants = {"TYPES": types, "A": wide, "BLOCK": 2048}
+            ptx = ""
+            for drawn in ({"RANDOM": True}, {"RANDOM": False}) if name == "perturb" else ({},):
+                ptx = compiled(kernel, TABLE, constants | drawn, arch).asm["ptx"]
             if type_ is tl.float32:
                 assert "ld.global.v4" in ptx, (name, arch)
-                assert name == "chunk_sums" or "st.global.v4" in ptx, (name, arch)
+                assert name in REDUCTIONS or "st.global.v4" in ptx, (name, arch)
         arguments = {n: "i64" for n in ("logits", "labels", "u", "v", "losses", "grad_u", "grad_v")}
         arguments |= {"rows": "i32", "classes": "i32"}
         compiled(focal.focal_kernel, arguments, {"TYPE": type_, "A": wide, "BLOCK": 1024}, arch)
-    compiled(norm.norms_kernel, {"ranges": "*i64"} | SIGNALS, {"A": tl.float32, "SLOTS": 1024}, arch)
+    for sums in (1, 3):
+        totals = {"A": tl.float32, "SLOTS": 1024, "SUMS": sums, "ROOT": sums == 1}
+        compiled(norm.totals_kernel, {"ranges": "*i64"} | SIGNALS, totals, arch)
     compiled(
         step.count_steps_kernel,
         {"pointers": "*i64", "tensors": "i32"} | SIGNALS,
