@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from . import family
 from .methods import BASES, METHODS
-from .oracles import batches, network, relative_error
+from .oracles import batches, flat, network, relative_error
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
@@ -21,3 +22,13 @@ def test_25_steps_agree_with_the_oracle(name, base, dtype, backend, device):
     assert len(data) == 25
     weights = method.drive("closure", method.make(model, kind, **options), model, data)
     assert relative_error(weights.cpu(), method.oracle(kind, options, batches())[0].cpu()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", family.EACH)
+def test_25_steps_of_the_family_agree_with_their_oracles(name, backend, device):
+    row, (kind, options) = family.ROWS[name], BASES["nesterov"]
+    for dtype in TOLERANCE:
+        model = network(dtype).to(device)
+        family.drive(row.make(model, kind, **options), model, [(x.to(device), y.to(device)) for x, y in batches(dtype)])
+        expected, _ = family.expected(name, "nesterov")
+        assert relative_error(flat(model).cpu(), expected) < TOLERANCE[dtype]

@@ -1,0 +1,154 @@
+"""Random numbers: the same bits on every backend, and the right distributions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import ltsam_fast as lf
+from ltsam_fast import ops, reference
+from ltsam_fast.backend import why_not
+
+from .cases import DTYPES, assert_same_bits
+
+SIZES = (0, 1, 3, 4, 5, 1023, 1025, 2048, 16385)
+KEYS = ((0, 0), (1, 0), (0, 1), (2**53 - 1, 2**32 - 1), (2**32, 7))
+needs_core = pytest.mark.skipif(why_not("cpu") is not None, reason=f"cpu: {why_not('cpu')}")
+
+
+def weights(dtype, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, generator=generator, dtype=torch.float64).to(device, dtype) for n in SIZES]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_has_the_twins_bits(dtype, key, backend, device):
+    ours, twin = weights(dtype, device), weights(dtype)
+    named = {"amplitude": 0.3, "sigma": 1.0, "clip": 4.0, "seed": key[0], "step": key[1]}
+    ops.gaussian_perturb_(ours, None, **named)
+    reference.gaussian_perturb_(twin, None, **named)
+    for one, other in zip(ours, twin, strict=True):
+        assert_same_bits(one.cpu(), other)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_draws_have_the_twins_bits(dtype, key, backend, device):
+    ours, twin = weights(dtype, device), weights(dtype)
+    named = {"rho": 0.125, "eps": 0.0, "chance": 0.6, "stochastic": True, "seed": key[0], "step": key[1]}
+    for module, w in ((ops, ours), (reference, twin)):
+        grads = [one.flip(0) for one in w]
+        module.perturb_(w, grads, None, torch.tensor(2.0, device=w[0].device, dtype=torch.float64), **named)
+    for one, other in zip(ours, twin, strict=True):
+        assert_same_bits(one.cpu(), other)
+
+
+def draws(count=10**6, *, number=0, seed=3, step=0, clip=50.0, sigma=1.0):
+    w = [torch.zeros(0)] * number + [torch.zeros(count)]
+    ops.gaussian_perturb_(w, None, amplitude=1.0, sigma=sigma, clip=clip, seed=seed, step=step)
+    return w[-1].double()
+
+
+@needs_core
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+def test_noise_is_standard_normal(seed):
+    z = draws(seed=seed)
+    n = len(z)
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(z.pow(power).mean().item() - moment) < 5 * math.sqrt(variance / n), power
+    for lag in (1, 2, 3, 4, 5, 1024, 16384):
+        assert abs((z[lag:] * z[:-lag]).mean().item()) < 5 / math.sqrt(n), lag
+    # Kolmogorov: sqrt(n) D exceeds 1.95 in one of a thousand.
+    p = torch.special.ndtr(z.sort().values)
+    ranks = torch.arange(1, n + 1, dtype=torch.float64) / n
+    distance = max((ranks - p).max().item(), (p - ranks + 1 / n).max().item())
+    assert distance * math.sqrt(n) < 1.95
+    assert 4.2 < z.abs().max() < 6.4
+
+
+@needs_core
+def test_clipping_gathers_the_tails():
+    e = draws(clip=0.5, sigma=1 / 3)
+    share = (e.abs() == 0.5).double().mean().item()
+    expected = 2 * torch.special.ndtr(torch.tensor(-1.5, dtype=torch.float64)).item()
+    assert abs(share - expected) < 5 * math.sqrt(expected / len(e))
+    assert e.abs().max() == 0.5
+
+
+@needs_core
+def test_every_part_of_the_key_counts():
+    base = draws(10**5)
+    for other in (draws(10**5, seed=4), draws(10**5, step=1), draws(10**5, number=1), draws(10**5, seed=3 + 2**32)):
+        assert abs((base * other).mean().item()) < 5 / math.sqrt(len(base))
+    assert torch.equal(base[:1000], draws(1000))
+
+
+@needs_core
+def test_same_bits_for_any_number_of_threads(threads):
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(draws(300001))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@needs_core
+@pytest.mark.parametrize("chance", [0.0, 0.25, 0.6, 1.0])
+def test_coordinates_move_with_their_chance(chance):
+    w, count = torch.zeros(10**6), 10**6
+    ops.perturb_([w], [torch.ones(count)], None, torch.tensor(1.0), rho=1.0, chance=chance, seed=1)
+    spread = 5 * math.sqrt(chance * (1 - chance) / count) + 2**-16
+    assert abs((w != 0).double().mean().item() - chance) <= spread
+
+
+@needs_core
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_perturbations_of_16_bit_weights_survive(dtype):
+    """At rho 0.05 and 25 million weights most of the perturbation is below half a unit in the last place."""
+    generator = torch.Generator().manual_seed(0)
+    count, rho = 10**6, 0.01  # of the same size for each element as 0.05 in 25 million
+    w = (0.05 * torch.randn(count, generator=generator)).to(dtype)
+    g = torch.randn(count, generator=generator).to(dtype)
+    cosines = []
+    for named in ({}, {"stochastic": True, "seed": 1}):
+        mean = torch.zeros(count, dtype=torch.float64)
+        for step in range(1 if not named else 64):
+            moved = w.clone()
+            ops.perturb_([moved], [g], None, g.float().norm(), rho=rho, **named, **({"step": step} if named else {}))
+            mean += moved.double() - w.double()
+        cosines.append(torch.cosine_similarity(mean, g.double(), dim=0).item())
+    assert cosines[1] > cosines[0]
+    wanted = rho * g.double() / g.double().norm()
+    drift = (mean / 64 - wanted).norm() / wanted.norm()
+    assert abs((mean @ wanted / 64 / (wanted @ wanted)).item() - 1) < 0.02, "rounding must keep the mean"
+    assert drift < 8 * 64**-0.5 * 8
+
+
+def test_seed_and_chance_go_together():
+    w = torch.zeros(3)
+    with pytest.raises(ValueError, match="seed must be given"):
+        ops.perturb_([w], [w.clone()], None, torch.tensor(1.0), rho=0.1, chance=0.5)
+    with pytest.raises(ValueError, match="chance must be"):
+        ops.perturb_([w], [w.clone()], None, torch.tensor(1.0), rho=0.1, chance=1.5, seed=1)
+    with pytest.raises(ValueError, match="seed must be"):
+        ops.gaussian_perturb_([w], None, amplitude=0.1, seed=2**53)
+
+
+def test_both_backends_draw_alike_in_an_optimizer():
+    results = []
+    for name in lf.backends():
+        if name == "triton":
+            continue  # slow in the interpreter; the ops above have it
+        with lf.use_backend(name):
+            torch.manual_seed(0)
+            model = torch.nn.Linear(40, 30)
+            opt = lf.GNM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, seed=9)
+            x = torch.randn(8, 40)
+            for _ in range(3):
+                opt.step(lambda model=model, x=x: model(x).square().mean(1))
+            results.append(model.weight.detach().clone())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-7)
