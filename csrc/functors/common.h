@@ -40,6 +40,36 @@ struct Signals {
   LT_HD bool skip() const { return found_inf && *found_inf != 0.0f; }
 };
 
+template <class To, class From>
+LT_HD To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &x, sizeof to);
+  return to;
+}
+
+template <class A>
+struct WordOf;
+template <>
+struct WordOf<float> {
+  using type = uint32_t;
+};
+template <>
+struct WordOf<double> {
+  using type = uint64_t;
+};
+
+/// A choice that is the same for all elements. As a mask it leaves no branch in a loop: GCC vectorizes no loop with
+/// one.
+template <class A>
+struct Choice {
+  using Word = typename WordOf<A>::type;
+  Word mask;
+
+  LT_HD Choice(bool yes) : mask(yes ? ~Word(0) : Word(0)) {}
+  LT_HD A operator()(A yes, A no) const { return bits<A>(Word((bits<Word>(yes) & mask) | (bits<Word>(no) & ~mask))); }
+};
+
 /// How two gradients are combined: c[0] g + c[1] other is the direction, c[2] g + c[3] other a step beside the base's.
 template <class A>
 struct Mix {
@@ -66,14 +96,6 @@ struct Here {
 template <class A>
 LT_HD bool finite(A x) {
   return x - x == A(0);  // inf - inf and NaN - NaN are NaN; unlike std::isfinite the same text on both sides
-}
-
-template <class To, class From>
-LT_HD To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  memcpy(&to, &x, sizeof to);
-  return to;
 }
 
 // 16-bit floats as bit patterns: plain integer code, so that compilers without a half type build it too and the CPU

@@ -19,13 +19,13 @@ struct GradNorm {
 
   Mix<A> mix;
   A eta;
-  bool adaptive;
+  Choice<A> adaptive;
 
   LT_HD GradNorm(const double* h, const Signals& s, const Here&) : mix(s, A(1)), eta(A(h[1])), adaptive(h[0] != 0) {}
 
   LT_HD void add(const A* x, A (&sum)[sums]) const {
     const A total = mix.direction(x[g], x[extra]);
-    const A t = adaptive ? (std::fabs(x[w]) + eta) * total : total;
+    const A t = adaptive((std::fabs(x[w]) + eta) * total, total);
     sum[0] += t * t;
   }
   LT_HD static double finish(double sum) { return sqrt(sum); }

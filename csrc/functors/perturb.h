@@ -23,25 +23,27 @@ struct Perturb {
   static constexpr bool keyed = false, random = false;
 
   Mix<A> mix;
-  A scale, eta, inverse, decay;
-  bool adaptive, active;
+  A eta, inverse, decay, scale;
+  Choice<A> adaptive, active;
 
   LT_HD Perturb(const double* h, const Signals& s, const Here&)
-      : mix(s, A(0)), eta(A(h[2])), inverse(s.inverse_scale<A>()), decay(A(h[4])), adaptive(h[1] != 0) {
-    const A norm = s.norm_as<A>();
-    scale = A(h[0]) * inverse / (norm * inverse + A(h[3]));
-    active = !s.skip() && finite(norm) && finite(scale);
-  }
+      : mix(s, A(0)),
+        eta(A(h[2])),
+        inverse(s.inverse_scale<A>()),
+        decay(A(h[4])),
+        scale(A(h[0]) * inverse / (s.norm_as<A>() * inverse + A(h[3]))),
+        adaptive(h[1] != 0),
+        active(!s.skip() && finite(s.norm_as<A>()) && finite(scale)) {}
 
   LT_HD A climb(const A* x) const {
     const A old = x[source], t = std::fabs(old) + eta, d = mix.direction(x[g], x[mean]);
-    return old + (adaptive ? t * t * d : d) * scale;
+    return old + adaptive(t * t * d, d) * scale;
   }
   LT_HD void finish(A* x, A climbed, bool moves) const {
     const A old = x[source];
     x[backup] = old;
-    x[w] = active && moves ? climbed : old;
-    x[mean] = active ? decay * x[mean] + (A(1) - decay) * (x[g] * inverse) : x[mean];
+    x[w] = active(moves ? climbed : old, old);
+    x[mean] = active(decay * x[mean] + (A(1) - decay) * (x[g] * inverse), x[mean]);
   }
   LT_HD void operator()(A* x) const { finish(x, climb(x), x[frozen] == A(0)); }
 };
@@ -57,22 +59,22 @@ struct RandomPerturb : Perturb<A> {
   static constexpr bool keyed = true, random = true;
 
   Philox philox;
-  uint32_t moving;  ///< of 2^16
-  uint8_t dtype;
-  bool stochastic;
+  int32_t moving;  ///< of 2^16
+  RandomRounding rounding;
+  Choice<A> stochastic;
 
   LT_HD RandomPerturb(const double* h, const Signals& s, const Here& here)
       : Base(h, s, here),
         philox(h[7], h[8], here.number),
-        moving(uint32_t(h[5] * 65536 + 0.5)),
-        dtype(here.dtype),
-        stochastic(h[6] != 0) {}
+        moving(int32_t(h[5] * 65536 + 0.5)),
+        rounding(here.dtype),
+        stochastic(h[6] != 0 && here.dtype >= kBF16) {}
 
   LT_HD void operator()(A* x, uint32_t word) const {
     const A climbed = Base::climb(x);
-    const A rounded = A(round_randomly(float(climbed), dtype, float(word >> 16) * 0x1p-16f));
-    const bool moves = x[Base::frozen] == A(0) && (word & 0xffffu) < moving;
-    Base::finish(x, stochastic && dtype >= kBF16 ? rounded : climbed, moves);
+    const A rounded = A(rounding(float(climbed), word >> 16));
+    const bool moves = (x[Base::frozen] == A(0)) & (int32_t(word & 0xffffu) < moving);
+    Base::finish(x, stochastic(rounded, climbed), moves);
   }
 };
 
@@ -137,10 +139,10 @@ struct Combine {
   static constexpr bool keyed = false, random = false;
 
   Mix<A> mix;
-  bool active;
+  Choice<A> active;
 
   LT_HD Combine(const double*, const Signals& s, const Here&) : mix(s, A(1)), active(!s.skip()) {}
-  LT_HD void operator()(A* x) const { x[out] = active ? mix.direction(x[g], x[extra]) : x[out]; }
+  LT_HD void operator()(A* x) const { x[out] = active(mix.direction(x[g], x[extra]), x[out]); }
 };
 
 /// w = backup, bit for bit.   roles: w (write), backup (read)

@@ -72,18 +72,26 @@ LT_HD float normal(uint32_t word) {
   return bits<float>(bits<uint32_t>(z) | (word & 0x80000000u));
 }
 
-/// A float rounded to a 16-bit type up or down at random, with the chances that keep the mean: `chance` in [0, 1) is
-/// uniform. The result is exact in that type; other types pass.
-LT_HD float round_randomly(float x, uint8_t dtype, float chance) {
-  if (dtype != kBF16 && dtype != kF16) return x;
-  const uint32_t exponent = (bits<uint32_t>(x) >> 23) & 0xffu;
-  const uint32_t least = dtype == kBF16 ? 8u : 113u;  // below, halves are subnormal and their places stay
-  const uint32_t held = exponent < least ? least : exponent;
-  const float place = bits<float>((held - (dtype == kBF16 ? 7u : 10u)) << 23);  // the unit in the last place
-  const float inverse = bits<float>((254u - held + (dtype == kBF16 ? 7u : 10u)) << 23);
-  const float draw = dtype == kBF16 ? chance : std::floor(chance * 0x1p13f) * 0x1p-13f;  // so that the sum is exact
-  const float rounded = std::floor(x * inverse + draw) * place;
-  return exponent >= 254u ? x : rounded;  // too near to infinity for the reciprocal, or infinite already
-}
+/// Rounds a float to a 16-bit type up or down at random, with the chances that keep the mean. The result is exact in
+/// that type.
+struct RandomRounding {
+  int32_t digits, least;  ///< stored digits of the mantissa; below the exponent `least` halves are subnormal
+  float grain, inverse_grain;
+
+  LT_HD RandomRounding(uint8_t dtype)
+      : digits(dtype == kBF16 ? 7 : 10),
+        least(dtype == kBF16 ? 8 : 113),
+        grain(dtype == kBF16 ? 0x1p16f : 0x1p13f),  // as fine as leaves the sum below exact
+        inverse_grain(dtype == kBF16 ? 0x1p-16f : 0x1p-13f) {}
+
+  LT_HD float operator()(float x, uint32_t draw) const {
+    const float chance = std::floor(float(int32_t(draw)) * 0x1p-16f * grain) * inverse_grain;
+    const int32_t exponent = int32_t(bits<uint32_t>(x) >> 23) & 0xff, held = exponent < least ? least : exponent;
+    const float place = bits<float>((held - digits) << 23);  // the unit in the last place
+    const float inverse = bits<float>((254 - held + digits) << 23);
+    const float rounded = std::floor(x * inverse + chance) * place;
+    return exponent >= 254 ? x : rounded;  // too near to infinity for the reciprocal, or infinite already
+  }
+};
 
 }  // namespace lt

@@ -9,7 +9,7 @@ template <class A>
 struct Direction {
   Mix<A> mix;
   A factor, inverse;
-  bool active, besides;
+  Choice<A> active, besides;
 
   LT_HD Direction(double maximize, double max_norm, const Signals& s)
       : mix(s, A(1)), factor(s.inverse_scale<A>()), inverse(factor), active(!s.skip()), besides(s.mix != nullptr) {
@@ -22,7 +22,7 @@ struct Direction {
   LT_HD A operator()(A g, A extra) const { return mix.direction(g, extra) * factor; }
   /// A step of its own beside the base optimizer's: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
   LT_HD A beside(A moved, A lr, A g, A extra) const {
-    return besides ? moved - lr * (mix.beside(g, extra) * inverse) : moved;
+    return besides(moved - lr * (mix.beside(g, extra) * inverse), moved);
   }
 };
 
@@ -44,7 +44,7 @@ struct SgdStep {
 
   Direction<A> direction;
   A lr, momentum, fresh, decay;
-  bool nesterov, first, keeps;
+  Choice<A> nesterov, first, keeps;
 
   LT_HD SgdStep(const double* h, const Signals& s, const Here& here)
       : direction(h[5], h[6], s),
@@ -54,14 +54,14 @@ struct SgdStep {
         decay(A(h[3])),
         nesterov(h[4] != 0),
         first(h[1] == 0 || (here.step && *here.step == 0.0f)),
-        keeps(h[1] != 0) {}
+        keeps(h[1] != 0 && !s.skip()) {}
 
   LT_HD void operator()(A* x) const {
     const A old = x[source], d = direction(x[g], x[extra]) + decay * old;
-    const A buffer = first ? d : momentum * x[m] + fresh * d;
-    const A move = nesterov ? d + momentum * buffer : buffer;
-    x[w] = direction.active ? direction.beside(old - lr * move, lr, x[g], x[extra]) : old;
-    x[m] = direction.active && keeps ? buffer : x[m];
+    const A buffer = first(d, momentum * x[m] + fresh * d);
+    const A move = nesterov(d + momentum * buffer, buffer);
+    x[w] = direction.active(direction.beside(old - lr * move, lr, x[g], x[extra]), old);
+    x[m] = keeps(buffer, x[m]);
   }
 };
 
@@ -103,10 +103,10 @@ struct AdamStep {
     const A square = beta2 * x[v] + fresh2 * d * d;
     const A largest = x[vmax] > square ? x[vmax] : square;  // vmax reads as 0 without amsgrad
     const A moved = old * keep - step_size * mean / (std::sqrt(largest) / root_correction2 + eps);
-    x[w] = direction.active ? direction.beside(moved, lr, x[g], x[extra]) : old;
-    x[m] = direction.active ? mean : x[m];
-    x[v] = direction.active ? square : x[v];
-    x[vmax] = direction.active ? largest : x[vmax];
+    x[w] = direction.active(direction.beside(moved, lr, x[g], x[extra]), old);
+    x[m] = direction.active(mean, x[m]);
+    x[v] = direction.active(square, x[v]);
+    x[vmax] = direction.active(largest, x[vmax]);
   }
 };
 

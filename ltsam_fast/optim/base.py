@@ -161,7 +161,7 @@ class SharpnessAware(Optimizer):
         again = bool(self._climbed)
         params, groups = (self._climbed, self._climbed_groups) if again else self._parameters(ascent=True)
         grads = _gradients(params)
-        if not again and None in grads:
+        if not again and _NONE in map(type, grads):
             kept = [i for i, grad in enumerate(grads) if grad is not None]
             if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
                 raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
@@ -576,6 +576,9 @@ class Uninterrupted:
             _signal.signal(_signal.SIGINT, self._handler)
             if self._pending:
                 self._handler(*self._pending[0])
+
+
+_NONE = type(None)  # `None in tensors` would compare element by element
 
 
 def _same_items(first: list[Any], second: list[Any]) -> bool:
