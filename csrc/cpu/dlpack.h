@@ -114,9 +114,13 @@ inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::arra
   int change = kSame;
   for (py::ssize_t r = 0; r < columns; ++r) {
     PyObject* list = PyTuple_GET_ITEM(roles.ptr(), r);
+    const bool repeats = r > 0 && list == PyTuple_GET_ITEM(roles.ptr(), r - 1);  // weights that are their own source
     for (py::ssize_t i = 0; i < tensors; ++i) {
       int64_t fresh[kColumns], *row = rows + (i * columns + r) * kColumns;
-      describe(api, list == Py_None ? Py_None : PyList_GET_ITEM(list, i), fresh);
+      if (repeats)
+        std::copy_n(row - kColumns, int(kColumns), fresh);
+      else
+        describe(api, list == Py_None ? Py_None : PyList_GET_ITEM(list, i), fresh);
       if (!std::equal(fresh + 1, fresh + kColumns, row + 1)) change = kChanged;
       if (fresh[kAddress] != row[kAddress]) change = std::max<int>(change, kMoved);
       std::copy_n(fresh, int(kColumns), row);
