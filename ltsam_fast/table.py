@@ -7,6 +7,7 @@ what follows from them is kept for as long as nothing changed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -120,6 +121,7 @@ class Table:
         self.parts: list[Part] = []
         # A step is one number, frozen elements are a bit each.
         self._arrays = [index for index, role in enumerate(op.roles) if role not in ("step", "frozen")]
+        self._written = tuple(role in op.writes for role in op.roles)
         self._bitmaps = np.array([role == "frozen" for role in op.roles])
         self._snapshot = np.empty((0, len(op.roles), COLUMNS), np.int64)
         self._valid_for: tuple[Any, ...] | None = None
@@ -320,10 +322,13 @@ class Table:
 
     def _check_overlap(self, lists: tuple[Any, ...]) -> None:
         """Refuses a tensor that is written and shares memory with another tensor or role."""
+        core = _native()
+        if core is not None and not core.may_overlap(self._snapshot, self._written):
+            return
         rows = self._snapshot
         start = rows[..., ADDRESS]
         size = rows[..., NUMEL] * ITEM_SIZES[rows[..., DTYPE]]
-        written = np.array([role in self.op.writes for role in self.op.roles])
+        written = np.array(self._written)
         holes = rows[..., LAYOUT] == NOT_DENSE
         for index, role in np.argwhere(holes).tolist():
             size[index, role] = _reach(lists[role][index])
@@ -385,6 +390,15 @@ def _share_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(np.shares_memory(arrays[0], arrays[1]))
 
 
+@functools.cache
+def _native() -> Any:
+    """The C++ core, which reads tables faster, if it is there."""
+    try:
+        return importlib.import_module("ltsam_fast._cpu")
+    except ImportError:
+        return None
+
+
 _READER: Callable[[tuple[Any, ...], NDArray[np.int64]], int] | None = None
 
 
@@ -393,12 +407,8 @@ def _reader() -> Callable[[tuple[Any, ...], NDArray[np.int64]], int]:
     global _READER
     if _READER is None:
         _READER = read_in_python
-        api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-        try:
-            native: Any = importlib.import_module("ltsam_fast._cpu")
-        except ImportError:
-            return _READER
-        if api is not None and native.can_snapshot(api):
+        api, native = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), _native()
+        if api is not None and native is not None and native.can_snapshot(api):
             _READER = lambda lists, out: native.snapshot(api, lists, out)  # noqa: E731
     return _READER
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "functors/common.h"
 
@@ -127,6 +128,41 @@ inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::arra
     }
   }
   return change;
+}
+
+/// Whether memory that is written may be shared, by a snapshot: quick, and with tensors that have holes never sure.
+/// `written`: a bool for each role.
+inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot, const py::tuple& written) {
+  struct Extent {
+    int64_t begin, end;
+    bool writes;
+  };
+  const py::ssize_t tensors = snapshot.shape(0), roles = snapshot.shape(1);
+  std::vector<char> writes;
+  for (const py::handle& one : written) writes.push_back(one.cast<bool>());
+  std::vector<Extent> extents;
+  extents.reserve(size_t(tensors * roles));
+  const int64_t* row = snapshot.data();
+  for (py::ssize_t i = 0; i < tensors; ++i) {
+    const int64_t* first = row;
+    for (py::ssize_t r = 0; r < roles; ++r, row += kColumns) {
+      if (row[kDevice] == -1 || row[kNumel] == 0) continue;
+      if (row[kLayout] == 1) return true;
+      // Elements are read before they are written, so a role that is only read may be the tensor's first role itself.
+      if (r > 0 && !writes[size_t(r)] && row[kAddress] == first[kAddress] && row[kDtypeCode] == first[kDtypeCode])
+        continue;
+      const int64_t size = row[kDtypeCode] == kBitmap ? 1 : item_size(uint8_t(row[kDtypeCode]));
+      extents.push_back({row[kAddress], row[kAddress] + row[kNumel] * size, bool(writes[size_t(r)])});
+    }
+  }
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  int64_t reach = 0, written_reach = 0;
+  for (const Extent& e : extents) {
+    if (e.begin < written_reach || (e.writes && e.begin < reach)) return true;
+    reach = std::max(reach, e.end);
+    if (e.writes) written_reach = std::max(written_reach, e.end);
+  }
+  return false;
 }
 
 /// Whether torch's table can be used: same ABI, and it offers borrowed views.

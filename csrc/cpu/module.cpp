@@ -6,6 +6,7 @@ PYBIND11_MODULE(_cpu, m) {
   lt::bind<lt::CpuLoop>(m);
   m.def("snapshot", lt::snapshot);
   m.def("can_snapshot", lt::can_snapshot);
+  m.def("may_overlap", lt::may_overlap);
 #ifdef _OPENMP
   m.attr("OPENMP") = true;
 #else
