@@ -12,6 +12,7 @@ from torch import Tensor
 from ltsam_fast import ops
 from ltsam_fast.optim.base import SharpnessAware, Uninterrupted
 from ltsam_fast.optim.batch import Batch, Closure, Scaling, check_takes_index, mean_loss
+from ltsam_fast.optim.by_class import climb_by_class, gradients, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
 
 
@@ -143,18 +144,24 @@ class CCSAM(SharpnessAware):
         check_takes_index(parts, "CCSAM")
         scope, groups = self._scope()
         size = sum(part.size for part in parts)
-        members: dict[int, dict[int, list[int]]] = {}  # class -> part -> numbers of its samples
+        members = members_of([part.labels for part in parts])
+        classes = sorted(members) if self.flat_ratio > 0 and scope else []
+        grads: dict[int, list[Tensor]] = {}
         for number, part in enumerate(parts):
-            for i, label in enumerate(part.labels.tolist()):  # type: ignore[union-attr]
-                members.setdefault(label, {}).setdefault(number, []).append(i)
-        classes = sorted(members)
-        grads = self._class_gradients(parts, scope, classes, members, size, scaling)
-        if self.flat_ratio > 0 and scope:
-            self._climb_by_class(scope, classes, grads, scaling)
+            losses = part.evaluate()
+            for k in classes:
+                if number in members[k]:
+                    share = torch.zeros_like(losses)
+                    share[members[k][number]] = 1 / sum(map(len, members[k].values()))
+                    grads[k] = gradients(losses, scope, scaling(share), grads.get(k))
+            torch.autograd.backward(losses, scaling(torch.full_like(losses, (1 - self.flat_ratio) / size)))
+        if classes:
+            counts = [self.class_counts[k] for k in classes]
+            climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, *scaling.signals)
             self._perturb(scope, groups, lambda backups: ops.restore_(backups, scope))
-            for k, weights in zip(classes, grads, strict=True):
+            for k in classes:
                 with Uninterrupted():
-                    ops.restore_(scope, weights)
+                    ops.restore_(scope, grads[k])
                 for number, indices in members[k].items():
                     part = parts[number]
                     index = torch.tensor(indices, device=part.labels.device)  # type: ignore[union-attr]
@@ -163,51 +170,3 @@ class CCSAM(SharpnessAware):
                     torch.autograd.backward(losses, scaling(share))
         self._descend(*scaling.signals)
         return mean_loss(parts)
-
-    def _class_gradients(
-        self,
-        parts: list[Batch],
-        scope: list[Tensor],
-        classes: list[int],
-        members: dict[int, dict[int, list[int]]],
-        size: int,
-        scaling: Scaling,
-    ) -> list[list[Tensor]]:
-        """The gradient of each class's mean loss with respect to the scope; those of the clean loss stay in place."""
-        sums = [[torch.zeros_like(param, requires_grad=False) for param in scope] for _ in classes]
-        for number, part in enumerate(parts):
-            losses = part.evaluate()
-            for k, total in zip(classes, sums, strict=True):
-                if self.flat_ratio == 0 or number not in members[k] or not scope:
-                    continue
-                of_class = torch.zeros_like(losses)
-                of_class[members[k][number]] = 1 / sum(map(len, members[k].values()))
-                found = torch.autograd.grad(losses, scope, scaling(of_class), retain_graph=True, allow_unused=True)
-                for one, grad in zip(total, found, strict=True):
-                    if grad is not None:
-                        one += grad
-            torch.autograd.backward(losses, scaling(torch.full_like(losses, (1 - self.flat_ratio) / size)))
-        return sums
-
-    def _climb_by_class(
-        self, scope: list[Tensor], classes: list[int], grads: list[list[Tensor]], scaling: Scaling
-    ) -> None:
-        """Turns each class's gradients into its perturbed weights."""
-        grad_scale, found_inf = scaling.signals
-        tensors = len(scope)
-        norms = ops.grad_norm(
-            [grad for one in grads for grad in one], groups=range(len(classes) * tensors), per_group=True,
-            found_inf=found_inf,
-        ).double()  # fmt: skip
-        if grad_scale is not None:
-            norms = norms / grad_scale
-        count = sum(param.numel() for param in scope)
-        rare = torch.tensor(
-            [max(self.class_counts[k], 2.0) - 1 for k in classes], dtype=torch.float64, device=norms.device
-        )
-        weight_norm = ops.grad_norm(scope).double() + 1e-12
-        radius = self.noise_ratio * weight_norm.sqrt() * count**0.25 / math.sqrt(2) * rare**-0.25
-        scales = torch.where(norms > 0, radius.repeat_interleave(tensors) * norms**-1.5, torch.zeros_like(norms))
-        if grad_scale is not None:
-            scales = scales / grad_scale
-        ops.perturb_by_class_(scope, grads, scales.view(len(classes), tensors))

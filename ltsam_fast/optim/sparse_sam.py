@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.optim import masks
 from ltsam_fast.optim.base import _gradients
 from ltsam_fast.optim.batch import Batch, Scaling
 from ltsam_fast.optim.checks import check_choice, check_count, check_factor, check_seed
@@ -107,60 +108,45 @@ class SparseSAM(SAM):
 
     @torch.no_grad()
     def refresh_mask(self, losses: Tensor) -> None:
-        """Makes a "fisher" mask from the per-sample losses (B,) of a forward pass, whose graph is kept.
-
-        Args:
-            losses: Shape (B,), at w, not detached; the first ``num_samples`` of them are used.
-        """
+        """Makes a "fisher" mask from the per-sample losses of a forward pass at w, shape (B,), whose graph is kept."""
         self._set_fisher_mask(losses, torch.ones_like(losses))
 
     def _set_fisher_mask(self, losses: Tensor, scale: Tensor) -> None:
-        params = self._candidates()
-        scores = [torch.zeros_like(param, dtype=torch.float32) for param in params]
-        for sample in torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[: self.num_samples]:
-            grads = torch.autograd.grad(losses, params, sample * scale, retain_graph=True, allow_unused=True)
-            for score, grad in zip(scores, grads, strict=True):
-                if grad is not None:
-                    score.addcmul_(grad.float(), grad.float())
-        self._set_mask(params, self._top(torch.cat([_in_memory_order(score) for score in scores])))
-
-    def _top(self, scores: Tensor) -> Tensor:
-        """True for the coordinates that are to be perturbed."""
-        moving = torch.zeros_like(scores, dtype=torch.bool)
-        return moving.index_fill_(0, scores.topk(int(len(scores) * (1 - self.sparsity)), sorted=False).indices, True)
-
-    def _set_mask(self, params: list[Tensor], moving: Tensor) -> None:
-        weights = 2 ** torch.arange(8, device=moving.device, dtype=torch.uint8)
-        for param, one in zip(params, moving.split([param.numel() for param in params]), strict=True):
-            still = torch.nn.functional.pad(~one, (0, -len(one) % 8)).view(-1, 8)
-            self.state[param]["frozen"] = (still * weights).sum(1, dtype=torch.uint8)
-
-    def _mask_now(self, params: list[Tensor]) -> Tensor:
-        """The present mask over all coordinates: True where they are perturbed."""
-        shifts = torch.arange(8, device=params[0].device, dtype=torch.uint8)
-        return torch.cat(
-            [((self.state[p]["frozen"][:, None] >> shifts) & 1 == 0).flatten()[: p.numel()] for p in params]
+        self._keep(
+            masks.largest(
+                scores := masks.fisher(losses, self._candidates(), scale, self.num_samples), self._count(scores)
+            )
         )
+
+    def _count(self, scores: Tensor) -> int:
+        """Coordinates that climb."""
+        return int(len(scores) * (1 - self.sparsity))
+
+    def _keep(self, moving: Tensor) -> None:
+        params = self._candidates()
+        for param, bits in zip(params, masks.to_bits(moving, [p.numel() for p in params]), strict=True):
+            self.state[param]["frozen"] = bits
+
+    def _mask_now(self) -> Tensor:
+        """True for the coordinates that climb, shape (N,)."""
+        params = self._candidates()
+        return masks.from_bits([self.state[p]["frozen"] for p in params], [p.numel() for p in params])
 
     def _set_dynamic_mask(self) -> None:
         params = self._candidates()
-        count = sum(param.numel() for param in params)
-        generator = torch.Generator(params[0].device).manual_seed(self.seed + 0x9E3779B9 * self._taken)
-        chance = torch.rand(count, generator=generator, device=params[0].device)
+        device = params[0].device
+        generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * self._taken)
+        chance = torch.rand(sum(p.numel() for p in params), generator=generator, device=device)
+        count = self._count(chance)
         if any("frozen" not in self.state[param] for param in params):
-            self._set_mask(params, self._top(chance))
+            self._keep(masks.largest(chance, count))
             return
         rate = self.drop_rate
         if self.total_steps is not None:
             rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, self._taken / self.total_steps)))
-        moving = self._mask_now(params)
-        active = int(count * (1 - self.sparsity))
-        exchanged = min(int(rate * active), count - active)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, _gradients(params), strict=True)]
-        size = torch.cat([_in_memory_order(grad.abs().float()) for grad in grads])
-        dropped = size.masked_fill(~moving, math.inf).topk(exchanged, largest=False, sorted=False).indices
-        grown = chance.masked_fill(moving, -1.0).topk(exchanged, sorted=False).indices
-        self._set_mask(params, moving.index_fill_(0, dropped, False).index_fill_(0, grown, True))
+        exchanged = min(int(rate * count), len(chance) - count)
+        self._keep(masks.exchange(self._mask_now(), masks.joined(grads).abs(), chance, exchanged))
 
     def _examine(self, losses: Tensor, scaling: Scaling) -> None:
         if self.mask == "fisher" and self._due and not self._refreshed:  # of a batch in parts the first one serves
@@ -191,8 +177,3 @@ class SparseSAM(SAM):
         for state in self.state.values():
             if "frozen" in state:
                 state["frozen"] = state["frozen"].to(torch.uint8)
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The elements of a tensor without holes, flat, in the order in which they lie."""
-    return tensor.as_strided((tensor.numel(),), (1,))
