@@ -210,6 +210,8 @@ class SharpnessAware(Optimizer):
             try:
                 perturb(self._backups_for(params))
             except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
+                if self._climbed:
+                    raise
                 self._backups.clear()
                 self._backed_up = []
                 perturb(self._backups_for(params))
