@@ -18,7 +18,7 @@ from ltsam_fast import backend
 
 COMMANDS = {
     "info": "versions, and which backends are available or why not",
-    "demo": "train a small network on long-tailed digits with SGD, SAM and Focal-SAM (demo --help tells more)",
+    "demo": "train a small network on long-tailed digits with SGD, SAM, Focal-SAM and others (demo --help tells more)",
 }
 
 

@@ -1,4 +1,4 @@
-"""``python -m ltsam_fast demo``: SGD, SAM and Focal-SAM on long-tailed digits, and what a step costs fused and plain."""
+"""``python -m ltsam_fast demo``: the methods on long-tailed digits, and what a step costs fused and plain."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ltsam_fast import SAM, FocalSAM, __version__, plain
+import ltsam_fast as lf
+from ltsam_fast import plain
 from ltsam_fast.data import LongTailed, digits, shot_split
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
@@ -43,33 +45,71 @@ def network() -> nn.Sequential:
     )
 
 
-def _per_sample(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    return lambda: F.cross_entropy(model(x), y, reduction="none")
+@dataclass(frozen=True)
+class Setting:
+    """What a method may need to know: the network, the training images per class and the number of steps."""
+
+    model: nn.Sequential
+    counts: list[int]
+    steps: int
 
 
-def _sgd(model: nn.Module, counts: list[int]) -> tuple[torch.optim.Optimizer, Step]:
-    optimizer = torch.optim.SGD(model.parameters(), **BASE)
+Options = Callable[[Setting], dict[str, Any]]
+
+METHODS: dict[str, tuple[str, Callable[..., Any] | None, Options]] = {
+    "sgd": ("SGD", None, lambda s: {}),
+    "sam": ("SAM", lf.SAM, lambda s: {"rho": 0.1}),
+    "asam": ("ASAM", lf.SAM, lambda s: {"rho": 0.5, "adaptive": True}),
+    "focal_sam": ("Focal-SAM", lf.FocalSAM, lambda s: {"rho": 0.2, "class_counts": s.counts, "gamma": 3.0, "lam": 0.5}),
+    "imb_sam": ("ImbSAM", lf.ImbSAM, lambda s: {"rho": 0.1, "class_counts": s.counts, "eta": FEW}),
+    "cc_sam": (
+        "CC-SAM",
+        lf.CCSAM,
+        lambda s: {"class_counts": s.counts, "head": s.model[-1], "noise_ratio": 1e-4},
+    ),
+    "sse_sam": (
+        "SSE-SAM",
+        lf.SSESAM,
+        lambda s: {"rho": 0.1, "class_counts": s.counts, "eta": FEW, "switch_step": int(0.7 * s.steps)},
+    ),
+    "gnm": ("GNM", lf.GNM, lambda s: {"rho": 0.05}),
+    "friendly_sam": ("Friendly SAM", lf.FriendlySAM, lambda s: {"rho": 0.1, "lmbda": 0.6}),
+    "m_sam": ("m-SAM", lf.MSAM, lambda s: {"rho": 0.1, "m": BATCH // 2}),
+    "sparse_sam": (
+        "sparse SAM",
+        lf.SparseSAM,
+        lambda s: {"rho": 0.1, "sparsity": 0.5, "refresh_every": s.steps // 10 + 1},
+    ),
+    "esam": ("ESAM", lf.ESAM, lambda s: {"rho": 0.1}),
+    "look_sam": ("LookSAM", lf.LookSAM, lambda s: {"rho": 0.1, "k": 2, "alpha": 0.5}),
+    "gsam": ("GSAM", lf.GSAM, lambda s: {"rho": 0.1, "alpha": 0.2}),
+    "wsam": ("WSAM", lf.WSAM, lambda s: {"rho": 0.1, "gamma": 0.8}),
+}
+"""Name on the command line -> name in print, class and its options. SGD has no class: it is the base of the others."""
+DEFAULT = ("sgd", "sam", "focal_sam")
+
+
+def _trainer(name: str, setting: Setting) -> tuple[torch.optim.Optimizer, Step]:
+    """The optimizer, and what takes one step with it."""
+    _, method, options = METHODS[name]
+    params, model = setting.model.parameters(), setting.model
+    if method is None:
+        optimizer: Any = torch.optim.SGD(params, **BASE)
+
+        def plain_step(x: Tensor, y: Tensor) -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        return optimizer, plain_step
+    optimizer = method(params, torch.optim.SGD, **options(setting), **BASE)
 
     def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        optimizer.step(
+            lambda index=slice(None): F.cross_entropy(model(x[index]), y[index], reduction="none"), targets=y
+        )
 
     return optimizer, step
-
-
-def _sam(model: nn.Module, counts: list[int]) -> tuple[torch.optim.Optimizer, Step]:
-    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, **BASE)
-    return optimizer, lambda x, y: optimizer.step(_per_sample(model, x, y))
-
-
-def _focal_sam(model: nn.Module, counts: list[int]) -> tuple[torch.optim.Optimizer, Step]:
-    optimizer = FocalSAM(model.parameters(), torch.optim.SGD, rho=0.2, class_counts=counts, gamma=3.0, lam=0.5, **BASE)
-    return optimizer, lambda x, y: optimizer.step(_per_sample(model, x, y), targets=y)
-
-
-METHODS = {"sgd": ("SGD", _sgd), "sam": ("SAM", _sam), "focal_sam": ("Focal-SAM", _focal_sam)}
-"""Name on the command line -> (name in print, function that makes the optimizer and a training step)."""
 
 
 def accuracies(model: nn.Module, data: LongTailed) -> dict[str, float]:
@@ -84,18 +124,23 @@ def accuracies(model: nn.Module, data: LongTailed) -> dict[str, float]:
 
 
 def train(method: str, data: LongTailed, epochs: int, seed: int, advance: Callable[[], object]) -> dict[str, float]:
-    """Trains one network from ``seed`` with a cosine schedule and returns its :func:`accuracies`."""
+    """Trains one network from ``seed`` with a cosine schedule; returns its :func:`accuracies` and ``step_ms``, a median."""
     torch.manual_seed(seed)
     model = network()
-    optimizer, step = METHODS[method][1](model, data.class_counts)
+    setting = Setting(model, data.class_counts, epochs * -(-len(data.train_y) // BATCH))
+    optimizer, step = _trainer(method, setting)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     order = torch.Generator().manual_seed(seed)
+    times = []
     for _ in range(epochs):
         for batch in torch.randperm(len(data.train_y), generator=order).split(BATCH):
-            step(data.train_x[batch], data.train_y[batch])
+            x, y = data.train_x[batch], data.train_y[batch]
+            start = time.perf_counter()
+            step(x, y)
+            times.append(time.perf_counter() - start)
         schedule.step()
         advance()
-    return accuracies(model, data)
+    return {**accuracies(model, data), "step_ms": 1e3 * statistics.median(times)}
 
 
 def _phases(optimizer: Any, counts: list[int] | None, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -130,7 +175,7 @@ def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
     """Median time of a step in milliseconds, fused and plain, in turns on the same batch."""
     x, y = data.train_x[:BATCH], data.train_y[:BATCH]
     runs = {}
-    for name, fused, loop in (("SAM", SAM, plain.SAM), ("Focal-SAM", FocalSAM, plain.FocalSAM)):
+    for name, fused, loop in (("SAM", lf.SAM, plain.SAM), ("Focal-SAM", lf.FocalSAM, plain.FocalSAM)):
         for kind, cls in (("fused", fused), ("plain", loop)):
             torch.manual_seed(0)
             model = network()
@@ -159,27 +204,36 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), gridspec_kw={"width_ratios": [1.5, 1]})
-    width = 0.8 / len(accuracy)
-    for index, (name, groups) in enumerate(accuracy.items()):
-        at = [position + (index - (len(accuracy) - 1) / 2) * width for position in range(len(GROUPS))]
-        means, spreads = ([groups[group][what] for group in GROUPS] for what in ("mean", "std"))
-        left.bar(at, means, width, yerr=spreads, capsize=3, label=name)
-    left.set_xticks(range(len(GROUPS)), GROUPS)
+    names = list(accuracy)
+    widths = [max(4.0, 0.9 * len(names)), max(2.5, 0.45 * len(names)), 3.0]
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(sum(widths) + 1, 4.2), gridspec_kw={"width_ratios": widths}
+    )
+    for index, group in enumerate(GROUPS):
+        at = [position + (index - (len(GROUPS) - 1) / 2) * 0.2 for position in range(len(names))]
+        means, spreads = ([accuracy[name][group][what] for name in names] for what in ("mean", "std"))
+        left.bar(at, means, 0.2, yerr=spreads, capsize=2, label=group)
     left.set_ylabel("test accuracy (%)")
-    left.set_ylim(0, 105)
+    left.set_ylim(0, 118)
     left.set_title("Accuracy by shot group, mean ± std over seeds")
-    left.legend(loc="lower left")
+    left.legend(loc="upper center", ncols=len(GROUPS), frameon=False)
+    middle.bar(range(len(names)), [accuracy[name]["step_ms"]["mean"] for name in names], color="tab:gray")
+    middle.set_ylabel("whole training step (ms)")
+    middle.set_title("Time per step")
+    for axes in (left, middle):
+        axes.set_xticks(
+            range(len(names)), names, rotation=40 if len(names) > 4 else 0, ha="right" if len(names) > 4 else "center"
+        )
     for offset, kind in ((-0.2, "plain"), (0.2, "fused")):
         heights = [entry[f"{kind}_optimizer_ms"] for entry in times.values()]
         bars = right.bar([position + offset for position in range(len(times))], heights, 0.4, label=kind)
         right.bar_label(bars, fmt="%.2f", padding=2)
     right.set_xticks(range(len(times)), list(times))
-    right.set_ylabel("optimizer time per step (ms)")
-    right.set_title("Optimizer work, plain loop and fused")
+    right.set_ylabel("optimizer's share of a step (ms)")
+    right.set_title("Plain loop and fused")
     right.margins(y=0.15)
-    right.legend()
-    for axes in (left, right):
+    right.legend(frameon=False)
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -188,13 +242,19 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="ltsam_fast demo", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="networks per method (default 5)")
+    parser.add_argument("--seeds", type=int, help="networks per method (default 5; 3 for all methods)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs per network (default 40)")
     parser.add_argument("--imbalance", type=float, default=50, help="largest class over smallest (default 50)")
-    parser.add_argument("--methods", default="all", help=f"'all', or some of {','.join(METHODS)}")
+    parser.add_argument(
+        "--methods",
+        default=",".join(DEFAULT),
+        help=f"'all' (unless asked otherwise with 3 seeds), or some of {','.join(METHODS)} (default %(default)s)",
+    )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for demo.json and demo.png")
     parser.add_argument("--quick", action="store_true", help="two seeds, a few epochs: only to see it run")
     options = parser.parse_args(argv)
+    if options.seeds is None:
+        options.seeds = 3 if options.methods == "all" else 5
     options.methods = list(METHODS) if options.methods == "all" else options.methods.split(",")
     if unknown := [name for name in options.methods if name not in METHODS]:
         parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)} or 'all'")
@@ -234,13 +294,14 @@ def main(argv: list[str] | None = None) -> int:
                 runs.append(train(name, data, options.epochs, seed, bar.update))
     times = step_times(first, 20 if options.quick else 200)
     accuracy = {
-        METHODS[name][0]: {group: _summary([run[group] for run in runs]) for group in GROUPS}
+        METHODS[name][0]: {what: _summary([run[what] for run in runs]) for what in (*GROUPS, "step_ms")}
         for name, runs in results.items()
     }
     print(f"\naccuracy (%), mean ± std of {options.seeds} seeds; many: n > {MANY}, few: n < {FEW}")
-    print(f"{'':12}" + "".join(f"{group:>15}" for group in GROUPS))
+    print(f"{'':14}" + "".join(f"{group:>15}" for group in GROUPS) + f"{'ms per step':>15}")
     for name, groups in accuracy.items():
-        print(f"{name:12}" + "".join(f"{groups[g]['mean']:9.1f} ± {groups[g]['std']:3.1f}" for g in GROUPS))
+        shown = "".join(f"{groups[g]['mean']:9.1f} ± {groups[g]['std']:3.1f}" for g in GROUPS)
+        print(f"{name:14}{shown}{groups['step_ms']['mean']:15.2f}")
     print(f"\nms per step, median  {'optimizer: plain':>18}{'fused':>8}{'ratio':>8}{'whole: plain':>15}{'fused':>8}")
     for name, entry in times.items():
         ratio = entry["plain_optimizer_ms"] / entry["fused_optimizer_ms"]
@@ -254,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         "accuracy": accuracy,
         "runs": results,
         "step_times": times,
-        "versions": {"ltsam_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"ltsam_fast": lf.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
     }
     (options.out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from ltsam_fast import demo
+import ltsam_fast as lf
+from ltsam_fast import demo, optim
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,17 @@ def test_quick_demo_leaves_a_chart_and_all_numbers(tmp_path, capsys):
         assert groups["many"]["mean"] > 50  # three epochs are enough for the frequent classes
     assert report["step_times"]["Focal-SAM"]["fused_optimizer_ms"] > 0
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_methods_in_one_table(tmp_path, capsys):
+    assert demo.main(["--methods", "all", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert len(report["accuracy"]) == len(demo.METHODS) == 15
+    covered = {method for _, method, _ in demo.METHODS.values()}
+    assert {getattr(lf, name) for name in optim.__all__ if name != "SharpnessAware"} <= covered
+    for name, groups in report["accuracy"].items():
+        assert name in printed and groups["step_ms"]["mean"] > 0
 
 
 @pytest.mark.parametrize("arguments", [["--methods", "adamw"], ["--seeds", "0"], ["--imbalance", "nan"]])
