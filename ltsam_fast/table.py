@@ -34,7 +34,7 @@ NEVER_READ = -2
 CONTIGUOUS, NOT_DENSE = 0, 1  # layouts; anything else is a hash of strides that leave no holes
 DEVICE_TYPES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
 
-SAME, MOVED, CHANGED = range(3)
+SAME, MOVED, CHANGED, REFRESHED = range(4)
 
 Role = Sequence[torch.Tensor | None] | None
 
@@ -150,17 +150,14 @@ class Table:
         lists = self._as_lists(roles)
         # Copies, for callers may change their lists in place.
         asked_for = (None if groups is None else list(groups), None if buckets is None else list(buckets), bucket_count)
-        change = self._read(lists)
-        if change != SAME or asked_for != self._valid_for:
-            still_valid = asked_for == self._valid_for
+        still_valid = asked_for == self._valid_for
+        renewable = still_valid and not self._staged and len(self.parts) == 1
+        change = self._read(lists, self.parts[0].pointers if renewable else None)
+        if change == REFRESHED:
+            self.parts[0].cache.clear()
+        elif change != SAME or not still_valid:
             self._valid_for = None  # until the checks have passed
-            if change == MOVED and still_valid and not self._staged and len(self.parts) == 1:
-                self._check_overlap(lists)
-                listed = self._snapshot[:, 0, DEVICE] != ABSENT
-                self.parts[0].pointers[...] = self._snapshot[listed, :, ADDRESS]
-                self.parts[0].cache.clear()
-            else:
-                self._rebuild(lists, *asked_for)
+            self._rebuild(lists, *asked_for)
             self._valid_for = asked_for
         for staged in self._staged:
             if self.op.roles[staged.role] in self.op.reads:
@@ -186,9 +183,9 @@ class Table:
             self._valid_for = None  # of no tensors none has changed
         return lists
 
-    def _read(self, lists: tuple[Any, ...]) -> int:
+    def _read(self, lists: tuple[Any, ...], pointers: NDArray[np.int64] | None) -> int:
         try:
-            return _reader()(lists, self._snapshot)
+            return _reader()(lists, self._snapshot, self._written, pointers)
         except Exception:
             self._snapshot[...] = NEVER_READ
             self._explain(lists)
@@ -399,21 +396,24 @@ def _native() -> Any:
         return None
 
 
-_READER: Callable[[tuple[Any, ...], NDArray[np.int64]], int] | None = None
+Reader = Callable[[tuple[Any, ...], "NDArray[np.int64]", tuple[bool, ...], "NDArray[np.int64] | None"], int]
+_READER: Reader | None = None
 
 
-def _reader() -> Callable[[tuple[Any, ...], NDArray[np.int64]], int]:
+def _reader() -> Reader:
     """What fills a snapshot: native code where torch publishes DLPack's exchange table, else Python."""
     global _READER
     if _READER is None:
         _READER = read_in_python
         api, native = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None), _native()
         if api is not None and native is not None and native.can_snapshot(api):
-            _READER = lambda lists, out: native.snapshot(api, lists, out)  # noqa: E731
+            _READER = functools.partial(native.snapshot, api)
     return _READER
 
 
-def read_in_python(lists: tuple[Any, ...], out: NDArray[np.int64]) -> int:
+def read_in_python(
+    lists: tuple[Any, ...], out: NDArray[np.int64], written: tuple[bool, ...] = (), pointers: Any = None
+) -> int:
     """Fills ``out`` (T, R, COLUMNS) and says what differs from what was there: SAME, MOVED or CHANGED."""
     fresh = np.zeros_like(out)
     fresh[..., DEVICE] = ABSENT

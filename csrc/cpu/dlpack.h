@@ -3,9 +3,11 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "functors/common.h"
@@ -38,7 +40,9 @@ struct ExchangeApi {
 /// Columns of a snapshot row; ltsam_fast.table.COLUMNS.
 enum Column { kAddress, kNumel, kDtypeCode, kDevice, kShape, kLayout, kColumns };
 
-enum Change { kSame, kMoved, kChanged };
+/// What a reading found: nothing new; other addresses; more than that. Refreshed: other addresses, and the table has
+/// them.
+enum Change { kSame, kMoved, kChanged, kRefreshed };
 
 /// Where hashes start: large, so that no extent cancels it. From t.ndim alone, (2, 7) hashed like (6,).
 constexpr int64_t kSeed = 0x6a09e667f3bcc909;
@@ -106,30 +110,6 @@ inline const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {
   return *static_cast<const dlpack::ExchangeApi*>(api);
 }
 
-/// Fills out[tensor, role, column] from `roles`, a tuple of lists of tensors or None (or None, for an absent role), and
-/// says whether anything differs from what was there.
-inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::array_t<int64_t, py::array::c_style> out) {
-  const dlpack::ExchangeApi& api = exchange_api(capsule);
-  const py::ssize_t tensors = out.shape(0), columns = out.shape(1);
-  int64_t* rows = out.mutable_data();
-  int change = kSame;
-  for (py::ssize_t r = 0; r < columns; ++r) {
-    PyObject* list = PyTuple_GET_ITEM(roles.ptr(), r);
-    const bool repeats = r > 0 && list == PyTuple_GET_ITEM(roles.ptr(), r - 1);  // weights that are their own source
-    for (py::ssize_t i = 0; i < tensors; ++i) {
-      int64_t fresh[kColumns], *row = rows + (i * columns + r) * kColumns;
-      if (repeats)
-        std::copy_n(row - kColumns, int(kColumns), fresh);
-      else
-        describe(api, list == Py_None ? Py_None : PyList_GET_ITEM(list, i), fresh);
-      if (!std::equal(fresh + 1, fresh + kColumns, row + 1)) change = kChanged;
-      if (fresh[kAddress] != row[kAddress]) change = std::max<int>(change, kMoved);
-      std::copy_n(fresh, int(kColumns), row);
-    }
-  }
-  return change;
-}
-
 /// Whether memory that is written may be shared, by a snapshot: quick, and with tensors that have holes never sure.
 /// `written`: a bool for each role.
 inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot, const py::tuple& written) {
@@ -163,6 +143,37 @@ inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot
     if (e.writes) written_reach = std::max(written_reach, e.end);
   }
   return false;
+}
+
+/// Fills out[tensor, role, column] from `roles`, a tuple of lists of tensors or None (or None, for an absent role), and
+/// says whether anything differs from what was there. With `pointers`, a table's addresses of the tensors that have
+/// their first role, those are renewed too where that is all it takes.
+inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::array_t<int64_t, py::array::c_style> out,
+                    const py::tuple& written, std::optional<py::array_t<int64_t, py::array::c_style>> pointers) {
+  const dlpack::ExchangeApi& api = exchange_api(capsule);
+  const py::ssize_t tensors = out.shape(0), columns = out.shape(1);
+  int64_t* rows = out.mutable_data();
+  int change = kSame;
+  for (py::ssize_t r = 0; r < columns; ++r) {
+    PyObject* list = PyTuple_GET_ITEM(roles.ptr(), r);
+    const bool repeats = r > 0 && list == PyTuple_GET_ITEM(roles.ptr(), r - 1);  // weights that are their own source
+    for (py::ssize_t i = 0; i < tensors; ++i) {
+      int64_t fresh[kColumns], *row = rows + (i * columns + r) * kColumns;
+      if (repeats)
+        std::copy_n(row - kColumns, int(kColumns), fresh);
+      else
+        describe(api, list == Py_None ? Py_None : PyList_GET_ITEM(list, i), fresh);
+      if (!std::equal(fresh + 1, fresh + kColumns, row + 1)) change = kChanged;
+      if (fresh[kAddress] != row[kAddress]) change = std::max<int>(change, kMoved);
+      std::copy_n(fresh, int(kColumns), row);
+    }
+  }
+  if (change != kMoved || !pointers || may_overlap(out, written)) return change;
+  int64_t* to = pointers->mutable_data();
+  for (py::ssize_t i = 0; i < tensors; ++i, rows += columns * kColumns)
+    if (rows[kDevice] != -1)
+      for (py::ssize_t r = 0; r < columns; ++r) *to++ = rows[r * kColumns + kAddress];
+  return kRefreshed;
 }
 
 /// Whether torch's table can be used: same ABI, and it offers borrowed views.
