@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
+OUT ?= bench-out
 
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
@@ -17,8 +18,10 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/triton.stamp
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(VENV)/test.stamp
-	$(RUN) -m pytest bench $(ARGS)
+bench: $(VENV)/bench.stamp
+	mkdir -p $(OUT)
+	$(RUN) -m pytest bench --benchmark-json=$(OUT)/bench.json $(ARGS)
+	$(RUN) -m bench.report $(OUT)/bench.json $(OUT)
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check .

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 
 import ltsam_fast as lf
+from bench import peers
 from ltsam_fast import ops, plain
 
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
 BYTES = {"SAM": 40, "FocalSAM": 44}
 """Moved per fp32 parameter and step, each input and output counted once (SGD with momentum)."""
 PHASES = {"SAM": ("first_step", "second_step"), "FocalSAM": ("first_step", "second_step", "third_step")}
+
+
+PEER = "pytorch_optimizer"
+"""The strongest package there is, in version 4.1.0 from PyPI."""
 
 
 def synchronize(device: str) -> None:
@@ -32,9 +37,10 @@ class Step:
         make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(device) for s in shapes]  # noqa: E731
         self.params = [torch.nn.Parameter(w) for w in make(0.05)]
         self.grads = [make(0.01) for _ in PHASES[method]]
-        self.backend = None if implementation == "plain" else implementation
-        module: Any = plain if implementation == "plain" else lf
-        self.optimizer = getattr(module, method)(self.params, torch.optim.SGD, rho=0.05, **BASE)
+        module: Any = {"plain": plain, "foreach": peers}.get(implementation, lf)
+        self.backend = implementation if module is lf and implementation != PEER else None
+        cls = peers.published(method) if implementation == PEER else getattr(module, method)
+        self.optimizer = cls(self.params, torch.optim.SGD, rho=0.05, **BASE)
         self.phases = [getattr(self.optimizer, name) for name in PHASES[method]]
         self.elements = sum(p.numel() for p in self.params)
         self.device = device
@@ -57,6 +63,46 @@ class Step:
             synchronize(self.device)
             spent += time.perf_counter() - start
         return spent
+
+
+class Handed(torch.autograd.Function):
+    """Losses whose backward hands out prepared gradients: what is timed around it is the optimizer's work, and autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[torch.Tensor], samples: int, *params: torch.Tensor) -> torch.Tensor:
+        ctx.grads = grads
+        return torch.ones(samples, device=params[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        return None, None, *ctx.grads
+
+
+class WholeStep:
+    """``step(closure, targets)`` of any method, with a closure that costs next to nothing."""
+
+    def __init__(self, method: str, options: dict[str, Any], backend: str, shapes: list[Any], device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(device) for s in shapes]  # noqa: E731
+        self.params = [torch.nn.Parameter(w) for w in make(0.05)]
+        self.grads = make(0.01)
+        groups = [{"params": self.params[:-2]}, {"params": self.params[-2:]}]
+        self.optimizer = getattr(lf, method)(groups, torch.optim.SGD, rho=0.05, **options, **BASE)
+        self.targets = torch.tensor([0, 1] * 4)
+        self.backend, self.device = backend, device
+        self.elements = sum(p.numel() for p in self.params)
+
+    def closure(self, index: Any = None) -> torch.Tensor:
+        return Handed.apply(self.grads, 8 if index is None else len(index), *self.params)
+
+    def __call__(self) -> float:
+        """Takes one step and returns its seconds."""
+        with lf.use_backend(self.backend):
+            synchronize(self.device)
+            start = time.perf_counter()
+            self.optimizer.step(self.closure, targets=self.targets)
+            synchronize(self.device)
+            return time.perf_counter() - start
 
 
 def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""A small step of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view."""
+"""A small call of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view."""
 
 import torch
 
@@ -17,6 +17,16 @@ def main() -> None:
                 for param in params:
                     param.grad = torch.randn_like(param)
                 phase()
+    w, g, h, out = ([torch.randn(n, device=device) for n in (0, 1, 7, 4097, 40001)] for _ in range(4))
+    bits = [torch.randint(0, 256, (-(-len(x) // 8),), dtype=torch.uint8, device=device) for x in w]
+    mix = torch.rand(4, device=device)
+    norm = lf.ops.grad_norm(g, w, extra=h, mix=mix, adaptive=True)
+    lf.ops.grad_dots(g, h)
+    lf.ops.perturb_(w, g, out, norm, rho=0.1, means=h, frozen=bits, mix=mix, decay=0.5)
+    lf.ops.perturb_(w, g, None, norm, rho=0.1, sources=out, chance=0.5, stochastic=True, seed=1)
+    lf.ops.gaussian_perturb_(w, out, amplitude=0.1)
+    lf.ops.combine_(out, g, h, mix)
+    lf.ops.perturb_by_class_(w, [g, h], torch.rand(2, device=device))
     logits = torch.randn(5, 1003, device=device)
     lf.ops.focal_cross_entropy(logits, torch.arange(5, device=device), torch.rand(1003, device=device))
     if device == "cuda":

@@ -8,12 +8,32 @@ import pytest
 import torch
 
 import ltsam_fast as lf
-from bench.measure import BYTES, Step, interleaved, roof
+from bench import peers
+from bench.measure import BYTES, PEER, Step, WholeStep, interleaved, roof, synchronize
 from bench.shapes import SHAPES, names
+from ltsam_fast import ops
+from ltsam_fast.table import Table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
 NETWORKS = list(names())
+COUNTS = {"class_counts": [50, 5]}
+FAMILY = {
+    "SAM": ({}, 40),
+    "FocalSAM": (COUNTS, 44),
+    "ImbSAM": (COUNTS, 44),
+    "CCSAM": (COUNTS, 24),
+    "SSESAM": ({**COUNTS, "eta": 20}, 60),
+    "GNM": ({}, 32),
+    "FriendlySAM": ({}, 52),
+    "MSAM": ({"m": 4}, 80),
+    "SparseSAM": ({"mask": "dynamic", "refresh_every": 10**9}, 40),
+    "ESAM": ({}, 40),
+    "LookSAM": ({}, 38),
+    "GSAM": ({}, 52),
+    "WSAM": ({}, 44),
+}
+"""Options, and bytes moved per parameter and step (of LookSAM on average)."""
 
 
 @pytest.fixture(scope="session")
@@ -21,44 +41,116 @@ def measured_roof():
     return roof(DEVICE)
 
 
+def facts(request, elements, moved, seconds):
+    """What every row tells."""
+    bandwidth = request.getfixturevalue("measured_roof")
+    return {
+        "elements": elements,
+        "bytes": moved,
+        "fused_ms": 1e3 * seconds,
+        "gb_per_s": moved / seconds / 1e9,
+        "roof_gb_per_s": bandwidth / 1e9,
+        "share_of_roof": moved / seconds / bandwidth,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+    }
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("method", list(BYTES))
 def test_step(benchmark, method, network, backend, request):
+    """Phases against the plain loop, torch's foreach and fused parts, and the peer; rounds in turns."""
     if reason := lf.backend.why_not(backend):
         pytest.skip(f"{backend}: {reason}")
     benchmark.group = f"{method}, {network}"
     shapes = SHAPES[network]()
-    ours, plain = (Step(method, implementation, shapes, DEVICE) for implementation in (backend, "plain"))
-    for _ in range(2):
-        ours(), plain()
+    names = [backend, "plain", "foreach", *([PEER] if peers.published(method) else [])]
+    steps = [Step(method, name, shapes, DEVICE) for name in names]
+    for step in steps * 2:
+        step()
     # No figure for a wrong result.
-    for mine, other in zip(ours.params, plain.params, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for other in steps[1:]:
+        for mine, its in zip(steps[0].params, other.params, strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
     if benchmark.disabled:
-        benchmark.pedantic(ours, rounds=1)
+        benchmark.pedantic(steps[0], rounds=1)
         return
-    rounds = 200 if ours.elements < 1e6 else 20
-    times = interleaved([ours, plain], rounds)
-    benchmark.pedantic(ours, rounds=5)
-    fused, loop = (statistics.median(column) for column in times)
-    bandwidth = request.getfixturevalue("measured_roof")
-    moved = BYTES[method] * ours.elements
+    times = interleaved(steps, 200 if steps[0].elements < 1e6 else 20)
+    benchmark.pedantic(steps[0], rounds=5)
+    ours, *others = (statistics.median(column) for column in times)
+    row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours)
+    for name, seconds in zip(names[1:], others, strict=True):
+        row |= {f"{name}_ms": 1e3 * seconds, f"ratio_{name}": seconds / ours}
+    tiny = Step(method, backend, [(4,)] * len(shapes), DEVICE)
+    host = statistics.median(interleaved([tiny], 50)[0])
     benchmark.extra_info.update(
+        row,
+        table="phases",
         method=method,
         network=network,
         backend=backend,
         tensors=len(shapes),
-        elements=ours.elements,
-        bytes=moved,
-        fused_ms=1e3 * fused,
-        plain_ms=1e3 * loop,
-        ratio=loop / fused,
-        gb_per_s=moved / fused / 1e9,
-        roof_gb_per_s=bandwidth / 1e9,
-        share_of_roof=moved / fused / bandwidth,
-        ratio_at_roof=loop / (moved / bandwidth),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        device=torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        host_us=1e6 * host,
+        ratio=row["ratio_plain"],
+        ratio_at_roof=others[0] / (row["bytes"] / (1e9 * row["roof_gb_per_s"])),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("network", ("resnet32", "vit_b16"))
+@pytest.mark.parametrize("method", FAMILY)
+def test_family(benchmark, method, network, backend, request):
+    """Whole steps of every method against its twin in plain PyTorch; what autograd itself costs is in both."""
+    if reason := lf.backend.why_not(backend):
+        pytest.skip(f"{backend}: {reason}")
+    benchmark.group = f"family, {network}"
+    options, moved = FAMILY[method]
+    shapes = SHAPES[network]() if not benchmark.disabled else [(7, 3), (5,), (4, 7), (4,)]
+    steps = [WholeStep(method, options, name, shapes, DEVICE) for name in (backend, "torch")]
+    for step in steps:
+        step()
+    for mine, its in zip(steps[0].params, steps[1].params, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+    if benchmark.disabled:
+        benchmark.pedantic(steps[0], rounds=1)
+        return
+    rounds = 30 if steps[0].elements < 1e6 else 3
+    ours, twin = (statistics.median(column) for column in interleaved(steps, rounds))
+    benchmark.pedantic(steps[0], rounds=2)
+    benchmark.extra_info.update(
+        facts(request, steps[0].elements, moved * steps[0].elements, ours),
+        table="family",
+        method=method,
+        network=network,
+        backend=backend,
+        twin_ms=1e3 * twin,
+        ratio=twin / ours,
+    )
+
+
+@pytest.mark.parametrize("tensors", [1, 10, 100, 1000, 4000])
+def test_growth_in_tensors(benchmark, tensors, request):
+    """The norm of many tiny tensors: call overhead."""
+    grads = [torch.randn(16 + i % 17, device=DEVICE) for i in range(tensors)]
+    grow(benchmark, "T", tensors, grads)
+
+
+@pytest.mark.parametrize("power", range(10, 28, 2))
+def test_growth_in_elements(benchmark, power, request):
+    """The norm of one tensor."""
+    grow(benchmark, "N", 2**power, [torch.randn(2 ** (power if not benchmark.disabled else 10), device=DEVICE)])
+
+
+def grow(benchmark, what, size, grads):
+    table = Table(ops.OPS["grad_norm"])
+    benchmark.group = f"norm against {what}"
+
+    def run():
+        ops.grad_norm(grads, table=table)
+        synchronize(DEVICE)
+
+    benchmark.pedantic(run, rounds=1 if benchmark.disabled else 50, warmup_rounds=2)
+    if not benchmark.disabled:
+        benchmark.extra_info.update(table="growth", against=what, size=size, us=1e6 * benchmark.stats.stats.median)
