@@ -66,8 +66,8 @@ def table(results: dict[str, Any]) -> str:
                 "to torch's foreach and fused parts, and to pytorch_optimizer 4.1.0. The roof is the fastest of copy, "
                 "streaming copy and read. Calls alone: the same step on tensors of four elements.",
                 _table(phases, PHASES),
-                "Whole steps of every method with a forward and backward that cost next to nothing, against its twin in plain "
-                "PyTorch on the same machine; what autograd itself costs is in both.",
+                "The optimizer's work in a whole step of every method, against its twin in plain PyTorch; what autograd takes "
+                "is left out of both.",
                 _table(family, FAMILY),
                 "The norm pass against the number of elements in one tensor (N) and of tiny tensors (T).",
                 _table(growth, GROWTH),
@@ -108,7 +108,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes[1, 0].set_xticks(range(len(found)), [row["method"] for row in found], rotation=40, ha="right", fontsize=8)
     axes[1, 0].set_yscale("log")
     axes[1, 0].axhline(3, color="black", linestyle="--")
-    axes[1, 0].set_title("whole steps: times faster than the twin (line: 3)")
+    axes[1, 0].set_title("optimizer work: times faster than the twin (line: 3)")
     axes[1, 0].legend(frameon=False)
     for what, label in (("N", "elements of one tensor"), ("T", "tiny tensors")):
         found = [row for row in growth if row["against"] == what]

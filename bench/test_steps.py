@@ -102,7 +102,7 @@ def test_step(benchmark, method, network, backend, request):
 @pytest.mark.parametrize("network", ("resnet32", "vit_b16"))
 @pytest.mark.parametrize("method", FAMILY)
 def test_family(benchmark, method, network, backend, request):
-    """Whole steps of every method against its twin in plain PyTorch; what autograd itself costs is in both."""
+    """The optimizer's work in a step of every method against its twin in plain PyTorch; autograd's is left out."""
     if reason := lf.backend.why_not(backend):
         pytest.skip(f"{backend}: {reason}")
     benchmark.group = f"family, {network}"
