@@ -48,7 +48,7 @@ class Row:
     others: dict[str, Any] = field(default_factory=dict)
     drop: tuple[str, ...] = ()
 
-    def make(self, model, base=SGD, params=None, **options):
+    def make(self, model, base=SGD, params=None, /, **options):
         groups = model.parameters() if params is None else params
         return getattr(lf, self.method)(groups, base, **{"rho": RHO, **self.options, **options})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _signal  # the functions behind signal's, without the enums, which cost 5 us a call
+import contextlib
 import math
 import operator
 import threading
@@ -34,6 +35,11 @@ class SharpnessAware(Optimizer):
     Weights in bfloat16 and float16 are perturbed with stochastic rounding: most of the perturbation is below their
     resolution and would vanish.
 
+    Under DistributedDataParallel give it as ``model``. Workers then climb along their own gradients and only the last pass of
+    a step is averaged, once, as in the SAM paper; ``ascent_sync=True`` (any method's keyword) averages the ascent gradient
+    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With the phases ``model.no_sync()`` is
+    the caller's business.
+
     SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
     steps by itself on the restored weights.
     """
@@ -46,7 +52,7 @@ class SharpnessAware(Optimizer):
     """Names of a parameter's state that is not the base optimizer's."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
-    _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "_base_only")
+    _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
     """Attributes that survive copying and pickling, besides those of torch."""
 
     def __init__(
@@ -58,6 +64,7 @@ class SharpnessAware(Optimizer):
         *,
         model: torch.nn.Module | None = None,
         max_grad_norm: float = 0.0,
+        ascent_sync: bool = False,
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
@@ -69,6 +76,7 @@ class SharpnessAware(Optimizer):
         own = {"rho": rho, "adaptive": adaptive, "eta": 0.0, "norm_eps": 1e-12, "perturb": True, "taken": 0}
         self.model = model
         self.max_grad_norm = max_grad_norm
+        self.ascent_sync = ascent_sync
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
         defaults = base_optimizer([torch.zeros(1)], **base_kwargs).defaults
         self._base_only = {name: defaults[name] for name in own if name in defaults}
@@ -166,6 +174,8 @@ class SharpnessAware(Optimizer):
             if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
                 raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
             params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
+        if (self.ascent_sync or self._mixes) and self._distributed:
+            self._average(grads)
         options = self._ascent(params, grads, grad_scale, found_inf)
         adaptive, eta = self._hyper("adaptive"), self._hyper("eta")
         norm = ops.grad_norm(
@@ -203,6 +213,25 @@ class SharpnessAware(Optimizer):
             )
 
         self._perturb(params, groups, perturb)
+
+    @property
+    def _distributed(self) -> bool:
+        """Whether the model is one of several workers'."""
+        return hasattr(self.model, "no_sync") and torch.distributed.is_initialized()
+
+    def _local(self, last: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Keeps a pass, forward and backward, from averaging gradients over the workers, unless it is a step's last one."""
+        if last or not self._distributed:
+            return contextlib.nullcontext()
+        return self.model.no_sync()  # type: ignore[union-attr, operator]
+
+    def _average(self, grads: list[Tensor | None]) -> None:
+        """Averages gradients over the workers, in place; gradients that some lack must be lacking everywhere."""
+        group = getattr(self.model, "process_group", None)
+        there = [grad for grad in grads if grad is not None]
+        torch._foreach_div_(there, torch.distributed.get_world_size(group))
+        for work in [torch.distributed.all_reduce(grad, group=group, async_op=True) for grad in there]:
+            work.wait()  # type: ignore[union-attr]
 
     def _perturb(self, params: list[Tensor], groups: list[int], perturb: Callable[[list[Tensor]], None]) -> None:
         """Has ``perturb(backups)`` keep and perturb the weights, and takes note of it."""
@@ -295,6 +324,9 @@ class SharpnessAware(Optimizer):
         """Restores the weights and takes the base optimizer's step with the present plus the kept gradients."""
         params, groups = self._parameters()
         grads = _gradients(params)
+        if found_inf is not None and self._distributed:  # one worker's overflow is everybody's
+            group = getattr(self.model, "process_group", None)
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
         extra = self._clean or None
         if extra and self._mixes:  # a gradient of the last pass decides whether a weight moves
             extra = [None if grad is None else kept for grad, kept in zip(grads, extra, strict=True)]
@@ -471,14 +503,27 @@ class SharpnessAware(Optimizer):
         """Weights (B,) of the samples in the clean and in the sharp loss; None where all are zero."""
         raise NotImplementedError
 
-    def _backward_mean(self, parts: list[Batch], scaling: Scaling) -> list[Tensor]:
+    _one_pass = False
+    """Whether this step has no pass at perturbed weights."""
+
+    def _put_aside(self, grads: list[Tensor | None]) -> None:
+        """Keeps gradients at w for the step, and clears those in place; workers leave them there, to be averaged together."""
+        if self._distributed and not self._mixes:
+            _swap_gradients(self._parameters()[0], grads)
+            return
+        if any(grad is not None for grad in grads):
+            self._clean = grads
+        self._clear_gradients()
+
+    def _backward_mean(self, parts: list[Batch], scaling: Scaling, last: bool = False) -> list[Tensor]:
         """The gradient of the mean loss, at the weights as they are, which pass for w; returns the losses, detached."""
         seen = []
         for part in parts:
-            losses = part.evaluate()
-            seen.append(losses.detach())
-            share = 1 / len(losses) if len(parts) == 1 else 1.0  # of a batch in parts the size is known at its end
-            torch.autograd.backward(losses, scaling(torch.full_like(losses, share)))
+            with self._local(last=last and part is parts[-1]):
+                losses = part.evaluate()
+                seen.append(losses.detach())
+                share = 1 / len(losses) if len(parts) == 1 else 1.0  # of a batch in parts the size is known at its end
+                torch.autograd.backward(losses, scaling(torch.full_like(losses, share)))
         if len(parts) > 1:
             grads = [param.grad for param in self._parameters()[0] if param.grad is not None]
             torch._foreach_mul_(grads, 1 / sum(part.size for part in parts))
@@ -493,17 +538,18 @@ class SharpnessAware(Optimizer):
         clean: list[Tensor | None] = [None] * len(params)
         weights = []
         for part in parts:
-            losses = part.evaluate()
-            count = len(losses) if len(parts) == 1 else 1  # of a batch in parts the size is known at its end
-            self._examine(losses, scaling)
-            u, v = self._cotangents(part.labels, losses)
-            weights.append(v)
-            if u is not None:
-                sharp = _swap_gradients(params, clean)
-                torch.autograd.backward(losses, scaling(u / count), retain_graph=v is not None)
-                clean = _swap_gradients(params, sharp)
-            if v is not None:
-                torch.autograd.backward(losses, scaling(v / count))
+            with self._local(last=self._one_pass and part is parts[-1]):
+                losses = part.evaluate()
+                count = len(losses) if len(parts) == 1 else 1  # of a batch in parts the size is known at its end
+                self._examine(losses, scaling)
+                u, v = self._cotangents(part.labels, losses)
+                weights.append(v)
+                if u is not None:
+                    sharp = _swap_gradients(params, clean)
+                    torch.autograd.backward(losses, scaling(u / count), retain_graph=v is not None)
+                    clean = _swap_gradients(params, sharp)
+                if v is not None:
+                    torch.autograd.backward(losses, scaling(v / count))
         size = sum(part.size for part in parts)
         if len(parts) > 1:
             torch._foreach_mul_([g for g in (*clean, *_gradients(params)) if g is not None], 1 / size)
@@ -511,12 +557,11 @@ class SharpnessAware(Optimizer):
             _swap_gradients(params, clean)
         else:
             self._climb(*scaling.signals)
-            if any(g is not None for g in clean):
-                self._clean = clean
-            self._clear_gradients()
+            self._put_aside(clean)
             for part, v in zip(parts, weights, strict=True):
-                losses = part.evaluate(at_w=False)
-                torch.autograd.backward(losses, scaling(torch.zeros_like(losses) if v is None else v / size))
+                with self._local(last=part is parts[-1]):
+                    losses = part.evaluate(at_w=False)
+                    torch.autograd.backward(losses, scaling(torch.zeros_like(losses) if v is None else v / size))
         self._descend(*scaling.signals)
         return mean_loss(parts)
 

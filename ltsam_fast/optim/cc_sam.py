@@ -148,13 +148,14 @@ class CCSAM(SharpnessAware):
         classes = sorted(members) if self.flat_ratio > 0 and scope else []
         grads: dict[int, list[Tensor]] = {}
         for number, part in enumerate(parts):
-            losses = part.evaluate()
-            for k in classes:
-                if number in members[k]:
-                    share = torch.zeros_like(losses)
-                    share[members[k][number]] = 1 / sum(map(len, members[k].values()))
-                    grads[k] = gradients(losses, scope, scaling(share), grads.get(k))
-            torch.autograd.backward(losses, scaling(torch.full_like(losses, (1 - self.flat_ratio) / size)))
+            with self._local(last=not classes and part is parts[-1]):
+                losses = part.evaluate()
+                for k in classes:
+                    if number in members[k]:
+                        share = torch.zeros_like(losses)
+                        share[members[k][number]] = 1 / sum(map(len, members[k].values()))
+                        grads[k] = gradients(losses, scope, scaling(share), grads.get(k))
+                torch.autograd.backward(losses, scaling(torch.full_like(losses, (1 - self.flat_ratio) / size)))
         if classes:
             counts = [self.class_counts[k] for k in classes]
             climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, *scaling.signals)
@@ -165,8 +166,9 @@ class CCSAM(SharpnessAware):
                 for number, indices in members[k].items():
                     part = parts[number]
                     index = torch.tensor(indices, device=part.labels.device)  # type: ignore[union-attr]
-                    losses = part.evaluate(index, at_w=False)
-                    share = torch.full_like(losses, self.flat_ratio / size)
-                    torch.autograd.backward(losses, scaling(share))
+                    with self._local(last=k == classes[-1] and number == max(members[k])):
+                        losses = part.evaluate(index, at_w=False)
+                        share = torch.full_like(losses, self.flat_ratio / size)
+                        torch.autograd.backward(losses, scaling(share))
         self._descend(*scaling.signals)
         return mean_loss(parts)

@@ -35,6 +35,10 @@ class ClassWise(SharpnessAware):
 
     _used = (True, True)
 
+    @property
+    def _one_pass(self) -> bool:  # type: ignore[override]
+        return not self._used[1]
+
     def _weigh(self, u: Tensor, v: Tensor) -> None:
         """Sets the class weights."""
         self.clean_weights, self.class_weights = u.double(), v.double()

@@ -116,7 +116,8 @@ class ESAM(SharpnessAware):
                 indices[i] = rise.topk(math.ceil(self.gamma * part.size)).indices
         size = sum(part.size if index is None else len(index) for part, index in zip(parts, indices, strict=True))
         for part, index in zip(parts, indices, strict=True):
-            losses = part.evaluate(index, at_w=False)
-            torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / size)))
+            with self._local(last=part is parts[-1]):
+                losses = part.evaluate(index, at_w=False)
+                torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / size)))
         self._descend(*scaling.signals)
         return mean_loss(parts)

@@ -143,6 +143,6 @@ class GNM(SharpnessAware):
 
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         self._add_noise()
-        self._backward_mean(parts, scaling)
+        self._backward_mean(parts, scaling, last=True)
         self._descend(*scaling.signals)
         return mean_loss(parts)

@@ -78,6 +78,10 @@ class LookSAM(SharpnessAware):
         """Whether this step climbs."""
         return self._taken % self.k == 0
 
+    @property
+    def _one_pass(self) -> bool:  # type: ignore[override]
+        return not self._looks
+
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
         ones = torch.ones_like(losses)
         return (None, ones) if self._looks else (ones, None)

@@ -80,15 +80,19 @@ class MSAM(SharpnessAware):
         size = sum(part.size for part in parts)
         total: list[Tensor | None] = [None] * len(params)
         for part in parts:
-            for numbers in torch.arange(part.size, device=params[0].device).split(self.m):
+            for first in range(0, part.size, self.m):
+                past = min(first + self.m, part.size)
+                numbers = torch.arange(first, past, device=params[0].device)
                 if self._climbed:
                     self._come_back()
-                losses = part.evaluate(numbers)
-                torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / len(losses))))
+                with self._local():
+                    losses = part.evaluate(numbers)
+                    torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / len(losses))))
                 self._climb(*scaling.signals)
                 _swap_gradients(params, total)  # the next backward adds to what the others left
-                losses = part.evaluate(numbers, at_w=False)
-                torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / size)))
+                with self._local(last=part is parts[-1] and past == part.size):
+                    losses = part.evaluate(numbers, at_w=False)
+                    torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / size)))
                 total = _swap_gradients(params, [None] * len(params))
         _swap_gradients(params, total)
         self._descend(*scaling.signals)

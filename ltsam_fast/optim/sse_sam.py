@@ -104,20 +104,23 @@ class SSESAM(ClassWise):
         tail = list(nothing)
         weights = []
         for part in parts:
-            losses = part.evaluate()
-            u, v = (x if x is not None else torch.zeros_like(losses) for x in self._cotangents(part.labels, losses))
-            torch.autograd.backward(losses, scaling(u / size), retain_graph=True)
-            head = _swap_gradients(params, tail)
-            torch.autograd.backward(losses, scaling(v / size))
-            tail = _swap_gradients(params, head)
-            weights.append((u, v))
+            with self._local():
+                losses = part.evaluate()
+                u, v = (x if x is not None else torch.zeros_like(losses) for x in self._cotangents(part.labels, losses))
+                torch.autograd.backward(losses, scaling(u / size), retain_graph=True)
+                head = _swap_gradients(params, tail)
+                torch.autograd.backward(losses, scaling(v / size))
+                tail = _swap_gradients(params, head)
+                weights.append((u, v))
+        done = nothing
         for number, grads in enumerate((None, tail)):
             if grads is not None:  # weights are perturbed for the head now, and its gradient is complete
-                self._clean = _swap_gradients(params, grads)
+                done = _swap_gradients(params, grads)
             self._climbing_for_head = number == 0
             self._climb(*scaling.signals)
-            self._clear_gradients()
+            self._put_aside(done)
             for part, weight in zip(parts, weights, strict=True):
-                torch.autograd.backward(part.evaluate(at_w=False), scaling(weight[number] / size))
+                with self._local(last=number == 1 and part is parts[-1]):
+                    torch.autograd.backward(part.evaluate(at_w=False), scaling(weight[number] / size))
         self._descend(*scaling.signals)
         return mean_loss(parts)
