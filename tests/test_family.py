@@ -435,6 +435,24 @@ def test_imb_sam_without_a_tail_is_the_base_optimizer_at_its_price():
     assert relative_error(flat(model), flat(twin)) < 1e-12
 
 
+def test_imb_sam_with_named_tail_classes():
+    results = []
+    for options in (
+        {"class_counts": COUNTS, "eta": 10},
+        {"class_counts": COUNTS, "tail_classes": [3, 2]},
+        {"tail_classes": [2, 3]},
+    ):
+        model = network()
+        drive(lf.ImbSAM(model.parameters(), SGD, rho=RHO, lr=0.1, **options), model, batches(steps=6))
+        results.append(flat(model))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    model = network()
+    opt = lf.ImbSAM(model.parameters(), SGD, rho=RHO, lr=0.1, tail_classes=[0])
+    drive(opt, model, batches(steps=2))
+    with pytest.raises(ValueError, match="targets must lie"):
+        opt.step(closure_of(model, *batches(steps=1)[0]), targets=torch.full((16,), -1))
+
+
 def test_friendly_sam_begins_anew_after_a_first_overflow():
     results = []
     for overflow in (True, False):

@@ -50,6 +50,8 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     """Which classes are tail, shape (C,), bool: those with fewer than ``eta`` samples, or those that are named.
 
+    Without ``class_counts`` the last entry stands for all classes beyond the last one that is named.
+
     Raises:
         ValueError: ``class_counts`` or ``eta`` is negative or not finite, or a tail class does not exist.
     """
@@ -57,13 +59,15 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
         raise ValueError(f"eta must be a finite number of samples >= 0, got {eta!r}")
     if class_counts is None and tail_classes is None:
         return None
-    if class_counts is None:
-        raise ValueError("class_counts must be given with tail_classes: they tell the number of classes")
-    ops.focal_weights(class_counts)  # checks the counts
-    counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
-    if tail_classes is None:
-        return counts < eta
+    classes = None
+    if class_counts is not None:
+        ops.focal_weights(class_counts)  # checks the counts
+        counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
+        if tail_classes is None:
+            return counts < eta
+        classes = len(counts)
     chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
-    if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(counts):
-        raise ValueError(f"tail_classes must lie in [0, {len(counts)}), got {tail_classes!r}")
-    return torch.zeros(len(counts), dtype=torch.bool).index_fill(0, chosen, True)
+    last = int(chosen.max()) if len(chosen) else -1
+    if len(chosen) and (int(chosen.min()) < 0 or (classes is not None and last >= classes)):
+        raise ValueError(f"tail_classes must lie in [0, {'C' if classes is None else classes}), got {tail_classes!r}")
+    return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)

@@ -26,7 +26,7 @@ class ClassWise(SharpnessAware):
     """
 
     _phases = ("first_step", "second_step", "third_step")
-    _kept = (*SharpnessAware._kept, "clean_weights", "class_weights", "_used")
+    _kept = (*SharpnessAware._kept, "clean_weights", "class_weights", "_used", "_open")
 
     clean_weights: Tensor | None = None
     """u, shape (C,), float64."""
@@ -39,9 +39,12 @@ class ClassWise(SharpnessAware):
     def _one_pass(self) -> bool:  # type: ignore[override]
         return not self._used[1]
 
-    def _weigh(self, u: Tensor, v: Tensor) -> None:
+    _open = False
+    """Whether the last entries of u and v stand for all further classes."""
+
+    def _weigh(self, u: Tensor, v: Tensor, open_ended: bool = False) -> None:
         """Sets the class weights."""
-        self.clean_weights, self.class_weights = u.double(), v.double()
+        self.clean_weights, self.class_weights, self._open = u.double(), v.double(), open_ended
         self._used = (bool(u.any()), bool(v.any()))
 
     @torch.no_grad()
@@ -92,14 +95,17 @@ class ClassWise(SharpnessAware):
         labels = super()._check_targets(targets, closures)
         for label in labels:
             rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-            ops.check_targets(label, rows, len(self.class_weights))  # type: ignore[arg-type]
+            ops.check_targets(label, rows, 2**62 if self._open else len(self.class_weights))  # type: ignore[arg-type]
         return labels
 
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        chosen = labels.to(losses.device, torch.long)  # type: ignore[union-attr]
+        if self._open:
+            chosen = chosen.clamp(max=len(self.class_weights) - 1)  # type: ignore[arg-type]
         weights = []
         for name in ("clean_weights", "class_weights"):
             table = getattr(self, name).to(losses.device)
             setattr(self, name, table)
-            weights.append(table[labels.to(losses.device, torch.long)].to(losses.dtype))  # type: ignore[union-attr]
+            weights.append(table[chosen].to(losses.dtype))
         u, v = (some if one else None for some, one in zip(weights, self._used, strict=True))
         return u, v

@@ -30,10 +30,10 @@ class ImbSAM(ClassWise):
         base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.
         rho: Radius, in units of the weights, >= 0.
         adaptive: Scale the perturbation by the weights, as ASAM does.
-        class_counts: C numbers of training samples. Without them only the phases can be used, and the losses are weighed by
-            the caller.
+        class_counts: C numbers of training samples. Without them, and without ``tail_classes``, only the phases can be used,
+            and the losses are weighed by the caller.
         eta: Classes with fewer samples than this are tail.
-        tail_classes: The tail classes, instead of ``eta``.
+        tail_classes: The tail classes, instead of ``eta``; then the counts may be left out.
         tail_weight: ``t``: 1 in the paper and in the first release, 2 in today's published script (which
             ``ltsam_fast.compat.ImbSAM`` follows).
         model: If given, running statistics of normalization layers see the unperturbed pass only.
@@ -77,4 +77,4 @@ class ImbSAM(ClassWise):
         check_factor("tail_weight", tail_weight)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
         if tail is not None:
-            self._weigh(~tail, tail * float(tail_weight))
+            self._weigh(~tail, tail * float(tail_weight), open_ended=class_counts is None)
