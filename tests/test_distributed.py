@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
@@ -24,6 +25,7 @@ WORLD, STEPS = 2, 20
 BASES = {"sgd": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}), "adamw": (AdamW, {"lr": 0.01})}
 SYNCED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "GNM", "FriendlySAM", "LookSAM", "GSAM", "WSAM")
 """Methods that with a synced ascent are those of the joined batch."""
+SHARDED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "FriendlySAM", "LookSAM", "GSAM", "WSAM")
 LOCAL = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "CCSAM", "MSAM", "SparseSAM", "ESAM", "FriendlySAM")
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -48,6 +50,32 @@ def run(name, base, rank=None, steps=STEPS, **more):
     for x, y in data:
         opt.step(closure_of(model, x, y), targets=y)
     return flat(model)
+
+
+def sharded(name, base):
+    """FSDP2: weights, gradients and state in shards; gradients of every pass are averaged."""
+    kind, options = BASES[base]
+    rank, model = dist.get_rank(), network()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    for layer in (*(one for one in model if isinstance(one, torch.nn.Linear)), model):
+        fully_shard(layer, mesh=mesh)
+    opt = make(name, model, kind, options)
+    for x, y in halves(batches(steps=STEPS), rank):
+        opt.step(closure_of(model, x, y), targets=y)
+    return flat([p.full_tensor() for p in model.parameters()])
+
+
+def refusals():
+    """What the methods say that need whole gradients."""
+    said = {}
+    model = network()
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
+    for name in ("CCSAM", "SparseSAM"):
+        try:
+            make(name, model, *BASES["sgd"])
+        except ValueError as error:
+            said[name] = str(error)
+    return said
 
 
 def in_parts(rank):
@@ -102,7 +130,9 @@ def worker(rank, folder):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
     results = {("synced", n, base): run(n, base, rank, ascent_sync=True) for n in SYNCED for base in BASES}
     results |= {("local", name): run(name, "sgd", rank, steps=6) for name in LOCAL}
+    results |= {("sharded", name, base): sharded(name, base) for name in SHARDED for base in BASES}
     results |= {("parts",): in_parts(rank), ("overflow",): overflowing(rank), ("reductions",): reductions(rank)}
+    results |= {("refusals",): refusals()}
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -120,6 +150,14 @@ def test_a_synced_ascent_is_the_joined_batch(name, base, results):
     expected = run(name, base)
     for one in results:
         assert relative_error(one["synced", name, base], expected) < 1e-9
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_are_the_joined_batch(name, base, results):
+    expected = run(name, base)
+    for one in results:
+        assert relative_error(one["sharded", name, base], expected) < 1e-9
 
 
 @pytest.mark.parametrize("name", LOCAL)
@@ -159,6 +197,11 @@ def test_a_batch_in_parts(results):
 def test_one_workers_overflow_is_everybodys(results):
     assert torch.equal(results[0]["overflow",], results[1]["overflow",])
     assert bool(results[0]["overflow",].isfinite().all())
+
+
+def test_methods_that_need_whole_gradients_refuse_shards(results):
+    said = results[0]["refusals",]
+    assert set(said) == {"CCSAM", "SparseSAM"} and all("must not be sharded" in one for one in said.values())
 
 
 def test_a_step_averages_once(results):

@@ -20,7 +20,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Batch, Closure, Scaling, mean_loss
 from ltsam_fast.optim.checks import is_number
-from ltsam_fast.optim.fused import FUSED, Update
+from ltsam_fast.optim.fused import FUSED, Update, local_of
 from ltsam_fast.table import Table
 
 
@@ -37,8 +37,8 @@ class SharpnessAware(Optimizer):
 
     Under DistributedDataParallel give it as ``model``. Workers then climb along their own gradients and only the last pass of
     a step is averaged, once, as in the SAM paper; ``ascent_sync=True`` (any method's keyword) averages the ascent gradient
-    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With the phases ``model.no_sync()`` is
-    the caller's business.
+    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With FSDP2 every pass is averaged, and
+    norms run over all shards. With the phases ``model.no_sync()`` is the caller's business.
 
     SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
     steps by itself on the restored weights.
@@ -50,6 +50,8 @@ class SharpnessAware(Optimizer):
     """Options of a group that are not the base optimizer's."""
     _buffers: tuple[str, ...] = ()
     """Names of a parameter's state that is not the base optimizer's."""
+    _takes_shards = True
+    """Whether FSDP2's parameters will do."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
@@ -86,6 +88,12 @@ class SharpnessAware(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
+        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
+        if self._sharded and not self._takes_shards:
+            raise ValueError(
+                f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single samples "
+                "or classes; use DistributedDataParallel"
+            )
 
     def _forget(self) -> None:
         """Sets up what lives within a step only."""
@@ -176,18 +184,21 @@ class SharpnessAware(Optimizer):
             params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
         if (self.ascent_sync or self._mixes) and self._distributed:
             self._average(grads)
+        shards, grads = local_of(params, self._sharded), local_of(grads, self._sharded)
         options = self._ascent(params, grads, grad_scale, found_inf)
         adaptive, eta = self._hyper("adaptive"), self._hyper("eta")
-        norm = ops.grad_norm(
-            grads,
-            params,
-            extra=options.get("means"),
-            mix=options.get("mix"),
-            adaptive=adaptive,
-            eta=eta,
-            groups=groups,
-            found_inf=found_inf,
-            table=self._table("grad_norm"),
+        norm = self._joined_norm(
+            ops.grad_norm(
+                grads,
+                shards,
+                extra=options.get("means"),
+                mix=options.get("mix"),
+                adaptive=adaptive,
+                eta=eta,
+                groups=groups,
+                found_inf=found_inf,
+                table=self._table("grad_norm"),
+            )
         )
         options = {
             "rho": self._hyper("rho"),
@@ -200,7 +211,7 @@ class SharpnessAware(Optimizer):
             if self._low_precision:
                 options.update(stochastic=True, seed=options.get("seed", 0), step=self._taken)
             ops.perturb_(
-                params,
+                shards,
                 grads,
                 None if again else backups,
                 norm,
@@ -224,6 +235,25 @@ class SharpnessAware(Optimizer):
         if last or not self._distributed:
             return contextlib.nullcontext()
         return self.model.no_sync()  # type: ignore[union-attr, operator]
+
+    def _joined_norm(self, norm: Tensor) -> Tensor:
+        """The norm over all shards of the parameters, from this worker's."""
+        return self._joined(norm.square()).sqrt() if self._sharded else norm
+
+    def _dots(self, grads: list[Tensor | None], other: list[Tensor | None], use: str = "") -> Tensor:
+        """The inner products of two gradients: g.g, h.h and g.h."""
+        pair = local_of(grads, self._sharded), local_of(other, self._sharded)
+        return self._joined(ops.grad_dots(*pair, table=self._table("grad_dots", use)))
+
+    def _joined(self, sums: Tensor) -> Tensor:
+        """Sums over all shards of the parameters, from this worker's."""
+        if self._sharded:
+            torch.distributed.all_reduce(sums, group=self._shard_group)
+        return sums
+
+    @property
+    def _shard_group(self) -> Any:
+        return self.param_groups[0]["params"][0].device_mesh.get_group()
 
     def _average(self, grads: list[Tensor | None]) -> None:
         """Averages gradients over the workers, in place; gradients that some lack must be lacking everywhere."""
@@ -275,7 +305,8 @@ class SharpnessAware(Optimizer):
         if not _same_items(params, self._backed_up) or dtypes != self._backed_up_as:
             for param in params:
                 if param not in self._backups or self._backups[param].dtype != param.dtype:
-                    self._backups[param] = torch.empty_like(param, requires_grad=False)
+                    (shard,) = local_of([param], self._sharded)
+                    self._backups[param] = torch.empty_like(shard, requires_grad=False)  # type: ignore[arg-type]
             self._backed_up, self._backed_up_in = params, [self._backups[param] for param in params]
             self._backed_up_as = dtypes
             self._low_precision = torch.bfloat16 in dtypes or torch.float16 in dtypes
@@ -288,13 +319,16 @@ class SharpnessAware(Optimizer):
         """
         with Uninterrupted():
             if self._climbed:
-                ops.restore_(self._climbed, self._climbed_from, table=self._table("restore_"))
+                self._put_back(self._climbed, self._climbed_from, self._table("restore_"))
             self._settle()
+
+    def _put_back(self, params: list[Tensor], backups: list[Tensor], table: Table | None = None) -> None:
+        ops.restore_(local_of(params, self._sharded), backups, table=table)  # type: ignore[arg-type]
 
     def _come_back(self) -> None:
         """Puts the unperturbed weights back in the middle of a step."""
         with Uninterrupted():
-            ops.restore_(self._climbed, self._climbed_from, table=self._table("restore_"))
+            self._put_back(self._climbed, self._climbed_from, self._table("restore_"))
             self._climbed, self._climbed_from = [], []
             self._thaw_statistics()
 
@@ -324,8 +358,8 @@ class SharpnessAware(Optimizer):
         """Restores the weights and takes the base optimizer's step with the present plus the kept gradients."""
         params, groups = self._parameters()
         grads = _gradients(params)
-        if found_inf is not None and self._distributed:  # one worker's overflow is everybody's
-            group = getattr(self.model, "process_group", None)
+        if found_inf is not None and (self._distributed or self._sharded):  # one worker's overflow is everybody's
+            group = self._shard_group if self._sharded else getattr(self.model, "process_group", None)
             torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
         extra = self._clean or None
         if extra and self._mixes:  # a gradient of the last pass decides whether a weight moves
@@ -334,7 +368,9 @@ class SharpnessAware(Optimizer):
             backups = self._climbed_from
             if not _same_items(params, self._climbed):
                 old = dict(zip(self._climbed, self._climbed_from, strict=True))
-                backups = [old.get(param, param) for param in params]
+                backups = [
+                    old.get(param, shard) for param, shard in zip(params, local_of(params, self._sharded), strict=True)
+                ]
             if _NONE in map(type, grads):
                 stepping = self._restore_without_gradient(params, grads, extra)
                 params, groups = [params[i] for i in stepping], [groups[i] for i in stepping]
@@ -347,8 +383,14 @@ class SharpnessAware(Optimizer):
                 extra = [None if grad is None else kept for grad, kept in pairs]
             norm = None
             if params and (self.max_grad_norm or found_inf is not None):
-                norm = ops.grad_norm(
-                    grads, extra=extra, mix=mix, found_inf=found_inf, table=self._table("grad_norm", " of the step")
+                norm = self._joined_norm(
+                    ops.grad_norm(
+                        local_of(grads, self._sharded),
+                        extra=extra and local_of(extra, self._sharded),
+                        mix=mix,
+                        found_inf=found_inf,
+                        table=self._table("grad_norm", " of the step"),
+                    )
                 )
             if type(self.base_optimizer) in FUSED:
                 self._update(
@@ -363,6 +405,7 @@ class SharpnessAware(Optimizer):
                     mix,
                     grad_scale,
                     found_inf,
+                    self._sharded,
                 )
             else:
                 self._base_step(params, groups, grads, extra, norm, mix, grad_scale, found_inf)
@@ -382,7 +425,7 @@ class SharpnessAware(Optimizer):
         stepping = [i for i, g in enumerate(grads) if g is not None or (extra is not None and extra[i] is not None)]
         moving = {params[i] for i in stepping}
         back = [i for i, param in enumerate(self._climbed) if param not in moving]
-        ops.restore_([self._climbed[i] for i in back], [self._climbed_from[i] for i in back])
+        self._put_back([self._climbed[i] for i in back], [self._climbed_from[i] for i in back])
         return stepping
 
     def _base_step(
@@ -397,7 +440,7 @@ class SharpnessAware(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         """The step of an optimizer that has no fused pass. With a scaler it waits for the device to know the overflow."""
-        ops.restore_(self._climbed, self._climbed_from, table=self._table("restore_"))
+        self._put_back(self._climbed, self._climbed_from, self._table("restore_"))
         if found_inf is not None and bool(found_inf):
             return
         beside: list[Tensor] = []
@@ -602,6 +645,7 @@ class SharpnessAware(Optimizer):
                 group.setdefault(name, value)
         self._forget()
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
 
 
 class Uninterrupted:

@@ -67,6 +67,7 @@ class CCSAM(SharpnessAware):
     >>> loss = opt.step(closure, targets=y)
     """
 
+    _takes_shards = False
     _kept = (*SharpnessAware._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
 
     def __init__(

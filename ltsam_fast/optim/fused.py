@@ -87,6 +87,11 @@ FUSED: dict[type, tuple[str, Callable[..., Any], Callable[..., dict[str, Any]]]]
 """Base optimizers that have a pass of their own. Subclasses may compute something else: they step by themselves."""
 
 
+def local_of(tensors: list[Any], sharded: bool) -> list[Any]:
+    """This worker's shards of FSDP2's tensors; other tensors are themselves."""
+    return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if sharded else tensors
+
+
 class Update:
     """Restore, sum and update, with the table that the pass uses again and again."""
 
@@ -106,16 +111,20 @@ class Update:
         mix: Tensor | None,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        sharded: bool,
     ) -> None:
         """Steps ``params`` of groups ``group_of`` from ``backups`` with ``grads + extra``."""
         name, op, arguments = FUSED[type(base)]
         if self._table is None or self._table.op.name != name:
             self._table = Table(ops.OPS[name])
+        state = arguments(base.param_groups, group_of, params, [base.state[param] for param in params])
+        if sharded:
+            state = {key: local_of(value, True) if isinstance(value, list) else value for key, value in state.items()}
         op(
-            params,
-            grads,
+            local_of(params, sharded),
+            local_of(grads, sharded),  # type: ignore[arg-type]
             backups=backups,
-            extra=extra,
+            extra=extra and local_of(extra, sharded),  # type: ignore[arg-type]
             max_norm=max_norm if norm is not None else 0.0,
             norm=norm,
             mix=mix,
@@ -123,5 +132,5 @@ class Update:
             grad_scale=grad_scale,
             found_inf=found_inf,
             table=self._table,
-            **arguments(base.param_groups, group_of, params, [base.state[param] for param in params]),
+            **state,
         )

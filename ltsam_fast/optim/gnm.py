@@ -12,6 +12,7 @@ from ltsam_fast import ops
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.checks import check_count, check_factor, check_seed
+from ltsam_fast.optim.fused import local_of
 
 
 class GNM(SharpnessAware):
@@ -101,9 +102,13 @@ class GNM(SharpnessAware):
         factor = self.dis_mul * 0.5 ** self._halvings(epoch)
         amplitude = tuple(rho * factor for rho in self._hyper("rho"))
 
+        # Shards of a tensor have its number, and must not have the same noise.
+        seed = self.seed if not self._sharded else (self.seed + (torch.distributed.get_rank() << 32)) % 2**53
+
         def perturb(backups: list[Tensor]) -> None:
             ops.gaussian_perturb_(
-                params, backups, amplitude=amplitude, clip=self.clip, seed=self.seed, step=self._taken, groups=groups,
+                local_of(params, self._sharded), backups, amplitude=amplitude, clip=self.clip, seed=seed,
+                step=self._taken, groups=groups,
                 table=self._table("gaussian_perturb_"),
             )  # fmt: skip
 

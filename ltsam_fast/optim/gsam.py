@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast import ops
 from ltsam_fast.optim.checks import check_factor
 from ltsam_fast.optim.sam import TwoGradients
 
@@ -94,7 +93,7 @@ class GSAM(TwoGradients):
         return tuple(radii)
 
     def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor:
-        square, _, dot = ops.grad_dots(grads, kept, table=self._table("grad_dots"))
+        square, _, dot = self._dots(grads, kept)
         along = torch.where(square > 0, self.alpha * dot / square, torch.zeros_like(dot))
         nothing = torch.zeros_like(along)
         return torch.stack([1 + along, nothing - self.alpha, nothing, nothing])

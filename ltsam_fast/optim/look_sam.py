@@ -11,6 +11,7 @@ from torch import Tensor
 from ltsam_fast import ops
 from ltsam_fast.optim.base import SharpnessAware, _gradients
 from ltsam_fast.optim.checks import check_count, check_factor
+from ltsam_fast.optim.fused import local_of
 
 
 class LookSAM(SharpnessAware):
@@ -110,16 +111,17 @@ class LookSAM(SharpnessAware):
             if "grad_v" not in state:
                 state["grad_v"] = torch.zeros_like(params[i], requires_grad=False)
         sharp, clean = [sharp[i] for i in chosen], [clean[i] for i in chosen]
-        _, square, dot = ops.grad_dots(sharp, clean, table=self._table("grad_dots"))
+        _, square, dot = self._dots(sharp, clean)
         along = torch.where(square > 0, dot / square, torch.zeros_like(dot))
         mix = torch.stack([torch.ones_like(along), -along, torch.zeros_like(along), torch.zeros_like(along)])
         ops.combine_(
-            [self.state[params[i]]["grad_v"] for i in chosen], sharp, clean, mix, found_inf=found_inf,
+            local_of([self.state[params[i]]["grad_v"] for i in chosen], self._sharded), local_of(sharp, self._sharded),
+            local_of(clean, self._sharded), mix, found_inf=found_inf,
             table=self._table("combine_"),
         )  # fmt: skip
 
     def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor:
-        square, square_v, _ = ops.grad_dots(grads, kept, table=self._table("grad_dots", " of the step"))
+        square, square_v, _ = self._dots(grads, kept, " of the step")
         reused = torch.where(square_v > 0, self.alpha * (square / square_v).sqrt(), torch.zeros_like(square))
         nothing = torch.zeros_like(reused)
         return torch.stack([nothing + 1, reused, nothing, nothing])

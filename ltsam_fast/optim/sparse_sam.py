@@ -65,6 +65,7 @@ class SparseSAM(SAM):
     """
 
     _buffers = ("frozen",)
+    _takes_shards = False
     _kept = (
         *SAM._kept, "sparsity", "mask", "refresh_every", "drop_rate", "total_steps", "num_samples", "seed",
     )  # fmt: skip
