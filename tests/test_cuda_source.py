@@ -34,6 +34,7 @@ CXX = shutil.which("g++") or shutil.which("c++")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [0, 1, 7, 4095, 4097, 0, 16384, 16385, 100003, 0]
 MIXED = (F32, BF16, F16, F32, F16, BF16, F32)
+SPLIT = (F32, F64, BF16, F64, F16)  # the fp64 ones make a part of their own, where numbers have gaps
 NOISE = torch.randn(2**20, generator=torch.Generator().manual_seed(0), dtype=F64)
 
 
@@ -242,8 +243,15 @@ MAPS = {
 
 @pytest.mark.parametrize(
     ("dtypes", "offsets"),
-    [((F32,), (0,)), ((F32,), (0, 1, 2)), ((BF16,), (0, 4, 1)), (MIXED, (0, 0, 0, 2)), ((F64, F64, F16), (0, 0, 1))],
-    ids=["fp32", "fp32-views", "bf16", "mixed", "fp64"],
+    [
+        ((F32,), (0,)),
+        ((F32,), (0, 1, 2)),
+        ((BF16,), (0, 4, 1)),
+        (MIXED, (0, 0, 0, 2)),
+        ((F64, F64, F16), (0, 0, 1)),
+        (SPLIT, (0, 1)),
+    ],
+    ids=["fp32", "fp32-views", "bf16", "mixed", "fp64", "two parts"],
 )
 @pytest.mark.parametrize("build", MAPS.values(), ids=MAPS)
 def test_maps_match_the_cpu_core(on, core, cpu, build, dtypes, offsets):
@@ -255,7 +263,7 @@ def holes(build):
 
     def with_holes(lists):
         op, (w, g, *rest), keywords = build(lists)
-        for name in ("extra", "momentum_buffers", "max_exp_avg_sqs", "steps"):
+        for name in ("extra", "means", "frozen", "momentum_buffers", "max_exp_avg_sqs", "steps"):
             if name in keywords and not (name == "momentum_buffers" and keywords["momentum"]):
                 keywords[name] = [None if i % 2 else tensor for i, tensor in enumerate(keywords[name])]
         return op, (w, [None if i % 3 == 1 else tensor for i, tensor in enumerate(g)], *rest), keywords
@@ -263,7 +271,7 @@ def holes(build):
     return with_holes
 
 
-@pytest.mark.parametrize("name", ["perturb", "sgd all", "adam all"])
+@pytest.mark.parametrize("name", ["perturb", "perturb all", "perturb random all", "combine", "sgd all", "adam all"])
 def test_absent_tensors_read_as_zeros(on, core, cpu, name):
     assert_same_bits([on(cpu), on(core.module)], holes(MAPS[name]), SIZES, MIXED)
 
@@ -313,11 +321,13 @@ def grouped(build, count, **varied):
         (restore, (1, 4)),
         (grouped(MAPS["perturb"], 16, rho=0.01), (1, 7)),
         (grouped(MAPS["perturb"], 23, rho=0.01), (35, 35)),  # the groups take turns: a launch ends at the 17th tensor
+        (grouped(MAPS["perturb random all"], 3, chance=0.3), (2, 10)),
         (grouped(gaussian, 2, amplitude=0.1), (1, 6)),  # numbers count on from launch to launch
+        (by_class, (1, 5)),
         (grouped(MAPS["sgd all"], 3, lr=0.1), (2, 11)),
         (grouped(MAPS["adam all"], 3, lr=1e-3), (2, 14)),
     ],
-    ids=["restore", "perturb", "perturb 23 groups", "gaussian", "sgd", "adam"],
+    ids=["restore", "perturb", "perturb 23 groups", "perturb random", "gaussian", "by class", "sgd", "adam"],
 )
 def test_tables_beyond_one_launch(on, core, narrow_core, cpu, build, expected):
     core.launches(), narrow_core.launches()
@@ -372,6 +382,20 @@ def test_inner_products_are_right_and_repeatable(on, core, narrow_core, dtypes):
     exact = dtypes == (F64,)
     torch.testing.assert_close(dots[0].double(), right, rtol=1e-12 if exact else 3e-7, atol=1e-9 if exact else 1e-3)
     assert all(torch.equal(bits(other), bits(dots[0])) for other in dots)
+
+
+def test_inner_products_beyond_one_launch(on, core, narrow_core):
+    _, g, extra = norm_inputs(TINY)
+    extra[1::3] = [None] * len(extra[1::3])
+    right = reference.grad_dots(g, extra)
+    core.launches(), narrow_core.launches()
+    for module, launches in ((core, 1), (narrow_core, 4)):
+        table = Table(ops.OPS["grad_dots"])
+        for _ in range(2):
+            dots = on(module.module)("grad_dots", g, extra, table=table)
+            torch.testing.assert_close(dots, right, rtol=1e-6, atol=1e-4)
+            assert not table.parts[0]._scratch[0], "the ticket must be back at zero"
+            assert module.launches() == launches
 
 
 def test_norm_of_nothing(on, core):

@@ -612,7 +612,7 @@ struct Packer {
     for (int r = 0; r < F::kRoles; ++r) {
       if (const int column = slice.columns >> (4 * r) & 15)
         words[column].address = reinterpret_cast<char*>(pointers[r]);
-      if (r != F::step) dtypes |= uint32_t(table.dtypes[tensor * F::kRoles + r]) << (2 * r);
+      if (r != F::step && !(F::bitmaps & bit(r))) dtypes |= uint32_t(table.dtypes[tensor * F::kRoles + r]) << (2 * r);
     }
     if (F::keyed) words[slice.stride - 1].number = table.numbers[tensor];
     const int64_t items = ((numel - 1) >> slice.shift) + 1;  // 0 of 0 elements
