@@ -376,7 +376,7 @@ class SharpnessAware(Optimizer):
                 params, groups = [params[i] for i in stepping], [groups[i] for i in stepping]
                 grads, backups = [grads[i] for i in stepping], [backups[i] for i in stepping]
                 extra = [extra[i] for i in stepping] if extra else None
-            mix = self._mix(grads, extra, found_inf) if extra else None
+            mix = self._mix(grads, extra) if extra else None
             if extra and _NONE in map(type, grads):  # kept gradients that stand alone count in the norm too
                 pairs = list(zip(grads, extra, strict=True))
                 grads = [kept if grad is None else grad for grad, kept in pairs]
@@ -414,7 +414,7 @@ class SharpnessAware(Optimizer):
             self._settle()
         self._opt_called = True  # what torch's learning rate schedulers look for
 
-    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor | None:
+    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor | None:
         """How the last pass's gradients and the kept ones become the step: four numbers as in ops.sgd_step_, or their sum."""
         return None
 

@@ -13,6 +13,7 @@ from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.checks import check_count, check_factor, check_seed
 from ltsam_fast.optim.fused import local_of
+from ltsam_fast.optim.sam import SAM
 
 
 class GNM(SharpnessAware):
@@ -129,19 +130,7 @@ class GNM(SharpnessAware):
         if zero_grad:
             self._clear_gradients()
 
-    @torch.no_grad()
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Goes back to w and takes the base optimizer's step with the present gradients.
-
-        Args:
-            zero_grad: Also clear the gradients.
-
-        Raises:
-            ValueError: It is not this phase's turn.
-        """
-        self._run("second_step", self._descend)
-        if zero_grad:
-            self._clear_gradients()
+    second_step = SAM.second_step
 
     def _freeze_statistics(self) -> None:
         """The pass at noisy weights is the only one."""

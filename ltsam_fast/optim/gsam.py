@@ -92,7 +92,7 @@ class GSAM(TwoGradients):
             radii.append(max(0.0, self.rho_min + (self.rho_max - self.rho_min) * share))
         return tuple(radii)
 
-    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor:
+    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor:
         square, _, dot = self._dots(grads, kept)
         along = torch.where(square > 0, self.alpha * dot / square, torch.zeros_like(dot))
         nothing = torch.zeros_like(along)

@@ -120,7 +120,7 @@ class LookSAM(SharpnessAware):
             table=self._table("combine_"),
         )  # fmt: skip
 
-    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor:
+    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor:
         square, square_v, _ = self._dots(grads, kept, " of the step")
         reused = torch.where(square_v > 0, self.alpha * (square / square_v).sqrt(), torch.zeros_like(square))
         nothing = torch.zeros_like(reused)

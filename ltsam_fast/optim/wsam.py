@@ -69,6 +69,6 @@ class WSAM(TwoGradients):
         self.gamma, self.decouple = gamma, decouple
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
-    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None], found_inf: Tensor | None) -> Tensor:
+    def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor:
         a = self.gamma / (1 - self.gamma)
         return self._constant((0.0, 1.0, a, -a) if self.decouple else (a, 1 - a, 0.0, 0.0))
