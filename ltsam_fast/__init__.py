@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ltsam_fast.backend import backends, use_backend
+from ltsam_fast.graph import graph_step
 from ltsam_fast.optim import (
     CCSAM,
     ESAM,
@@ -44,6 +45,7 @@ __all__ = [
     "backends",
     "compat",
     "data",
+    "graph_step",
     "ops",
     "reference",
     "use_backend",

@@ -17,6 +17,7 @@ one pass. All are defined by their twin of the same name in :mod:`ltsam_fast.ref
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Sequence
 from numbers import Real
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from ltsam_fast import reference
 from ltsam_fast.backend import backend_for
+from ltsam_fast.live import recording
 from ltsam_fast.table import DTYPES, Op, Part, Role, Table
 
 if TYPE_CHECKING:
@@ -128,6 +130,8 @@ _KEPT = 64
 def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
     """Hyperparameters as the matrix (groups, columns) that native code takes, checked. They seldom change: kept by value."""
     columns = [tuple(value) if isinstance(value := values[name], list) else value for name in op.hyper]
+    if trace := recording():
+        return trace.watch(columns, functools.partial(_checked_rows, op))
     try:
         rows = _ROWS.get((op.name, *columns))
     except TypeError:  # what has no hash is no number either, which the checks will say
@@ -201,8 +205,11 @@ def _launch(
     addresses = [0] * 4
     for name, value in seen.items():
         addresses[_SLOTS[name]] = value.data_ptr()
+    trace = recording()
     with torch.cuda.device(part.device) if part.device.type == "cuda" else _HERE:
-        getattr(backend, op.name)(part, hyper, tuple(addresses), part.where())
+        getattr(backend, op.name)(
+            part, trace.on(part.device, hyper) if trace else hyper, tuple(addresses), part.where()
+        )
     return seen
 
 
@@ -785,7 +792,7 @@ def adam_step_(
 
 def _check_momentum_buffers(buffers: Tensors | None, momentum: Hyper, groups: Sequence[int] | None) -> None:
     gaps = None if buffers is None else [i for i, buffer in enumerate(buffers) if buffer is None]
-    if gaps == [] or not np.any(momentum):
+    if gaps == [] or not _any(momentum):
         return
     if gaps is None:
         raise ValueError(f"momentum_buffers must be given with momentum {momentum}: one tensor of zeros per weight")
@@ -797,8 +804,12 @@ def _check_momentum_buffers(buffers: Tensors | None, momentum: Hyper, groups: Se
             raise ValueError(f"momentum_buffers[{i}] is None, but its momentum is {value}: give a tensor of zeros")
 
 
+def _any(value: Hyper) -> bool:
+    return any(value) if isinstance(value, Sequence) else bool(value)
+
+
 def _check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
-    if norm is None and np.any(max_norm):
+    if norm is None and _any(max_norm):
         raise ValueError(f"norm must be given with max_norm {max_norm}: the gradient's, from grad_norm()")
 
 

@@ -52,6 +52,8 @@ class SharpnessAware(Optimizer):
     """Names of a parameter's state that is not the base optimizer's."""
     _takes_shards = True
     """Whether FSDP2's parameters will do."""
+    _uncapturable = ""
+    """Why a CUDA graph cannot hold the step, if so."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
@@ -294,7 +296,7 @@ class SharpnessAware(Optimizer):
     @property
     def _taken(self) -> int:
         """Steps taken so far."""
-        return int(self.param_groups[0]["taken"])
+        return self.param_groups[0]["taken"]  # type: ignore[no-any-return]
 
     def _hyper(self, name: str) -> Any:
         return tuple(group[name] for group in self.param_groups)

@@ -16,6 +16,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
+def number(value: Any) -> float:
+    """An option's value, which may be a tensor, as a number; live numbers stay live."""
+    return value if isinstance(value, float) else float(value)
+
+
 def check_factor(name: str, value: Any, below: float = math.inf) -> None:
     """Raises ValueError unless ``value`` is a number in [0, below)."""
     if not is_number(value) or not 0 <= value < below:

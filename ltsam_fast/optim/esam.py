@@ -89,7 +89,7 @@ class ESAM(SharpnessAware):
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         params, groups = super()._parameters(ascent)
         if ascent and self.granularity == "tensor":
-            generator = torch.Generator().manual_seed(self.seed + 0x9E3779B9 * self._taken)
+            generator = torch.Generator().manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
             drawn = (torch.rand(len(params), generator=generator) < self.beta).tolist()
             params = [param for param, one in zip(params, drawn, strict=True) if one]
             groups = [group for group, one in zip(groups, drawn, strict=True) if one]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.optim.checks import number
 from ltsam_fast.table import Table
 
 Tensors = Sequence[Tensor | None]
@@ -35,7 +36,7 @@ def _step_count(state: dict[str, Any], param: Tensor) -> Tensor:
 
 def _options(groups: list[dict[str, Any]], *names: str) -> dict[str, tuple[float, ...]]:
     """Hyperparameters, one value a group."""
-    return {name: tuple(float(group[name]) for group in groups) for name in names}
+    return {name: tuple(number(group[name]) for group in groups) for name in names}
 
 
 def _sgd(groups: list[dict[str, Any]], group_of: list[int], params: list[Tensor], states: list[Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _adam(groups: list[dict[str, Any]], group_of: list[int], params: list[Tensor
         amsgrad = [bool(groups[group]["amsgrad"]) for group in group_of]
         state["max_exp_avg_sqs"] = _buffers("max_exp_avg_sq", states, params, amsgrad)
     for i in (0, 1):
-        state[f"beta{i + 1}"] = tuple(float(group["betas"][i]) for group in groups)
+        state[f"beta{i + 1}"] = tuple(number(group["betas"][i]) for group in groups)
     state["decoupled"] = tuple(float(group.get("decoupled_weight_decay", False)) for group in groups)
     return state | _options(groups, "lr", "eps", "weight_decay", "maximize")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.checks import check_factor
+from ltsam_fast.optim.checks import check_factor, number
 from ltsam_fast.optim.sam import TwoGradients
 
 
@@ -86,9 +86,10 @@ class GSAM(TwoGradients):
             return super()._hyper(name)
         radii = []
         for group in self.param_groups:
-            lr_max = group.setdefault("lr_max", float(group["lr"]))  # of a group that was added later
-            reach = lr_max - self.lr_min
-            share = (float(group["lr"]) - self.lr_min) / reach if reach else 1.0
+            if "lr_max" not in group:  # it was added later
+                group["lr_max"] = float(group["lr"])
+            reach = group["lr_max"] - self.lr_min
+            share = (number(group["lr"]) - self.lr_min) / reach if reach else 1.0
             radii.append(max(0.0, self.rho_min + (self.rho_max - self.rho_min) * share))
         return tuple(radii)
 

@@ -126,7 +126,8 @@ class SparseSAM(SAM):
     def _keep(self, moving: Tensor) -> None:
         params = self._candidates()
         for param, bits in zip(params, masks.to_bits(moving, [p.numel() for p in params]), strict=True):
-            self.state[param]["frozen"] = bits
+            # In place, where CUDA graphs look for them.
+            self.state[param].setdefault("frozen", bits).copy_(bits)
 
     def _mask_now(self) -> Tensor:
         """True for the coordinates that climb, shape (N,)."""
@@ -136,7 +137,7 @@ class SparseSAM(SAM):
     def _set_dynamic_mask(self) -> None:
         params = self._candidates()
         device = params[0].device
-        generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * self._taken)
+        generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
         chance = torch.rand(sum(p.numel() for p in params), generator=generator, device=device)
         count = self._count(chance)
         if any("frozen" not in self.state[param] for param in params):

@@ -1,0 +1,384 @@
+"""Captured steps against ordinary ones. Without a GPU a tape stands in for CUDA's graphs: it replays what it recorded."""
+
+import contextlib
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import ltsam_fast as lf
+from ltsam_fast import backend, graph, live, ops
+
+COUNTS = [40, 20, 5]
+METHODS = {
+    "SAM": {},
+    "FocalSAM": {"class_counts": COUNTS},
+    "ImbSAM": {"class_counts": COUNTS, "eta": 30},
+    "SSESAM": {"class_counts": COUNTS, "eta": 30, "switch_step": 6},
+    "GNM": {"decay_every": 3},
+    "FriendlySAM": {},
+    "MSAM": {"m": 3},
+    "SparseSAM": {"mask": "dynamic", "refresh_every": 4},
+    "ESAM": {},
+    "LookSAM": {"k": 3},
+    "GSAM": {"rho_min": 0.01, "rho_max": 0.1},
+    "WSAM": {},
+}
+BASES = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "dampening": 0.1}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every torch operation, and keeps its results where they are."""
+
+    def __init__(self, tape):
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Labels on the CPU are looked at, those on a GPU are not.
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            raise RuntimeError("operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        self.tape.append((func, args, kwargs or {}, result))
+        return result
+
+
+class Tape:
+    """CUDA's graphs on the CPU: what is captured runs only when it is replayed, on the same memory."""
+
+    device_type = "cpu"
+    captures = 0
+    state = staticmethod(list)  # what capturing must leave as it is; set by the test
+
+    def __init__(self, device):
+        self.aside = contextlib.nullcontext
+
+    def capture(self, work):
+        tape = []
+        Tape.captures += 1
+        before = [(tensor, tensor.detach().clone()) for tensor in self.state()]
+        core = backend.backend_for(torch.device("cpu"))
+        originals = {name: getattr(core, name) for name in ops.OPS}
+
+        def native(name, part, hyper, signals, where):
+            part = copy.copy(part)
+            part.pointers = part.pointers.copy()
+            tape.append((originals[name], (part, hyper, signals, where), {}, None))
+            originals[name](part, hyper, signals, where)
+
+        try:
+            for name in originals:
+                setattr(core, name, functools.partial(native, name))
+            with Recorder(tape):
+                result = work()
+        finally:
+            for name, original in originals.items():
+                setattr(core, name, original)
+            with torch.no_grad():
+                for tensor, old in before:
+                    tensor.copy_(old)
+        return functools.partial(self.replay, tape), result
+
+    @staticmethod
+    @torch.no_grad()
+    def replay(tape):
+        for func, args, kwargs, kept in tape:
+            result = func(*args, **kwargs)
+            if "empty" in str(func):
+                continue
+            for old, new in zip(tree_leaves(kept), tree_leaves(result), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def tape(monkeypatch):
+    """Lets steps on the CPU be captured."""
+    if backend.why_not("cpu"):
+        pytest.skip("the tape needs the C++ core")
+    monkeypatch.setattr(graph, "Machine", Tape)
+    monkeypatch.setattr(Tape, "captures", 0)
+
+    def watch(model, optimizer, scaler=None):
+        def state():
+            found = [*model.parameters(), *model.buffers()]
+            found += [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
+            return found + ([scaler._scale, scaler._growth_tracker] if scaler and scaler._scale is not None else [])
+
+        monkeypatch.setattr(Tape, "state", staticmethod(state))
+
+    return watch
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+    return torch.nn.Sequential(*layers)
+
+
+def batches(count, sizes=(9,)):
+    generator = torch.Generator().manual_seed(1)
+    for i in range(count):
+        size = sizes[i % len(sizes)]
+        yield torch.randn(size, 4, generator=generator), torch.randint(0, 3, (size,), generator=generator)
+
+
+losses_of = functools.partial(F.cross_entropy, reduction="none")
+
+
+def train(method, base, watch=None, steps=14, sizes=(9,), scaler=None, schedule=None, spoil=(), **more):
+    """Losses and final state of a short run; with ``watch``, captured."""
+    model = network()
+    cls, options = BASES[base]
+    groups = [
+        {"params": model[0].parameters(), "rho": 0.02},
+        {"params": [*model[1].parameters(), *model[3].parameters()]},
+    ]
+    optimizer = getattr(lf, method)(groups, cls, rho=0.05, model=model, **METHODS[method], **options, **more)
+    scheduler = schedule(optimizer) if schedule else None
+    if watch:
+        watch(model, optimizer, scaler)
+        step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), scaler=scaler)
+    seen = []
+    for i, (x, y) in enumerate(batches(steps, sizes)):
+        if i in spoil:
+            x = x * torch.inf
+        if watch:
+            seen.append(step(x, y))
+        else:
+            closure = lambda index=slice(None): losses_of(model(x[index]), y[index])  # noqa: B023, E731
+            seen.append(optimizer.step(closure, targets=y, scaler=scaler))
+            if scaler:
+                scaler.update()
+        if scheduler:
+            scheduler.step()
+    return torch.stack(seen), model.state_dict(), optimizer.state_dict()
+
+
+def assert_same(one, other):
+    for mine, its in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, its, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert mine == its and type(mine) is type(its)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_replays_are_the_steps_themselves(method, base, tape):
+    assert_same(train(method, base, tape), train(method, base))
+    assert Tape.captures > 0
+
+
+@pytest.mark.parametrize("method", ["FocalSAM", "GSAM", "GNM", "LookSAM"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 14),
+        lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=15),
+        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda i: float(i < 9)),
+    ],
+    ids=["cosine", "one cycle", "to zero"],
+)
+def test_schedules_reach_the_graph(method, schedule, tape):
+    assert_same(train(method, "sgd", tape, schedule=schedule), train(method, "sgd", schedule=schedule))
+    assert 1 <= Tape.captures <= 4
+
+
+def test_adam_with_changing_betas(tape):
+    schedule = lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=15)  # noqa: E731
+    assert_same(train("SAM", "adamw", tape, schedule=schedule), train("SAM", "adamw", schedule=schedule))
+    assert Tape.captures == 1
+
+
+def test_each_batch_size_has_its_graph(tape):
+    assert_same(train("FocalSAM", "sgd", tape, 16, (9, 5)), train("FocalSAM", "sgd", None, 16, (9, 5)))
+    assert Tape.captures == 2
+
+
+def test_clipping(tape):
+    assert_same(train("SAM", "sgd", tape, max_grad_norm=0.1), train("SAM", "sgd", max_grad_norm=0.1))
+
+
+@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "GNM"])
+def test_overflows_skip_the_step(method, tape):
+    def scaler():
+        return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+
+    one = train(method, "adamw", tape, scaler=scaler(), spoil=(1, 7, 8))
+    assert_same(one, train(method, "adamw", scaler=scaler(), spoil=(1, 7, 8)))
+    assert {float(state["step"]) for state in one[2]["state"].values()} == {11.0}
+
+
+def test_options_changed_by_hand(tape):
+    def run(captured):
+        model = network()
+        optimizer = lf.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        if captured:
+            tape(model, optimizer)
+            step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
+        for i, (x, y) in enumerate(batches(20)):
+            group = optimizer.param_groups[0]
+            if i == 5:
+                group["rho"] = 0.2
+            if i == 8:
+                group["weight_decay"] = 0.01
+            if i == 11:
+                group["momentum"] = 0.0
+            if i == 14:
+                group["nesterov"], group["momentum"] = True, 0.5
+            if i == 16:
+                model[0].bias.requires_grad_(False)
+            if i == 18:
+                model.eval()
+            if captured:
+                step(x, y)
+            else:
+                optimizer.step(lambda: losses_of(model(x), y))  # noqa: B023
+        return model.state_dict()
+
+    assert_same(run(True), run(False))
+
+
+def test_a_loaded_checkpoint_starts_over(tape):
+    model = network()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    tape(model, optimizer)
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
+    for x, y in batches(5):
+        step(x, y)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    first = [step(x, y) for x, y in batches(5)]
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    assert_same([step(x, y) for x, y in batches(5)], first)
+    assert Tape.captures == 2
+
+
+def test_hooks_fire_once_a_step_and_are_not_captured(tape):
+    model = network()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    tape(model, optimizer)
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
+    before, after = [], []
+    optimizer.register_step_pre_hook(lambda *_: before.append(model[0].weight.sum().item()))
+    optimizer.register_step_post_hook(lambda *_: after.append(model[0].weight.sum().item()))
+    for x, y in batches(6):
+        step(x, y)
+    assert len(before) == len(after) == 6 and before[1:] == after[:-1] and len(set(after)) == 6
+
+
+def test_what_cannot_be_captured_leaves_the_weights(tape):
+    model = network()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    tape(model, optimizer)
+
+    def waits(outputs, targets):
+        if outputs.sum().item() > 1e9:
+            raise AssertionError
+        return losses_of(outputs, targets)
+
+    step = lf.graph_step(model, waits, optimizer, next(batches(1)), warmup=1)
+    (x, y), (x2, y2) = batches(2)
+    step(x, y)
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="SAM's step .* cannot be captured .* not permitted"):
+        step(x2, y2)
+    assert_same(model.state_dict(), weights)
+    assert optimizer.state_dict()["param_groups"][0]["taken"] == 1
+    optimizer.step(lambda: losses_of(model(x2), y2))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=1.0)}, TypeError, "optimizer .* got SGD"),
+        ({"optimizer": lambda m: lf.SAM(m.parameters(), torch.optim.RMSprop)}, ValueError, "got RMSprop"),
+        (
+            {"optimizer": lambda m: lf.CCSAM(m.parameters(), torch.optim.SGD, class_counts=COUNTS)},
+            ValueError,
+            "CCSAM: it looks up the classes",
+        ),
+        (
+            {"optimizer": lambda m: lf.SAM(m.parameters(), torch.optim.SGD, lr=torch.tensor(0.1))},
+            ValueError,
+            "numbers as options",
+        ),
+        ({"warmup": 0}, ValueError, "warmup .* got 0"),
+        ({"example_batch": (torch.zeros(2, 4),)}, ValueError, "inputs and targets"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_refusals(change, error, words, tape):
+    model = network()
+    make = change.pop("optimizer", lambda m: lf.SAM(m.parameters(), torch.optim.SGD))
+    example = change.pop("example_batch", next(batches(1)))
+    with pytest.raises(error, match=words):
+        lf.graph_step(model, losses_of, make(model), example, **change)
+
+
+def test_needs_a_gpu_and_a_fused_backend(tape, monkeypatch):
+    model = network()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD)
+    with lf.use_backend("torch"), pytest.raises(ValueError, match="backend must be a fused one"):
+        lf.graph_step(model, losses_of, optimizer, next(batches(1)))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"model must be on one CUDA device, got \['cpu'\]"):
+        lf.graph_step(model, losses_of, optimizer, next(batches(1)))
+
+
+def test_batches_of_another_kind_are_refused(tape):
+    model = network()
+    step = lf.graph_step(model, losses_of, lf.SAM(model.parameters(), torch.optim.SGD), next(batches(1)))
+    with pytest.raises(ValueError, match="dimensions and dtypes of example_batch"):
+        step(torch.zeros(9, 4, dtype=torch.float64), torch.zeros(9, dtype=torch.long))
+
+
+def test_live_numbers_follow_and_guard():
+    group = {"lr": 0.5, "taken": 3, "betas": (0.9, 0.99), "nesterov": True, "params": []}
+    trace = live.Trace()
+    with live.live_options([group], trace):
+        half, sum_, later = group["lr"] / 2, 1 - group["betas"][1] + group["lr"], max(0.0, group["lr"] - 1)
+        climbs = group["taken"] % 3 == 0
+        group["taken"] += 1
+        assert type(group["nesterov"]) is bool
+    assert group == {"lr": 0.5, "taken": 4, "betas": (0.9, 0.99), "nesterov": True, "params": []}
+    assert type(group["taken"]) is int and type(group["lr"]) is float and climbs is True
+    assert not trace.holds()  # 4 % 3 is not 0
+    group.update(lr=0.25, taken=6, betas=(0.9, 0.5))
+    assert trace.holds()
+    assert half.read() == 0.125 and sum_.read() == 0.75 and later == 0.0
+    group["lr"] = 2.0
+    assert not trace.holds()  # the maximum is the other number now
+    assert type(copy.deepcopy(half)) is float
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method):
+    def run(captured):
+        model = network().cuda()
+        optimizer = getattr(lf, method)(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, **METHODS[method])
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 14)
+        step = lf.graph_step(model, losses_of, optimizer, next(batches(1))) if captured else None
+        seen = []
+        for x, y in batches(14):
+            x, y = x.cuda(), y.cuda()
+            if step:
+                torch.cuda.set_sync_debug_mode("error" if len(seen) > 4 else "default")
+                seen.append(step(x, y))
+                torch.cuda.set_sync_debug_mode("default")
+            else:
+                closure = lambda index=slice(None): losses_of(model(x[index]), y[index])  # noqa: B023, E731
+                seen.append(optimizer.step(closure, targets=y))
+            scheduler.step()
+        return torch.stack(seen).cpu(), {name: value.cpu() for name, value in model.state_dict().items()}
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
