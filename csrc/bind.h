@@ -49,6 +49,22 @@ inline Signals signals_from(const py::tuple& addresses) {
   return {address(0), static_cast<const float*>(address(1)), static_cast<float*>(address(2)), address(3)};
 }
 
+/// Rows of hyperparameters: a NumPy array, or a contiguous float64 tensor on the device.
+struct BoundHyper {
+  Array<double> rows;
+  Hyper hyper{nullptr, 0};
+
+  explicit BoundHyper(const py::object& given) {
+    if (py::isinstance<py::array>(given)) {
+      rows = Array<double>(given);
+      hyper = {rows.data(), rows.ndim() == 2 ? rows.shape(1) : 0};
+    } else {
+      hyper.columns = given.attr("shape")[py::int_(1)].cast<int64_t>();
+      hyper.live = reinterpret_cast<const double*>(given.attr("data_ptr")().cast<intptr_t>());
+    }
+  }
+};
+
 template <class F>
 py::tuple names(const char* const* first, size_t count) {
   py::list list;
@@ -61,12 +77,12 @@ py::tuple names(const char* const* first, size_t count) {
 template <template <class> class F, class Run>
 void bind_op(py::module_& m, py::dict& signatures, const Run& run) {
   const char* name = F<float>::name;
-  m.def(name, [run](const py::object& part, const Array<double>& hyper, const py::tuple& signals, intptr_t where) {
+  m.def(name, [run](const py::object& part, const py::object& hyper, const py::tuple& signals, intptr_t where) {
     BoundTable bound(F<float>::name, part, F<float>::kRoles);
-    const Hyper rows{hyper.data(), hyper.ndim() == 2 ? hyper.shape(1) : 0};
+    const BoundHyper rows(hyper);
     const Signals addresses = signals_from(signals);
     py::gil_scoped_release release;
-    run(bound.table, rows, addresses, where);
+    run(bound.table, rows.hyper, addresses, where);
   });
   // sizeof, for nvcc's front end does not know the bound of a template's array well enough for std::size.
   constexpr size_t roles = sizeof(F<float>::roles) / sizeof(char*), hyper = sizeof(F<float>::hyper) / sizeof(char*);

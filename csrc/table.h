@@ -23,8 +23,10 @@ struct Table {
 
 /// Hyperparameters of a pass, one row a parameter group.
 struct Hyper {
-  const double* rows;
+  const double* rows;  ///< on the host, read by the call
   int64_t columns;
+  const double* live =
+      nullptr;  ///< or on the device, read whenever the kernel runs: what a CUDA graph replays may change
   const double* row(int32_t group) const { return rows + group * columns; }
 };
 

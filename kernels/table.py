@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ltsam_fast.live import recording
+
 CHUNK = 16384  # ltsam_fast.table.CHUNK
 BLOCK = 2048  # with 8 warps two 16-byte accesses of a role in fp32 for each thread
 TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.uint8)  # ltsam_fast.table.DTYPES, and maps of bits
@@ -148,7 +150,12 @@ def on_device(part, name, make, key=None):
 
 
 def _upload(part, array):
-    host = torch.from_numpy(np.ascontiguousarray(array))
+    array = np.ascontiguousarray(array)
+    if trace := recording():
+        array = trace.on(part.device, array)
+    if isinstance(array, torch.Tensor):
+        return array
+    host = torch.from_numpy(array)
     return host.pin_memory().to(part.device, non_blocking=True) if part.device.type == "cuda" else host
 
 
@@ -176,7 +183,10 @@ def launch(kernel, part, hyper, signals, array_roles, **constants):
     if "launches" not in part.cache:
         part.cache["launches"] = list(_launches(part, array_roles))
     pointers = on_device(part, "pointers", lambda: part.pointers)
-    rows = on_device(part, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
+    if isinstance(hyper, torch.Tensor):
+        rows = hyper
+    else:
+        rows = on_device(part, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
     for types, items in part.cache["launches"]:
         kernel[(len(items),)](
             items,

@@ -151,6 +151,9 @@ class GraphStep:
         taken = [group["taken"] for group in groups]
         kind.batch = [one.to(self.device, copy=True) for one in batch]
         kind.trace = trace = Trace(capturing=True)
+        for parts in self._parts():
+            for part in parts:  # what a backend uploaded before would be its own to let go of
+                part.cache.clear()
         try:
             with _no_hooks(self.optimizer), live_options(groups, trace), trace.recording():
                 kind.replay, kind.loss = self._machine.capture(lambda: self._step(kind.batch))
@@ -165,8 +168,11 @@ class GraphStep:
                 group["taken"] = count
         trace.refresh(everything=True)
         # A graph knows addresses only: what lies there must stay, though the optimizer may let go of it.
-        tables = [*self.optimizer._tables.values(), self.optimizer._update._table]
-        kind.alive = [list(table.parts) for table in tables if table] + list(self.optimizer._backups.values())
+        kind.alive = self._parts() + list(self.optimizer._backups.values())
+
+    def _parts(self) -> list[Any]:
+        tables = (*self.optimizer._tables.values(), self.optimizer._update._table)
+        return [list(table.parts) for table in tables if table]
 
     def _replay(self, kind: _Kind, batch: Sequence[Tensor]) -> Tensor:
         optimizer = self.optimizer

@@ -105,7 +105,7 @@ class Trace:
         """What the options are while live numbers stand in for them."""
         self._guards: list[tuple[Callable[..., Any], tuple[Any, ...], Any]] = []
         self._watched: list[Watched] = []
-        self._placed: list[tuple[NDArray[np.float64], Tensor]] = []
+        self._placed: list[tuple[NDArray[Any], Tensor]] = []
 
     def decide(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Evaluates ``function`` and notes the outcome."""
@@ -124,12 +124,13 @@ class Trace:
             self._watched.append(Watched(columns, check, rows))
         return rows
 
-    def on(self, device: torch.device, rows: NDArray[np.float64]) -> Any:
-        """The rows where kernels read them, in memory that stays theirs. On the CPU that is the array itself."""
+    def on(self, device: torch.device, array: NDArray[Any]) -> Any:
+        """An array where kernels read it, in memory that stays its own. On the CPU that is the array itself."""
         if device.type == "cpu" or not self.capturing:
-            return rows
-        self._placed.append((rows, torch.empty(rows.shape, dtype=torch.float64, device=device)))
-        return self._placed[-1][1]
+            return array
+        place = torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype, device=device)
+        self._placed.append((array, place))
+        return place
 
     def refresh(self, everything: bool = False) -> None:
         """Reads all live numbers again and brings to the device what changed, or everything."""
@@ -139,19 +140,10 @@ class Trace:
             if not np.array_equal(now, watched.rows):
                 watched.rows[...] = now
                 changed.add(id(watched.rows))
-        for device in {place.device for _, place in self._placed}:
-            stale = [
-                (rows, place)
-                for rows, place in self._placed
-                if place.device == device and rows.size and (everything or id(rows) in changed)
-            ]
-            if not stale:
-                continue
-            # Pinned memory from torch's own cache, which does not give it away before the copy has been made.
-            flat = torch.from_numpy(np.concatenate([rows.ravel() for rows, _ in stale])).pin_memory()
-            parts = flat.to(device, non_blocking=True).split([rows.size for rows, _ in stale])
-            places = [place for _, place in stale]
-            torch._foreach_copy_(places, [part.view_as(place) for part, place in zip(parts, places, strict=True)])
+        for array, place in self._placed:
+            if everything or id(array) in changed:
+                # Pinned memory from torch's own cache, which does not give it away before the copy has been made.
+                place.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ Left to a real GPU: the memory model, streams, graph capture and speed.
 """
 
 import ctypes
+import functools
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -292,6 +293,23 @@ def test_nothing_is_perturbed_by_a_norm_that_is_not_finite(on, core, norm):
 def test_results_do_not_depend_on_device_or_schedule(on, core, narrow_core, name):
     calls = [on(core.module, device, seed) for device, seed in [(0, 0), (0, 1), (3, 2), (30, 3)]]
     assert_same_bits([*calls, on(narrow_core.module)], MAPS[name], SIZES)
+
+
+def live(module):
+    """Has the module read its hyperparameters where a CUDA graph would: on the device, when a kernel runs."""
+
+    def run(op, part, hyper, signals, where):
+        rows = torch.from_numpy(hyper.copy())
+        getattr(module, op)(part, rows, signals, where)
+
+    return SimpleNamespace(**{op: functools.partial(run, op) for op in ops.OPS})
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_hyperparameters_on_the_device(on, core, narrow_core, cpu, name):
+    hyper = {"perturb": "rho", "sgd": "lr", "adam": "lr"}.get(name.split()[0])
+    build = grouped(MAPS[name], 23, **{hyper: 0.01}) if hyper else MAPS[name]
+    assert_same_bits([on(cpu), on(live(core.module)), on(live(narrow_core.module))], build, SIZES * 5, MIXED)
 
 
 @pytest.mark.parametrize("name", ["restore", "sgd momentum"])

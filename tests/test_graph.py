@@ -360,6 +360,35 @@ def test_live_numbers_follow_and_guard():
     assert type(copy.deepcopy(half)) is float
 
 
+@pytest.mark.parametrize("method", ["FocalSAM", "GNM", "ESAM"])
+def test_triton_reads_what_a_trace_keeps(method, monkeypatch):
+    if reason := backend.why_not("triton"):
+        pytest.skip(f"triton: {reason}")
+
+    def steps(trace):
+        model = network()
+        groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[3].parameters()}]
+        optimizer = getattr(lf, method)(groups, torch.optim.AdamW, lr=0.1, **METHODS[method])
+        with lf.use_backend("triton"):
+            for x, y in batches(3):
+                closure = lambda index=slice(None): losses_of(model(x[index]), y[index])  # noqa: B023, E731
+                if trace is None:
+                    optimizer.step(closure, targets=y)
+                    continue
+                with live.live_options(optimizer.param_groups, trace), trace.recording():
+                    optimizer.step(closure, targets=y)
+        return model.state_dict()
+
+    def on(self, device, array):
+        placed.append(torch.from_numpy(array.copy()))
+        return placed[-1]
+
+    plain, placed = steps(None), []
+    monkeypatch.setattr(live.Trace, "on", on)
+    assert_same(steps(live.Trace(capturing=True)), plain)
+    assert placed
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_gpu(method):

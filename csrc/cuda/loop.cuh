@@ -63,6 +63,7 @@ struct Slice {
   int64_t first_slot, first_bucket, bucket_begin;
   uint32_t items, columns;  ///< columns: four bits a role, its word within a tensor's, 0 = no tensor has it
   int tensors, stride, shift, hyper_columns, buckets;
+  int live;  ///< hyperparameters are addresses of rows on the device
   Word words[kWords];
 
   LT_HD const Row& row(int tensor) const { return words[tensor * stride].row; }
@@ -72,6 +73,10 @@ struct Slice {
   }
   LT_HD int64_t number(int tensor) const { return words[tensor * stride + stride - 1].number; }
   LT_HD int hyper_at(int row) const { return kWords - (row + 1) * hyper_columns; }
+  LT_HD const double* hyper(int row) const {
+    const Word& first = words[hyper_at(row)];
+    return live ? reinterpret_cast<const double*>(first.address) : &first.hyper;
+  }
   LT_HD int64_t bucket_end(int bucket) const { return words[tensors * stride + bucket].end; }
 
   /// The last tensor that starts at or before an item: those of zero elements start where their successor does.
@@ -376,7 +381,7 @@ struct Constants {
     const int group = row.hyper, wanted = here.step || F::keyed ? Slice::kHyperRows + tensor : group;
     if (wanted != made_for) {
       __syncthreads();  // some may still read the one before
-      if (threadIdx.x == 0) new (storage) F(&slice.words[slice.hyper_at(group)].hyper, slice.signals, here);
+      if (threadIdx.x == 0) new (storage) F(slice.hyper(group), slice.signals, here);
       __syncthreads();
       made_for = wanted;
     }
@@ -565,7 +570,8 @@ struct Packer {
     slice.ticket = reinterpret_cast<unsigned*>(table.scratch);
     slice.first_bucket = slice.bucket_begin = 0;
     slice.shift = shift;
-    slice.hyper_columns = int(hyper.columns);
+    slice.live = hyper.live != nullptr;
+    slice.hyper_columns = slice.live ? 1 : int(hyper.columns);
     slice.columns = 0;
     slice.stride = 1;
     for (int r = 0; r < F::kRoles; ++r)
@@ -604,8 +610,12 @@ struct Packer {
     if ((fresh && row == Slice::kHyperRows) || !room_for(slice.tensors + 1, hyper_rows + fresh, 0)) return false;
     if (fresh) {
       groups[hyper_rows++] = table.groups[tensor];
-      const double* values = hyper.row(table.groups[tensor]);
-      for (int c = 0; c < slice.hyper_columns; ++c) slice.words[slice.hyper_at(row) + c].hyper = values[c];
+      Word* first = slice.words + slice.hyper_at(row);
+      if (slice.live)
+        first->address =
+            reinterpret_cast<char*>(const_cast<double*>(hyper.live + table.groups[tensor] * hyper.columns));
+      else
+        for (int c = 0; c < slice.hyper_columns; ++c) first[c].hyper = hyper.row(table.groups[tensor])[c];
     }
     Word* words = slice.words + slice.tensors++ * slice.stride;
     uint32_t dtypes = 0;
