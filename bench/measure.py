@@ -38,9 +38,14 @@ class Step:
         make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(device) for s in shapes]  # noqa: E731
         self.params = [torch.nn.Parameter(w) for w in make(0.05)]
         self.grads = [make(0.01) for _ in PHASES[method]]
-        module: Any = {"plain": plain, "foreach": peers}.get(implementation, lf)
-        self.backend = implementation if module is lf and implementation != PEER else None
-        cls = peers.published(method) if implementation == PEER else getattr(module, method)
+        others: dict[str, Any] = {
+            "plain": lambda: getattr(plain, method),
+            "foreach": lambda: peers.built_on(peers.Foreach, getattr(peers, method)),
+            "compiled": lambda: peers.built_on(peers.Compiled, getattr(peers, method)),
+            PEER: lambda: peers.published(method),
+        }
+        self.backend = None if implementation in others else implementation
+        cls = others.get(implementation, lambda: getattr(lf, method))()
         self.optimizer = cls(self.params, torch.optim.SGD, rho=0.05, **BASE)
         self.phases = [getattr(self.optimizer, name) for name in PHASES[method]]
         self.elements = sum(p.numel() for p in self.params)

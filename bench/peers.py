@@ -7,6 +7,26 @@ from typing import Any
 
 import torch
 
+Tensors = list[torch.Tensor]
+
+
+def climb(params: Tensors, grads: Tensors, old: Tensors, rho: float) -> None:
+    """Keeps the weights and perturbs them along the gradients."""
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    torch._foreach_copy_(old, params)
+    torch._foreach_add_(params, torch._foreach_mul(grads, rho / (norm + 1e-12)))
+
+
+def descend(params: Tensors, grads: Tensors, kept: Tensors, old: Tensors, buffers: Tensors, options: Any) -> None:
+    """Restores, adds up gradients and takes SGD's step with momentum, in functional form for a compiler to fuse."""
+    torch._foreach_copy_(params, old)
+    if kept:
+        grads = torch._foreach_add(grads, kept)
+    grads = torch._foreach_add(grads, params, alpha=options["weight_decay"])
+    torch._foreach_mul_(buffers, options["momentum"])
+    torch._foreach_add_(buffers, grads)
+    torch._foreach_add_(params, buffers, alpha=-options["lr"])
+
 
 class Foreach(torch.optim.Optimizer):
     """SAM and Focal-SAM by torch._foreach_* and the base optimizer's fused kernel."""
@@ -16,25 +36,49 @@ class Foreach(torch.optim.Optimizer):
         self.base = base_optimizer(self.param_groups, fused=True, **base)
         self.param_groups = self.base.param_groups
         self.params = [p for group in self.param_groups for p in group["params"]]
-        self.rho = rho
+        self.rho, self.kept = rho, []
+
+    def gradients(self) -> Tensors:
+        grads = [p.grad for p in self.params]
+        self.base.zero_grad()
+        return grads
 
     @torch.no_grad()
     def climb(self) -> None:
-        grads = [p.grad for p in self.params]
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
         self.old = [torch.empty_like(p) for p in self.params]
-        torch._foreach_copy_(self.old, self.params)
-        torch._foreach_add_(self.params, torch._foreach_mul(grads, self.rho / (norm + 1e-12)))
-        self.base.zero_grad()
+        climb(self.params, self.gradients(), self.old, self.rho)
 
     @torch.no_grad()
     def descend(self) -> None:
         torch._foreach_copy_(self.params, self.old)
+        if self.kept:
+            torch._foreach_add_([p.grad for p in self.params], self.kept)
         self.base.step()
         self.base.zero_grad()
 
 
-class SAM(Foreach):
+class Compiled(Foreach):
+    """The same by torch.compile, which fuses the whole descent with its own C++ or Triton code."""
+
+    def __init__(self, params: Any, base_optimizer: Any, rho: float, **base: Any) -> None:
+        super().__init__(params, base_optimizer, rho, **base)
+        self.options = base
+        self.buffers = [torch.zeros_like(p) for p in self.params]
+        self.old = [torch.empty_like(p) for p in self.params]
+        self.weights = [p.detach() for p in self.params]
+        # Of its own for each network: shapes are fixed, and a cache shared by many networks would run full.
+        self.compiled = [torch.compile(one, dynamic=False) for one in (climb, descend)]
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        self.compiled[0](self.weights, self.gradients(), self.old, self.rho)
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        self.compiled[1](self.weights, self.gradients(), self.kept, self.old, self.buffers, self.options)
+
+
+class SAM:
     """The phases of SAM."""
 
     def first_step(self) -> None:
@@ -44,21 +88,22 @@ class SAM(Foreach):
         self.descend()
 
 
-class FocalSAM(Foreach):
+class FocalSAM:
     """The phases of Focal-SAM."""
 
-    @torch.no_grad()
     def first_step(self) -> None:
-        self.kept = [p.grad for p in self.params]
-        self.base.zero_grad()
+        self.kept = self.gradients()
 
     def second_step(self) -> None:
         self.climb()
 
-    @torch.no_grad()
     def third_step(self) -> None:
-        torch._foreach_add_([p.grad for p in self.params], self.kept)
         self.descend()
+
+
+def built_on(engine: type, phases: type) -> Any:
+    """A method's phases, run by :class:`Foreach` or :class:`Compiled`."""
+    return type(f"{engine.__name__}{phases.__name__}", (phases, engine), {})
 
 
 def published(method: str) -> Any:

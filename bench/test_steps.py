@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from ltsam_fast.table import Table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
-NETWORKS = list(names())
+NETWORKS = [*names(), "tiny"]
+COMPILED = ("resnet32", "resnet50")
+"""Networks for which torch.compile is measured too: it takes half a minute for each."""
 COUNTS = {"class_counts": [50, 5]}
 FAMILY = {
     "SAM": ({}, 40),
@@ -39,6 +43,19 @@ FAMILY = {
 @pytest.fixture(scope="session")
 def measured_roof():
     return roof(DEVICE)
+
+
+def launches(step):
+    """Kernels that one step launches on a GPU; calls of native code on the CPU."""
+    if DEVICE == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            synchronize(DEVICE)
+        kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
+    with mock.patch.object(ops, "_launch", wraps=ops._launch) as calls:
+        step()
+    return calls.call_count
 
 
 def facts(request, elements, moved, seconds):
@@ -67,6 +84,8 @@ def test_step(benchmark, method, network, backend, request):
     benchmark.group = f"{method}, {network}"
     shapes = SHAPES[network]()
     names = [backend, "plain", "foreach", *([PEER] if peers.published(method) else [])]
+    if network in COMPILED and not benchmark.disabled:
+        names.append("compiled")
     steps = [Step(method, name, shapes, DEVICE) for name in names]
     for step in steps * 2:
         step()
@@ -83,8 +102,8 @@ def test_step(benchmark, method, network, backend, request):
     row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours)
     for name, seconds in zip(names[1:], others, strict=True):
         row |= {f"{name}_ms": 1e3 * seconds, f"ratio_{name}": seconds / ours}
-    tiny = Step(method, backend, [(4,)] * len(shapes), DEVICE)
-    host = statistics.median(interleaved([tiny], 50)[0])
+    small = Step(method, backend, [(4,)] * len(shapes), DEVICE)
+    host = statistics.median(interleaved([small], 50)[0])
     benchmark.extra_info.update(
         row,
         table="phases",
@@ -92,6 +111,7 @@ def test_step(benchmark, method, network, backend, request):
         network=network,
         backend=backend,
         tensors=len(shapes),
+        launches=launches(small),
         host_us=1e6 * host,
         ratio=row["ratio_plain"],
         ratio_at_roof=others[0] / (row["bytes"] / (1e9 * row["roof_gb_per_s"])),
@@ -141,6 +161,39 @@ def test_growth_in_tensors(benchmark, tensors, request):
 def test_growth_in_elements(benchmark, power, request):
     """The norm of one tensor."""
     grow(benchmark, "N", 2**power, [torch.randn(2 ** (power if not benchmark.disabled else 10), device=DEVICE)])
+
+
+PASSES = {
+    "norm": (4, lambda w, g, b, m: ops.grad_norm([g])),
+    "perturb": (16, lambda w, g, b, m: ops.perturb_([w], [g], [b], torch.ones((), device=DEVICE), rho=0.05)),
+    "step": (20, lambda w, g, b, m: ops.sgd_step_([w], [g], momentum_buffers=[m], backups=[b], lr=0.0, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_billion(benchmark, name, request):
+    """One tensor of a billion elements, through the passes one by one, where there is the memory."""
+    elements = 10**9 if not benchmark.disabled else 1000
+    if DEVICE == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if free < 4.5 * 4 * elements:
+        pytest.skip(
+            f"four tensors of {elements:.0e} elements need {18 * elements / 1e9:.0f} GB, free are {free / 1e9:.0f}"
+        )
+    w, g, b, m = (torch.full((elements,), 0.01, device=DEVICE) for _ in range(4))
+    moved, run = PASSES[name]
+    benchmark.group = "one tensor"
+
+    def once():
+        run(w, g, b, m)
+        synchronize(DEVICE)
+
+    benchmark.pedantic(once, rounds=1 if benchmark.disabled else 5, warmup_rounds=1)
+    if not benchmark.disabled:
+        row = facts(request, elements, moved * elements, benchmark.stats.stats.median)
+        benchmark.extra_info.update(row, table="one tensor", **{"pass": name})
 
 
 def grow(benchmark, what, size, grads):
