@@ -1,13 +1,30 @@
-"""A small call of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view."""
+"""A small call of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view; "large", for counters."""
+
+import sys
 
 import torch
 
 import ltsam_fast as lf
 
 
+def large(device: str) -> None:
+    """Steps over a tensor that no cache holds."""
+    param = torch.randn(2**26 if device == "cuda" else 2**10, device=device).requires_grad_()
+    optimizer = lf.FocalSAM([param], torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for phase in (optimizer.first_step, optimizer.second_step, optimizer.third_step):
+            param.grad = torch.randn_like(param)
+            phase()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def main() -> None:
-    """Runs SAM and Focal-SAM with SGD and AdamW for two steps."""
+    """Runs Focal-SAM with SGD and AdamW for two steps, then every op once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if sys.argv[1:] == ["large"]:
+        large(device)
+        return
     for base, options in ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.1})):
         params = [torch.randn(n, device=device).requires_grad_() for n in (0, 1, 7, 4097, 40001, 0)]
         params.append(torch.randn(1001, device=device)[1:].requires_grad_())

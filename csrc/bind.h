@@ -14,18 +14,18 @@ using Array = py::array_t<T, py::array::c_style>;
 
 /// A ltsam_fast.table.Part as a Table; keeps its arrays alive while the op runs.
 struct BoundTable {
-  Array<int64_t> pointers, numels, first_chunk;
+  Array<int64_t> pointers, numels, numbers, first_chunk;
   Array<uint8_t> dtypes;
-  Array<int32_t> groups, numbers, buckets;
+  Array<int32_t> groups, buckets;
   Table table;
 
   BoundTable(const char* op, const py::object& part, int roles)
       : pointers(part.attr("pointers")),
         numels(part.attr("numels")),
+        numbers(part.attr("numbers")),
         first_chunk(part.attr("first_chunk")),
         dtypes(part.attr("dtypes")),
         groups(part.attr("groups")),
-        numbers(part.attr("numbers")),
         buckets(part.attr("buckets")) {
     if (pointers.ndim() != 2 || pointers.shape(1) != roles)
       throw py::value_error(std::string(op) + ": part.pointers must have shape (tensors, " + std::to_string(roles) +
@@ -46,7 +46,8 @@ struct BoundTable {
 
 inline Signals signals_from(const py::tuple& addresses) {
   const auto address = [&](int i) { return reinterpret_cast<void*>(addresses[size_t(i)].cast<intptr_t>()); };
-  return {address(0), static_cast<const float*>(address(1)), static_cast<float*>(address(2)), address(3)};
+  return {address(0), static_cast<const float*>(address(1)), static_cast<float*>(address(2)), address(3),
+          static_cast<const float*>(address(4))};
 }
 
 /// Rows of hyperparameters: a NumPy array, or a contiguous float64 tensor on the device.

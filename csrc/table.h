@@ -10,7 +10,7 @@ struct Table {
   const uint8_t* dtypes;       ///< [tensors, roles]
   const int64_t* numels;       ///< [tensors]
   const int32_t* groups;       ///< [tensors], row of the hyperparameters
-  const int32_t* numbers;      ///< [tensors], position in the caller's list
+  const int64_t* numbers;      ///< [tensors], position in the caller's list, and see Philox
   const int32_t* bucket_of;    ///< [tensors], output index of a reduction, nondecreasing
   const int64_t* first_chunk;  ///< [tensors + 1]
   double* scratch;             ///< the CUDA block counter in the first, then one slot for each chunk and sum

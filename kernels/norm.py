@@ -104,7 +104,7 @@ def _ranges(part):
 
 
 def _reduce(kernel, part, hyper, signals, also, roles, sums, root):
-    out, _, found_inf, _ = signals
+    out, found_inf = signals[0], signals[2]
     slots = part.scratch + 8  # the first double is a counter of the CUDA back end's
     launch(kernel, part, hyper, (slots, *also), roles)
     ranges = on_device(part, "ranges", lambda: _ranges(part))
@@ -116,7 +116,7 @@ def _reduce(kernel, part, hyper, signals, also, roles, sums, root):
 
 def grad_norm(part, hyper, signals, where):
     """norm = sqrt(sum (T (g + extra))^2) for each bucket. See :func:`ltsam_fast.ops.grad_norm`."""
-    _reduce(chunk_norms_kernel, part, hyper, signals, signals[3:], 3, 1, True)
+    _reduce(chunk_norms_kernel, part, hyper, signals, signals[3:4], 3, 1, True)
 
 
 def grad_dots(part, hyper, signals, where):

@@ -56,7 +56,7 @@ def _perturb_blocks(
 
 @triton.jit
 def perturb_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64, skipped_steps: tl.int64,
     RANDOM: tl.constexpr, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backup = old;  w = old + (T d) rho / (|d| + eps);  d = g, or the mix of g and mean;  mean takes g in."""
@@ -70,7 +70,7 @@ def perturb_kernel(
     chance, stochastic, seed, step = 0, False, tl.load(h), tl.load(h)
     if RANDOM:
         chance, stochastic = (tl.load(h + 5) * 65536 + 0.5).to(tl.int32), tl.load(h + 6) != 0
-        seed, step = tl.load(h + 7), tl.load(h + 8)
+        seed, step = tl.load(h + 7), tl.load(h + 8) - number(skipped_steps, 0.0, tl.float32)
     _perturb_blocks(
         row, begin, whole, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, position,
         RANDOM, TYPES, True, A, BLOCK,
@@ -96,12 +96,14 @@ def _gaussian_blocks(
 
 
 @triton.jit
-def gaussian_perturb_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def gaussian_perturb_kernel(
+    items, pointers, hyper, skipped_steps: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
     """Backup = old;  w = old + amplitude clamp(sigma z, -clip, clip),  z standard normal."""
     tensor, begin, whole, end, group, _, position = item(items)
     row, h = pointers + tensor * 3, hyper + group * 5
     amplitude, sigma, clip = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 2).to(A)
-    seed, step = tl.load(h + 3), tl.load(h + 4)
+    seed, step = tl.load(h + 3), tl.load(h + 4) - number(skipped_steps, 0.0, tl.float32)
     _gaussian_blocks(row, begin, whole, amplitude, sigma, clip, seed, step, position, TYPES, True, A, BLOCK)
     _gaussian_blocks(row, whole, end, amplitude, sigma, clip, seed, step, position, TYPES, False, A, BLOCK)
 
@@ -182,12 +184,12 @@ def random_perturb_(part, hyper, signals, where):
 
 def gaussian_perturb_(part, hyper, signals, where):
     """Keeps the weights and adds noise. See :func:`ltsam_fast.ops.gaussian_perturb_`."""
-    launch(gaussian_perturb_kernel, part, hyper, (), 3)
+    launch(gaussian_perturb_kernel, part, hyper, signals[4:], 3)
 
 
 def combine_(part, hyper, signals, where):
     """Combines two gradients. See :func:`ltsam_fast.ops.combine_`."""
-    launch(combine_kernel, part, hyper, signals[2:], 3)
+    launch(combine_kernel, part, hyper, signals[2:4], 3)
 
 
 def perturb_by_class_(part, hyper, signals, where):

@@ -8,15 +8,18 @@ from .table import sqrt
 
 @triton.jit
 def random_words(first, seed, step, number, BLOCK: tl.constexpr):
-    """32 random bits for each of BLOCK elements from ``first``, a multiple of 4, on; four elements share a call."""
-    quad = first // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
+    """32 random bits for each of BLOCK elements from ``first``, a multiple of 4, on; four elements share a call.
+
+    The bits of a tensor's number above the lowest 24 are the quad that it begins at, as a shard of a larger one.
+    """
+    quad = (number >> 24) + first // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
     zeros = (quad * 0).to(tl.uint32)
     low, high = (quad & 0xFFFFFFFF).to(tl.uint32), (quad >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(
         seed.to(tl.int64).to(tl.uint64),
         low,
         high,
-        zeros + number.to(tl.uint32),
+        zeros + (number & 0xFFFFFF).to(tl.uint32),
         zeros + step.to(tl.int64).to(tl.uint32),
     )
     return tl.interleave(tl.interleave(a, c), tl.interleave(b, d)).to(tl.uint32)

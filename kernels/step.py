@@ -152,7 +152,7 @@ def count_steps_kernel(pointers, tensors, found_inf: tl.int64, ROLES: tl.constex
 
 
 def _step(kernel, part, hyper, signals, roles):
-    launch(kernel, part, hyper, signals, roles - 1)  # the last role is the step count
+    launch(kernel, part, hyper, signals[:4], roles - 1)  # the last role is the step count
     if part.pointers[:, -1].any():
         pointers = on_device(part, "pointers", lambda: part.pointers)
         tensors = len(part.pointers)

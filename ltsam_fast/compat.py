@@ -63,9 +63,9 @@ class SAM(ltsam_fast.SAM):
 
     _kept = (*ltsam_fast.SAM._kept, "_wraps")
 
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> None:
         """Climbs. Around an optimizer gradients are always cleared."""
-        super().first_step(zero_grad or self._wraps)
+        super().first_step(zero_grad or self._wraps, scaler)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Goes back and steps. Around an optimizer gradients are always cleared."""
@@ -155,7 +155,7 @@ class SSESAM(SharpnessAware):
         """Takes the gradients over and goes back."""
         self._run("compute_grad_sum_and_restore_p", self._take_over)
 
-    def _take_over(self) -> None:
+    def _take_over(self, *signals: Tensor | None) -> None:
         params, _ = self._parameters()
         grads = _swap_gradients(params, [None] * len(params))
         if self._sum:
@@ -169,10 +169,10 @@ class SSESAM(SharpnessAware):
         self._run("update", self._step_with_sum)
         self._clear_gradients()
 
-    def _step_with_sum(self) -> None:
+    def _step_with_sum(self, *signals: Tensor | None) -> None:
         _swap_gradients(self._parameters()[0], self._sum)
         self._sum = []
-        self._descend()
+        self._descend(*signals)
 
     def update_rho(self) -> None:
         """Counts an epoch; after ``gamma * total_epochs`` of them the head's radius is 0."""

@@ -177,7 +177,7 @@ def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
     return table
 
 
-_SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "mix": 3}
+_SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "mix": 3, "skipped": 4}
 """Where native code expects the address of a signal: a small tensor that is read, or written, on the device."""
 
 
@@ -191,7 +191,7 @@ def _check_signals(sizes: dict[str, int], **signals: Tensor | None) -> None:
 
 def _at(part: Part, name: str, value: Tensor) -> Tensor:
     """A signal on the part's device and in the type that native code reads."""
-    dtype = torch.float32 if name in ("grad_scale", "found_inf") else part.accumulator
+    dtype = torch.float32 if name in ("grad_scale", "found_inf", "skipped") else part.accumulator
     if value.dtype is dtype and value.device == part.device and value.is_contiguous():
         return value
     return value.detach().to(part.device, dtype).contiguous()
@@ -202,7 +202,7 @@ def _launch(
 ) -> dict[str, Tensor]:
     """Runs one native call; returns the signals as it saw them."""
     seen = {name: _at(part, name, value) for name, value in signals.items() if value is not None}
-    addresses = [0] * 4
+    addresses = [0] * 5
     for name, value in seen.items():
         addresses[_SLOTS[name]] = value.data_ptr()
     trace = recording()
@@ -222,6 +222,7 @@ def _run(
     values: dict[str, Hyper] | None = None,
     groups: Sequence[int] | None = None,
     table: Table | None = None,
+    offsets: Sequence[int] | None = None,
     **signals: Tensor | None,
 ) -> None:
     """Runs a pass that writes tensors: checks, then one launch for each part, or the twin."""
@@ -232,10 +233,11 @@ def _run(
     if "source" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
     own = table or _table_for(op, roles)
-    parts = own.bind(lists, groups if len(hyper) > 1 else None)
+    parts = own.bind(lists, groups if len(hyper) > 1 else None, offsets=offsets)
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
         named: dict[str, Any] = dict(zip(op.arguments, roles, strict=True)) | (values or {}) | signals
+        named |= {} if offsets is None else {"offsets": offsets}
         getattr(reference, op.name.removeprefix("random_"))(**named, **({"groups": groups} if op.hyper else {}))
         return
     for part, backend in zip(parts, backends, strict=True):
@@ -452,6 +454,7 @@ def perturb_(
     stochastic: bool = False,
     seed: int | None = None,
     step: int = 0,
+    skipped: Tensor | None = None,
     table: Table | None = None,
 ) -> None:
     r"""Keeps the weights and climbs along the gradient, in one pass: 16 bytes moved per fp32 element.
@@ -485,6 +488,7 @@ def perturb_(
             Needs ``seed``.
         seed: Seed of the draws, in [0, 2^53). They depend on seed, step, the tensor's position and the element's alone.
         step: Number of the step, in [0, 2^32).
+        skipped: One float32 number, read on the device and subtracted from ``step``: how many of the steps were none.
         table: A table to reuse, for callers that keep one; with a seed another one than without.
 
     Raises:
@@ -509,7 +513,8 @@ def perturb_(
     elif stochastic or np.any(np.not_equal(chance, 1.0)):
         raise ValueError("seed must be given with chance or stochastic, got None")
     roles = (params, sources, grads, backups, means, frozen)
-    _run(op, roles, values, groups, table, norm=norm, grad_scale=grad_scale, found_inf=found_inf, mix=mix)
+    signals: Any = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf, "mix": mix, "skipped": skipped}
+    _run(op, roles, values, groups, table, **signals)
 
 
 def gaussian_perturb_(
@@ -521,6 +526,8 @@ def gaussian_perturb_(
     clip: Hyper = 1.0,
     seed: int = 0,
     step: int = 0,
+    skipped: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
     sources: Sequence[Tensor] | None = None,
     table: Table | None = None,
@@ -538,6 +545,9 @@ def gaussian_perturb_(
         seed: In [0, 2^53). The noise depends on seed, step, the tensor's position and the element's (in the order of
             memory) alone: not on the backend, the number of threads or other tensors.
         step: Number of the step, in [0, 2^32).
+        skipped: One float32 number, read on the device and subtracted from ``step``: how many of the steps were none.
+        offsets: For shards of larger tensors the element number that each begins at, in [0, 2^40): they then get the
+            noise that the whole tensor has there. Shards that begin elsewhere than at a multiple of 4 must be contiguous.
         groups: Group of each tensor.
         sources: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
         table: A table to reuse, for callers that keep one.
@@ -555,7 +565,45 @@ def gaussian_perturb_(
     True
     """
     values: dict[str, Hyper] = {"amplitude": amplitude, "sigma": sigma, "clip": clip, "seed": seed, "step": step}
-    _run(OPS["gaussian_perturb_"], (params, sources, backups), values, groups, table)
+    if offsets is None:
+        _run(OPS["gaussian_perturb_"], (params, sources, backups), values, groups, table, skipped=skipped)
+        return
+    _check_offsets(offsets, params)
+    led = _led(params, sources, backups, offsets)
+    _run(OPS["gaussian_perturb_"], led, values, groups, table, [x - x % 4 for x in offsets], skipped=skipped)
+    for param, stand_in, offset in zip(params, led[0], offsets, strict=True):
+        if stand_in is not param:
+            param.copy_(stand_in[offset % 4 :].view_as(param))
+
+
+def _check_offsets(offsets: Sequence[int], params: Sequence[Tensor]) -> None:
+    if len(offsets) != len(params):
+        raise ValueError(f"offsets has {len(offsets)} entries, but params has {len(params)}: give one per weight")
+    for i, (offset, param) in enumerate(zip(offsets, params, strict=True)):
+        if not isinstance(offset, int) or not 0 <= offset < 2**40:
+            raise ValueError(f"offsets[{i}] must be a whole number in [0, 2^40), got {offset!r}")
+        if offset % 4 and not param.is_contiguous():
+            raise ValueError(f"params[{i}] must be contiguous to begin at element {offset}: make it so")
+
+
+def _led(
+    params: Sequence[Tensor], sources: Sequence[Tensor] | None, backups: Tensors | None, offsets: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor | None] | None]:
+    """The roles, with stand-ins that begin at a multiple of 4 for weights that don't: four elements share a random number."""
+    weights, old = list(params), None if sources is None else list(sources)
+    kept = None if backups is None else list(backups)
+    for i, offset in enumerate(offsets):
+        if lead := offset % 4:
+            source = params[i].detach() if old is None else old[i]
+            weights[i] = torch.empty(lead + params[i].numel(), dtype=params[i].dtype, device=params[i].device)
+            weights[i][:lead] = 0
+            weights[i][lead:] = source.reshape(-1)
+            if kept and (backup := kept[i]) is not None:
+                backup.copy_(source)
+                kept[i] = None
+            if old is not None:
+                old[i] = weights[i]
+    return weights, old, kept
 
 
 def perturb_by_class_(

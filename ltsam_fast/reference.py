@@ -130,9 +130,10 @@ def _bits(bitmap: Tensor, like: Tensor) -> Tensor:
     return (bitmap[numbers // 8] >> (numbers % 8).to(torch.uint8)) & 1 == 1
 
 
-def _random_words(like: Tensor, number: int, seed: int, step: int) -> Tensor:
+def _random_words(like: Tensor, number: int, seed: int, step: int, skipped: Tensor | None, offset: int = 0) -> Tensor:
     """32 random bits for each element, as int64: Philox-4x32-10, Salmon et al. 2011. A call serves four elements."""
-    elements = _numbers(like)
+    elements = _numbers(like) + offset
+    step = step if skipped is None else step - int(skipped)
     low = 0xFFFFFFFF
     quad = elements // 4
     a, b, c, d = quad & low, quad >> 32, torch.full_like(quad, number), torch.full_like(quad, step)
@@ -213,6 +214,7 @@ def perturb_(
     stochastic: bool = False,
     seed: int | None = None,
     step: int = 0,
+    skipped: Tensor | None = None,
 ) -> None:
     """backup = w;  w = w + (T d) rho / (|d| + eps),  T = (|w| + eta)^2 when adaptive, else 1;  d = g, or mix of g and mean."""
     active = not _skip(found_inf) and bool(norm.isfinite())
@@ -234,7 +236,7 @@ def perturb_(
         climbed = old + t * d * scale
         moves = torch.ones_like(w, dtype=torch.bool) if still is None else ~_bits(still, w)
         if seed is not None:
-            words = _random_words(w, i, seed, step)
+            words = _random_words(w, i, seed, step, skipped)
             moves &= (words & 0xFFFF) < int(at(chance) * 65536 + 0.5)
             climbed = _round_randomly(climbed, w.dtype, words) if stochastic else climbed
         w.copy_(torch.where(moves, climbed, old))
@@ -252,6 +254,8 @@ def gaussian_perturb_(
     clip: Any = 1.0,
     seed: int = 0,
     step: int = 0,
+    skipped: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
     sources: Sequence[Tensor] | None = None,
 ) -> None:
@@ -262,7 +266,7 @@ def gaussian_perturb_(
         if backup is not None:
             backup.copy_(source)
         old = _wide(source).clone()
-        z = _normal(_random_words(w, i, seed, step)).to(old.dtype)
+        z = _normal(_random_words(w, i, seed, step, skipped, offsets[i] if offsets else 0)).to(old.dtype)
         w.copy_(old + at(amplitude) * (at(sigma) * z).clamp(-at(clip), at(clip)))
 
 

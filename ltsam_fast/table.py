@@ -29,6 +29,7 @@ WIDE = DTYPES.index(torch.float64)
 
 ADDRESS, NUMEL, DTYPE, DEVICE, SHAPE, LAYOUT = range(6)
 COLUMNS = 6
+NUMBER_BITS = 24  # of a tensor's number; the bits above say where its random numbers begin
 ABSENT = -1  # "device" of a role that a tensor does not have
 NEVER_READ = -2
 CONTIGUOUS, NOT_DENSE = 0, 1  # layouts; anything else is a hash of strides that leave no holes
@@ -59,10 +60,11 @@ class Part:
     """The tensors of a table that share a device and an accumulator: what one native call takes.
 
     Attributes: ``pointers`` int64 (T, R), 0 where absent; ``dtypes`` uint8 (T, R), indices of :data:`DTYPES`; ``numels``
-    int64 (T,); ``groups`` int32 (T,), rows of the hyperparameters; ``numbers`` int32 (T,), positions in the caller's lists;
-    ``buckets`` int32 (T,), nondecreasing, outputs of a reduction, ``bucket_count`` of them; ``first_chunk`` int64 (T + 1,);
-    ``wide``: accumulates in fp64; ``scratch``: address of 1 + chunks * sums zeroed doubles on ``device``; ``cache``: a dict
-    for what a backend derives, emptied when a tensor moved.
+    int64 (T,); ``groups`` int32 (T,), rows of the hyperparameters; ``numbers`` int64 (T,), positions in the caller's
+    lists, from bit 24 on a quarter of the element number that a shard begins at; ``buckets`` int32 (T,), nondecreasing,
+    outputs of a reduction, ``bucket_count`` of them; ``first_chunk`` int64 (T + 1,); ``wide``: accumulates in fp64;
+    ``scratch``: address of 1 + chunks * sums zeroed doubles on ``device``; ``cache``: a dict for what a backend derives,
+    emptied when a tensor moved.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Part:
         self.dtypes = np.ascontiguousarray(dtypes.astype(np.uint8))
         self.numels = np.ascontiguousarray(numels)
         self.groups = np.ascontiguousarray(groups)
-        self.numbers = np.ascontiguousarray(numbers.astype(np.int32))
+        self.numbers = np.ascontiguousarray(numbers.astype(np.int64))
         self.buckets = np.ascontiguousarray(buckets)
         self.bucket_count = bucket_count
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-self.numels // CHUNK))]).astype(np.int64)
@@ -133,6 +135,7 @@ class Table:
         groups: Sequence[int] | None = None,
         buckets: Sequence[int] | None = None,
         bucket_count: int = 1,
+        offsets: Sequence[int] | None = None,
     ) -> list[Part]:
         """Checks the tensors and returns the parts to launch on.
 
@@ -141,6 +144,7 @@ class Table:
             groups: Row of the hyperparameters of each tensor; ``None``: row 0.
             buckets: Output index of each tensor in a reduction, nondecreasing; ``None``: 0.
             bucket_count: Number of outputs of a reduction.
+            offsets: For random numbers, the element that each tensor begins at, a multiple of 4; ``None``: 0.
 
         Raises:
             TypeError: An entry is no tensor, or its dtype is not one of :data:`DTYPES`.
@@ -149,7 +153,7 @@ class Table:
         """
         lists = self._as_lists(roles)
         # Copies, for callers may change their lists in place.
-        asked_for = (None if groups is None else list(groups), None if buckets is None else list(buckets), bucket_count)
+        asked_for = ([None if one is None else list(one) for one in (groups, buckets, offsets)], bucket_count)
         still_valid = asked_for == self._valid_for
         renewable = still_valid and not self._staged and len(self.parts) == 1
         change = self._read(lists, self.parts[0].pointers if renewable else None)
@@ -157,7 +161,7 @@ class Table:
             self.parts[0].cache.clear()
         elif change != SAME or not still_valid:
             self._valid_for = None  # until the checks have passed
-            self._rebuild(lists, *asked_for)
+            self._rebuild(lists, groups, buckets, offsets, bucket_count)
             self._valid_for = asked_for
         for staged in self._staged:
             if self.op.roles[staged.role] in self.op.reads:
@@ -209,7 +213,12 @@ class Table:
                     raise ValueError(f"{name} is on device {tensor.device}: move it to cpu or cuda with .to()")
 
     def _rebuild(
-        self, lists: tuple[Any, ...], groups: Sequence[int] | None, buckets: Sequence[int] | None, bucket_count: int
+        self,
+        lists: tuple[Any, ...],
+        groups: Sequence[int] | None,
+        buckets: Sequence[int] | None,
+        offsets: Sequence[int] | None,
+        bucket_count: int,
     ) -> None:
         self._check(self._snapshot, lists)
         self._check_overlap(lists)
@@ -217,6 +226,7 @@ class Table:
         count = len(rows)
         group_of = np.zeros(count, np.int32) if groups is None else np.asarray(groups, np.int32)
         bucket_of = np.zeros(count, np.int32) if buckets is None else np.asarray(buckets, np.int32)
+        numbers = np.arange(count) + (0 if offsets is None else np.asarray(offsets, np.int64) // 4 << NUMBER_BITS)
         present = rows[:, self._arrays, DEVICE] != ABSENT
         wide = ((rows[:, self._arrays, DTYPE] == WIDE) & present).any(axis=1)
         device = rows[:, 0, DEVICE]
@@ -226,7 +236,7 @@ class Table:
                 rows[chosen, :, DTYPE],
                 rows[chosen, 0, NUMEL],
                 group_of[chosen],
-                np.flatnonzero(chosen),
+                numbers[chosen],
                 bucket_of[chosen],
                 bucket_count,
                 self.op.sums,

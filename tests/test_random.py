@@ -46,6 +46,70 @@ def test_draws_have_the_twins_bits(dtype, key, backend, device):
         assert_same_bits(one.cpu(), other)
 
 
+@pytest.mark.parametrize("offset", [0, 4, 4096, 3, 2**33 + 1, 2**39 + 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shard_has_the_whole_tensors_noise(dtype, offset, backend, device):
+    named = {"amplitude": 0.3, "seed": 5, "step": 2}
+    ours, twin = weights(dtype, device), weights(dtype)
+    kept = [torch.empty_like(one) for one in ours]
+    old = [one.clone() for one in ours]
+    ops.gaussian_perturb_(ours, kept, offsets=[offset] * len(ours), **named)
+    reference.gaussian_perturb_(twin, None, offsets=[offset] * len(twin), **named)
+    for one, other, backup, before in zip(ours, twin, kept, old, strict=True):
+        assert_same_bits(one.cpu(), other)
+        assert_same_bits(backup, before)
+    if offset < 5000:
+        whole = torch.zeros(offset + max(SIZES), dtype=dtype, device=device)
+        whole[offset:] = weights(dtype, device)[-1]
+        ops.gaussian_perturb_([torch.zeros(0, device=device)] * 8 + [whole], None, **named)
+        assert_same_bits(whole[offset:], ours[-1])
+
+
+def test_anew_from_old_weights_of_a_shard(backend, device):
+    named = {"amplitude": 0.3, "seed": 5, "step": 2, "offsets": [5] * len(SIZES)}
+    first, again = weights(torch.float32, device), weights(torch.float32, device)
+    old = weights(torch.float32, device)
+    ops.gaussian_perturb_(first, None, **named)
+    for one in again:
+        one.add_(1.0)
+    ops.gaussian_perturb_(again, None, sources=old, **named)
+    for one, other in zip(first, again, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("skipped", [0.0, 3.0])
+def test_skipped_steps_do_not_count(skipped, backend, device):
+    signal = torch.tensor(skipped, device=device)
+    norm = torch.ones((), device=device)
+    for run in (
+        lambda w, **named: ops.gaussian_perturb_(w, None, amplitude=0.3, seed=5, **named),
+        lambda w, **named: ops.perturb_(w, [x.flip(0) for x in w], None, norm, rho=0.1, chance=0.5, seed=5, **named),
+    ):
+        ours, other = weights(torch.float32, device), weights(torch.float32, device)
+        run(ours, step=9, skipped=signal)
+        run(other, step=9 - int(skipped))
+        for one, two in zip(ours, other, strict=True):
+            assert_same_bits(one, two)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "words"),
+    [
+        ([0], "offsets has 1 entries"),
+        ([-4, 0], r"offsets\[0\] .* got -4"),
+        ([0, 0.5], r"offsets\[1\]"),
+        ([0, 2**40], r"offsets\[1\]"),
+    ],
+)
+def test_wrong_offsets(offsets, words):
+    w = [torch.zeros(3), torch.zeros(4)]
+    with pytest.raises(ValueError, match=words):
+        ops.gaussian_perturb_(w, None, amplitude=1.0, offsets=offsets)
+    with pytest.raises(ValueError, match=r"params\[0\] must be contiguous"):
+        ops.gaussian_perturb_([torch.zeros(4, 2).T], None, amplitude=1.0, offsets=[1])
+    assert not any(one.any() for one in w)
+
+
 def draws(count=10**6, *, number=0, seed=3, step=0, clip=50.0, sigma=1.0):
     w = [torch.zeros(0)] * number + [torch.zeros(count)]
     ops.gaussian_perturb_(w, None, amplitude=1.0, sigma=sigma, clip=clip, seed=seed, step=step)

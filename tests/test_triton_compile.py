@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ltsam_fast.kernels import focal, norm, perturb, step
 
-SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "mix", "scratch", "scales", "out"), "i64")
+SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "mix", "scratch", "scales", "out", "skipped_steps"), "i64")
 TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64"} | SIGNALS
 LISTWISE = {"chunk_norms": (norm, 3), "chunk_dots": (norm, 2), "perturb": (perturb, 6), "gaussian_perturb": (perturb, 3)}
 LISTWISE |= {"perturb_by_class": (perturb, 2), "combine": (perturb, 3), "restore": (perturb, 2)}

@@ -271,7 +271,7 @@ void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& bo
 
 template <class F>
 F functor_for(const Table& table, const Hyper& hyper, const Signals& signals, int64_t tensor) {
-  Here here{nullptr, uint32_t(table.numbers[tensor]), table.dtypes[tensor * F::kRoles]};
+  Here here{nullptr, table.numbers[tensor], table.dtypes[tensor * F::kRoles]};
   if constexpr (F::step >= 0) here.step = reinterpret_cast<const float*>(table.pointers[tensor * F::kRoles + F::step]);
   return F(hyper.row(table.groups[tensor]), signals, here);
 }

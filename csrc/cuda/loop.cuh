@@ -56,7 +56,7 @@ union Word {
 /// tensor a Row, the addresses of those roles that any tensor has (SGD with step counts: 56 bytes, 570 tensors) and, if
 /// the functor asks for it, its number, then the buckets' ends; from the back, rows of hyperparameters.
 struct Slice {
-  static constexpr int kHyperRows = 16, kWords = (LT_ARGUMENT_BYTES - 104) / 8;
+  static constexpr int kHyperRows = 16, kWords = (LT_ARGUMENT_BYTES - 112) / 8;
   Signals signals;
   double* slots;  ///< of all chunks, in or out of this slice
   unsigned* ticket;
@@ -377,7 +377,7 @@ struct Constants {
     const Row& row = slice.row(tensor);
     Here here{nullptr, 0, uint8_t(row.dtypes & 3)};
     if constexpr (F::step >= 0) here.step = reinterpret_cast<const float*>(slice.address(tensor, F::step));
-    if constexpr (F::keyed) here.number = uint32_t(slice.number(tensor));
+    if constexpr (F::keyed) here.number = slice.number(tensor);
     const int group = row.hyper, wanted = here.step || F::keyed ? Slice::kHyperRows + tensor : group;
     if (wanted != made_for) {
       __syncthreads();  // some may still read the one before

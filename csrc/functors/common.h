@@ -28,6 +28,7 @@ struct Signals {
   const float* grad_scale;  ///< gradients are this much too large
   float* found_inf;         ///< non-zero: skip the update
   const void* mix;          ///< four numbers of the accumulator's type, see Mix
+  const float* skipped;     ///< how many of the steps so far were none: random numbers do not count them
 
   template <class A>
   LT_HD A norm_as() const {
@@ -37,6 +38,7 @@ struct Signals {
   LT_HD A inverse_scale() const {
     return grad_scale ? A(1) / A(*grad_scale) : A(1);
   }
+  LT_HD double taken(double step) const { return skipped ? step - double(*skipped) : step; }
   LT_HD bool skip() const { return found_inf && *found_inf != 0.0f; }
 };
 
@@ -89,7 +91,7 @@ struct Mix {
 /// What a functor may know of the tensor it is made for.
 struct Here {
   const float* step;  ///< its count of steps, or null
-  uint32_t number;    ///< its position in the list
+  int64_t number;     ///< its position in the list, and for random numbers where it begins: see Philox
   uint8_t dtype;      ///< of its first role
 };
 

@@ -65,7 +65,7 @@ struct RandomPerturb : Perturb<A> {
 
   LT_HD RandomPerturb(const double* h, const Signals& s, const Here& here)
       : Base(h, s, here),
-        philox(h[7], h[8], here.number),
+        philox(h[7], s.taken(h[8]), here.number),
         moving(int32_t(h[5] * 65536 + 0.5)),
         rounding(here.dtype),
         stochastic(h[6] != 0 && here.dtype >= kBF16) {}
@@ -95,8 +95,8 @@ struct GaussianPerturb {
   Philox philox;
   A amplitude, sigma, clip;
 
-  LT_HD GaussianPerturb(const double* h, const Signals&, const Here& here)
-      : philox(h[3], h[4], here.number), amplitude(A(h[0])), sigma(A(h[1])), clip(A(h[2])) {}
+  LT_HD GaussianPerturb(const double* h, const Signals& s, const Here& here)
+      : philox(h[3], s.taken(h[4]), here.number), amplitude(A(h[0])), sigma(A(h[1])), clip(A(h[2])) {}
 
   LT_HD void operator()(A* x, uint32_t word) const {
     const A old = x[source], e = sigma * A(normal(word)), low = e < -clip ? -clip : e;

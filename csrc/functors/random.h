@@ -6,16 +6,20 @@ namespace lt {
 
 /// Philox-4x32 with ten rounds. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 /// Four consecutive elements share a call: element e of tensor `number` in step `step` gets word e % 4 of quad e / 4.
+/// The bits of a tensor's number above the lowest 24 are the quad that it begins at, as a shard of a larger one.
 struct Philox {
   uint32_t seed_low, seed_high, number, step;
+  uint64_t first;
 
-  LT_HD Philox(double seed, double step, uint32_t number)
+  LT_HD Philox(double seed, double step, int64_t number)
       : seed_low(uint32_t(uint64_t(seed))),
         seed_high(uint32_t(uint64_t(seed) >> 32)),
-        number(number),
-        step(uint32_t(uint64_t(step))) {}
+        number(uint32_t(number & 0xffffff)),
+        step(uint32_t(uint64_t(step))),
+        first(uint64_t(number >> 24)) {}
 
   LT_HD void operator()(uint64_t quad, uint32_t (&word)[4]) const {
+    quad += first;
     uint32_t a = uint32_t(quad), b = uint32_t(quad >> 32), c = number, d = step;
     uint32_t key0 = seed_low, key1 = seed_high;
     for (int round = 0; round < 10; ++round) {

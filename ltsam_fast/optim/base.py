@@ -30,7 +30,7 @@ class SharpnessAware(Optimizer):
     State and parameter groups are those of ``base_optimizer``, shared, so ``state_dict()`` holds all of it and learning
     rate schedulers take this optimizer itself. Each group may set ``rho``, ``adaptive``, ``eta`` (ASAM's constant, 0),
     ``norm_eps`` (added to the norm, 1e-12) and ``perturb`` (False leaves the group, and its share of the norm, out of the
-    perturbation). ``taken`` counts the steps.
+    perturbation). ``taken`` counts the steps, those that a GradScaler's overflow ``skipped`` included.
 
     Weights in bfloat16 and float16 are perturbed with stochastic rounding: most of the perturbation is below their
     resolution and would vanish.
@@ -46,7 +46,7 @@ class SharpnessAware(Optimizer):
 
     _phases: tuple[str, ...] = ()
     """Names of the explicit phases, in the order in which they are to be called."""
-    _own: tuple[str, ...] = ("rho", "adaptive", "eta", "norm_eps", "perturb", "taken")
+    _own: tuple[str, ...] = ("rho", "adaptive", "eta", "norm_eps", "perturb", "taken", "skipped")
     """Options of a group that are not the base optimizer's."""
     _buffers: tuple[str, ...] = ()
     """Names of a parameter's state that is not the base optimizer's."""
@@ -77,7 +77,15 @@ class SharpnessAware(Optimizer):
             raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
-        own = {"rho": rho, "adaptive": adaptive, "eta": 0.0, "norm_eps": 1e-12, "perturb": True, "taken": 0}
+        own = {
+            "rho": rho,
+            "adaptive": adaptive,
+            "eta": 0.0,
+            "norm_eps": 1e-12,
+            "perturb": True,
+            "taken": 0,
+            "skipped": 0,
+        }
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.ascent_sync = ascent_sync
@@ -85,6 +93,7 @@ class SharpnessAware(Optimizer):
         defaults = base_optimizer([torch.zeros(1)], **base_kwargs).defaults
         self._base_only = {name: defaults[name] for name in own if name in defaults}
         self._forget()
+        self._skipped: Tensor | None = None
         super().__init__(params, own)
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.param_groups = self.base_optimizer.param_groups
@@ -109,6 +118,7 @@ class SharpnessAware(Optimizer):
         self._backed_up_in: list[Tensor] = []
         self._backed_up_as: list[torch.dtype] = []
         self._low_precision = False
+        self._scaling = Scaling(None, [])
         self._thawed: list[tuple[Any, str, Any]] = []  # what _freeze_statistics changed
         self._tables: dict[str, Table] = {}
         self._constants: dict[Any, Tensor] = {}
@@ -135,21 +145,57 @@ class SharpnessAware(Optimizer):
                 "in this order, each after its backward(), or restore() to start over"
             )
 
-    def _run(self, phase: str, work: Callable[[], None]) -> None:
-        """Does a phase's work in its turn. If it fails, by Ctrl-C too, weights that climbed come back."""
+    def _run(
+        self,
+        phase: str,
+        work: Callable[[Tensor | None, Tensor | None], None],
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Does a phase's ``work(grad_scale, found_inf)`` in its turn; ``scaler`` is the first phase's, for all of the step.
+
+        If it fails, by Ctrl-C too, weights that climbed come back.
+        """
         self._enter(phase)
         following = (self._phase + 1) % len(self._phases)
         if self._phase == 0:
+            self._scaling = Scaling(scaler, self._parameters()[0])
             self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
+        scaling = self._scaling
+        scaling.check_scaled(self)
         try:
-            work()
+            work(*(scaling.signals if scaling.grad_scale is not None else self._signals()))
             self._phase = following
         except BaseException:
             if self._climbed:
                 self.restore()
             raise
         if following == 0:
-            self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
+            scaling.report(self)
+            if not self._within_step:
+                self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
+
+    _step_supports_amp_scaling = True
+    """Tells torch.amp.GradScaler.step() to set ``grad_scale`` and ``found_inf``, and to leave the gradients as they are."""
+    _within_step = False
+
+    def _signals(self) -> tuple[Tensor | None, Tensor | None]:
+        """``grad_scale`` and ``found_inf`` as torch.amp.GradScaler.step(), or the caller, set them."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
+            found_inf = None if grad_scale is None else torch.zeros((), device=grad_scale.device)
+        return grad_scale, found_inf
+
+    def _ends(self, closure: Any) -> bool:
+        """Whether step(closure) is how a GradScaler takes the last phase."""
+        return closure is None and bool(self._phase) and self._phase == len(self._phases) - 1
+
+    def _last_phase(self) -> Any:
+        """The last phase as a step(), for torch.amp.GradScaler.step(optimizer)."""
+        self._within_step = True  # torch calls the hooks around it
+        try:
+            return getattr(self, self._phases[-1])()
+        finally:
+            self._within_step = False
 
     def _call_hooks(self, *registered: dict[int, Callable[..., Any]]) -> None:
         """Calls the hooks that torch.optim calls around step(), which the phases together are."""
@@ -212,6 +258,8 @@ class SharpnessAware(Optimizer):
         def perturb(backups: list[Tensor]) -> None:
             if self._low_precision:
                 options.update(stochastic=True, seed=options.get("seed", 0), step=self._taken)
+            if "seed" in options:
+                options["skipped"] = self._skipped_steps()
             ops.perturb_(
                 shards,
                 grads,
@@ -297,6 +345,19 @@ class SharpnessAware(Optimizer):
     def _taken(self) -> int:
         """Steps taken so far."""
         return self.param_groups[0]["taken"]  # type: ignore[no-any-return]
+
+    def _skipped_steps(self) -> Tensor | None:
+        """How many of them overflowed, where the device counts; ``None``: no step had a scaler."""
+        count, device = self.param_groups[0]["skipped"], self.param_groups[0]["params"][0].device
+        if self._skipped is None and count:
+            self._skipped = torch.tensor(float(count), device=device)
+        return self._skipped
+
+    def _note_skipped(self) -> None:
+        """Brings the device's count to the groups, for a checkpoint."""
+        if self._skipped is not None:
+            for group in self.param_groups:
+                group["skipped"] = int(self._skipped)
 
     def _hyper(self, name: str) -> Any:
         return tuple(group[name] for group in self.param_groups)
@@ -413,6 +474,9 @@ class SharpnessAware(Optimizer):
                 self._base_step(params, groups, grads, extra, norm, mix, grad_scale, found_inf)
             for group in self.param_groups:
                 group["taken"] += 1
+            if found_inf is not None:
+                skipped = self._skipped_steps()
+                self._skipped = found_inf.detach().clone() if skipped is None else skipped.add_(found_inf)
             self._settle()
         self._opt_called = True  # what torch's learning rate schedulers look for
 
@@ -511,6 +575,8 @@ class SharpnessAware(Optimizer):
             scaler: A GradScaler. If a gradient of either pass overflows, weights and base state stay as they were, which is
                 decided on the device. Call ``scaler.update()`` yourself, once a step.
 
+                With the phases, give it to the first one, and call neither its unscale_() nor its step().
+
         Returns:
             The mean loss at the unperturbed weights, 0-d, detached, on the losses' device.
 
@@ -519,6 +585,10 @@ class SharpnessAware(Optimizer):
                 closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
         """
         closures = _as_list(closure)
+        if self._ends(closure):
+            return self._last_phase()
+        if getattr(self, "grad_scale", None) is not None:
+            raise ValueError("scaler.step(optimizer, closure) is not supported: call step(closure, scaler=scaler)")
         if not closures or not all(callable(one) for one in closures):
             raise ValueError(
                 "closure must be given: step(closure), with a function that returns the per-sample losses (B,)"
@@ -619,6 +689,7 @@ class SharpnessAware(Optimizer):
             ValueError: Between two phases, when a checkpoint would hold perturbed weights.
         """
         self._check_settled("state_dict")
+        self._note_skipped()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -631,6 +702,7 @@ class SharpnessAware(Optimizer):
                 for saved, group in zip(groups, self.param_groups, strict=True)
             ]
         super().load_state_dict({**state_dict, "param_groups": groups})
+        self._skipped = None
 
     def _check_settled(self, name: str) -> None:
         if self._phase or self._climbed:
@@ -638,6 +710,7 @@ class SharpnessAware(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_settled("copy or pickle")
+        self._note_skipped()
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -646,6 +719,7 @@ class SharpnessAware(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         self._forget()
+        self._skipped = None
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 Closure = Callable[..., Tensor]
@@ -85,12 +86,18 @@ class Scaling:
         """The weights of a loss, scaled up."""
         return weights if self._scaler is None else self._scaler.scale(weights)
 
+    def check_scaled(self, optimizer: Optimizer) -> None:
+        """Raises ValueError if the gradients were unscaled already."""
+        if self._scaler is not None and self._scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:
+            raise ValueError(
+                "scaler.unscale_(optimizer) must not be called: gradients are unscaled inside the passes; "
+                "to clip them, give the optimizer max_grad_norm"
+            )
+
     def report(self, optimizer: Optimizer) -> None:
         """Tells the scaler what scaler.step() would have found, for its update()."""
         if self._scaler is None or self.found_inf is None:
             return
-        from torch.amp.grad_scaler import OptState
-
         record = self._scaler._per_optimizer_states[id(optimizer)]
         record["found_inf_per_device"] = {self.found_inf.device: self.found_inf}
         record["stage"] = OptState.STEPPED

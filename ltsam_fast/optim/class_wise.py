@@ -48,13 +48,16 @@ class ClassWise(SharpnessAware):
         self._used = (bool(u.any()), bool(v.any()))
 
     @torch.no_grad()
-    def first_step(self) -> None:
+    def first_step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Keeps the gradients of the clean loss, sum_j u l_j / B, and clears them.
+
+        Args:
+            scaler: The GradScaler that scaled the losses, for the whole step: see :meth:`SharpnessAware.step`.
 
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._run("first_step", self._keep_gradients)
+        self._run("first_step", lambda *_: self._keep_gradients(), scaler)
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -83,6 +86,8 @@ class ClassWise(SharpnessAware):
         scaler: torch.amp.GradScaler | None = None,
     ) -> Tensor:
         """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
+        if self._ends(closure):
+            return super().step()
         if self.class_weights is None:
             raise ValueError(
                 "class_counts must be given to the constructor for step(closure, targets); the phases need none"

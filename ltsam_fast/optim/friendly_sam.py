@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast import ops
 from ltsam_fast.optim.checks import check_factor
 from ltsam_fast.optim.sam import SAM
 
@@ -74,6 +75,7 @@ class FriendlySAM(SAM):
     def _forget(self) -> None:
         super()._forget()
         self._begun: tuple[Tensor, list[Tensor]] | None = None
+        self._means: list[tuple[Tensor, Tensor]] = []  # those that this step changed, and what they were
 
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -87,9 +89,21 @@ class FriendlySAM(SAM):
         for i in beginning:  # climbs without a mean, which then is the gradient
             scale = torch.ones(()) if grad_scale is None else 1 / grad_scale
             self.state[params[i]]["grad_mean"] = (grads[i] * scale.to(grads[i])).to(params[i].dtype)  # type: ignore[union-attr, operator, arg-type]
+        if found_inf is not None:  # a later pass may overflow
+            self._means = [(mean, mean.clone()) for mean in means if mean is not None]
         if beginning and found_inf is not None:
             self._begun = (found_inf, [params[i] for i in beginning])
         mix = self._constant((1.0, -self.sigma, 0.0, 0.0))
         if grad_scale is not None:  # the mean is of unscaled gradients
             mix = mix * torch.stack([torch.ones_like(grad_scale), grad_scale, grad_scale, grad_scale]).to(mix)
         return {"means": means, "mix": mix, "decay": self.lmbda}
+
+    def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        super()._descend(grad_scale, found_inf)
+        if self._means:
+            means, before = (list(tensors) for tensors in zip(*self._means, strict=True))
+            self._means = []
+            # The old means become the new ones unless the step was skipped, and then are those to be kept.
+            whole = self._constant((1.0, 0.0, 0.0, 0.0))
+            ops.combine_(before, means, [None] * len(means), whole, found_inf=found_inf)
+            ops.restore_(means, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,18 @@ FUSED: dict[type, tuple[str, Callable[..., Any], Callable[..., dict[str, Any]]]]
 def local_of(tensors: list[Any], sharded: bool) -> list[Any]:
     """This worker's shards of FSDP2's tensors; other tensors are themselves."""
     return [getattr(tensor, "_local_tensor", tensor) for tensor in tensors] if sharded else tensors
+
+
+def begin_of(tensor: Any) -> int:
+    """The element number, in the whole tensor, that this worker's shard begins at."""
+    if not hasattr(tensor, "_local_tensor"):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if math.prod(shape) and tuple(shape[1:]) != tuple(tensor.shape[1:]):
+        raise ValueError(f"params must be sharded along their first dimension, got {tensor.placements}")
+    return int(offset[0] * math.prod(tensor.shape[1:])) if offset else 0
 
 
 class Update:

@@ -12,7 +12,7 @@ from ltsam_fast import ops
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.checks import check_count, check_factor, check_seed
-from ltsam_fast.optim.fused import local_of
+from ltsam_fast.optim.fused import begin_of, local_of
 from ltsam_fast.optim.sam import SAM
 
 
@@ -103,30 +103,32 @@ class GNM(SharpnessAware):
         factor = self.dis_mul * 0.5 ** self._halvings(epoch)
         amplitude = tuple(rho * factor for rho in self._hyper("rho"))
 
-        # Shards of a tensor have its number, and must not have the same noise.
-        seed = self.seed if not self._sharded else (self.seed + (torch.distributed.get_rank() << 32)) % 2**53
+        offsets = [begin_of(param) for param in params] if self._sharded else None
 
         def perturb(backups: list[Tensor]) -> None:
             ops.gaussian_perturb_(
-                local_of(params, self._sharded), backups, amplitude=amplitude, clip=self.clip, seed=seed,
-                step=self._taken, groups=groups,
+                local_of(params, self._sharded), backups, amplitude=amplitude, clip=self.clip, seed=self.seed,
+                step=self._taken, skipped=self._skipped_steps(), offsets=offsets, groups=groups,
                 table=self._table("gaussian_perturb_"),
             )  # fmt: skip
 
         self._perturb(params, groups, perturb)
 
     @torch.no_grad()
-    def first_step(self, epoch: int | None = None, zero_grad: bool = False) -> None:
+    def first_step(
+        self, epoch: int | None = None, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         """Adds the noise. Then evaluate the loss and call ``backward()``.
 
         Args:
             epoch: Counts for ``decay_every``, from 1.
             zero_grad: Also clear the gradients.
+            scaler: The GradScaler that scales the loss, for the whole step: see :meth:`SharpnessAware.step`.
 
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._run("first_step", lambda: self._add_noise(epoch))
+        self._run("first_step", lambda *_: self._add_noise(epoch), scaler)
         if zero_grad:
             self._clear_gradients()
 

@@ -56,16 +56,17 @@ class SAM(SharpnessAware):
     _phases = ("first_step", "second_step")
 
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> None:
         """Climbs along the present gradients: w <- w + eps. Then evaluate the loss again and call ``backward()``.
 
         Args:
             zero_grad: Also clear the gradients.
+            scaler: The GradScaler that scaled the loss, for the whole step: see :meth:`SharpnessAware.step`.
 
         Raises:
             ValueError: It is not this phase's turn, or no parameter has a gradient.
         """
-        self._run("first_step", self._climb)
+        self._run("first_step", self._climb, scaler)
         if zero_grad:
             self._clear_gradients()
 
