@@ -73,9 +73,13 @@ struct Slice {
   }
   LT_HD int64_t number(int tensor) const { return words[tensor * stride + stride - 1].number; }
   LT_HD int hyper_at(int row) const { return kWords - (row + 1) * hyper_columns; }
-  LT_HD const double* hyper(int row) const {
-    const Word& first = words[hyper_at(row)];
-    return live ? reinterpret_cast<const double*>(first.address) : &first.hyper;
+  /// One choice for each value: a pointer to either place would make every load through it a generic one.
+  template <int kCount>
+  LT_HD void hyper(int row, double (&h)[kCount]) const {
+    const Word* given = words + hyper_at(row);
+    const double* device = live ? reinterpret_cast<const double*>(given->address) : nullptr;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) h[i] = device ? device[i] : given[i].hyper;
   }
   LT_HD int64_t bucket_end(int bucket) const { return words[tensors * stride + bucket].end; }
 
@@ -381,7 +385,11 @@ struct Constants {
     const int group = row.hyper, wanted = here.step || F::keyed ? Slice::kHyperRows + tensor : group;
     if (wanted != made_for) {
       __syncthreads();  // some may still read the one before
-      if (threadIdx.x == 0) new (storage) F(slice.hyper(group), slice.signals, here);
+      if (threadIdx.x == 0) {
+        double h[sizeof(F::hyper) / sizeof(*F::hyper)];
+        if constexpr (F::hyper[0] != nullptr) slice.hyper(group, h);
+        new (storage) F(h, slice.signals, here);
+      }
       __syncthreads();
       made_for = wanted;
     }
