@@ -1,0 +1,139 @@
+"""The commands ``train``, ``compare`` and ``diagnose``; flags are made from the settings of :class:`Config`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ltsam_fast.train.config import FIELDS, ConfigError, build, read_file
+from ltsam_fast.train.recipes import RECIPES
+
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: done; training failed (a loss that is not finite); wrong input; Ctrl-C."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError."""
+        raise ConfigError(message)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command, ``argv[0]``; returns the exit code."""
+    from ltsam_fast.data import DataError
+    from ltsam_fast.train.loop import Diverged
+
+    command, *arguments = argv
+    rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    try:
+        return COMMANDS[command](arguments)
+    except (ConfigError, DataError, Diverged) as error:
+        message, code = str(error), FAILED if isinstance(error, Diverged) else WRONG
+    except OSError as error:
+        message, code = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), WRONG
+    except ModuleNotFoundError as error:
+        message, code = str(error), WRONG
+        if error.name in ("rich", "yaml", "tomli", "matplotlib"):
+            message = f"needs {error.name}: pip install 'ltsam_fast[train]'"
+    print(f"ltsam_fast {command}{rank}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Adds a flag for every setting, and those that choose where settings come from."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings from a TOML, YAML or JSON file; flags come before it"
+    )
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="published settings (default: digits-lt, if --data is not given)"
+    )
+    for name, item in FIELDS.items():
+        if name in without:
+            continue
+        flag, kind = f"--{item.metadata.get('flag', name).replace('_', '-')}", str(item.type).split(" ")[0]
+        more: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name, "help": item.metadata["help"]}
+        if kind == "bool":
+            more["action"] = argparse.BooleanOptionalAction
+        elif kind.startswith("dict"):
+            more |= {"action": "append", "type": _pair, "metavar": "NAME=VALUE"}
+        elif "choices" in item.metadata:
+            more["choices"] = item.metadata["choices"]
+        else:
+            more |= {"type": _TYPES[kind], "metavar": _METAVARS.get(kind, "NUMBER")}
+        if kind != "bool" and item.default not in (None, argparse.SUPPRESS) and not kind.startswith("dict"):
+            shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+            more["help"] += f" (default: {shown})"
+        parser.add_argument(flag, **more)
+
+
+def given(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The layers of settings that were given, lowest in rank first."""
+    flags = {name: value for name, value in vars(options).items() if name in FIELDS}
+    for name in ("options", "loss_options"):
+        if name in flags:
+            flags[name] = dict(flags[name])
+    layers = [read_file(options.config)] if options.config else []
+    return [*layers, flags, {"recipe": options.recipe} if options.recipe else {}]
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(one) for one in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 160,180, got {text!r}") from None
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "tuple[int,": _whole_numbers}
+_METAVARS = {"str": "NAME", "tuple[int,": "EPOCHS"}
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """``python -m ltsam_fast train``."""
+    parser = Parser(prog="python -m ltsam_fast train", allow_abbrev=False, description=_TRAIN)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-LOSS-seedSEED)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's checkpoint, with its settings"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_settings(parser)
+    options = parser.parse_args(arguments)
+
+    from ltsam_fast.train.log import Console
+    from ltsam_fast.train.loop import stored_config, train
+
+    stored = stored_config(options.out) if options.resume and options.out else None
+    config = build(*([stored.as_dict()] if stored else []), *given(options))
+    out = options.out or Path("runs") / f"{config.method}-{config.loss}-seed{config.seed}"
+    report = None if options.quiet else Console()
+    try:
+        train(config, out, resume=options.resume, report=report)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to go on: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
+        return INTERRUPTED
+    if report and int(os.environ.get("RANK", 0)) == 0:
+        print(f"wrote {out}/: last.pt, log.csv, log.jsonl, config.json")
+    return OK
+
+
+_TRAIN = (
+    "Trains a network on long-tailed data. Settings come from a recipe, a file and flags, the later before the earlier. "
+    "A run that was stopped, killed too, goes on exactly with --resume."
+)
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train_command}
