@@ -141,7 +141,7 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
         return dict(value)
     if kind.startswith("tuple") and isinstance(value, list | tuple) and all(type(one) is int for one in value):
         return tuple(value)
-    wanted = {"bool": bool, "int": int, "float": (int, float), "str": str}.get(kind.split(" ")[0], ())
+    wanted: Any = {"bool": bool, "int": int, "float": (int, float), "str": str}.get(kind.split(" ")[0], ())
     if isinstance(value, wanted) and isinstance(value, bool) == (kind == "bool"):
         choices = item.metadata.get("choices")
         if choices and value not in choices:
@@ -228,7 +228,10 @@ def build(*layers: Mapping[str, Any]) -> Config:
     settings = {**base, **given}
     for name, owner in (("options", "method"), ("loss_options", "loss")):
         chosen = settings.get(owner, FIELDS[owner].default)
-        settings[name] = {**_of(base.get(name, {}), chosen), **_of(given.get(name, {}), chosen)}
+        below = _of(base.get(name, {}), chosen)
+        if chosen == "sgd":  # the radius that a recipe gives all methods
+            below.pop("rho", None)
+        settings[name] = {**below, **_of(given.get(name, {}), chosen)}
     return Config(**settings)
 
 

@@ -125,7 +125,7 @@ def create(config: Config, setting: Setting) -> Optimizer:
 
 def classifier(network: nn.Module, classes: int) -> list[Tensor]:
     """The parameters of the last layer that has any and as many outputs as there are classes."""
-    own = [list(module.parameters(recurse=False)) for module in network.modules()]
+    own: list[list[Tensor]] = [list(module.parameters(recurse=False)) for module in network.modules()]
     heads = [params for params in own if any(classes in param.shape for param in params)]
     return heads[-1] if heads else []
 
