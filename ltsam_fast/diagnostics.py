@@ -1,0 +1,1 @@
+"""What a trained network looks like from each class: gradient norms, sharpness, curvature, slices of the loss."""
