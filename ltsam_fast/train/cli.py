@@ -57,7 +57,7 @@ def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
     for name, item in FIELDS.items():
         if name in without:
             continue
-        flag, kind = f"--{item.metadata.get('flag', name).replace('_', '-')}", str(item.type).split(" ")[0]
+        flag, kind = f"--{item.metadata.get('flag', name).replace('_', '-')}", str(item.type).partition(" | ")[0]
         more: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name, "help": item.metadata["help"]}
         if kind == "bool":
             more["action"] = argparse.BooleanOptionalAction
@@ -100,8 +100,8 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"must be whole numbers such as 160,180, got {text!r}") from None
 
 
-_TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "tuple[int,": _whole_numbers}
-_METAVARS = {"str": "NAME", "tuple[int,": "EPOCHS"}
+_TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "tuple[int, ...]": _whole_numbers}
+_METAVARS = {"str": "NAME", "tuple[int, ...]": "EPOCHS"}
 
 
 def train_command(arguments: Sequence[str]) -> int:

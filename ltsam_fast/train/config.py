@@ -45,6 +45,7 @@ class Config:
     format: str = _setting("auto", "how --data is stored; auto looks at it")
     images: str | None = _setting(None, "folder that the paths of a list start from")
     size: int | None = _setting(None, "side of the images in pixels; default: as they are")
+    classes: int | None = _setting(None, "the number of classes that there must be")
     cache: str | None = _setting(None, "folder for decoded images, for sets that do not fit into memory")
     imbalance: float | None = _setting(
         None, "take a long-tailed subset, largest class over smallest; default: all images"
@@ -59,6 +60,7 @@ class Config:
     options: dict[str, Any] = _options(
         "option of the method, e.g. rho=0.2; METHOD.name=value is for one method only", "set"
     )
+    cosine_head: bool | None = _setting(None, "a classifier of cosines; default: for the losses ldam and gcl")
     loss: str = _setting("ce", "loss by name, e.g. ce or la")
     loss_options: dict[str, Any] = _options(
         "option of the loss, e.g. tau=0.75; LOSS.name=value is for one only", "loss-set"
@@ -134,27 +136,22 @@ FREE = ("device", "threads", "tensorboard", "cache")
 
 def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
     """The value in the type of its setting; numbers are converted where nothing is lost."""
-    kind = str(item.type)
-    if value is None and "None" in kind:
+    kind, _, optional = str(item.type).partition(" | ")
+    if value is None and optional:
         return None
     if kind.startswith("dict") and isinstance(value, Mapping):
         return dict(value)
     if kind.startswith("tuple") and isinstance(value, list | tuple) and all(type(one) is int for one in value):
         return tuple(value)
-    wanted: Any = {"bool": bool, "int": int, "float": (int, float), "str": str}.get(kind.split(" ")[0], ())
+    wanted: Any = {"bool": bool, "int": int, "float": (int, float), "str": str}.get(kind, ())
     if isinstance(value, wanted) and isinstance(value, bool) == (kind == "bool"):
         choices = item.metadata.get("choices")
         if choices and value not in choices:
             raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
         return value
-    names = {
-        "bool": "true or false",
-        "int": "a whole number",
-        "float": "a number",
-        "str": "a text",
-        "dict[str,": "a table",
-    }
-    raise ConfigError(f"{item.name} must be {names.get(kind.split(' ')[0], 'a list of whole numbers')}, got {value!r}")
+    names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
+    wanted = names.get(kind, "a table" if kind.startswith("dict") else "a list of whole numbers")
+    raise ConfigError(f"{item.name} must be {wanted}, got {value!r}")
 
 
 def _range(name: str, value: float, least: float, open_below: bool = False) -> None:

@@ -21,7 +21,7 @@ from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing
 from ltsam_fast.train.log import GROUPS, Logs, Silent
-from ltsam_fast.train.losses import criterion
+from ltsam_fast.train.losses import COSINE, criterion
 from ltsam_fast.train.methods import Setting, create
 from ltsam_fast.train.workers import Workers, workers
 
@@ -69,16 +69,26 @@ class Run:
         return torch.autocast(self.at.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
 
 
-def load_images(config: Config) -> tuple[data.Images, data.Images]:
+def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
     """The training images, the long-tailed subset if one is asked for, and the test images.
+
+    Args:
+        config: The settings.
+        progress: Show a progress bar while images are decoded.
 
     Raises:
         ConfigError: The sets do not have the same classes, or the subset can't be had.
         DataError: Something is wrong with the files.
     """
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("format", "images", "size", "cache")}
-    train = data.load(config.data, "train", **options)
-    test = data.load(config.test_data or config.data, "test", **options)
+    names = ("format", "images", "size", "cache", "classes")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
+    try:
+        train = data.load(config.data, "train", **options)
+        test = data.load(config.test_data or config.data, "test", **options)
+    except data.DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
     if train.classes != test.classes:
         raise ConfigError(
             f"data: the training images have {len(train.classes)} classes, the test images {len(test.classes)}"
@@ -93,7 +103,7 @@ def load_images(config: Config) -> tuple[data.Images, data.Images]:
         raise ConfigError(f"no long-tailed subset: {error}") from error
 
 
-def prepare(config: Config, at: Workers) -> Run:
+def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images] | None = None) -> Run:
     """Everything as it is before the first step; the same in every process but for its random numbers.
 
     Raises:
@@ -106,7 +116,7 @@ def prepare(config: Config, at: Workers) -> Run:
         raise ConfigError(f"batch_size must be a multiple of the {at.size} processes, got {config.batch_size}")
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
-    train, test = load_images(config)
+    train, test = images or load_images(config)
     counts = train.counts()
     if len(train.labels) < at.size:
         raise ConfigError(f"data: {len(train.labels)} training images are too few for {at.size} processes")
@@ -141,8 +151,10 @@ def prepare(config: Config, at: Workers) -> Run:
 
 
 def _network(config: Config, train: data.Images) -> nn.Module:
+    cosine = config.loss in COSINE if config.cosine_head is None else config.cosine_head
+    channels, height, width = train.pixels.shape[1:]
     try:
-        return models.create(config.model, len(train.classes), tuple(train.pixels.shape[1:]))
+        return models.create(config.model, len(train.classes), (channels, height, width), cosine_head=cosine)
     except ValueError as error:
         raise ConfigError(f"model {config.model}: {error}") from error
 
@@ -232,7 +244,14 @@ def _on(run: Run, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if run.config.channels_last else x
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False, report: Any = None) -> list[dict[str, Any]]:
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    report: Any = None,
+    images: tuple[data.Images, data.Images] | None = None,
+) -> list[dict[str, Any]]:
     """Trains a network and leaves a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
 
     The checkpoint is written before the first and after every epoch. A run that was killed at any time and is resumed ends
@@ -244,6 +263,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, report: Any 
         out: The run folder; made if need be.
         resume: Go on from the folder's checkpoint; without one, begin.
         report: What is told of the progress: ``log.Silent`` (default), ``log.Console``, or alike.
+        images: What :func:`load_images` gives for these settings, if it is there already.
 
     Returns:
         A row for each epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, accuracies in percent (``all``, ``many``,
@@ -265,7 +285,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, report: Any 
     out = Path(out)
     state = _earlier(config, out, resume)
     with workers(config.device) as at:
-        run = prepare(config, at)
+        run = prepare(config, at, images)
         if state is not None:
             _restore(run, state)
         reporter = (report if at.rank == 0 else None) or Silent()

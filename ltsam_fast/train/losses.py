@@ -11,6 +11,8 @@ from torch import Tensor
 from ltsam_fast.train.config import Config, ConfigError
 
 LOSSES = ("ce", "la")
+COSINE = ("ldam", "gcl")
+"""Losses whose logits are meant to be cosines."""
 
 
 def criterion(config: Config, counts: Sequence[int], device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

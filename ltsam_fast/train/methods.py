@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 import ltsam_fast as lf
+from ltsam_fast.models import classifier
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train.config import Config, ConfigError
 
@@ -113,7 +114,7 @@ def create(config: Config, setting: Setting) -> Optimizer:
         taken = inspect.signature(cls).parameters
         supplied = {
             "class_counts": list(setting.class_counts),
-            "head": classifier(setting.network, len(setting.class_counts)),
+            "head": classifier(setting.network) if "head" in taken else None,
             "m": max(1, config.batch_size // 2),
             "total_steps": setting.steps,
         }
@@ -121,13 +122,6 @@ def create(config: Config, setting: Setting) -> Optimizer:
         return cls(setting.network.parameters(), base, model=setting.model, **{**known, **fixed, **options})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.method}: {error}") from error
-
-
-def classifier(network: nn.Module, classes: int) -> list[Tensor]:
-    """The parameters of the last layer that has any and as many outputs as there are classes."""
-    own: list[list[Tensor]] = [list(module.parameters(recurse=False)) for module in network.modules()]
-    heads = [params for params in own if any(classes in param.shape for param in params)]
-    return heads[-1] if heads else []
 
 
 def _steps(name: str, value: Any, setting: Setting) -> Any:
