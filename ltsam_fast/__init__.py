@@ -23,7 +23,7 @@ from ltsam_fast.optim import (
 )
 
 if TYPE_CHECKING:
-    from ltsam_fast import compat, data, ops, reference
+    from ltsam_fast import compat, data, losses, ops, reference
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,12 +44,13 @@ __all__ = [
     "backends",
     "compat",
     "data",
+    "losses",
     "ops",
     "reference",
     "use_backend",
 ]
 
-_ON_FIRST_USE = ("compat", "data", "ops", "plain", "reference")
+_ON_FIRST_USE = ("compat", "data", "losses", "ops", "plain", "reference")
 
 
 def __getattr__(name: str) -> Any:
