@@ -23,7 +23,7 @@ from ltsam_fast.optim import (
 )
 
 if TYPE_CHECKING:
-    from ltsam_fast import compat, data, diagnostics, models, ops, reference
+    from ltsam_fast import compat, data, diagnostics, losses, models, ops, reference
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,13 +45,14 @@ __all__ = [
     "compat",
     "data",
     "diagnostics",
+    "losses",
     "models",
     "ops",
     "reference",
     "use_backend",
 ]
 
-_ON_FIRST_USE = ("compat", "data", "diagnostics", "models", "ops", "plain", "reference")
+_ON_FIRST_USE = ("compat", "data", "diagnostics", "losses", "models", "ops", "plain", "reference")
 
 
 def __getattr__(name: str) -> Any:
