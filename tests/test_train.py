@@ -23,6 +23,7 @@ pytest.importorskip("rich", reason="rich is not installed")
 from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, read_file, train
 from ltsam_fast.train.config import differing
 from ltsam_fast.train.log import Silent
+from ltsam_fast.train.losses import LOSSES
 from ltsam_fast.train.methods import accepted
 
 QUICK = {"epochs": 2, "tensorboard": False}
@@ -72,9 +73,11 @@ class StopIn(Silent):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_resumes_exactly(method, tmp_path):
-    config = build({"method": method, "epochs": 3, "tensorboard": False})
+@pytest.mark.parametrize(
+    ("method", "loss"), [*((method, "ce") for method in METHODS), *(("sam", loss) for loss in LOSSES)]
+)
+def test_every_method_and_loss_resumes_exactly(method, loss, tmp_path):
+    config = build({"method": method, "loss": loss, "epochs": 3, "drw_start": 2, "tensorboard": False})
     train(config, tmp_path / "at_once")
     for steps in (2, 9):  # in the first epoch, and again, six steps further on, in the second
         with pytest.raises(KeyboardInterrupt):

@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ltsam_fast import data, models
+from ltsam_fast.losses import Loss
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing
 from ltsam_fast.train.log import GROUPS, Logs, Silent
-from ltsam_fast.train.losses import COSINE, criterion
+from ltsam_fast.train.losses import COSINE, criterion, one_noise, reweight
 from ltsam_fast.train.methods import Setting, create
 from ltsam_fast.train.workers import Workers, workers
 
@@ -49,7 +50,7 @@ class Run:
     """The network, or its DistributedDataParallel."""
     forward: Callable[[Tensor], Tensor]
     """The model, compiled where that is asked for."""
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Loss
     optimizer: Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
@@ -139,7 +140,7 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
         network,
         model,
         torch.compile(model) if config.compile else model,
-        criterion(config, counts, at.device),
+        criterion(config, counts).to(at.device),
         optimizer,
         LambdaLR(optimizer, config.factor),
         torch.amp.GradScaler(at.device.type, enabled=config.amp == "fp16"),
@@ -163,12 +164,7 @@ def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
     """Trains for one epoch, each process on its share of every batch; returns the mean loss at the unperturbed weights."""
     run.model.train()
     at, config = run.at, run.config
-    weights = None
-    if config.drw_start is not None:
-        from ltsam_fast import losses
-
-        weights = losses.deferred_reweighting(run.epoch, run.counts, config.drw_start, config.drw_beta)
-        weights = torch.as_tensor(weights, dtype=torch.float32, device=at.device)
+    reweight(run.loss, config, run.counts, run.epoch)
     pixels, labels = _resident(run.train.pixels, at.device), run.train.labels.to(at.device)
     seen = torch.zeros(2, dtype=torch.float64, device=at.device)
     for batch in data.batches(len(labels), config.batch_size, generator=run.order):
@@ -177,29 +173,29 @@ def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
         if len(share):
             x = _on(run, run.augment(_pick(pixels, share, at.device), run.noise))
             y = labels[share.to(at.device)]
-            loss = take_step(run, x, y, weights)
+            loss = take_step(run, x, y)
             seen += torch.stack([loss.double() * len(share), loss.new_tensor(len(share), dtype=torch.float64)])
         advance(1)
     total, count = at.total(seen).tolist()
     return total / count
 
 
-def take_step(run: Run, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
     """One step of the method on one batch; returns its mean loss at w, on the device."""
 
     def closure(index: Any = slice(None)) -> Tensor:
         with run.autocast():
             logits = run.forward(x[index])
-        per_sample = run.loss(logits.float(), y[index])
-        return per_sample if weights is None else per_sample * weights[y[index]]
+        return run.loss(logits, y[index])
 
-    if isinstance(run.optimizer, SharpnessAware):
-        loss = run.optimizer.step(closure, y, run.scaler)
-    else:
-        run.optimizer.zero_grad()
-        loss = closure().mean()
-        run.scaler.scale(loss).backward()
-        run.scaler.step(run.optimizer)
+    with one_noise(run.loss):
+        if isinstance(run.optimizer, SharpnessAware):
+            loss = run.optimizer.step(closure, y, run.scaler)
+        else:
+            run.optimizer.zero_grad()
+            loss = closure().mean()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(run.optimizer)
     run.scaler.update()
     return loss.detach()
 
@@ -368,6 +364,7 @@ def _save(run: Run, out: Path) -> None:
         "classes": list(run.train.classes),
         "class_counts": run.counts,
         "model": run.network.state_dict(),
+        "loss": run.loss.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -385,6 +382,7 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
     if state["class_counts"] != run.counts or state["classes"] != list(run.train.classes):
         raise ConfigError(f"data: class counts were {state['class_counts']}, now they are {run.counts}")
     run.network.load_state_dict(state["model"])
+    run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.scaler.load_state_dict(state["scaler"])
