@@ -1,4 +1,4 @@
-"""The command line: ``python -m ltsam_fast info|demo|train``."""
+"""The command line: ``python -m ltsam_fast info|demo|train|compare``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ COMMANDS = {
     "info": "versions, and which backends are available or why not",
     "demo": "train a small network on long-tailed digits with SGD, SAM, Focal-SAM and others (demo --help tells more)",
     "train": "train a network on long-tailed data, with any method, loss and dataset",
+    "compare": "train a grid of methods, losses and seeds; table and charts",
 }
-TRAINING = ("train",)
+TRAINING = ("train", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

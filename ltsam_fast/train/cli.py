@@ -132,8 +132,90 @@ def train_command(arguments: Sequence[str]) -> int:
     return OK
 
 
+def compare_command(arguments: Sequence[str]) -> int:
+    """``python -m ltsam_fast compare``."""
+    parser = Parser(prog="python -m ltsam_fast compare", allow_abbrev=False, description=_COMPARE)
+    parser.add_argument("--methods", type=_names, default=["sgd", "sam", "focal_sam"], metavar="A,B", help=_METHODS)
+    parser.add_argument("--losses", type=_names, default=["ce"], metavar="A,B", help="losses, or all (default: ce)")
+    parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="A,B", help="seeds (default: 0,1,2)")
+    parser.add_argument("--out", type=Path, default=Path("compare-out"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    add_settings(parser, without=("method", "loss", "seed"))
+    options = parser.parse_args(arguments)
+
+    from ltsam_fast.train.compare import compare, grid
+    from ltsam_fast.train.log import Cells
+    from ltsam_fast.train.losses import LOSSES
+    from ltsam_fast.train.methods import METHODS
+    from ltsam_fast.train.workers import is_first, workers
+
+    methods, losses = (
+        list(there) if asked == ["all"] else asked
+        for asked, there in ((options.methods, METHODS), (options.losses, LOSSES))
+    )
+    cells = grid(given(options), methods, losses, options.seeds, options.out)
+    try:
+        with workers(cells[0].config.device):
+            if options.quiet or not is_first():
+                rows, failures = compare(cells, options.out)
+            else:
+                with Cells(len(cells)) as bar:
+                    rows, failures = compare(cells, options.out, report=bar.cell)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    if is_first():
+        _show(rows, cells[0].config, options.out)
+    for line in failures:
+        print(f"ltsam_fast compare: {line}", file=sys.stderr)
+    return FAILED if failures else OK
+
+
+def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console as Terminal
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ltsam_fast.train.compare import best_of, caption, cells_of, head
+
+    if not rows:
+        return
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        caption=escape(caption(rows, config)),
+        caption_justify="left",
+    )
+    for index, name in enumerate(head()):
+        table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
+    before = rows[0].loss
+    for row in rows:
+        if row.loss != before:
+            table.add_section()
+        before = row.loss
+        texts = cells_of(row, best_of(rows), mark="*")
+        table.add_row(*(f"[bold]{text.strip('*')}[/bold]" if text.startswith("*") else escape(text) for text in texts))
+    terminal = Terminal()
+    terminal.print(table)
+    terminal.print(f"wrote {out}/: table.md, table.csv, bars.png, curves.png", highlight=False, markup=False)
+
+
+def _names(text: str) -> list[str]:
+    names = [one.strip() for one in text.split(",") if one.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"must be names such as a,b, got {text!r}")
+    return list(dict.fromkeys(names))
+
+
+_COMPARE = (
+    "Trains a grid of methods, losses and seeds, each in a run folder of its own, and makes a table and charts of it. What is "
+    "trained already is not trained again. An option without a method's name is for all methods that have it."
+)
+_METHODS = "methods, or all (default: sgd,sam,focal_sam)"
 _TRAIN = (
     "Trains a network on long-tailed data. Settings come from a recipe, a file and flags, the later before the earlier. "
     "A run that was stopped, killed too, goes on exactly with --resume."
 )
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train_command}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train_command, "compare": compare_command}

@@ -236,6 +236,13 @@ def _of(options: Any, owner: str) -> dict[str, Any]:
     """The options that count with this method or loss, those named for it last."""
     if not isinstance(options, Mapping):
         raise ConfigError(f"options must be a table, got {options!r}")
+    from ltsam_fast.train.losses import LOSSES  # they know what a Config is
+    from ltsam_fast.train.methods import METHODS
+
+    for name in options:
+        prefix, dot, _ = str(name).partition(".")
+        if dot and prefix not in METHODS and prefix not in LOSSES:
+            raise ConfigError(f"option {name!r}: there is no method or loss {prefix!r}")
     common = {name: value for name, value in options.items() if "." not in name}
     return common | {name.split(".", 1)[1]: value for name, value in options.items() if name.startswith(f"{owner}.")}
 

@@ -83,30 +83,8 @@ class Silent:
 class Console(Silent):
     """A progress bar with the time left, above it a line for each epoch."""
 
-    def __init__(self, title: str = "") -> None:
-        from rich.console import Console as Terminal
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.title, self.epochs = title, 0
-        self.terminal = Terminal()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps, [progress.elapsed]"),
-            TimeElapsedColumn(),
-            TextColumn("left:"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.terminal,
-            disable=not self.terminal.is_terminal,
-        )
+    def __init__(self) -> None:
+        self.bar = _bar()
 
     def __enter__(self) -> Console:
         self.bar.start()
@@ -118,18 +96,15 @@ class Console(Silent):
     def begin(self, run: Any) -> None:
         """Prints what is trained on what, and the head of the table."""
         config, counts = run.config, run.counts
-        per_epoch = -(-len(run.train.labels) // config.batch_size)
         size = sum(param.numel() for param in run.network.parameters())
-        self.epochs = config.epochs
-        self._print(
+        _print(
+            self.bar,
             f"{config.method}, {config.loss}: {config.model} ({size:,} parameters) on {len(run.train.labels):,} images of "
             f"{len(counts)} classes ({max(counts)} to {min(counts)} each), tested on {len(run.test.labels):,}; "
-            f"{config.epochs} epochs of {per_epoch} steps on {run.at.device}"
-            + (f" x {run.at.size}" * (run.at.size > 1))
+            f"{config.epochs} epochs of {run.steps} steps on {run.at.device}" + f" x {run.at.size}" * (run.at.size > 1),
         )
-        self._print("".join(f"{name:>10}" for name in ("epoch", "lr", "loss", *GROUPS, "seconds")))
-        self.task = self.bar.add_task(self.title or config.method, total=config.epochs * per_epoch)
-        self.bar.advance(self.task, run.epoch * per_epoch)
+        _print(self.bar, "".join(f"{name:>10}" for name in ("epoch", "lr", "loss", *GROUPS, "seconds")))
+        self.task = self.bar.add_task(config.method, total=config.epochs * run.steps, completed=run.epoch * run.steps)
 
     def advance(self, steps: int) -> None:
         """Moves the bar."""
@@ -137,10 +112,82 @@ class Console(Silent):
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Prints the epoch's line."""
-        values = [f"{row['lr']:.4g}", f"{row['train_loss']:.4f}"]
-        values += ["-" if row[name] is None else f"{row[name]:.2f}" for name in GROUPS]
-        values.append(f"{row['seconds']:.2f}")
-        self._print(f"{row['epoch']:>10}" + "".join(f"{value:>10}" for value in values))
+        values = [str(row["epoch"]), f"{row['lr']:.4g}", f"{row['train_loss']:.4f}", *_accuracies(row)]
+        _print(self.bar, "".join(f"{value:>10}" for value in (*values, f"{row['seconds']:.2f}")))
 
-    def _print(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+class Cells:
+    """The progress of a grid: a bar for its cells, and one for the steps of the cell that is trained."""
+
+    def __init__(self, cells: int) -> None:
+        self.bar, self.begun, self.cells = _bar(), 0, cells
+        self.all = self.bar.add_task("cells", total=cells)
+
+    def __enter__(self) -> Cells:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    def cell(self, cell: Any) -> Silent:
+        """The reporter of the next cell, a ``compare.Cell``; those before are done."""
+        self.bar.update(self.all, completed=self.begun)
+        self.begun += 1
+        return _OneCell(
+            self.bar, f"{self.begun}/{self.cells} {cell.config.method}, {cell.config.loss}, seed {cell.config.seed}"
+        )
+
+
+class _OneCell(Silent):
+    def __init__(self, bar: Any, name: str) -> None:
+        self.bar, self.name = bar, name
+        self.last: dict[str, Any] | None = None
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.remove_task(self.task)
+        if self.last:
+            _print(
+                self.bar,
+                f"{self.name}: " + ", ".join(f"{g} {a}" for g, a in zip(GROUPS, _accuracies(self.last), strict=True)),
+            )
+
+    def begin(self, run: Any) -> None:
+        total = run.config.epochs * run.steps
+        self.task = self.bar.add_task(self.name, total=total, completed=run.epoch * run.steps)
+
+    def advance(self, steps: int) -> None:
+        self.bar.advance(self.task, steps)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.last = row
+
+
+def _bar() -> Any:
+    from rich.console import Console as Terminal
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    terminal = Terminal()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
+    return Progress(*columns, TimeRemainingColumn(), console=terminal, disable=not terminal.is_terminal)
+
+
+def _print(bar: Any, text: str) -> None:
+    bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _accuracies(row: dict[str, Any]) -> list[str]:
+    return ["-" if row[name] is None else f"{row[name]:.2f}" for name in GROUPS]

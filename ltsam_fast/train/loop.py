@@ -65,6 +65,11 @@ class Run:
         """Epochs that are done."""
         return len(self.history)
 
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.train.labels) // self.config.batch_size)
+
     def autocast(self) -> torch.autocast:
         """The context of forward passes."""
         return torch.autocast(self.at.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
@@ -332,6 +337,12 @@ def stored_config(out: str | Path) -> Config | None:
         return build(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def finished(config: Config, out: str | Path) -> list[dict[str, Any]] | None:
+    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`."""
+    state = _earlier(config, Path(out), resume=True)
+    return state["history"] if state is not None and state["epoch"] >= config.epochs else None
 
 
 def _earlier(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:

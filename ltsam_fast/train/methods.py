@@ -87,6 +87,13 @@ def _parameters(method: str, optimizer: str) -> dict[str, inspect.Parameter]:
     }
 
 
+def check_options(config: Config) -> None:
+    """Raises ConfigError if the method, or one of its options, is not there."""
+    there = _parameters(config.method, config.optimizer)
+    if unknown := [name for name in config.options if name not in there]:
+        raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(there)}")
+
+
 def create(config: Config, setting: Setting) -> Optimizer:
     """The optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
@@ -96,10 +103,8 @@ def create(config: Config, setting: Setting) -> Optimizer:
     Raises:
         ConfigError: An option is unknown or out of its range.
     """
+    check_options(config)
     parameters = _parameters(config.method, config.optimizer)
-    if unknown := [name for name in config.options if name not in parameters]:
-        there = ", ".join(parameters)
-        raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {there}")
     options = {
         name: _steps(name, value, setting) if "int" in str(parameters[name].annotation) else value
         for name, value in config.options.items()

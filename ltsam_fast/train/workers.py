@@ -56,6 +56,11 @@ def workers(device: str) -> Iterator[Workers]:
             dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def _device(name: str, local_rank: int | None) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
