@@ -61,8 +61,9 @@ def top_hessian_eigenvalue(
                 v <- h / ||h||
 
     Power iteration finds the eigenvalue of largest magnitude. Where that is negative, it goes on with ``H - value I``, whose
-    largest magnitude is the largest eigenvalue of H; both parts share ``iterations`` and the scale of ``tolerance``. Two of equal magnitude and opposite
-    sign don't converge. Evaluation mode; weights, their ``grad`` and running statistics stay as they are.
+    largest magnitude is the largest eigenvalue of H; both parts share ``iterations`` and the scale of ``tolerance``. Two of
+    equal magnitude and opposite sign don't converge. Evaluation mode; weights, their ``grad`` and running statistics stay as
+    they are.
 
     Args:
         model: The network; its weights with ``requires_grad`` count.
