@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.data.files import FileList, described
-from ltsam_fast.data.images import DataError, needed
+from ltsam_fast.data.images import DataError
+from ltsam_fast.extras import needed, progress_bar
 
 _BLOCK = 1024
 """Images decoded before the next ones are handed to the threads; what waits in memory is one block."""
@@ -84,11 +85,13 @@ def _mapped(folder: Path, fingerprint: str) -> Tensor | None:
     """The images in ``folder``, or None where it has others, too few or damaged ones."""
     try:
         about = json.loads((folder / "about.json").read_text())
-        shape, checksums = about["shape"], about["crc32"]
         length = (folder / "pixels").stat().st_size
-    except (OSError, ValueError, KeyError):  # no cache, or a damaged one: it is made again
+    except (OSError, ValueError):  # no cache, or a damaged one: it is made again
         return None
-    if about["fingerprint"] != fingerprint or length != int(np.prod(shape)):
+    if not isinstance(about, dict) or about.get("fingerprint") != fingerprint:
+        return None
+    shape, checksums = about["shape"], about["crc32"]
+    if length != int(np.prod(shape)):
         return None
     # Private: whoever writes to the images changes a copy of the page, never the file.
     pixels = torch.from_file(str(folder / "pixels"), shared=False, size=length, dtype=torch.uint8).reshape(shape)
@@ -100,9 +103,8 @@ def _mapped(folder: Path, fingerprint: str) -> Tensor | None:
 def _decoded(paths: Sequence[Path], size: int | None, progress: bool) -> Iterator[Pixels]:
     """The images in order, each uint8 of shape (3, height, width), all of one size."""
     image_module = needed("PIL.Image", "pillow")
-    bar: Callable[..., Any] = needed("tqdm", "tqdm").tqdm if progress else _NoBar
     first: Pixels | None = None
-    with bar(total=len(paths), desc="decoding", unit="image") as shown, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress_bar(progress, len(paths), "decoding", "image") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for begin in range(0, len(paths), _BLOCK):
             block = paths[begin : begin + _BLOCK]
             for path, image in zip(block, pool.map(lambda path: _one(image_module, path, size), block), strict=True):
@@ -113,7 +115,7 @@ def _decoded(paths: Sequence[Path], size: int | None, progress: bool) -> Iterato
                         f"give size= to bring all images to one size"
                     )
                 yield image
-                shown.update()
+                bar.update()
 
 
 def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
@@ -144,17 +146,3 @@ def _resized(picture: Any, size: int, resampling: Any) -> Any:
 
 def _extent(image: Pixels) -> str:
     return f"{image.shape[2]} x {image.shape[1]}"
-
-
-class _NoBar:
-    """The progress bar that isn't shown."""
-
-    def __init__(self, **_: Any) -> None: ...
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def update(self) -> None:
-        """Counts nothing."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltsam_fast.data.images import DataError, Images, needed
+from ltsam_fast.data.images import DataError, Images
 from ltsam_fast.data.longtail import longtail_counts, longtail_subset
+from ltsam_fast.extras import needed
 
 _TEST_PER_CLASS = 40
 _VALIDATION_PER_CLASS = 30

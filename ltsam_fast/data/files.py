@@ -69,8 +69,10 @@ def _images_below(folder: Path) -> Iterator[Path]:
         )
 
 
-def text_list(source: Path, split: str, images: Path | None) -> FileList:
+def text_list(source: Path, split: str, images: Path | None, classes: int | None) -> FileList:
     """Reads a list of one ``path label`` per line; ``source`` is the list, or a folder with one for each split.
+
+    Without ``classes`` there are as many as the largest label says, and each must have an image.
 
     Raises:
         DataError: There is no list, a line isn't what it should be, or a class has no image.
@@ -95,11 +97,20 @@ def text_list(source: Path, split: str, images: Path | None) -> FileList:
         image = root / parts[0].strip()
         if not image.is_file():
             raise DataError(f"{path}, line {number}: no such file: {image}")
+        label = int(parts[1])
+        if classes is not None and label >= classes:
+            raise DataError(f"{path}, line {number}: the label must lie in [0, {classes}), got {label}")
         result.paths.append(image)
-        result.labels.append(int(parts[1]))
+        result.labels.append(label)
     if not result.paths:
         raise DataError(f"{path}: no image in this list")
-    return FileList(result.paths, result.labels, tuple(str(label) for label in range(max(result.labels) + 1)))
+    if classes is None:
+        present = sorted(set(result.labels))
+        for expected, label in enumerate(present):
+            if label != expected:
+                raise DataError(f"{path}: no image of class {expected}, but of {present[-1]}; or give classes=")
+        classes = len(present)
+    return FileList(result.paths, result.labels, tuple(str(label) for label in range(classes)))
 
 
 def lists(folder: Path, split: str) -> list[Path]:

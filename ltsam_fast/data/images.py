@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -59,16 +57,3 @@ class Images:
     def counts(self) -> list[int]:
         """Returns the number of images of each class."""
         return self.labels.bincount(minlength=len(self.classes)).tolist()
-
-
-def needed(module: str, package: str) -> ModuleType:
-    """Imports what only reading data needs.
-
-    Raises:
-        ModuleNotFoundError: It is not installed; the message names what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        message = f"ltsam_fast.data needs {package}: pip install 'ltsam_fast[train]'"
-        raise ModuleNotFoundError(message, name=error.name) from error

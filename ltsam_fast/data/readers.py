@@ -83,13 +83,13 @@ def load(
         return result
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+    if chosen == "folder" and not path.is_dir():
+        raise DataError(f"{path}: not a folder")
     if chosen == "folder":
-        if not path.is_dir():
-            raise DataError(f"{path}: not a folder")
         found = files.tree(path, split)
-        _check_classes(path, len(found.classes), classes)
     else:
-        found = _with_classes(path, files.text_list(path, split, None if images is None else Path(images)), classes)
+        found = files.text_list(path, split, None if images is None else Path(images), classes)
+    _check_classes(path, len(found.classes), classes)
     if cache is None:
         pixels = in_memory(found, size, progress)
     else:
@@ -120,19 +120,3 @@ def _check_classes(path: Path, found: int, wanted: int | None) -> None:
         raise DataError(f"{path}: has {found} class, at least 2 are needed")
     if wanted is not None and found != wanted:
         raise DataError(f"{path}: has {found} classes, not {wanted}")
-
-
-def _with_classes(path: Path, found: files.FileList, wanted: int | None) -> files.FileList:
-    """A list's classes: as many as asked for; without a wish, each number up to the largest must have an image."""
-    if wanted is None:
-        if missing := set(range(len(found.classes))) - set(found.labels):
-            raise DataError(
-                f"{path}: no image of class {min(missing)}, but of {len(found.classes) - 1}; or give classes="
-            )
-        _check_classes(path, len(found.classes), None)
-        return found
-    if len(found.classes) > wanted:
-        raise DataError(
-            f"{path}: the label {len(found.classes) - 1} must lie in [0, {wanted}), as many classes as asked for"
-        )
-    return files.FileList(found.paths, found.labels, tuple(str(label) for label in range(wanted)))
