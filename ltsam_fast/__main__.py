@@ -1,4 +1,4 @@
-"""The command line: ``python -m ltsam_fast info|demo|train|compare``."""
+"""The command line: ``python -m ltsam_fast info|demo|train|compare|diagnose``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ COMMANDS = {
     "demo": "train a small network on long-tailed digits with SGD, SAM, Focal-SAM and others (demo --help tells more)",
     "train": "train a network on long-tailed data, with any method, loss and dataset",
     "compare": "train a grid of methods, losses and seeds; table and charts",
+    "diagnose": "sharpness, gradients and curvature by class, from a checkpoint",
 }
-TRAINING = ("train", "compare")
+TRAINING = ("train", "compare", "diagnose")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

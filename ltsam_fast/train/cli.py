@@ -47,13 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Adds a flag for every setting, and those that choose where settings come from."""
-    parser.add_argument(
-        "--config", metavar="FILE", help="settings from a TOML, YAML or JSON file; flags come before it"
-    )
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help="published settings (default: digits-lt, if --data is not given)"
-    )
+    """Adds a flag for every setting but some."""
     for name, item in FIELDS.items():
         if name in without:
             continue
@@ -71,6 +65,16 @@ def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
             shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
             more["help"] += f" (default: {shown})"
         parser.add_argument(flag, **more)
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that choose where settings come from."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings from a TOML, YAML or JSON file; flags come before it"
+    )
+    parser.add_argument(
+        "--recipe", choices=RECIPES, help="published settings (default: digits-lt, if --data is not given)"
+    )
 
 
 def given(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -112,6 +116,7 @@ def train_command(arguments: Sequence[str]) -> int:
         "--resume", action="store_true", help="go on from the run folder's checkpoint, with its settings"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_sources(parser)
     add_settings(parser)
     options = parser.parse_args(arguments)
 
@@ -140,6 +145,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("compare-out"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    add_sources(parser)
     add_settings(parser, without=("method", "loss", "seed"))
     options = parser.parse_args(arguments)
 
@@ -209,6 +215,45 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def diagnose_command(arguments: Sequence[str]) -> int:
+    """``python -m ltsam_fast diagnose``."""
+    parser = Parser(prog="python -m ltsam_fast diagnose", allow_abbrev=False, description=_DIAGNOSE)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint or a run folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the checkpoint")
+    parser.add_argument(
+        "--split", choices=("train", "test"), default="train", help="images to look at (default: train)"
+    )
+    parser.add_argument("--rho", type=float, help="radius of the sharpness (default: the run's, else 0.05)")
+    parser.add_argument("--per-class", type=int, default=200, help="most images of a class (default: %(default)s)")
+    parser.add_argument(
+        "--iterations", type=int, default=50, help="most products with the Hessian (default: %(default)s)"
+    )
+    changes = ("data", "test_data", "images", "cache", "loss", "device", "threads")
+    add_settings(parser, without=[name for name in FIELDS if name not in changes])
+    options = vars(parser.parse_args(arguments))
+    if options["per_class"] < 1 or options["iterations"] < 1 or (options["rho"] or 0) < 0:
+        parser.error("--per-class and --iterations must be at least 1, --rho at least 0")
+
+    from ltsam_fast.train.diagnose import diagnose
+
+    found = diagnose(options.pop("checkpoint"), options.pop("out"), **options)
+    print(f"{'class':>14}{'images':>8}{'gradient':>12}{'loss':>10}{'sharpness':>12}")
+    for row in found["classes"]:
+        numbers = (f"{row[name]:{width}.4g}" if row[name] is not None else f"{'-':>{width}}" for name, width in _WIDTHS)
+        print(f"{row['name']:>14}{row['images']:>8}" + "".join(numbers))
+    for name, value in found["hessian"].items():
+        if value:
+            note = "" if value["converged"] else " (not converged)"
+            print(f"top Hessian eigenvalue, {name}: {value['top_eigenvalue']:.4g} ± {value['residual']:.2g}{note}")
+    print(f"wrote {found['folder']}/: diagnostics.json, class_grad_norms.png, class_sharpness.png, loss_slice.png")
+    return OK
+
+
+_WIDTHS = (("gradient_norm", 12), ("loss", 10), ("sharpness", 12))
+_DIAGNOSE = (
+    "Gradient norm and sharpness of each class, the top Hessian eigenvalue of head and tail, and a slice of the loss, from a "
+    "checkpoint; as diagnostics.json and plots."
+)
 _COMPARE = (
     "Trains a grid of methods, losses and seeds, each in a run folder of its own, and makes a table and charts of it. What is "
     "trained already is not trained again. An option without a method's name is for all methods that have it."
@@ -218,4 +263,8 @@ _TRAIN = (
     "Trains a network on long-tailed data. Settings come from a recipe, a file and flags, the later before the earlier. "
     "A run that was stopped, killed too, goes on exactly with --resume."
 )
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train_command, "compare": compare_command}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train_command,
+    "compare": compare_command,
+    "diagnose": diagnose_command,
+}

@@ -127,7 +127,7 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
     if len(train.labels) < at.size:
         raise ConfigError(f"data: {len(train.labels)} training images are too few for {at.size} processes")
     checkpoint.seed_all(config.seed)
-    network = _network(config, train).to(at.device)
+    network = network_of(config, train).to(at.device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = network
@@ -156,7 +156,12 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
     )
 
 
-def _network(config: Config, train: data.Images) -> nn.Module:
+def network_of(config: Config, train: data.Images) -> nn.Module:
+    """A new network for these images.
+
+    Raises:
+        ConfigError: There is no such network, or it does not take such images.
+    """
     cosine = config.loss in COSINE if config.cosine_head is None else config.cosine_head
     channels, height, width = train.pixels.shape[1:]
     try:

@@ -45,7 +45,7 @@ def workers(device: str) -> Iterator[Workers]:
         ConfigError: The device is unknown or not there.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    here = _device(device, int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else None)
+    here = device_of(device, int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else None)
     joins = size > 1 and not dist.is_initialized()
     if joins:
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
@@ -61,7 +61,12 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def _device(name: str, local_rank: int | None) -> torch.device:
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
+    """The device of that name, for a process of that number among those of its machine.
+
+    Raises:
+        ConfigError: It is unknown or not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
