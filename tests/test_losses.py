@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from ltsam_fast import losses, ops, reference, rows
+from ltsam_fast import losses, ops, reference
+from ltsam_fast import rows as operators
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F64: 1e-10, F32: 1e-5, BF16: 2e-2, F16: 2e-3}
@@ -50,7 +51,7 @@ def formula_focal(z, y, n, w, gamma=1.0):
 
 def formula_gcl(z, y, n, w, m=0.0, s=30.0, noise_mul=0.5, gamma=0.0, noise=0.0):
     margins = n.log().max() - n.log()
-    a = z - noise_mul * noise * margins / margins.max() - m * F.one_hot(y, len(n))
+    a = z - noise_mul * noise * margins / margins.max() - m * F.one_hot(y, len(n)).double()
     ce = cross_entropies(s * a, y)
     return w[y] * (1 - (-ce).exp()).detach() ** gamma * ce
 
@@ -97,20 +98,20 @@ def check(criterion, name, z, y, n, w, device, dtypes=(F64, F32, BF16, F16), **o
     cotangent = torch.linspace(-1, 2, len(z), dtype=F64)
     exact_gradient = gradients(exact, cotangent, exact_z)
     for dtype in dtypes:
-        logits = z.to(device, dtype).requires_grad_()
+        logits = z.to(device, dtype).clone().requires_grad_()
         mine = criterion(logits, y.to(device))
         gradient = gradients(mine, cotangent.to(device), logits)
         assert mine.dtype == (F64 if dtype == F64 else F32) and gradient.dtype == dtype
-        close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-        torch.testing.assert_close(mine.detach().cpu().double(), exact.detach(), **close)
-        torch.testing.assert_close(gradient.cpu().double(), exact_gradient, **close)
+        for one, other in ((mine.detach(), exact.detach()), (gradient, exact_gradient)):
+            close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * max(1.0, float(other.abs().max()))}
+            torch.testing.assert_close(one.cpu().double(), other, **close)
 
 
 @pytest.mark.parametrize("classes", [2, 100, 8142])
 @pytest.mark.parametrize("rows", [1, 64, 513])
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_the_formula(name, rows, classes, backend, device, generator):
-    if backend == "triton" and device == "cpu" and rows * classes > 10000:
+    if backend == "triton" and device == "cpu" and (rows > 64 or rows * classes > 10000):
         pytest.skip("too much for Triton's interpreter")
     z, y, n = draw(generator, name, rows, classes)
     criterion = getattr(losses, name)(n, reduction="none").to(device).eval()
@@ -137,7 +138,7 @@ def test_cross_entropy_is_torchs(reduction, smoothing, weighted, backend, device
     z, y, n = draw(generator, "CrossEntropy", 33, 70)
     w = torch.rand(70, generator=generator, dtype=F64) if weighted else None
     criterion = losses.CrossEntropy(n, weight=w, label_smoothing=smoothing, reduction=reduction).to(device)
-    exact_z, mine_z = z.clone().requires_grad_(), z.to(device).requires_grad_()
+    exact_z, mine_z = z.clone().requires_grad_(), z.to(device).clone().requires_grad_()
     exact = F.cross_entropy(exact_z, y, w, label_smoothing=smoothing, reduction=reduction)
     mine = criterion(mine_z, y.to(device))
     torch.testing.assert_close(mine.cpu(), exact, rtol=1e-12, atol=1e-12)
@@ -223,16 +224,18 @@ def test_two_backwards_and_backends(shaped, backend, device, generator):
         torch.testing.assert_close(gradients(mine, cotangent, z), exact, rtol=1e-10, atol=1e-12)
         vectors = [options.get(name) for name in ("scale", "shift", "margin", "weight", "spread", "draw")]
         numbers = [float(options.get(name, 0)) for name in ("label_smoothing", "gamma", "detach", "seed")]
-        plain, state = rows.forward(z, y, *vectors, numbers)
+        plain, state = operators.forward(z, y, *vectors, numbers)
     torch.testing.assert_close(plain, mine, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(rows.backward(cotangent, state, z, y, *vectors, numbers), exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        operators.backward(cotangent, state, z, y, *vectors, numbers), exact, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_operators_are_well_behaved(backend, device, generator):
     z = torch.randn(4, 6, generator=generator).to(device).requires_grad_()
     y = torch.randint(6, (4,), generator=generator).to(device)
     shift = torch.rand(6, generator=generator).to(device)
-    torch.library.opcheck(rows.forward, (z, y, None, shift, None, None, None, None, [0.1, 0.0, 0.0, 0.0]))
+    torch.library.opcheck(operators.forward, (z, y, None, shift, None, None, None, None, [0.1, 0.0, 0.0, 0.0]))
 
 
 def test_only_the_logits_are_kept(generator):
@@ -273,10 +276,13 @@ def test_function_transforms(generator):
     torch.testing.assert_close(torch.func.grad(criterion)(z, y), one.grad)
     each = torch.func.vmap(torch.func.grad(lambda z, y: criterion(z[None], y[None])))(z, y)
     torch.testing.assert_close(each, one.grad)
-    hessian = torch.func.hessian(lambda z: criterion(z, y[:1]))(z[:1])
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda z: criterion(z, y[:1])))(z[:1])
     p = (z[0] * criterion.scale + criterion.shift).softmax(0) * 1.0
     wanted = criterion.scale[:, None] * (p.diag() - p[:, None] * p) * criterion.scale
     torch.testing.assert_close(hessian.reshape(5, 5), wanted)
+    losses_of = losses.VS(n, reduction="none")(one, y)
+    (jacobian,) = torch.autograd.grad(losses_of, one, torch.eye(8, dtype=F64), is_grads_batched=True)
+    torch.testing.assert_close(jacobian.sum(0), one.grad)
     model = torch.nn.Linear(5, 5, dtype=F64)
     called = torch.func.functional_call(
         model, {"weight": torch.eye(5, dtype=F64), "bias": torch.zeros(5, dtype=F64)}, z
@@ -355,10 +361,10 @@ def test_focal_loss_of_what_is_certain(dtype, gamma, backend, device):
     mine = losses.Focal(gamma=gamma, reduction="none")(z, torch.zeros(4, dtype=torch.long, device=device))
     ce = torch.tensor([math.log1p(math.exp(-200)), 200.0, math.log(2), math.log1p(math.exp(-17))], dtype=F64)
     factor = (-torch.expm1(-ce)) ** gamma
-    torch.testing.assert_close(mine.detach().cpu().double(), factor * ce, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(mine.detach().cpu().double(), factor * ce, rtol=1e-5, atol=1e-10)
     gradient = gradients(mine, torch.ones(4, device=device), z).cpu().double()
     slope = factor * (1 + gamma * torch.exp(-ce) * ce / -torch.expm1(-ce))
-    wanted = slope * -(-torch.expm1(-ce))
+    wanted = slope * torch.expm1(-ce)
     torch.testing.assert_close(gradient, torch.stack([wanted, -wanted], 1), rtol=1e-5, atol=1e-7)
 
 
@@ -507,7 +513,7 @@ def test_noise(backend, device, generator):
     seen = []
     for number in (1, 2):
         noise = reference._noise(40, 50, 2**50 + 3, torch.tensor(number)).double()
-        one = z.to(device).requires_grad_()
+        one = z.to(device).clone().requires_grad_()
         mine = criterion(one, y.to(device))
         exact_z = z.clone().requires_grad_()
         exact = formula_gcl(exact_z, y, n, w, m=0.1, noise_mul=0.7, noise=noise)
