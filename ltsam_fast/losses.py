@@ -117,7 +117,7 @@ class Loss(nn.Module):
             self.weight = None
             return
         try:
-            values = torch.as_tensor(weight).detach().to(torch.float64, copy=True)
+            values = torch.as_tensor(weight, dtype=torch.float64).detach().clone()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"weight must be numbers, one per class, got {weight!r}") from error
         if values.dim() != 1 or not len(values) or not bool((values.isfinite() & (values >= 0)).all()):

@@ -1023,9 +1023,7 @@ def adjusted_cross_entropy(
     if not torch.compiler.is_compiling() and backend_for(logits.device) is reference:
         check_range(targets, logits.shape[1])
         return reference.adjusted_cross_entropy(logits, targets, **ready, draw=draw, **numbers)  # type: ignore[arg-type]
-    order = ("scale", "shift", "margin", "weight", "spread")
-    losses: Tensor = rows.forward(logits, targets, *(ready[name] for name in order), draw, *numbers.values())[0]
-    return losses
+    return rows.adjusted_cross_entropy(logits, targets, (*ready.values(), draw), *numbers.values())
 
 
 def _check_loss_numbers(label_smoothing: Any, gamma: Any, seed: Any) -> None:

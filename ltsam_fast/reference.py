@@ -496,9 +496,9 @@ def adjusted_cross_entropy(
     draw: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """loss = sum_c q_c (logsumexp(a) - a_c) of a = scale (z - spread |e|) + shift - margin onehot(y), times (1 - p)^gamma."""
+    """loss = sum_c q_c (-log_softmax(a)_c) of a = scale (z - spread |e|) + shift - margin onehot(y), times (1 - p)^gamma."""
     a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
-    nlls = torch.logsumexp(a, 1, keepdim=True) - a
+    nlls = -a.log_softmax(1)
     nll = nlls.gather(1, targets[:, None])[:, 0]
     weight = a.new_ones(a.shape[1]) if weight is None else weight.to(a)
     losses = (1 - label_smoothing) * weight[targets] * nll
@@ -528,7 +528,7 @@ def _losses_and_state(logits: Tensor, targets: Tensor, **arguments: Any) -> tupl
     a = _adjusted_logits(logits, targets, **shaping)
     peak = a.amax(1)
     inverse_sum = 1 / torch.exp(a - peak[:, None]).sum(1)
-    nll = torch.logsumexp(a, 1) - a.gather(1, targets[:, None])[:, 0]
+    nll = -a.log_softmax(1).gather(1, targets[:, None])[:, 0]
     weight = a.new_ones(a.shape[1]) if arguments["weight"] is None else arguments["weight"].to(a)
     hit = _hit(nll, weight[targets], *(arguments[name] for name in ("label_smoothing", "gamma", "detach")))
     return losses, torch.stack([peak, inverse_sum, hit])

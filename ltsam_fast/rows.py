@@ -65,13 +65,16 @@ def check_range(targets: Tensor, classes: int) -> None:
         raise ValueError(f"targets must lie in [0, {classes}), got {low}...{high}: give one class count per class")
 
 
-_VECTORS = "Tensor? scale, Tensor? shift, Tensor? margin, Tensor? weight, Tensor? spread, Tensor? draw"
-_NUMBERS = "float label_smoothing, float gamma, bool detach, int seed"
+_ARGUMENTS = (
+    "Tensor logits, Tensor targets, Tensor? scale, Tensor? shift, Tensor? margin, Tensor? weight, Tensor? spread, "
+    "Tensor? draw, float[] numbers"  # one list, for torch takes microseconds over each argument
+)
 
 
-def _arguments(vectors: tuple[Any, ...], numbers: tuple[Any, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _named(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    *vectors, (smoothing, gamma, detach, seed) = arguments
     named = dict(zip(("scale", "shift", "margin", "weight", "spread", "draw"), vectors, strict=True))
-    return named, dict(zip(("label_smoothing", "gamma", "detach", "seed"), numbers, strict=True))
+    return named, {"label_smoothing": smoothing, "gamma": gamma, "detach": bool(detach), "seed": int(seed)}
 
 
 def _weight_sum(vectors: dict[str, Any], numbers: dict[str, Any]) -> Tensor | None:
@@ -79,14 +82,8 @@ def _weight_sum(vectors: dict[str, Any], numbers: dict[str, Any]) -> Tensor | No
     return None if weight is None or not numbers["label_smoothing"] else weight.sum()
 
 
-@torch.library.custom_op(
-    "ltsam_fast::adjusted_cross_entropy",
-    mutates_args=(),
-    schema=f"(Tensor logits, Tensor targets, {_VECTORS}, {_NUMBERS}) -> (Tensor, Tensor)",
-)
-def forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Losses, shape (B,), and the state that the backward needs, (3, B)."""
-    vectors, numbers = _arguments(rest[:6], rest[6:])
+def _forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    vectors, numbers = _named(*rest)
     rows, classes = logits.shape
     check_range(targets, classes)
     backend = backend_for(logits.device)
@@ -102,14 +99,8 @@ def forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor
     return losses, state
 
 
-@torch.library.custom_op(
-    "ltsam_fast::adjusted_cross_entropy_backward",
-    mutates_args=(),
-    schema=f"(Tensor cotangent, Tensor state, Tensor logits, Tensor targets, {_VECTORS}, {_NUMBERS}) -> Tensor",
-)
-def backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, *rest: Any) -> Tensor:
-    """The gradient, of the logits' shape and dtype."""
-    vectors, numbers = _arguments(rest[:6], rest[6:])
+def _backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+    vectors, numbers = _named(*rest)
     backend = backend_for(logits.device)
     if backend is reference:
         return reference._cross_entropy_gradient(cotangent, logits, targets, **vectors, **numbers)
@@ -124,6 +115,19 @@ def backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, 
     return grad
 
 
+forward = torch.library.custom_op(
+    "ltsam_fast::adjusted_cross_entropy", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)"
+)
+"""Losses, shape (B,), and the state that the backward needs, (3, B)."""
+backward = torch.library.custom_op(
+    "ltsam_fast::adjusted_cross_entropy_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor cotangent, Tensor state, {_ARGUMENTS}) -> Tensor",
+)
+"""The gradient, of the logits' shape and dtype."""
+
+
 @forward.register_fake
 def _(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulator(logits)
@@ -135,19 +139,57 @@ def _(cotangent: Tensor, state: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+def _traced(tensor: Tensor) -> bool:
+    """Whether somebody looks on who must see an operator: a compiler, or a subclass of tensors."""
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs[:8])
-    ctx.numbers = inputs[8:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.numbers = inputs[8]
 
 
 def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     state, logits, targets, *vectors = ctx.saved_tensors
     if torch.is_grad_enabled():  # to be differentiated again, which the twin can be
-        named, numbers = _arguments(tuple(vectors), ctx.numbers)
+        named, numbers = _named(*vectors, ctx.numbers)
         grad = reference._cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)
     else:
-        grad = backward(cotangent, state, logits, targets, *vectors, *ctx.numbers)
-    return grad, *[None] * 11
+        run = backward if _traced(cotangent) or torch._C._are_functorch_transforms_active() else _backward
+        grad = run(cotangent, state, logits, targets, *vectors, ctx.numbers)
+    return grad, *[None] * 8
 
 
 forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The same past torch's dispatcher, half of what a small call costs; and for torch.func, which takes no operator."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, targets: Tensor, *rest: Any) -> Any:
+        if any(dim is not None for dim in in_dims[2:8]):
+            raise ValueError(
+                "scale, shift, margin, weight, spread and draw can't be mapped over by vmap: loop over them"
+            )
+        batched = []
+        for tensor, dim in ((logits, in_dims[0]), (targets, in_dims[1])):
+            whole = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            batched.append(whole.flatten(0, 1))
+        losses, state = _CrossEntropy.apply(*batched, *rest)
+        split = (info.batch_size, -1)
+        return (losses.unflatten(0, split), state.unflatten(1, split)), (0, 1)
+
+
+def adjusted_cross_entropy(
+    logits: Tensor, targets: Tensor, vectors: tuple[Tensor | None, ...], *numbers: float
+) -> Tensor:
+    """Losses, shape (B,). Vectors in the order of the operator's arguments, on the logits' device and ready for use."""
+    run = forward if _traced(logits) else _CrossEntropy.apply
+    losses: Tensor = run(logits, targets, *vectors, [float(number) for number in numbers])[0]
+    return losses

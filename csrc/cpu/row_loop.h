@@ -60,14 +60,14 @@ LT_CLONES A spread_sum(const A* a, int64_t count, A peak, const A* weight) {
 }
 
 template <bool kScale, bool kSmooth, bool kWeighted, class A>
-LT_CLONES void slope_tile(const CrossEntropy<A> f, const A* a, int count, int64_t label, const A* scale,
+LT_CLONES void slope_tile(const CrossEntropy<A> f, const A* a, int count, int64_t label, A times, const A* scale,
                           const A* weight, A* slope) {
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
     const bool is_label = i == label;
     A x = kSmooth ? f.smooth_slope(a[i], kWeighted ? weight[i] : A(1), is_label) : f.slope(a[i], is_label);
     if constexpr (kScale) x *= scale[i];
-    slope[i] = x;
+    slope[i] = times * x;
   }
 }
 
@@ -128,24 +128,29 @@ const A* adjusted_row(const Rows<A>& in, int64_t row, int64_t label, std::vector
 template <class A>
 void row_gradients(const Rows<A>& in, const CrossEntropy<A>& f, const A* a, int64_t row, int64_t label) {
   alignas(64) static thread_local A slope[kTile], scaled[kTile];
+  const bool native = in.dtype == (sizeof(A) == 8 ? kF64 : kF32);
   const int outputs = in.grad[1] ? 2 : 1;
-  A factor[2];
+  A factor[2] = {};
   for (int k = 0; k < outputs; ++k) factor[k] = in.factor(k, row, label) * (in.smooth != 0 ? A(1) : f.hit);
   for_tiles(in.classes, [&](int64_t begin, int count) {
-    choose(
-        [&](auto scales, auto smooths, auto weighs) {
-          slope_tile<scales.value, smooths.value, weighs.value>(f, a + begin, count, label - begin,
-                                                                from(in.scale, begin), from(in.weight, begin), slope);
-        },
-        in.scale != nullptr, in.smooth != 0, in.weight != nullptr);
+    const auto place = [&](int k) { return in.grad[k] + (row * in.classes + begin) * item_size(in.dtype); };
+    const auto slopes = [&](A times, A* to) {
+      choose(
+          [&](auto scales, auto smooths, auto weighs) {
+            slope_tile<scales.value, smooths.value, weighs.value>(f, a + begin, count, label - begin, times,
+                                                                  from(in.scale, begin), from(in.weight, begin), to);
+          },
+          in.scale != nullptr, in.smooth != 0, in.weight != nullptr);
+    };
+    if (outputs == 1) {
+      slopes(factor[0], native ? reinterpret_cast<A*>(place(0)) : scaled);
+      if (!native) narrow(in.dtype, scaled, count, place(0));
+      return;
+    }
+    slopes(A(1), slope);  // the exponentials serve both
     for (int k = 0; k < outputs; ++k) {
-      char* to = in.grad[k] + (row * in.classes + begin) * item_size(in.dtype);
-      if (in.dtype == (sizeof(A) == 8 ? kF64 : kF32)) {
-        multiply(slope, count, factor[k], reinterpret_cast<A*>(to));
-      } else {
-        multiply(slope, count, factor[k], scaled);
-        narrow(in.dtype, scaled, count, to);
-      }
+      multiply(slope, count, factor[k], native ? reinterpret_cast<A*>(place(k)) : scaled);
+      if (!native) narrow(in.dtype, scaled, count, place(k));
     }
   });
 }
