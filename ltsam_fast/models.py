@@ -334,7 +334,13 @@ def create(name: str, num_classes: int, image_shape: tuple[int, int, int], *, co
 def _timm(timm: Any, name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(f"name: timm has no model {name!r}; timm.list_models() lists them")
-    return timm.create_model(name, num_classes=num_classes, in_chans=image_shape[0])
+    try:
+        usual = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the part of the name after the dot
+        raise ValueError(f"name: timm has no model {name!r}: {error}") from error
+    # Transformers are made for one size of images; convolutional networks take any and have no such argument.
+    size = {"img_size": image_shape[1:]} if usual is not None and usual.fixed_input_size else {}
+    return timm.create_model(name, num_classes=num_classes, in_chans=image_shape[0], **size)
 
 
 def _torchvision(models: Any, name: str, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

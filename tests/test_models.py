@@ -134,14 +134,29 @@ def test_a_package_that_is_not_there_is_named(package, monkeypatch):
 
 
 def test_timm_by_name(monkeypatch):
-    """No network or build of timm is needed: a stand-in with the two functions that are called."""
+    """A stand-in with the functions that are called: timm itself needs torchvision, which has no build for every machine."""
+
+    def config(name):
+        if name.endswith(".bad"):
+            raise RuntimeError("Invalid tag")
+        return {
+            "vit": types.SimpleNamespace(fixed_input_size=True),
+            "net": types.SimpleNamespace(fixed_input_size=False),
+        }.get(name)
+
+    def create(name, num_classes, in_chans, **size):
+        assert size == ({"img_size": (32, 24)} if name == "vit" else {})
+        return nn.Conv2d(in_chans, num_classes, 1)
+
     timm = types.ModuleType("timm")
-    timm.is_model = lambda name: name == "vit_tiny"
-    timm.create_model = lambda name, num_classes, in_chans: nn.Conv2d(in_chans, num_classes, 1)
+    timm.is_model = lambda name: name.partition(".")[0] in ("vit", "net", "new")
+    timm.get_pretrained_cfg, timm.create_model = config, create
     monkeypatch.setitem(sys.modules, "timm", timm)
-    assert models.create("timm/vit_tiny", 7, (1, 32, 32)).weight.shape == (7, 1, 1, 1)
-    with pytest.raises(ValueError, match="timm has no model 'vit_huge'"):
-        models.create("timm/vit_huge", 7, (1, 32, 32))
+    for name in ("vit", "net", "new"):
+        assert models.create(f"timm/{name}", 7, (1, 32, 24)).weight.shape == (7, 1, 1, 1)
+    for name in ("vit_huge", "vit.bad"):
+        with pytest.raises(ValueError, match=f"timm has no model '{name}'"):
+            models.create(f"timm/{name}", 7, (1, 32, 24))
 
 
 def test_torchvision_by_name(monkeypatch):

@@ -69,13 +69,14 @@ class Augment:
         self._shift = (-torch.tensor(mean, dtype=torch.float64) / spread).float().reshape(-1, 1, 1)
 
     @classmethod
-    def for_training(cls, images: Images) -> Augment:
+    def for_training(cls, images: Images, *, randaugment: tuple[int, int] | None = None) -> Augment:
         """What is usual for such images: crop and flip for colour images, neither for one channel (digits).
 
         Statistics are CIFAR's for 32 x 32 colour images, ImageNet's for other colour images, else those of ``images``.
         """
         colour = images.pixels.shape[1] == 3
-        return cls(*_statistics(images), crop_padding=min(images.pixels.shape[2:]) // 8 if colour else 0, flip=colour)
+        padding = min(images.pixels.shape[2:]) // 8 if colour else 0  # 4 pixels for CIFAR
+        return cls(*_statistics(images), crop_padding=padding, flip=colour, randaugment=randaugment)
 
     @classmethod
     def for_testing(cls, images: Images) -> Augment:

@@ -120,7 +120,7 @@ def _unpickled(path: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # a broken pickle may raise anything
-        reason = str(error) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: not a pickle of arrays, bytes, lists and numbers: {reason}") from error
     if not isinstance(content, dict):
         return content

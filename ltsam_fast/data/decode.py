@@ -131,17 +131,16 @@ def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # each format's decoder has errors of its own
-        raise DataError(f"{path}: not a readable image: {error}") from error
+        raise DataError(f"{path}: not a readable image: {' '.join(str(error).split())}") from error
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
 def _resized(picture: Any, size: int, resampling: Any) -> Any:
-    """The centre of the picture, size x size, after its shorter side has been brought to that length."""
+    """The square in the centre of the picture, brought to size x size."""
     width, height = picture.size
-    scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.resize((width, height), resampling).crop((left, top, left + size, top + size))
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return picture.resize((size, size), resampling, box=(left, top, left + side, top + side))
 
 
 def _extent(image: Pixels) -> str:

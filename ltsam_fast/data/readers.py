@@ -48,8 +48,8 @@ def load(
         split: ``"train"``, ``"test"``, ``"val"`` or the name of another folder.
         format: One of the above, or ``"auto"``: found out from ``source``.
         images: The folder that the paths of a list start from (default: the list's own).
-        size: Brings the shorter side of each image to this length and cuts out the centre, in pixels. Needed where the
-            images of a folder or list differ in size.
+        size: Cuts the centre out of each image, as large a square as there is, and brings it to this many pixels on each
+            side. Needed where the images of a folder or list differ in size.
         cache: A folder for decoded images, made if need be: they are decoded once and from then on mapped, not read. It is
             made again when names, sizes or times of the files change, or when it is damaged.
         classes: The number of classes there must be. A list can't tell it where the last ones have no image.

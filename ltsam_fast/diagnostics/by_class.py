@@ -157,7 +157,7 @@ def class_sharpness(
             with probe.climbed(probe.gradient(probe.chosen), rho, adaptive):
                 return ClassSharpness(loss, probe.loss_by_class(), probe.counts)
         perturbed = torch.full_like(loss, math.nan)
-        for c, grads in probe.gradients_by_class():
-            with probe.climbed(grads, rho, adaptive):
-                perturbed[c] = probe.mean_loss(probe.members(c))
+        for c, members in probe.members():
+            with probe.climbed(probe.gradient(members), rho, adaptive):
+                perturbed[c] = probe.mean_loss(members)
     return ClassSharpness(loss, perturbed, probe.counts)

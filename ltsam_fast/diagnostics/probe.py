@@ -115,12 +115,13 @@ class Probe:
 
     def gradients_by_class(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields each class that has samples, and the gradient of its mean loss: one backward for each batch of a class."""
-        for c in self.counts.nonzero().flatten().tolist():
-            yield c, self.gradient(self.members(c))
+        for c, members in self.members():
+            yield c, self.gradient(members)
 
-    def members(self, c: int) -> Tensor:
-        """Returns the indices of the samples of class c."""
-        return (self.y == c).nonzero().flatten()
+    def members(self) -> list[tuple[int, Tensor]]:
+        """Returns each class that has samples, and their indices."""
+        by_class = self.y.argsort(stable=True).split(self.counts.tolist())
+        return [(c, indices) for c, indices in enumerate(by_class) if len(indices)]
 
     @contextmanager
     def climbed(self, grads: Sequence[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
