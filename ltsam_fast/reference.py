@@ -443,15 +443,21 @@ def focal_cross_entropy(
     v = v.to(z)
     u = 1 - v if u is None else u.to(z)
     losses = torch.logsumexp(z, 1) - z.gather(1, targets[:, None])[:, 0]
-    slope = (z.softmax(1) - torch.nn.functional.one_hot(targets, z.shape[1])) / max(len(z), 1)
+    slope = (z.softmax(1) - _one_hot(targets, z.shape[1])) / max(len(z), 1)
     return losses, (u[targets, None] * slope).to(logits.dtype), (v[targets, None] * slope).to(logits.dtype)
+
+
+def _one_hot(targets: Tensor, classes: int) -> Tensor:
+    """torch's one_hot without its look at the targets, which vmap forbids."""
+    return (targets[:, None] == torch.arange(classes, device=targets.device)).long()
 
 
 def _noise(rows: int, classes: int, seed: int, draw: Tensor) -> Tensor:
     """|e| of GCL, (B, C): the third of a standard normal number, at most 1."""
     row, element = (torch.arange(size, device=draw.device) for size in (rows, classes))
-    elements, number = torch.broadcast_tensors(element, row[:, None])  # numbers have 24 bits, see csrc/functors/random.h
-    return (_normal(_philox(elements + 4 * (number >> 24), number & 0xFFFFFF, seed, draw.reshape(()))).abs() * (1 / 3)).clamp(max=1)
+    elements = element + 4 * (row[:, None] >> 24)  # numbers have 24 bits, see csrc/functors/random.h
+    words = _philox(elements, row[:, None] & 0xFFFFFF, seed, draw.reshape(()))
+    return (_normal(words).abs() * (1 / 3)).clamp(max=1)
 
 
 def _adjusted_logits(
@@ -472,7 +478,7 @@ def _adjusted_logits(
     if shift is not None:
         a = a + shift.to(a)
     if margin is not None:
-        a = a - torch.nn.functional.one_hot(targets, a.shape[1]) * margin.to(a)
+        a = a - _one_hot(targets, a.shape[1]) * margin.to(a)
     return a
 
 
@@ -556,7 +562,7 @@ def _cross_entropy_gradient(
     log_p = a.log_softmax(1)
     nll = -log_p.gather(1, targets[:, None])[:, 0]
     hit = _hit(nll, weight[targets], label_smoothing, gamma, detach)
-    q = hit[:, None] * torch.nn.functional.one_hot(targets, a.shape[1]) + label_smoothing / a.shape[1] * weight
+    q = hit[:, None] * _one_hot(targets, a.shape[1]) + label_smoothing / a.shape[1] * weight
     slope = q.sum(1, keepdim=True) * log_p.exp() - q
     if scale is not None:
         slope = slope * scale.to(a)

@@ -152,7 +152,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     state, logits, targets, *vectors = ctx.saved_tensors
-    if torch.is_grad_enabled():  # to be differentiated again, which the twin can be
+    # The twin can be differentiated again, and takes the batches of autograd.grad(is_grads_batched=True).
+    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(cotangent):
         named, numbers = _named(*vectors, ctx.numbers)
         grad = reference._cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)
     else:
