@@ -45,7 +45,12 @@ def main() -> None:
     lf.ops.combine_(out, g, h, mix)
     lf.ops.perturb_by_class_(w, [g, h], torch.rand(2, device=device))
     logits = torch.randn(5, 1003, device=device)
-    lf.ops.focal_cross_entropy(logits, torch.arange(5, device=device), torch.rand(1003, device=device))
+    targets, vector = torch.arange(5, device=device), torch.rand(1003, device=device)
+    lf.ops.focal_cross_entropy(logits, targets, vector)
+    vectors = dict.fromkeys(("scale", "shift", "margin", "weight"), vector)
+    noise = {"spread": vector, "draw": torch.ones((), dtype=torch.int64, device=device)}
+    for options in ({}, vectors | {"label_smoothing": 0.1}, vectors | noise | {"gamma": 1.0}):
+        lf.ops.adjusted_cross_entropy(logits.requires_grad_(), targets, **options).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
 

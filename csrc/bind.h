@@ -3,7 +3,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <type_traits>
+
 #include "ops.h"
+#include "rows.h"
 #include "table.h"
 
 namespace lt {
@@ -66,6 +69,29 @@ struct BoundHyper {
   }
 };
 
+/// The arguments of ltsam_fast.rows.launch, in the order of its ADDRESSES and NUMBERS.
+template <class A>
+Rows<A> rows_from(const py::tuple& addresses, const py::tuple& numbers, int64_t rows, int64_t classes, uint8_t dtype) {
+  size_t a = 0, n = 0;
+  const auto next = [&](auto*& to) {
+    to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(addresses[a++].cast<intptr_t>());
+  };
+  const auto number = [&] { return numbers[n++].cast<double>(); };
+  Rows<A> in;
+  next(in.logits), next(in.labels), next(in.scale), next(in.shift), next(in.margin), next(in.spread), next(in.draw);
+  next(in.weight), next(in.weight_sum), next(in.losses), next(in.state);
+  next(in.cotangent[0]), next(in.cotangent[1]), next(in.grad[0]), next(in.grad[1]);
+  const double smoothing = number();
+  in.smooth = A(smoothing / double(classes));
+  in.keep = A(1 - smoothing);
+  in.gamma = A(number());
+  in.detach = number() != 0;
+  in.seed = number();
+  in.by_label = number() != 0;
+  in.rows = rows, in.classes = classes, in.dtype = dtype;
+  return in;
+}
+
 template <class F>
 py::tuple names(const char* const* first, size_t count) {
   py::list list;
@@ -116,18 +142,17 @@ void bind(py::module_& m) {
   py::dict signatures;
   bind_maps<Loop>(m, signatures, MapOps());
   bind_reductions<Loop>(m, signatures, ReduceOps());
-  m.def(FocalCrossEntropy<float>::name, [](intptr_t logits, intptr_t labels, intptr_t u, intptr_t v, intptr_t losses,
-                                           intptr_t grad_u, intptr_t grad_v, int64_t rows, int64_t classes,
-                                           uint8_t dtype, intptr_t where) {
-    py::gil_scoped_release release;
-    const auto run = [&](auto accumulator) {
-      using A = decltype(accumulator);
-      Loop::template cross_entropy<A>(reinterpret_cast<const void*>(logits), reinterpret_cast<const int64_t*>(labels),
-                                      reinterpret_cast<const A*>(u), reinterpret_cast<const A*>(v),
-                                      reinterpret_cast<A*>(losses), reinterpret_cast<void*>(grad_u),
-                                      reinterpret_cast<void*>(grad_v), rows, classes, dtype, where);
-    };
-    dtype == kF64 ? run(double()) : run(float());
+  m.def(CrossEntropy<float>::name, [](const py::tuple& addresses, const py::tuple& numbers, int64_t rows,
+                                      int64_t classes, uint8_t dtype, intptr_t where) {
+    if (dtype == kF64) {
+      const auto in = rows_from<double>(addresses, numbers, rows, classes, dtype);
+      py::gil_scoped_release release;
+      Loop::template cross_entropy<double>(in, where);
+    } else {
+      const auto in = rows_from<float>(addresses, numbers, rows, classes, dtype);
+      py::gil_scoped_release release;
+      Loop::template cross_entropy<float>(in, where);
+    }
   });
   m.attr("SIGNATURES") = signatures;
   m.attr("CHUNK") = kChunk;

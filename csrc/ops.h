@@ -1,6 +1,6 @@
 // THE list of native ops. An op added here appears in every native module under its functor's name.
 #pragma once
-#include "functors/focal.h"
+#include "functors/cross_entropy.h"
 #include "functors/norm.h"
 #include "functors/perturb.h"
 #include "functors/step.h"

@@ -24,7 +24,7 @@ from ltsam_fast.optim import (
 )
 
 if TYPE_CHECKING:
-    from ltsam_fast import compat, data, ops, reference
+    from ltsam_fast import compat, data, diagnostics, losses, models, ops, reference
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,13 +45,16 @@ __all__ = [
     "backends",
     "compat",
     "data",
+    "diagnostics",
     "graph_step",
+    "losses",
+    "models",
     "ops",
     "reference",
     "use_backend",
 ]
 
-_ON_FIRST_USE = ("compat", "data", "ops", "plain", "reference")
+_ON_FIRST_USE = ("compat", "data", "diagnostics", "losses", "models", "ops", "plain", "reference")
 
 
 def __getattr__(name: str) -> Any:

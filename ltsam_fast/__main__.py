@@ -1,4 +1,4 @@
-"""The command line: ``python -m ltsam_fast info`` and ``python -m ltsam_fast demo``."""
+"""The command line: ``python -m ltsam_fast info|demo|train|compare|diagnose``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from ltsam_fast import backend
 COMMANDS = {
     "info": "versions, and which backends are available or why not",
     "demo": "train a small network on long-tailed digits with SGD, SAM, Focal-SAM and others (demo --help tells more)",
+    "train": "train a network on long-tailed data, with any method, loss and dataset",
+    "compare": "train a grid of methods, losses and seeds; table and charts",
+    "diagnose": "sharpness, gradients and curvature by class, from a checkpoint",
 }
+TRAINING = ("train", "compare", "diagnose")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ltsam_fast",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:6} {text}" for name, text in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()),
     )
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argparse.ArgumentParser(prog=f"{parser.prog} info", description=COMMANDS["info"]).parse_args(asked.arguments)
         print(info())
         return
+    if asked.command in TRAINING:
+        sys.exit(importlib.import_module("ltsam_fast.train.cli").main([asked.command, *asked.arguments]))
     try:
         importlib.import_module("ltsam_fast.demo").main(asked.arguments)
     except ModuleNotFoundError as error:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import ltsam_fast as lf
 from ltsam_fast import plain
 from ltsam_fast.data import LongTailed, digits, shot_split
+from ltsam_fast.models import small_cnn
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
 MANY, FEW = 60, 10
@@ -28,21 +29,6 @@ GROUPS = ("all", "many", "medium", "few")
 BASE: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 
 Step = Callable[[Tensor, Tensor], object]
-
-
-def network() -> nn.Sequential:
-    """A small convolutional network for 8 x 8 images: 24 k parameters."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(512, 36),
-        nn.ReLU(),
-        nn.Linear(36, 10),
-    )
 
 
 @dataclass(frozen=True)
@@ -126,7 +112,7 @@ def accuracies(model: nn.Module, data: LongTailed) -> dict[str, float]:
 def train(method: str, data: LongTailed, epochs: int, seed: int, advance: Callable[[], object]) -> dict[str, float]:
     """Trains one network from ``seed`` with a cosine schedule; returns its :func:`accuracies` and ``step_ms``, a median."""
     torch.manual_seed(seed)
-    model = network()
+    model = small_cnn()
     setting = Setting(model, data.class_counts, epochs * -(-len(data.train_y) // BATCH))
     optimizer, step = _trainer(method, setting)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -178,7 +164,7 @@ def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
     for name, fused, loop in (("SAM", lf.SAM, plain.SAM), ("Focal-SAM", lf.FocalSAM, plain.FocalSAM)):
         for kind, cls in (("fused", fused), ("plain", loop)):
             torch.manual_seed(0)
-            model = network()
+            model = small_cnn()
             counts = data.class_counts if name == "Focal-SAM" else None
             runs[name, kind] = (cls(model.parameters(), torch.optim.SGD, rho=0.1, **BASE), counts, model)
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}

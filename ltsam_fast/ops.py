@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltsam_fast import reference
+from ltsam_fast import reference, rows
 from ltsam_fast.backend import backend_for
 from ltsam_fast.live import recording
+from ltsam_fast.rows import Numbers, accumulator, check_range, launch
 from ltsam_fast.table import DTYPES, Op, Part, Role, Table
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adam_step_",
+    "adjusted_cross_entropy",
     "class_grad_norms",
     "combine_",
     "focal_cross_entropy",
@@ -861,6 +863,19 @@ def _check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
         raise ValueError(f"norm must be given with max_norm {max_norm}: the gradient's, from grad_norm()")
 
 
+def check_counts(class_counts: Any) -> Tensor:
+    """``class_counts`` as float64, shape (C,). Raises ValueError unless they are finite, >= 0 and not all 0."""
+    try:
+        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_counts must be numbers of samples, one per class, got {class_counts!r}") from error
+    if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
+        raise ValueError(
+            f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {class_counts!r}"
+        )
+    return counts
+
+
 def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Tensor:
     """Focal-SAM's weight of each class's sharpness, v_c = lam (1 - pi_c)^gamma with pi_c = n_c / n.
 
@@ -880,14 +895,7 @@ def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Te
     >>> focal_weights([90, 10], gamma=1.0, lam=0.5)
     tensor([0.0500, 0.4500], dtype=torch.float64)
     """
-    try:
-        counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_counts must be numbers of samples, one per class, got {class_counts!r}") from error
-    if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
-        raise ValueError(
-            f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {class_counts!r}"
-        )
+    counts = check_counts(class_counts)
     for name, value, low in (("gamma", gamma, 0.0), ("lam", lam, 0.0)):
         if not low <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number >= 0, got {value}")
@@ -924,52 +932,144 @@ def focal_cross_entropy(
     >>> losses, grad_u, grad_v
     (tensor([0.6931]), tensor([[ 0.1250, -0.1250]]), tensor([[ 0.3750, -0.3750]]))
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] == 0:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"logits must have shape (B, C) with C > 0, got {shape}")
+    logits, targets = _check_logits(logits, targets)
     logits = logits.detach()
-    if logits.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
+    check_range(targets, logits.shape[1])
     rows, classes = logits.shape
-    check_targets(targets, rows, classes)
-    if targets.device != logits.device:
-        targets = targets.to(logits.device)
-        check_targets(targets, rows, classes)  # labels from a GPU have not been looked at yet
-    targets = targets.long()
-    accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
     weights = []
     for name, given in (("v", v), ("u", u)):
         weight = 1 - v if given is None and name == "u" else given
         if not isinstance(weight, Tensor) or tuple(weight.shape) != (classes,):
             got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise ValueError(f"{name} must be a tensor of shape ({classes},), one weight per class, got {got}")
-        weights.append(weight.detach().to(logits.device, accumulator).contiguous())
+        weights.append(weight.detach().to(logits.device, accumulator(logits)).contiguous())
     v, u = weights
     backend = backend_for(logits.device)
     if backend is reference or rows == 0:
         return reference.focal_cross_entropy(logits, targets, v, u)
-    logits, targets = logits.contiguous(), targets.contiguous()
-    losses = torch.empty(rows, dtype=accumulator, device=logits.device)
+    logits = logits.contiguous()
+    losses = torch.empty(rows, dtype=accumulator(logits), device=logits.device)
     grad_u, grad_v = torch.empty_like(logits), torch.empty_like(logits)
-    addresses = [tensor.data_ptr() for tensor in (logits, targets, u, v, losses, grad_u, grad_v)]
-    if logits.device.type == "cuda":
-        with torch.cuda.device(logits.device):
-            where = torch.cuda.current_stream().cuda_stream
-            backend.focal_cross_entropy(*addresses, rows, classes, DTYPES.index(logits.dtype), where)
-    else:
-        backend.focal_cross_entropy(*addresses, rows, classes, DTYPES.index(logits.dtype), torch.get_num_threads())
+    launch(
+        backend, Numbers(by_label=True), logits=logits, targets=targets, losses=losses,
+        cotangent_0=u, cotangent_1=v, grad_0=grad_u, grad_1=grad_v,
+    )  # fmt: skip
     return losses, grad_u, grad_v
 
 
-def check_targets(targets: Tensor, rows: int, classes: int) -> None:
-    """Raises ValueError unless ``targets`` are ``rows`` labels in [0, classes). On a GPU the range is not looked at."""
+def adjusted_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    detach: bool = False,
+    spread: Tensor | None = None,
+    draw: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    r"""Per-sample cross entropy of adjusted logits, in one pass; differentiable by the logits, in another.
+
+    .. math:: a_c = \alpha_c (z_c - \nu_c |e_c|) + \beta_c - \mu_y [c = y], \qquad
+        \ell = \sum_c q_c \Big(\log \sum_k e^{a_k} - a_c\Big), \quad
+        q_c = (1 - \epsilon) w_y [c = y] + \tfrac{\epsilon}{C} w_c
+
+    With ``gamma`` the loss is :math:`w_y (1 - p)^\gamma (-\ln p)` of the label's probability :math:`p = e^{a_y} / \sum_k
+    e^{a_k}`. Nothing of size (B, C) is kept for the backward but the logits themselves, and nothing is written but their
+    gradient; logits that are not contiguous are copied. A backward that is itself to be differentiated runs the twin.
+
+    Args:
+        logits: (B, C), contiguous or not.
+        targets: (B,), integers in [0, C).
+        scale: (C,) factors ``alpha`` of the logits; ``None``: 1.
+        shift: (C,) ``beta``, added to the logits; ``None``: 0.
+        margin: (C,) ``mu``, subtracted from the adjusted logit of the label; ``None``: 0.
+        weight: (C,) weights ``w`` of the classes; ``None``: 1.
+        label_smoothing: ``epsilon`` in [0, 1]; with weights the meaning is that of torch.nn.functional.cross_entropy.
+        gamma: Focus on samples with a small ``p``, >= 0; not together with label smoothing.
+        detach: No gradient flows through ``(1 - p)^gamma``.
+        spread: (C,) ``nu`` >= 0, amplitudes of the noise ``e ~ clamp(N(0, 1/9), -1, 1)``; ``None``: none. It is made where it
+            is used, from Philox by ``seed``, ``draw``, row and class: the same on every backend.
+        draw: One int64 number on the logits' device; another one is another noise. Needed with ``spread``.
+        seed: In [0, 2^53).
+
+    Returns:
+        losses (B,) in fp32, or fp64 for fp64 logits. No gradient flows to anything but the logits.
+
+    Raises:
+        ValueError: Shapes or numbers do not fit, or a target is out of range (on cpu; on a GPU that check would wait for the
+            device, so there such a row comes out as NaN).
+        TypeError: A dtype is not supported.
+
+    Source: see :mod:`ltsam_fast.losses`, whose losses are calls of this.
+
+    >>> adjusted_cross_entropy(torch.zeros(1, 2), torch.tensor([1]), shift=torch.tensor([3.0, 1.0]).log())
+    tensor([1.3863])
+    """
+    logits, targets = _check_logits(logits, targets)
+    _check_loss_numbers(label_smoothing, gamma, seed)
+    vectors = {"scale": scale, "shift": shift, "margin": margin, "weight": weight, "spread": spread}
+    ready = {name: _class_vector(name, vector, logits) for name, vector in vectors.items()}
+    if spread is not None:
+        if not isinstance(draw, Tensor) or draw.numel() != 1 or draw.dtype != torch.int64:
+            raise ValueError(f"draw must be a tensor with one int64 number when spread is given, got {draw!r}")
+        draw = draw.to(logits.device)
+    draw = None if spread is None else draw
+    numbers = {"label_smoothing": float(label_smoothing), "gamma": float(gamma), "detach": bool(detach), "seed": seed}
+    if not torch.compiler.is_compiling() and backend_for(logits.device) is reference:
+        check_range(targets, logits.shape[1])
+        return reference.adjusted_cross_entropy(logits, targets, **ready, draw=draw, **numbers)  # type: ignore[arg-type]
+    return rows.adjusted_cross_entropy(logits, targets, (*ready.values(), draw), *numbers.values())
+
+
+def _check_loss_numbers(label_smoothing: Any, gamma: Any, seed: Any) -> None:
+    for name, value, last in (("label_smoothing", label_smoothing, 1.0), ("gamma", gamma, float("inf"))):
+        if not isinstance(value, (int, float)) or not 0 <= value <= last or value == float("inf"):
+            wanted = "in [0, 1]" if last == 1 else ">= 0"
+            raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
+    if gamma and label_smoothing:
+        raise ValueError(f"label_smoothing is {label_smoothing} and gamma {gamma}: the focal loss has no smoothed form")
+    if not isinstance(seed, int) or not 0 <= seed < 2**53:
+        raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+
+
+def _class_vector(name: str, vector: Any, logits: Tensor) -> Tensor | None:
+    """A vector of classes as native code takes it."""
+    if vector is None:
+        return None
+    classes = logits.shape[1]
+    if not isinstance(vector, Tensor) or tuple(vector.shape) != (classes,):
+        got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise ValueError(f"{name} must be a tensor of shape ({classes},), one number per class, got {got}")
+    if vector.requires_grad:
+        raise ValueError(f"{name} requires a gradient, but none flows to it: give {name}.detach()")
+    return vector.to(logits.device, accumulator(logits)).contiguous()
+
+
+def _check_logits(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Logits (B, C), and targets as contiguous int64 on their device."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] == 0:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits must have shape (B, C) with C > 0, got {shape}")
+    if logits.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
+    _check_labels(targets, logits.shape[0])
+    return logits, targets.to(logits.device, torch.int64).contiguous()
+
+
+def _check_labels(targets: Any, rows: int) -> None:
     integers = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
     if not integers or targets.dim() != 1 or len(targets) != rows:
         shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
         raise ValueError(f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {shape}")
-    if targets.device.type == "cpu" and rows and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(
-            f"targets must lie in [0, {classes}), got {int(targets.min())}...{int(targets.max())}: "
-            "give one class count per class"
-        )
+
+
+def check_targets(targets: Tensor, rows: int, classes: int) -> None:
+    """Raises ValueError unless ``targets`` are ``rows`` labels in [0, classes). On a GPU the range is not looked at."""
+    _check_labels(targets, rows)
+    check_range(targets, classes)

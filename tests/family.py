@@ -23,12 +23,12 @@ SEED = 5
 
 
 def noise(step, number, shape, clip=1.0):
-    words = reference._random_words(torch.empty(shape), number, SEED, step)
+    words = reference._random_words(torch.empty(shape), number, SEED, step, None)
     return (reference._normal(words).double() / 3).clamp(-clip, clip)
 
 
 def coordinates(step, number, shape, beta=0.6):
-    words = reference._random_words(torch.empty(shape), number, SEED, step)
+    words = reference._random_words(torch.empty(shape), number, SEED, step, None)
     return ((words & 0xFFFF) < int(beta * 65536 + 0.5)).double()
 
 

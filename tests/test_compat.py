@@ -115,7 +115,7 @@ def test_gnm_with_its_double_epoch_0():
         optimizer.second_step(zero_grad=True)
 
     def noise(step, number, shape):
-        words = reference._random_words(torch.empty(shape), number, 0, step)
+        words = reference._random_words(torch.empty(shape), number, 0, step, None)
         halved = 0.5 ** ((step // 5 - 1) // 2)  # 2 in epoch 0, 1 in 1 and 2, 1/2 in 3 and 4
         return (reference._normal(words).double() / 3).clamp(-1, 1) * halved
 

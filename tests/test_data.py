@@ -21,6 +21,23 @@ def test_counts_are_the_published_ones(imbalance):
     assert sum(longtail_counts(500, 100, imbalance)) == TOTALS[imbalance][1]
 
 
+@pytest.mark.parametrize("imbalance", TOTALS)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_counts_of_every_class_are_the_published_ones(classes, imbalance):
+    """Both forms of the formula, as different authors write it."""
+    largest, factor = 50000 // classes, {10: 0.1, 50: 0.02, 100: 0.01, 200: 0.005}[imbalance]
+    counts = longtail_counts(largest, classes, imbalance)
+    assert counts == [int(largest * factor ** (c / (classes - 1.0))) for c in range(classes)]
+    assert counts == [int(largest / imbalance ** (c / (classes - 1.0))) for c in range(classes)]
+
+
+def test_cifar_lists_and_groups_that_papers_print():
+    assert longtail_counts(5000, 10, 100) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+    counts = longtail_counts(500, 100, 100)
+    assert counts[69] == 20 and counts[-1] == 5 and longtail_counts(500, 100, 200)[-1] == 2
+    assert [len(group) for group in shot_split(counts).values()] == [35, 35, 30]
+
+
 def test_step_profile():
     assert longtail_counts(5000, 10, 100, "step") == [5000] * 5 + [50] * 5
 

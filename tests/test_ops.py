@@ -147,15 +147,15 @@ def test_every_room_has_the_same_ops():
 @pytest.mark.parametrize("name", ["_cpu", "_cuda", "kernels"])
 def test_a_backend_has_the_ops(name):
     try:
-        module = __import__(f"ltsam_fast.{name}", fromlist=["focal_cross_entropy"])
+        module = __import__(f"ltsam_fast.{name}", fromlist=["cross_entropy"])
     except ImportError as error:
         pytest.skip(str(error))
     if name == "kernels":
-        assert set(module.__all__) == {*OPS, "focal_cross_entropy"}
+        assert set(module.__all__) == {*OPS, "cross_entropy"}
         return
     assert module.SIGNATURES == {op.name: (op.roles, op.hyper) for op in OPS.values()}
     assert module.CHUNK == CHUNK
-    assert callable(module.focal_cross_entropy)
+    assert callable(module.cross_entropy)
 
 
 # --- ops x backends x cases

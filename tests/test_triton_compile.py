@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ltsam_fast.kernels import focal, norm, perturb, step
+from ltsam_fast.kernels import norm, perturb, step
+from ltsam_fast.kernels.cross_entropy import cross_entropy_kernel
 
 SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "mix", "scratch", "scales", "out", "skipped_steps"), "i64")
 TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64"} | SIGNALS
@@ -46,9 +47,18 @@ for arch, types in ((90, (tl.float32, tl.float64, tl.bfloat16, tl.float16)), (80
             if type_ is tl.float32:
                 assert "ld.global.v4" in ptx, (name, arch)
                 assert name in REDUCTIONS or "st.global.v4" in ptx, (name, arch)
-        arguments = {n: "i64" for n in ("logits", "labels", "u", "v", "losses", "grad_u", "grad_v")}
-        arguments |= {"rows": "i32", "classes": "i32"}
-        compiled(focal.focal_kernel, arguments, {"TYPE": type_, "A": wide, "BLOCK": 1024}, arch)
+        names = cross_entropy_kernel.arg_names
+        arguments = {n: "i64" for n in names[: names.index("rows")]} | {"rows": "i32", "classes": "i32", "seed": "i64"}
+        some = dict.fromkeys(("SCALES", "SHIFTS", "MARGINS", "SPREADS", "WEIGHS", "DETACH", "BY_LABEL", "KEEPS"), False)
+        some |= {"SMOOTHING": 0.0, "GAMMA": 0.0, "FORWARD": True, "GRADS": 2, "TYPE": type_, "A": wide, "BLOCK": 1024}
+        full = {"SCALES": True, "SHIFTS": True, "MARGINS": True, "WEIGHS": True}
+        for more in (
+            {"BY_LABEL": True},
+            full | {"SMOOTHING": 0.1, "GRADS": 0, "KEEPS": True},
+            full | {"SPREADS": True, "GAMMA": 1.5, "GRADS": 0, "KEEPS": True},
+            full | {"SPREADS": True, "FORWARD": False, "GRADS": 1},
+        ):
+            compiled(cross_entropy_kernel, arguments, some | more, arch)
     for sums in (1, 3):
         totals = {"A": tl.float32, "SLOTS": 1024, "SUMS": sums, "ROOT": sums == 1}
         compiled(norm.totals_kernel, {"ranges": "*i64"} | SIGNALS, totals, arch)

@@ -7,6 +7,7 @@
 #include <iterator>
 #include <utility>
 
+#include "rows.h"
 #include "table.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -343,73 +344,7 @@ struct CpuLoop {
   }
 
   template <class A>
-  static void cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
-                            void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t threads);
+  static void cross_entropy(const Rows<A>& rows, intptr_t threads);  // cpu/row_loop.h
 };
-
-/// A NaN is never greater, so it is passed over here and surfaces in the sum.
-template <class A>
-LT_CLONES A row_max(const A* z, int count, A start) {
-  A lanes[kLanes];
-  for (A& lane : lanes) lane = start;
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] = z[i + j] > lanes[j] ? z[i + j] : lanes[j];
-  for (; i < count; ++i) lanes[0] = z[i] > lanes[0] ? z[i] : lanes[0];
-  for (A lane : lanes) start = lane > start ? lane : start;
-  return start;
-}
-
-template <class A>
-LT_CLONES A row_sum(const A* z, int count, A peak) {
-  A lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] += FocalCrossEntropy<A>::shifted_exp(z[i + j], peak);
-  for (; i < count; ++i) lanes[0] += FocalCrossEntropy<A>::shifted_exp(z[i], peak);
-  A sum = 0;
-  for (A lane : lanes) sum += lane;
-  return sum;
-}
-
-template <class A>
-LT_CLONES void row_gradients(const FocalCrossEntropy<A> f, const A* z, int64_t begin, int count, int64_t label,
-                             A* grad_u, A* grad_v) {
-#pragma GCC ivdep
-  for (int i = 0; i < count; ++i) f.gradients(z[i], begin + i == label, grad_u[i], grad_v[i]);
-}
-
-template <class A>
-void CpuLoop::cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
-                            void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t threads) {
-  const int size = item_size(dtype);
-  for_each_chunk(rows, 16 * rows * classes, int(threads), [&](int64_t row) {
-    static thread_local A in[kTile], out[2][kTile];
-    const char* z = static_cast<const char*>(logits) + row * classes * size;
-    const int64_t label = labels[row];
-    const auto tile_at = [&](int64_t begin, int count) {
-      load(dtype, z + begin * size, count, in);
-      return in;
-    };
-    const auto for_tiles = [&](auto&& visit) {
-      for (int64_t begin = 0; begin < classes; begin += kTile) {
-        const int count = int(std::min<int64_t>(kTile, classes - begin));
-        visit(begin, count, tile_at(begin, count));
-      }
-    };
-    A peak, sum = 0, label_logit;
-    load(dtype, z, 1, &peak);
-    load(dtype, z + label * size, 1, &label_logit);
-    for_tiles([&](int64_t, int count, const A* tile) { peak = row_max(tile, count, peak); });
-    for_tiles([&](int64_t, int count, const A* tile) { sum += row_sum(tile, count, peak); });
-    losses[row] = FocalCrossEntropy<A>::loss(sum, peak, label_logit);
-    const FocalCrossEntropy<A> f{peak, A(1) / sum, u[label] / A(rows), v[label] / A(rows)};
-    for_tiles([&](int64_t begin, int count, const A* tile) {
-      row_gradients(f, tile, begin, count, label, out[0], out[1]);
-      narrow(dtype, out[0], count, static_cast<char*>(grad_u) + (row * classes + begin) * size);
-      narrow(dtype, out[1], count, static_cast<char*>(grad_v) + (row * classes + begin) * size);
-    });
-  });
-}
 
 }  // namespace lt

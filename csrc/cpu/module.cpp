@@ -1,6 +1,7 @@
 #include "bind.h"
 #include "cpu/dlpack.h"
 #include "cpu/loop.h"
+#include "cpu/row_loop.h"
 
 PYBIND11_MODULE(_cpu, m) {
   lt::bind<lt::CpuLoop>(m);

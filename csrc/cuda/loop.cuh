@@ -1,4 +1,4 @@
-// The CUDA loops: map and ordered reduce over a table, for any functor, and the cross entropy's. A launch takes its
+// The CUDA loops: map and ordered reduce over a table, for any functor. A launch takes its
 // share of the table by value: nothing is copied to the device or kept alive, and a CUDA graph owns what it replays.
 #pragma once
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "functors/focal.h"
+#include "rows.h"
 #include "table.h"
 
 // How a kernel starts and takes its argument. tests/cuda_on_host puts a loop on the host in their place.
@@ -73,9 +73,13 @@ struct Slice {
   }
   LT_HD int64_t number(int tensor) const { return words[tensor * stride + stride - 1].number; }
   LT_HD int hyper_at(int row) const { return kWords - (row + 1) * hyper_columns; }
-  LT_HD const double* hyper(int row) const {
-    const Word& first = words[hyper_at(row)];
-    return live ? reinterpret_cast<const double*>(first.address) : &first.hyper;
+  /// One choice for each value: a pointer to either place would make every load through it a generic one.
+  template <int kCount>
+  LT_HD void hyper(int row, double (&h)[kCount]) const {
+    const Word* given = words + hyper_at(row);
+    const double* device = live ? reinterpret_cast<const double*>(given->address) : nullptr;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) h[i] = device ? device[i] : given[i].hyper;
   }
   LT_HD int64_t bucket_end(int bucket) const { return words[tensors * stride + bucket].end; }
 
@@ -381,7 +385,11 @@ struct Constants {
     const int group = row.hyper, wanted = here.step || F::keyed ? Slice::kHyperRows + tensor : group;
     if (wanted != made_for) {
       __syncthreads();  // some may still read the one before
-      if (threadIdx.x == 0) new (storage) F(slice.hyper(group), slice.signals, here);
+      if (threadIdx.x == 0) {
+        double h[sizeof(F::hyper) / sizeof(*F::hyper)];
+        if constexpr (F::hyper[0] != nullptr) slice.hyper(group, h);
+        new (storage) F(h, slice.signals, here);
+      }
       __syncthreads();
       made_for = wanted;
     }
@@ -478,59 +486,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<F, A>) reduce_kernel(LT_A
       }
     }
     begin = end;
-  }
-}
-
-template <class A>
-struct Logits {
-  const char* logits;
-  const int64_t* labels;
-  const A *u, *v;
-  A* losses;
-  char *grad_u, *grad_v;
-  int64_t rows, classes;
-  uint8_t dtype;
-};
-
-template <class A>
-__device__ __forceinline__ A get(const char* from, uint8_t dtype, int64_t index) {
-  A x[kVector];
-  decode(fetch<A>(dtype, false, from + index * item_size(dtype), 0, 1), dtype, x);
-  return x[0];
-}
-
-template <class A>
-__device__ __forceinline__ void set(char* to, uint8_t dtype, int64_t index, A value) {
-  const A x[kVector] = {value};
-  put(encode(dtype, x), dtype, false, to + index * item_size(dtype), 0, 1);
-}
-
-/// A block a row. A label that is no class makes its row NaN: to refuse it, the host would have to wait.
-template <class A>
-__global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LT_ARGUMENT(Logits<A>) in) {
-  for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
-    const int64_t first = row * in.classes, label = in.labels[row];
-    const bool known = label >= 0 && label < in.classes;
-    A peak = get<A>(in.logits, in.dtype, first), sum = 0;
-    for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x) {
-      const A z = get<A>(in.logits, in.dtype, first + c);
-      peak = z > peak ? z : peak;
-    }
-    peak = A(block_fold(double(peak), [](double a, double b) { return b > a ? b : a; }));
-    for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x)
-      sum += FocalCrossEntropy<A>::shifted_exp(get<A>(in.logits, in.dtype, first + c), peak);
-    sum = A(block_sum(double(sum)));
-    const A u = known ? in.u[label] : A(NAN), v = known ? in.v[label] : A(NAN);
-    if (threadIdx.x == 0)
-      in.losses[row] =
-          FocalCrossEntropy<A>::loss(sum, peak, known ? get<A>(in.logits, in.dtype, first + label) : A(NAN));
-    const FocalCrossEntropy<A> f{peak, A(1) / sum, u / A(in.rows), v / A(in.rows)};
-    for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x) {
-      A grad_u, grad_v;
-      f.gradients(get<A>(in.logits, in.dtype, first + c), c == label, grad_u, grad_v);
-      set(in.grad_u, in.dtype, first + c, grad_u);
-      set(in.grad_v, in.dtype, first + c, grad_v);
-    }
   }
 }
 
@@ -682,15 +637,7 @@ struct CudaLoop {
   }
 
   template <class A>
-  static void cross_entropy(const void* logits, const int64_t* labels, const A* u, const A* v, A* losses, void* grad_u,
-                            void* grad_v, int64_t rows, int64_t classes, uint8_t dtype, intptr_t stream) {
-    if (rows == 0) return;
-    int threads = 32;
-    while (threads < kThreads && threads * 8 < classes) threads *= 2;
-    const Logits<A> in{static_cast<const char*>(logits), labels, u,       v,    losses, static_cast<char*>(grad_u),
-                       static_cast<char*>(grad_v),       rows,   classes, dtype};
-    launch(FocalCrossEntropy<A>::name, cross_entropy_kernel<A>, std::min<int64_t>(rows, 1 << 20), threads, stream, in);
-  }
+  static void cross_entropy(const Rows<A>& rows, intptr_t stream);  // cuda/row_loop.cuh
 };
 
 }  // namespace lt

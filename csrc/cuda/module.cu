@@ -1,5 +1,6 @@
 #include "bind.h"
 #include "cuda/loop.cuh"
+#include "cuda/row_loop.cuh"
 
 PYBIND11_MODULE(_cuda, m) {
   lt::bind<lt::CudaLoop>(m);

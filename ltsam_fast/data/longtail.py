@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-_TEST_PER_CLASS = 40
-_VALIDATION_PER_CLASS = 30
 
 
 def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "exp") -> list[int]:
@@ -40,8 +36,8 @@ def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "
     >>> longtail_counts(5000, 10, 100)
     [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     """
-    n_max = _whole("n_max", n_max, least=1)
-    classes = _whole("classes", classes, least=2)
+    n_max = whole("n_max", n_max, least=1)
+    classes = whole("classes", classes, least=2)
     if not 1 <= imbalance <= n_max:
         raise ValueError(
             f"imbalance must be from 1 to n_max = {n_max}, which leaves a sample to every class, got {imbalance!r}"
@@ -120,72 +116,8 @@ def shot_split(class_counts: Sequence[int] | Tensor, many: int = 100, few: int =
     return {name: members.nonzero().flatten() for name, members in groups.items()}
 
 
-@dataclass(frozen=True)
-class LongTailed:
-    """A long-tailed training set and a balanced test set.
-
-    Attributes:
-        train_x: Training images, fp32, shape (N, 1, height, width).
-        train_y: Their classes, int64, shape (N,).
-        test_x: Test images, fp32, shape (M, 1, height, width).
-        test_y: Their classes, int64, shape (M,).
-        class_counts: Training images of each class.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    class_counts: list[int]
-
-
-def digits(imbalance: float = 50, seed: int = 0, *, held_out: str = "test") -> LongTailed:
-    """Returns scikit-learn's digits, 8 x 8 pixels in 10 classes, with a long tail; nothing is downloaded.
-
-    40 images of each class are the test set, the same ones whatever the seed. The training set is drawn from the others,
-    with 134 images of the digit 0 and ever fewer of the following ones. Pixels are scaled to [0, 1] and then standardised
-    by mean and standard deviation of the training set.
-
-    Args:
-        imbalance: Most frequent over least frequent class, 1 to 134 (104 for validation).
-        seed: Seed of the draw.
-        held_out: ``"test"``; or ``"validation"``, for choosing hyperparameters without a look at the test set: then
-            ``test_x`` are 30 images of each class that are drawn from the others too, and training has 104 zeros at most.
-
-    Raises:
-        ValueError: ``imbalance`` or ``held_out`` is out of range.
-        ModuleNotFoundError: scikit-learn is not installed.
-
-    Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
-    """
-    if held_out not in ("test", "validation"):
-        raise ValueError(f"held_out must be 'test' or 'validation', got {held_out!r}")
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        message = "ltsam_fast.data.digits needs scikit-learn: pip install 'ltsam_fast[demo]'"
-        raise ModuleNotFoundError(message, name="sklearn") from error
-    pixels, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
-    y = torch.from_numpy(labels).long()
-
-    test = longtail_subset(y, [_TEST_PER_CLASS] * 10)
-    rest = _without(torch.arange(len(y)), test)
-    if held_out == "validation":
-        test = rest[longtail_subset(y[rest], [_VALIDATION_PER_CLASS] * 10, seed)]
-        rest = _without(rest, test)
-    counts = longtail_counts(int(y[rest].bincount().min()), 10, imbalance)
-    train = rest[longtail_subset(y[rest], counts, seed)]
-
-    x = (x - x[train].mean()) / x[train].std()
-    return LongTailed(x[train], y[train], x[test], y[test], counts)
-
-
-def _without(indices: Tensor, taken: Tensor) -> Tensor:
-    return indices[~torch.isin(indices, taken)]
-
-
-def _whole(name: str, value: Any, least: int) -> int:
+def whole(name: str, value: Any, least: int) -> int:
+    """Returns ``value`` as an int, or raises the ValueError that names it."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -1,0 +1,147 @@
+"""Images decoded once: in parallel, into memory or into a file that is mapped from then on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltsam_fast.data.files import FileList, described
+from ltsam_fast.data.images import DataError
+from ltsam_fast.extras import needed, progress_bar
+
+_BLOCK = 1024
+"""Images decoded before the next ones are handed to the threads; what waits in memory is one block."""
+_CHECKED_BYTES = 1 << 30
+"""How much of a cache is compared with its checksums: all of it up to 1 GiB, evenly spaced images beyond."""
+_VERSION = 1
+
+Pixels = np.ndarray[Any, Any]
+
+
+def in_memory(files: FileList, size: int | None, progress: bool) -> Tensor:
+    """Returns the decoded images, uint8, shape (N, 3, height, width)."""
+    result: Tensor | None = None
+    for index, image in enumerate(_decoded(files.paths, size, progress)):
+        if result is None:
+            result = torch.empty((len(files.paths), *image.shape), dtype=torch.uint8)
+        result[index] = torch.from_numpy(image)
+    assert result is not None  # a list is never empty
+    return result
+
+
+def cached(files: FileList, size: int | None, progress: bool, cache: Path, name: str) -> Tensor:
+    """Returns the decoded images mapped from ``cache/name``, which is made if it isn't there, complete and up to date.
+
+    The folder is written under another name and renamed when all is there; a lock lets one process build at a time.
+    """
+    filelock = needed("filelock", "filelock")
+    cache.mkdir(parents=True, exist_ok=True)
+    fingerprint = hashlib.sha256(
+        "\n".join([f"{_VERSION} {size}", *described(files)]).encode("utf-8", "surrogateescape")
+    ).hexdigest()
+    folder = cache / name
+    with filelock.FileLock(cache / f"{name}.lock"):
+        pixels = _mapped(folder, fingerprint)
+        if pixels is None:
+            _build(folder, fingerprint, _decoded(files.paths, size, progress))
+            pixels = _mapped(folder, fingerprint)
+    if pixels is None:
+        raise DataError(f"{folder}: the cache differs from what has just been written to it; is the disk sound?")
+    return pixels
+
+
+def _build(folder: Path, fingerprint: str, images: Iterator[Pixels]) -> None:
+    partial = folder.with_name(f"{folder.name}.partial")
+    for leftover in (partial, folder):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir()
+    shape: tuple[int, ...] = ()
+    checksums = []
+    with (partial / "pixels").open("wb") as file:
+        for image in images:
+            file.write(image.data)
+            checksums.append(zlib.crc32(image.data))
+            shape = image.shape
+        file.flush()
+        os.fsync(file.fileno())
+    about = {"fingerprint": fingerprint, "shape": [len(checksums), *shape], "crc32": checksums}
+    (partial / "about.json").write_text(json.dumps(about))
+    partial.rename(folder)
+
+
+def _mapped(folder: Path, fingerprint: str) -> Tensor | None:
+    """The images in ``folder``, or None where it has others, too few or damaged ones."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        length = (folder / "pixels").stat().st_size
+    except (OSError, ValueError):  # no cache, or a damaged one: it is made again
+        return None
+    if not isinstance(about, dict) or about.get("fingerprint") != fingerprint:
+        return None
+    shape, checksums = about["shape"], about["crc32"]
+    if length != int(np.prod(shape)):
+        return None
+    # Private: whoever writes to the images changes a copy of the page, never the file.
+    pixels = torch.from_file(str(folder / "pixels"), shared=False, size=length, dtype=torch.uint8).reshape(shape)
+    step = -(-length // _CHECKED_BYTES)
+    sound = all(zlib.crc32(pixels[i].numpy().data) == checksums[i] for i in range(0, len(pixels), step))
+    return pixels if sound else None
+
+
+def _decoded(paths: Sequence[Path], size: int | None, progress: bool) -> Iterator[Pixels]:
+    """The images in order, each uint8 of shape (3, height, width), all of one size."""
+    image_module = needed("PIL.Image", "pillow")
+    first: Pixels | None = None
+    with progress_bar(progress, len(paths), "decoding", "image") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for begin in range(0, len(paths), _BLOCK):
+            block = paths[begin : begin + _BLOCK]
+            for path, image in zip(block, pool.map(lambda path: _one(image_module, path, size), block), strict=True):
+                first = image if first is None else first
+                if image.shape != first.shape:
+                    raise DataError(
+                        f"{path}: {_extent(image)} pixels where {paths[0]} has {_extent(first)}; "
+                        f"give size= to bring all images to one size"
+                    )
+                yield image
+                bar.update()
+
+
+def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
+    try:
+        with image_module.open(path) as image:
+            if size is not None:
+                image.draft(
+                    "RGB", (2 * size, 2 * size)
+                )  # JPEGs are decoded at a half, a quarter, ... where that is enough
+            picture = image.convert("RGB")
+            if size is not None:
+                picture = _resized(picture, size, image_module.Resampling.BILINEAR)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except Exception as error:  # each format's decoder has errors of its own
+        raise DataError(f"{path}: not a readable image: {' '.join(str(error).split())}") from error
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def _resized(picture: Any, size: int, resampling: Any) -> Any:
+    """The square in the centre of the picture, brought to size x size."""
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return picture.resize((size, size), resampling, box=(left, top, left + side, top + side))
+
+
+def _extent(image: Pixels) -> str:
+    return f"{image.shape[2]} x {image.shape[1]}"

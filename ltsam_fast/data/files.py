@@ -1,0 +1,156 @@
+"""Which image files a split has, and their classes: from a tree of folders or from a text list."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltsam_fast.data.images import DataError
+
+SPLITS = ("train", "val", "test")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class FileList:
+    """The image files of a split, the class of each, and the names of the classes."""
+
+    paths: list[Path]
+    labels: list[int]
+    classes: tuple[str, ...]
+
+
+def tree(source: Path, split: str) -> FileList:
+    """Lists a tree ``[split/]class/**/image``; classes are the folders in the order of their names.
+
+    Raises:
+        DataError: There is no such split, a class has no image, or the splits have different classes.
+    """
+    root = source / split
+    if not root.is_dir():
+        others = [name for name in SPLITS if (source / name).is_dir()]
+        if others:
+            raise DataError(f"{source}: no folder {split!r} here, only {', '.join(others)}")
+        root = _taken_as_it_is(source, split)
+    classes = _class_folders(root)
+    # The number of a class is its place among the folders: it must be the same one in training.
+    reference = source / "train"
+    if root.parent == source and reference.is_dir() and (expected := _class_folders(reference)) != classes:
+        different = sorted(set(expected) ^ set(classes))
+        raise DataError(f"{root}: its classes are not those of {reference}; one of them lacks {different[0]!r}")
+    found = FileList([], [], classes)
+    for label, name in enumerate(classes):
+        members = sorted(_images_below(root / name))
+        if not members:
+            raise DataError(f"{root / name}: no image in this class's folder")
+        found.paths.extend(members)
+        found.labels.extend([label] * len(members))
+    return found
+
+
+def _class_folders(root: Path) -> tuple[str, ...]:
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise DataError(f"{root}: no class folders here")
+    return tuple(names)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for where, _, names in os.walk(folder, followlinks=True):
+        yield from (
+            Path(where, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith(".")
+        )
+
+
+def text_list(source: Path, split: str, images: Path | None, classes: int | None) -> FileList:
+    """Reads a list of one ``path label`` per line; ``source`` is the list, or a folder with one for each split.
+
+    Without ``classes`` there are as many as the largest label says, and each must have an image.
+
+    Raises:
+        DataError: There is no list, a line isn't what it should be, or a class has no image.
+    """
+    path = source
+    if source.is_dir():
+        found = lists(source, split)
+        if len(found) != 1:
+            names = ", ".join(one.name for one in found) or "none"
+            raise DataError(f"{source}: needs one .txt with {split!r} in its name, found {names}")
+        path = found[0]
+    else:
+        _taken_as_it_is(source, split)
+    root = path.parent if images is None else images
+    result = FileList([], [], ())
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        parts = line.rsplit(maxsplit=1)  # a path may hold spaces
+        if len(parts) != 2 or not re.fullmatch("[0-9]{1,9}", parts[1]):
+            raise DataError(f"{path}, line {number}: expected 'path label', got {line.strip()[:80]!r}")
+        image = root / parts[0].strip()
+        if not image.is_file():
+            raise DataError(f"{path}, line {number}: no such file: {image}")
+        label = int(parts[1])
+        if classes is not None and label >= classes:
+            raise DataError(f"{path}, line {number}: the label must lie in [0, {classes}), got {label}")
+        result.paths.append(image)
+        result.labels.append(label)
+    if not result.paths:
+        raise DataError(f"{path}: no image in this list")
+    if classes is None:
+        present = sorted(set(result.labels))
+        for expected, label in enumerate(present):
+            if label != expected:
+                raise DataError(f"{path}: no image of class {expected}, but of {present[-1]}; or give classes=")
+        classes = len(present)
+    return FileList(result.paths, result.labels, tuple(str(label) for label in range(classes)))
+
+
+def lists(folder: Path, split: str) -> list[Path]:
+    """Returns the text files of ``folder`` with the word ``split`` in their name, as in ``ImageNet_LT_train.txt``."""
+    return sorted(path for path in folder.glob("*.txt") if split in _words(path))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file: {error}") from error
+
+
+def _taken_as_it_is(source: Path, split: str) -> Path:
+    """``source`` if it may be the split by itself: whoever asks for the test set must not get the training set."""
+    if split != "train" and split not in _words(source):
+        raise DataError(f"{source}: is one split, and its name doesn't say that it is {split!r}")
+    return source
+
+
+def _words(path: Path) -> list[str]:
+    return re.split(r"[^a-z0-9]+", path.stem.lower())
+
+
+def described(files: FileList) -> list[str]:
+    """Returns a line with name, size and time of change of each file: what a cache of them depends on.
+
+    Raises:
+        DataError: A file is gone.
+    """
+    result = []
+    for path in files.paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: not a file")
+        result.append(f"{path}\t{status.st_size}\t{status.st_mtime_ns}")
+    return result

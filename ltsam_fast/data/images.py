@@ -1,0 +1,59 @@
+"""What every reader gives: the images of one split in memory, and the one error for data that can't be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that can't be read: one line that names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one split, decoded once.
+
+    Attributes:
+        pixels: uint8, shape (N, channels, height, width); perhaps mapped from a file.
+        labels: The class of each image, int64, shape (N,).
+        classes: The name of each class.
+
+    Raises:
+        TypeError: ``pixels`` is not uint8, or ``labels`` is not int64.
+        ValueError: The shapes don't fit, or a label names no class.
+
+    >>> images = Images(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0]), ("cat", "dog"))
+    >>> images.counts()
+    [2, 1]
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name, dtype, dims in (("pixels", torch.uint8, 4), ("labels", torch.int64, 1)):
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+            if tensor.ndim != dims:
+                raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+        if len(self.pixels) != len(self.labels):
+            raise ValueError(f"labels must be one for each of {len(self.pixels)} images, got {len(self.labels)}")
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            low, high = int(self.labels.min()), int(self.labels.max())
+            raise ValueError(f"labels must lie in [0, {len(self.classes)}), one for each class, got {low}..{high}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Tensor) -> Images:
+        """Returns a copy of the images at ``indices``, a LongTensor, in their order; say those of a long tail."""
+        return Images(self.pixels[indices], self.labels[indices], self.classes)
+
+    def counts(self) -> list[int]:
+        """Returns the number of images of each class."""
+        return self.labels.bincount(minlength=len(self.classes)).tolist()

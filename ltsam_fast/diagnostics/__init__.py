@@ -1,0 +1,17 @@
+"""What a network looks like from each class: gradient norm, sharpness, curvature, slices of its loss; as data and plots."""
+
+from __future__ import annotations
+
+from ltsam_fast.diagnostics.by_class import ClassGradNorms, ClassSharpness, class_grad_norms, class_sharpness
+from ltsam_fast.diagnostics.curvature import LossSlice, TopEigenvalue, loss_slice, top_hessian_eigenvalue
+
+__all__ = [
+    "ClassGradNorms",
+    "ClassSharpness",
+    "LossSlice",
+    "TopEigenvalue",
+    "class_grad_norms",
+    "class_sharpness",
+    "loss_slice",
+    "top_hessian_eigenvalue",
+]

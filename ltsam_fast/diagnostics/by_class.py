@@ -1,0 +1,163 @@
+"""Gradient norm and sharpness of each class."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from ltsam_fast import ops
+from ltsam_fast.diagnostics.plots import bars
+from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
+
+_GRADIENT_BYTES = 256 << 20
+"""Gradients of several classes are kept for one pass over their norms up to this much, and never fewer than one."""
+
+
+@dataclass(frozen=True)
+class ClassGradNorms:
+    """Gradient norms of classes.
+
+    Attributes:
+        norms: Norm of the gradient of each class's mean loss, shape (C,); NaN for a class without samples.
+        counts: Samples of each class that were looked at, int64, shape (C,).
+    """
+
+    norms: Tensor
+    counts: Tensor
+
+    def plot(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+        """Draws a bar per class into the image file ``path``; needs matplotlib."""
+        bars(path, {"": self.norms}, "gradient norm", names)
+
+
+def class_grad_norms(
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    num_classes: int,
+    batch_size: int = 256,
+    prepare: Prepare | None = None,
+) -> ClassGradNorms:
+    r"""Returns the norm of each class's gradient, :math:`\|\nabla_w \frac{1}{n_c} \sum_{i: y_i = c} \ell_i(w)\|`.
+
+    Each sample goes forward and backward once, in batches of one class, in evaluation mode. Weights, their ``grad`` and
+    running statistics stay as they are.
+
+    Args:
+        model: The network; its weights with ``requires_grad`` count.
+        loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,).
+        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        y: Their classes, int64, shape (N,).
+        num_classes: Number of classes C.
+        batch_size: Samples per forward pass.
+        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+
+    Raises:
+        ValueError: Labels are out of range or of another number than samples, or ``loss_fn`` doesn't give one loss each.
+
+    Source: the class-conditional gradients of CC-SAM (Zhou et al., CVPR 2023).
+
+    >>> model = nn.Linear(2, 3)
+    >>> loss = nn.CrossEntropyLoss(reduction="none")
+    >>> class_grad_norms(model, loss, torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 0, 0]), num_classes=3).counts
+    tensor([4, 2, 0])
+    """
+    probe = Probe(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
+    norms = torch.full((num_classes,), math.nan, dtype=torch.float64)
+    at_once = max(1, _GRADIENT_BYTES // sum(param.nbytes for param in probe.params))
+    with probe.watching():
+        remaining = probe.gradients_by_class()
+        while some := list(islice(remaining, at_once)):
+            norms[[c for c, _ in some]] = ops.class_grad_norms([grads for _, grads in some]).double().cpu()
+    return ClassGradNorms(norms, probe.counts)
+
+
+@dataclass(frozen=True)
+class ClassSharpness:
+    """Sharpness of classes.
+
+    Attributes:
+        loss: Mean loss of each class at the weights, shape (C,); NaN for a class without samples.
+        perturbed: Mean loss of each class at the perturbed weights, shape (C,).
+        counts: Samples of each class that were looked at, int64, shape (C,).
+    """
+
+    loss: Tensor
+    perturbed: Tensor
+    counts: Tensor
+
+    @property
+    def sharpness(self) -> Tensor:
+        """How much the mean loss of each class rises, shape (C,)."""
+        return self.perturbed - self.loss
+
+    def plot(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+        """Draws two bars per class, loss and sharpness, into the image file ``path``; needs matplotlib."""
+        bars(path, {"loss": self.loss, "sharpness": self.sharpness}, "mean loss", names)
+
+
+def class_sharpness(
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    rho: float,
+    num_classes: int,
+    shared: bool = False,
+    adaptive: bool = False,
+    batch_size: int = 256,
+    prepare: Prepare | None = None,
+) -> ClassSharpness:
+    r"""Returns the loss of each class after a step of length ``rho`` uphill, and before.
+
+    .. math:: S_c = L_c(w + \epsilon_c) - L_c(w), \qquad \epsilon_c = \rho \, \nabla L_c(w) / \|\nabla L_c(w)\|
+
+    with ``L_c`` the mean loss of class c. If shared, one perturbation serves all classes: that of the mean loss of all
+    samples, as SAM climbs. The weights are put back to the last bit, after an error too.
+
+    Args:
+        model: The network; its weights with ``requires_grad`` are perturbed.
+        loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,).
+        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        y: Their classes, int64, shape (N,).
+        rho: Length of the step, in units of the weights, >= 0.
+        num_classes: Number of classes C.
+        shared: Climb the loss of all samples instead of that of each class.
+        adaptive: Measure length relative to the weights, as ASAM does.
+        batch_size: Samples per forward pass.
+        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+
+    Raises:
+        ValueError: ``rho`` is negative or not finite, labels are out of range or of another number than samples, or
+            ``loss_fn`` doesn't give one loss each.
+
+    Source: Foret et al. 2021 (SAM, arXiv 2010.01412), eq. 1 and 2; by class: Focal-SAM (arXiv 2505.01660), section 4.
+
+    >>> model = nn.Linear(2, 2)
+    >>> loss = nn.CrossEntropyLoss(reduction="none")
+    >>> result = class_sharpness(model, loss, torch.randn(6, 2), torch.arange(6) % 2, rho=0.1, num_classes=2)
+    >>> result.sharpness > 0
+    tensor([True, True])
+    """
+    if not 0 <= rho < math.inf:
+        raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
+    probe = Probe(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
+    with probe.watching():
+        loss = probe.loss_by_class()
+        if shared:
+            with probe.climbed(probe.gradient(probe.chosen), rho, adaptive):
+                return ClassSharpness(loss, probe.loss_by_class(), probe.counts)
+        perturbed = torch.full_like(loss, math.nan)
+        for c, members in probe.members():
+            with probe.climbed(probe.gradient(members), rho, adaptive):
+                perturbed[c] = probe.mean_loss(members)
+    return ClassSharpness(loss, perturbed, probe.counts)

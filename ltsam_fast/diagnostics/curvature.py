@@ -1,0 +1,252 @@
+"""The shape of the loss around the weights: its top curvature, and slices through it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ltsam_fast.diagnostics.plots import curve, surface
+from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
+from ltsam_fast.extras import progress_bar
+
+
+@dataclass(frozen=True)
+class TopEigenvalue:
+    """The largest eigenvalue of a Hessian, as far as power iteration came.
+
+    Attributes:
+        value: The Rayleigh quotient ``v^T H v``.
+        residual: ``||H v - value v||``: some eigenvalue lies this close to ``value``.
+        converged: Whether the residual came down to ``tolerance`` times the largest eigenvalue met, by magnitude.
+        history: The Rayleigh quotient after each product with H.
+        vector: The direction ``v`` of norm 1, one tensor for each weight; can be a direction of :func:`loss_slice`.
+    """
+
+    value: float
+    residual: float
+    converged: bool
+    history: list[float]
+    vector: list[Tensor]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws how the value settled into the image file ``path``; needs matplotlib."""
+        steps = torch.arange(1, len(self.history) + 1)
+        curve(path, steps, torch.tensor(self.history), "product with the Hessian", "Rayleigh quotient")
+
+
+def top_hessian_eigenvalue(
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    classes: Tensor | Sequence[int] | None = None,
+    iterations: int = 100,
+    tolerance: float = 1e-2,
+    generator: torch.Generator | None = None,
+    batch_size: int = 256,
+    prepare: Prepare | None = None,
+) -> TopEigenvalue:
+    """Returns the largest eigenvalue of the Hessian of the mean loss, by power iteration.
+
+    .. code-block:: text
+
+        v <- random direction, v <- v / ||v||
+        repeat: h <- H v (two backwards per batch), value <- v . h, stop if ||h - value v|| <= tolerance |value|
+                v <- h / ||h||
+
+    Power iteration finds the eigenvalue of largest magnitude. Where that is negative, it goes on with ``H - value I``, whose
+    largest magnitude is the largest eigenvalue of H; both parts share ``iterations`` and the scale of ``tolerance``. Two of
+    equal magnitude and opposite sign don't converge. Evaluation mode; weights, their ``grad`` and running statistics stay as
+    they are.
+
+    Args:
+        model: The network; its weights with ``requires_grad`` count.
+        loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,); differentiable twice.
+        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        y: Their classes, int64, shape (N,).
+        classes: Take only the samples of these classes, say of the head or the tail; default: all.
+        iterations: Most products with the Hessian, each a forward and two backwards of all samples.
+        tolerance: Relative residual at which to stop, > 0.
+        generator: Where the first direction comes from.
+        batch_size: Samples per forward pass.
+        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+
+    Raises:
+        ValueError: An argument is out of range, or there are no samples of these classes.
+
+    Source: Yao et al. 2020 (PyHessian, arXiv 1912.07145), Alg. 2, with a criterion that bounds the error.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> square = lambda out, y: 3 * out.flatten() ** 2
+    >>> round(top_hessian_eigenvalue(model, square, torch.ones(4, 1), torch.zeros(4, dtype=torch.long)).value, 4)
+    6.0
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations!r}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
+    probe = Probe(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
+    v = torch.cat([one.flatten() for one in _random(probe.params, generator)])
+    v /= v.norm()
+    history: list[float] = []
+    shift = residual = 0.0
+    converged = False
+    # Attention's fused kernels have no second derivative.
+    with probe.watching(), sdpa_kernel(SDPBackend.MATH):
+        while len(history) < iterations:
+            product = _hessian_product(probe, v)
+            history.append(float(v @ product))
+            residual = float((product - history[-1] * v).norm())
+            converged = residual <= tolerance * max(abs(history[-1]), abs(shift))
+            if converged and (history[-1] >= 0 or shift):
+                break
+            if converged:
+                shift = history[-1]
+                # v itself is that eigenvector, which the shift takes to zero.
+                v = torch.cat([one.flatten() for one in _random(probe.params, generator)])
+                v /= v.norm()
+                converged = False
+                continue
+            v = product - shift * v
+            v /= v.norm()
+    sizes = [param.numel() for param in probe.params]
+    vector = [part.view_as(param) for part, param in zip(v.split(sizes), probe.params, strict=True)]
+    return TopEigenvalue(history[-1], residual, converged, history, vector)
+
+
+def _hessian_product(probe: Probe, v: Tensor) -> Tensor:
+    total = torch.zeros_like(v)
+    for _, losses in probe.losses(probe.chosen):
+        loss = losses.sum() / len(probe.chosen)
+        grads = torch.autograd.grad(loss, probe.params, create_graph=True, materialize_grads=True)
+        slope = torch.cat([grad.flatten() for grad in grads]) @ v
+        if slope.requires_grad:  # not where the loss is linear in the weights
+            products = torch.autograd.grad(slope, probe.params, materialize_grads=True)
+            total += torch.cat([product.flatten() for product in products])
+    return total
+
+
+@dataclass(frozen=True)
+class LossSlice:
+    """The loss along one direction or over two.
+
+    Attributes:
+        coordinates: Multiples of the directions, shape (steps,), from -radius to radius.
+        loss: Mean loss, float64, shape (steps,), or (steps, steps): first direction down, second across.
+        directions: One or two lists of one tensor for each weight.
+    """
+
+    coordinates: Tensor
+    loss: Tensor
+    directions: list[list[Tensor]]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws a curve or a contour plot into the image file ``path``; needs matplotlib."""
+        if self.loss.ndim == 1:
+            curve(path, self.coordinates, self.loss, "along the direction", "mean loss")
+        else:
+            surface(path, self.coordinates, self.loss, ("first direction", "second direction"), "mean loss")
+
+
+def loss_slice(
+    model: nn.Module,
+    loss_fn: LossFn,
+    x: Tensor,
+    y: Tensor,
+    *,
+    directions: int | Sequence[Sequence[Tensor]] = 1,
+    radius: float = 1.0,
+    steps: int = 21,
+    classes: Tensor | Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int = 256,
+    prepare: Prepare | None = None,
+    progress: bool = False,
+) -> LossSlice:
+    r"""Returns the mean loss on a line or a plane through the weights, :math:`L(w + a d_1 + b d_2)`.
+
+    Random directions are filter-normalized: each filter of ``d`` (what makes one output channel) has the norm of that
+    filter of the weights, and biases and normalization layers (weights of one dimension) stay. So slices of networks with
+    weights of different scale can be compared. The weights are put back to the last bit, after an error too.
+
+    Args:
+        model: The network; its weights with ``requires_grad`` move.
+        loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,).
+        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        y: Their classes, int64, shape (N,).
+        directions: 1 or 2 random ones; or one or two lists of a tensor for each weight, taken as they are.
+        radius: Largest coordinate, > 0.
+        steps: Coordinates per direction, at least 2; an odd number has the weights themselves in the middle.
+        classes: Take only the samples of these classes; default: all.
+        generator: Where random directions come from; the same state gives the same directions.
+        batch_size: Samples per forward pass.
+        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: An argument is out of range or a direction has not the shapes of the weights.
+
+    Source: Li et al. 2018 (Visualizing the Loss Landscape of Neural Nets, arXiv 1712.09913), section 4.
+
+    >>> model = nn.Linear(2, 2)
+    >>> loss = nn.CrossEntropyLoss(reduction="none")
+    >>> loss_slice(model, loss, torch.randn(6, 2), torch.arange(6) % 2, directions=2, steps=5).loss.shape
+    torch.Size([5, 5])
+    """
+    if not 0 < radius < float("inf"):
+        raise ValueError(f"radius must be a finite number > 0, got {radius!r}")
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps!r}")
+    probe = Probe(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
+    moves = _directions(probe.params, directions, generator)
+    coordinates = torch.linspace(-radius, radius, steps, dtype=torch.float64)
+    points = torch.cartesian_prod(*[coordinates] * len(moves)).reshape(-1, len(moves))
+    losses = []
+    with (
+        probe.watching(),
+        progress_bar(progress, len(points), "loss slice", "point") as bar,
+        probe.moving() as weights,
+        torch.no_grad(),
+    ):
+        for point in points.tolist():
+            for param, weight, *move in zip(probe.params, weights, *moves, strict=True):
+                param.copy_(weight + sum(a * d for a, d in zip(point, move, strict=True)))
+            losses.append(probe.mean_loss(probe.chosen))
+            bar.update()
+    return LossSlice(coordinates, torch.tensor(losses, dtype=torch.float64).reshape([steps] * len(moves)), moves)
+
+
+def _directions(
+    params: Sequence[Tensor], wanted: int | Sequence[Sequence[Tensor]], generator: torch.Generator | None
+) -> list[list[Tensor]]:
+    if isinstance(wanted, int):
+        if wanted not in (1, 2):
+            raise ValueError(f"directions must be 1, 2 or such lists of tensors, got {wanted!r}")
+        return [[*map(_filter_normalized, _random(params, generator), params)] for _ in range(wanted)]
+    given = [list(one) for one in wanted]
+    shapes = [param.shape for param in params]
+    if len(given) not in (1, 2) or any([d.shape for d in one] != shapes for one in given):
+        raise ValueError(f"directions must be one or two lists of {len(params)} tensors, shaped as the weights are")
+    return given
+
+
+def _filter_normalized(direction: Tensor, weight: Tensor) -> Tensor:
+    if weight.ndim < 2:
+        return torch.zeros_like(direction)
+    lengths = (one.detach().flatten(1).norm(dim=1) for one in (weight, direction))
+    scale = torch.div(*lengths)
+    return direction * scale.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _random(params: Sequence[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Normal numbers in the weights' shapes, the same ones on every device if the generator is on the CPU."""
+    device = None if generator is None else generator.device
+    return [
+        torch.randn(p.shape, dtype=p.dtype, generator=generator, device=device or p.device).to(p.device) for p in params
+    ]

@@ -1,0 +1,132 @@
+"""A network, its loss and the samples it is looked at with: losses and gradients in batches, weights always put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ltsam_fast import ops
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
+"""Takes the network's output and the labels of a batch, gives the loss of each sample, shape (B,)."""
+Prepare = Callable[[Tensor], Tensor]
+
+
+class Probe:
+    """What all diagnostics share.
+
+    The network is in evaluation mode while it is looked at, so samples don't mix and running statistics don't move; its
+    mode is put back afterwards. ``grad`` attributes are not touched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        x: Tensor,
+        y: Tensor,
+        *,
+        num_classes: int | None = None,
+        classes: Tensor | Sequence[int] | None = None,
+        batch_size: int = 256,
+        prepare: Prepare | None = None,
+    ) -> None:
+        if len(x) != len(y) or y.ndim != 1 or not len(y):
+            raise ValueError(f"y must be one label for each of {len(x)} samples, got shape {tuple(y.shape)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        self.num_classes = int(y.max()) + 1 if num_classes is None else num_classes
+        if not 0 <= int(y.min()) <= int(y.max()) < self.num_classes:
+            raise ValueError(f"y must lie in [0, {self.num_classes}), got {int(y.min())}..{int(y.max())}")
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        if not self.params:
+            raise ValueError("model must have weights that require gradients, got none")
+        self.model, self.loss_fn, self.x, self.y = model, loss_fn, x, y.cpu()
+        self.batch_size, self.prepare = batch_size, prepare
+        self.counts = self.y.bincount(minlength=self.num_classes)
+        chosen = torch.ones(len(y), dtype=torch.bool)
+        if classes is not None:
+            chosen = torch.isin(self.y, torch.as_tensor(classes, dtype=torch.long).cpu())
+        self.chosen = chosen.nonzero().flatten()
+        if not len(self.chosen):
+            raise ValueError(f"classes must have a sample in y, got {list(map(int, classes or []))}")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The network in evaluation mode, with gradients; every module's mode is put back."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            self.model.eval()
+            with torch.enable_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @contextmanager
+    def moving(self) -> Iterator[list[Tensor]]:
+        """Gives a copy of the weights; whatever happens to the weights, they are put back from it."""
+        backups = [param.detach().clone() for param in self.params]
+        try:
+            yield backups
+        finally:
+            with torch.no_grad():
+                for param, backup in zip(self.params, backups, strict=True):
+                    param.copy_(backup)
+
+    def losses(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields indices and losses of each batch of the samples at ``indices``."""
+        device = self.params[0].device
+        for batch in indices.split(self.batch_size):
+            x = self.x[batch.to(self.x.device)].to(device)
+            losses = self.loss_fn(self.model(x if self.prepare is None else self.prepare(x)), self.y[batch].to(device))
+            if losses.shape != batch.shape:
+                raise ValueError(
+                    f"loss_fn must return one loss per sample, shape ({len(batch)},), as with reduction='none'; "
+                    f"got shape {tuple(losses.shape)}"
+                )
+            yield batch, losses
+
+    def mean_loss(self, indices: Tensor) -> float:
+        """Returns the mean loss of the samples at ``indices``, summed in float64."""
+        with torch.no_grad():
+            return float(sum(losses.double().sum() for _, losses in self.losses(indices))) / len(indices)
+
+    def loss_by_class(self) -> Tensor:
+        """Returns the mean loss of each class, float64, shape (num_classes,); NaN for a class without samples."""
+        sums = torch.zeros(self.num_classes, dtype=torch.float64)
+        with torch.no_grad():
+            for batch, losses in self.losses(self.chosen):
+                sums.index_add_(0, self.y[batch], losses.double().cpu())
+        return sums / self.counts
+
+    def gradient(self, indices: Tensor) -> list[Tensor]:
+        """Returns the gradient of the mean loss of the samples at ``indices``, one tensor for each weight."""
+        total = [torch.zeros_like(param) for param in self.params]
+        for _, losses in self.losses(indices):
+            grads = torch.autograd.grad(losses.sum() / len(indices), self.params, allow_unused=True)
+            for one, grad in zip(total, grads, strict=True):
+                if grad is not None:
+                    one.add_(grad)
+        return total
+
+    def gradients_by_class(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yields each class that has samples, and the gradient of its mean loss: one backward for each batch of a class."""
+        for c, members in self.members():
+            yield c, self.gradient(members)
+
+    def members(self) -> list[tuple[int, Tensor]]:
+        """Returns each class that has samples, and their indices."""
+        by_class = self.y.argsort(stable=True).split(self.counts.tolist())
+        return [(c, indices) for c, indices in enumerate(by_class) if len(indices)]
+
+    @contextmanager
+    def climbed(self, grads: Sequence[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
+        """The weights moved to where SAM (ASAM if adaptive) with radius ``rho`` takes its second gradient."""
+        with self.moving():
+            norm = ops.grad_norm(grads, self.params, adaptive=adaptive)
+            ops.perturb_(self.params, grads, None, norm, rho=rho, adaptive=adaptive)
+            yield

@@ -1,0 +1,42 @@
+"""What only some of the package needs: modules that may not be installed, and the progress bar."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType, TracebackType
+from typing import Any
+
+
+def needed(module: str, package: str) -> ModuleType:
+    """Imports a module that only the tools around the optimizers need.
+
+    Raises:
+        ModuleNotFoundError: It is not installed; the message names what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        message = f"this needs {package}: pip install 'ltsam_fast[train]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def progress_bar(shown: bool, total: int, description: str, unit: str) -> Any:
+    """Returns tqdm's bar, or one that shows nothing and doesn't need tqdm.
+
+    Raises:
+        ModuleNotFoundError: The bar is to be shown and tqdm is not installed.
+    """
+    if not shown:
+        return _NoBar()
+    return needed("tqdm", "tqdm").tqdm(total=total, desc=description, unit=unit)
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def update(self) -> None:
+        """Counts nothing."""

@@ -1,0 +1,539 @@
+r"""Losses for imbalanced classes, each one fused pass over the logits forward and one backward.
+
+All are modules, called with logits (B, C) and integer targets (B,), built on :func:`ltsam_fast.ops.adjusted_cross_entropy`.
+What holds for all, with training counts :math:`n_c`, their sum n and :math:`\pi_c = n_c / n`:
+
+* ``class_counts``: C finite numbers >= 0, not all 0. Where a loss has no finite value for a class without samples, a count of 0
+  is an error that says so; losses that need no counts take them only to check that logits have C columns.
+* ``reduction``: ``"none"`` gives the losses of the samples, (B,), each multiplied by its class's weight: what the optimizers of
+  this package want from a closure. ``"sum"`` adds these up. ``"mean"`` divides the sum by the sum of the samples' weights, as
+  torch does, which without weights is B.
+* ``weight``: C weights >= 0, or ``None``; :meth:`Loss.set_weight` changes them during training.
+* ``label_smoothing``: in [0, 1], with torch's meaning, applied to the adjusted logits.
+* Logits in float32, bfloat16, float16 (also those of ``torch.autocast``) give float32 losses, float64 gives float64. Constants
+  are buffers in float64: they move with ``.to(device)``, stay float64 under ``.half()`` and are part of the ``state_dict``.
+* A target out of range is an error on cpu; on a GPU, where nobody waits for the device, it makes its loss NaN.
+
+Any of them can be the closure's loss:
+
+>>> import ltsam_fast as lf
+>>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+>>> criterion = lf.losses.LogitAdjusted([50, 10, 2], reduction="none")
+>>> opt = lf.FocalSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, class_counts=[50, 10, 2])
+>>> loss = opt.step(lambda: criterion(model(x), y), targets=y)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltsam_fast import ops
+
+__all__ = [
+    "GCL",
+    "LDAM",
+    "VS",
+    "BalancedSoftmax",
+    "ClassBalanced",
+    "CrossEntropy",
+    "Focal",
+    "LogitAdjusted",
+    "Loss",
+    "deferred_reweighting",
+]
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _check_number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < below:
+        wanted = f"a finite number >= {low:g}" if below == math.inf else f"a number in [{low:g}, {below:g})"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _sampled(class_counts: Any, why: str) -> Tensor:
+    """Counts that must all be positive."""
+    counts = ops.check_counts(class_counts).cpu()
+    if not bool((counts > 0).all()):
+        empty = int((counts == 0).int().argmax())
+        raise ValueError(
+            f"class_counts[{empty}] is 0, but a class without samples has {why}: leave the class out or count it as 1"
+        )
+    return counts
+
+
+class Loss(nn.Module):
+    """What the losses share: constants of the classes, the call, the reduction. Not a loss of its own.
+
+    Attributes: ``scale``, ``shift``, ``margin``, ``spread`` and ``weight``, buffers of shape (C,), float64, or ``None``: see
+    :func:`ltsam_fast.ops.adjusted_cross_entropy`; ``classes``: C, or ``None`` where any number will do; ``reduction``.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    margin: Tensor | None
+    spread: Tensor | None
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        class_counts: Any,
+        weight: Any,
+        reduction: str,
+        label_smoothing: float = 0.0,
+        gamma: float = 0.0,
+        detach: bool = False,
+        **constants: Tensor,
+    ) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        _check_number("label_smoothing", label_smoothing, below=math.nextafter(1.0, 2.0))
+        _check_number("gamma", gamma)
+        self.classes = None if class_counts is None else len(ops.check_counts(class_counts))
+        self.reduction, self.label_smoothing, self.gamma = reduction, label_smoothing, gamma
+        self._detach = detach
+        for name in ("scale", "shift", "margin", "spread"):
+            self.register_buffer(name, constants.get(name))
+        self.register_buffer("weight", None)
+        self.set_weight(weight)
+
+    def set_weight(self, weight: Any) -> None:
+        """Sets the weights of the classes from now on.
+
+        Args:
+            weight: C finite numbers >= 0, e.g. from :func:`deferred_reweighting`, or ``None``: all are 1.
+
+        Raises:
+            ValueError: They are no such numbers, or not as many as there are classes.
+        """
+        if weight is None:
+            self.weight = None
+            return
+        try:
+            values = torch.as_tensor(weight, dtype=torch.float64).detach().clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"weight must be numbers, one per class, got {weight!r}") from error
+        if values.dim() != 1 or not len(values) or not bool((values.isfinite() & (values >= 0)).all()):
+            raise ValueError(f"weight must be a list of finite numbers >= 0, one per class, got {weight!r}")
+        if self.classes not in (None, len(values)):
+            raise ValueError(
+                f"weight has {len(values)} numbers, but class_counts has {self.classes}: give one per class"
+            )
+        self.classes = len(values)
+        like = next((buffer for buffer in self.buffers() if buffer is not None), values)
+        self.weight = values.to(like.device)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            logits: (B, C), floating point, contiguous or not.
+            targets: (B,), integers in [0, C).
+
+        Returns:
+            (B,) with ``reduction="none"``, else 0-d; float32, or float64 for float64 logits.
+
+        Raises:
+            ValueError: Shapes do not fit, C is another than that of ``class_counts``, or a target is out of range (on cpu).
+            TypeError: The logits' dtype is not supported.
+        """
+        losses = self._losses(logits, targets)
+        if self.reduction == "none":
+            return losses
+        if self.reduction == "sum" or self.weight is None:
+            return losses.sum() if self.reduction == "sum" else losses.mean()
+        return losses.sum() / self.weight.to(losses)[targets.to(losses.device, torch.int64)].sum()
+
+    def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
+        if self.classes is not None and isinstance(logits, Tensor) and tuple(logits.shape[1:]) != (self.classes,):
+            raise ValueError(
+                f"logits must have shape (B, {self.classes}), for the loss was made for {self.classes} classes, "
+                f"got {tuple(logits.shape)}"
+            )
+        return ops.adjusted_cross_entropy(
+            logits,
+            targets,
+            scale=self.scale,
+            shift=self.shift,
+            margin=self.margin,
+            weight=self.weight,
+            label_smoothing=self.label_smoothing,
+            gamma=self.gamma,
+            detach=self._detach,
+            **noise,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        shown = [f"classes={self.classes}", f"reduction={self.reduction!r}"]
+        shown += [f"{name}={value:g}" for name in ("label_smoothing", "gamma") if (value := getattr(self, name))]
+        return ", ".join(shown)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
+        # Constants follow to a device, but not into a dtype that would round them.
+        return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        # Weights may have been set, or taken back, since the loss was made.
+        saved = state_dict.get(f"{prefix}weight")
+        if saved is None:
+            self.weight = None
+        elif self.weight is None:
+            self.set_weight(torch.ones_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class CrossEntropy(Loss):
+    r"""Cross entropy: torch's, fused.
+
+    .. math:: \ell = w_y \Big(\log \sum_k e^{z_k} - z_y\Big)
+
+    Args:
+        class_counts: C training counts; only C is looked at, to check the logits.
+        weight: C weights of the classes, or ``None``.
+        label_smoothing: In [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    >>> CrossEntropy(reduction="none")(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor([1.3863, 1.3863])
+    """
+
+    def __init__(
+        self, class_counts: Any = None, *, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__(class_counts, weight, reduction, label_smoothing)
+
+
+class LogitAdjusted(Loss):
+    r"""Logit adjustment: cross entropy of logits shifted by the classes' log priors.
+
+    .. math:: \ell = w_y \, \mathrm{CE}(z_c + \tau \ln(\pi_c + 10^{-9}), y)
+
+    Args:
+        class_counts: C training counts; a class without samples is shifted by :math:`\tau \ln 10^{-9}`.
+        tau: Strength, >= 0.
+        weight: C weights of the classes, or ``None``.
+        label_smoothing: In [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10, with the 1e-9 of Focal-SAM's code.
+
+    >>> LogitAdjusted([3, 1])(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        class_counts: Any,
+        tau: float = 1.0,
+        *,
+        weight: Any = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        _check_number("tau", tau)
+        counts = ops.check_counts(class_counts).cpu()
+        shift = tau * (counts / counts.sum() + 1e-9).log()
+        super().__init__(class_counts, weight, reduction, label_smoothing, shift=shift)
+
+
+class BalancedSoftmax(Loss):
+    r"""Balanced softmax: each class's exponential is multiplied by its count.
+
+    .. math:: \ell = w_y \, \mathrm{CE}(z_c + \ln n_c, y)
+
+    Args:
+        class_counts: C training counts > 0.
+        weight: C weights of the classes, or ``None``.
+        label_smoothing: In [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020.
+
+    >>> BalancedSoftmax([3, 1])(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(1.3863)
+    """
+
+    def __init__(
+        self, class_counts: Any, *, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        shift = _sampled(class_counts, "a shift of ln 0").log()
+        super().__init__(class_counts, weight, reduction, label_smoothing, shift=shift)
+
+
+class LDAM(Loss):
+    r"""Label-distribution-aware margins: rare classes must win by more.
+
+    .. math:: \ell = w_y \, \mathrm{CE}(s (z_c - m_y [c = y]), y), \qquad m_c = m_\max (n_\min / n_c)^{1/4}
+
+    The logits are meant to be cosines: features and weights of the last layer normalized.
+
+    Args:
+        class_counts: C training counts > 0.
+        max_m: Margin of the rarest class, >= 0.
+        s: Scale of the logits, > 0.
+        weight: C weights of the classes, or ``None``; the paper's come from :func:`deferred_reweighting`.
+        label_smoothing: In [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
+
+    >>> LDAM([16, 1], max_m=0.5, s=1.0)(torch.zeros(2, 2), torch.tensor([0, 1]))
+    tensor(0.9000)
+    """
+
+    def __init__(
+        self,
+        class_counts: Any,
+        max_m: float = 0.5,
+        s: float = 30.0,
+        *,
+        weight: Any = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        _check_number("max_m", max_m)
+        _check_number("s", s, math.nextafter(0.0, 1.0))
+        counts = _sampled(class_counts, "an infinite margin")
+        margin = max_m * (counts.min() / counts) ** 0.25
+        scale = torch.full_like(counts, s)
+        super().__init__(class_counts, weight, reduction, label_smoothing, scale=scale, margin=s * margin)
+
+
+class VS(Loss):
+    r"""Vector scaling: logits of rare classes are divided and shifted.
+
+    .. math:: \ell = w_y \, \mathrm{CE}(z_c / \Delta_c + \tau \ln \pi_c, y), \qquad \Delta_c = (n_\max / n_c)^\gamma
+
+    Args:
+        class_counts: C training counts > 0.
+        gamma: Exponent of the division, >= 0.
+        tau: Strength of the shift, >= 0.
+        weight: C weights of the classes, or ``None``.
+        label_smoothing: In [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Kini et al., "Label-imbalanced and group-sensitive classification under overparameterization", NeurIPS 2021.
+
+    >>> VS([3, 1], gamma=0.0)(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        class_counts: Any,
+        gamma: float = 0.3,
+        tau: float = 1.0,
+        *,
+        weight: Any = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        _check_number("gamma", gamma)
+        _check_number("tau", tau)
+        counts = _sampled(class_counts, "a shift of ln 0")
+        scale = (counts / counts.max()) ** gamma
+        shift = tau * (counts / counts.sum()).log()
+        super().__init__(class_counts, weight, reduction, label_smoothing, scale=scale, shift=shift)
+
+
+class ClassBalanced(Loss):
+    r"""Cross entropy with weights from the effective number of samples.
+
+    .. math:: \ell = w_y \, \mathrm{CE}(z_c, y), \qquad w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \quad \sum_c w_c = C
+
+    Args:
+        class_counts: C training counts > 0.
+        beta: In [0, 1); 0 weighs all classes alike.
+        label_smoothing: In [0, 1].
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
+
+    >>> ClassBalanced([9000, 1000]).weight
+    tensor([0.2764, 1.7236], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, class_counts: Any, beta: float = 0.9999, *, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__(class_counts, _balancing(class_counts, beta), reduction, label_smoothing)
+
+
+class Focal(Loss):
+    r"""Focal loss: samples that are right already count less.
+
+    .. math:: \ell = w_y (1 - p)^\gamma (-\ln p), \qquad p = \mathrm{softmax}(z)_y
+
+    ``"mean"`` is over samples, or weights, as everywhere here; it is not normalized by the number of positives.
+
+    Args:
+        class_counts: C training counts; only C is looked at, to check the logits.
+        gamma: Focus, >= 0; 0 is cross entropy.
+        weight: C weights of the classes, or ``None``.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 5, of the softmax instead of the sigmoid; gamma
+    as in LDAM's code.
+
+    >>> Focal(gamma=2.0)(torch.zeros(1, 2), torch.tensor([1]))
+    tensor(0.1733)
+    """
+
+    def __init__(
+        self, class_counts: Any = None, gamma: float = 1.0, *, weight: Any = None, reduction: str = "mean"
+    ) -> None:
+        super().__init__(class_counts, weight, reduction, gamma=gamma)
+
+
+class GCL(Loss):
+    r"""Gaussian clouded logits: noise pushes the logits of rare classes down while training.
+
+    .. math:: z'_c = z_c - \nu |e_c| \frac{m_c}{\max_k m_k} - m [c = y], \quad m_c = \max_k \ln n_k - \ln n_c, \quad
+        \ell = w_y (1 - p)^\gamma \, \mathrm{CE}(s z', y)
+
+    with e ~ clamp(N(0, 1/9), -1, 1) for each sample and class, in training mode only (``eval()`` leaves it out); no gradient
+    flows through (1 - p)^gamma. The logits are meant to be cosines.
+
+    The noise is a function of ``seed``, of the buffer ``draws``, of a sample's place in the batch and of the class: the same on
+    every backend, and never kept in memory. Every call in training mode counts ``draws`` up, so the passes of a sharpness-aware
+    step would each see another loss. :meth:`hold` gives all calls inside one noise:
+
+    >>> import ltsam_fast as lf
+    >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
+    >>> criterion = GCL([50, 10, 2], reduction="none")
+    >>> opt = lf.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    >>> with criterion.hold():
+    ...     loss = opt.step(lambda: criterion(model(x), y))
+
+    Args:
+        class_counts: C training counts > 0.
+        m: Margin of the label, >= 0.
+        s: Scale of the logits, > 0.
+        noise_mul: Amplitude ``nu`` of the rarest class's noise, >= 0.
+        gamma: Focus, >= 0.
+        weight: C weights of the classes, or ``None``.
+        seed: Of the noise, in [0, 2^53); give each process of a distributed run its own.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+
+    Raises:
+        ValueError: An argument is not as described.
+
+    Source: Li et al., "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022, with the
+    defaults of its first stage.
+    """
+
+    draws: Tensor
+
+    def __init__(
+        self,
+        class_counts: Any,
+        m: float = 0.0,
+        s: float = 30.0,
+        noise_mul: float = 0.5,
+        *,
+        gamma: float = 0.0,
+        weight: Any = None,
+        seed: int = 0,
+        reduction: str = "mean",
+    ) -> None:
+        _check_number("m", m)
+        _check_number("s", s, math.nextafter(0.0, 1.0))
+        _check_number("noise_mul", noise_mul)
+        if not isinstance(seed, int) or not 0 <= seed < 2**53:
+            raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+        logs = _sampled(class_counts, "an infinite margin").log()
+        rarity = logs.max() - logs
+        spread = noise_mul * rarity / rarity.max().clamp(min=torch.finfo(torch.float64).tiny)  # of equal counts none
+        scale, margin = torch.full_like(logs, s), torch.full_like(logs, s * m)
+        super().__init__(
+            class_counts, weight, reduction, gamma=gamma, detach=True, scale=scale, margin=margin, spread=spread
+        )
+        self.seed, self._held = seed, False
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """A context in which all calls see the same noise, one that no call before has seen."""
+        if self._held:
+            raise RuntimeError("hold() is already in force: its contexts do not nest")
+        self.draws += 1
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
+        if not self.training:
+            return super()._losses(logits, targets)
+        if not self._held:
+            self.draws += 1
+        # A copy, for the backward reads it again, maybe after further calls.
+        return super()._losses(logits, targets, spread=self.spread, draw=self.draws.clone(), seed=self.seed)
+
+
+def _balancing(class_counts: Any, beta: float) -> Tensor:
+    """Weights by the effective number of samples, summing to C."""
+    _check_number("beta", beta, below=1.0)
+    counts = _sampled(class_counts, "an infinite weight")
+    # 1 - beta^n without cancellation; of beta = 0 the logarithm is -inf, which is right.
+    effective = -torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())
+    weights = (1 - beta) / effective
+    return weights * (len(weights) / weights.sum())
+
+
+def deferred_reweighting(epoch: int, class_counts: Any, start: int = 160, beta: float = 0.9999) -> Tensor:
+    r"""Weights of the classes that set in late in training: 1 before epoch ``start``, then those of :class:`ClassBalanced`.
+
+    Args:
+        epoch: Number of the epoch, from 0 on.
+        class_counts: C training counts > 0.
+        start: First epoch with weights.
+        beta: In [0, 1).
+
+    Returns:
+        Shape (C,), float64, summing to C; for :meth:`Loss.set_weight` or, as ``.float()``, for torch's own losses.
+
+    Raises:
+        ValueError: An argument is not as described; at any epoch, not only from ``start`` on.
+
+    Source: Cao et al. 2019 (LDAM) and its code: from epoch 160 of 200.
+
+    >>> deferred_reweighting(159, [9000, 1000])
+    tensor([1., 1.], dtype=torch.float64)
+    >>> deferred_reweighting(160, [9000, 1000])
+    tensor([0.2764, 1.7236], dtype=torch.float64)
+    """
+    _check_number("epoch", epoch)
+    _check_number("start", start)
+    weights = _balancing(class_counts, beta)
+    return weights if epoch >= start else torch.ones_like(weights)

@@ -1,0 +1,86 @@
+"""Checkpoints: written whole or not at all, and holding all that a run needs to go on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ltsam_fast.train.config import ConfigError
+
+NAME = "last.pt"
+VERSION = 1
+
+
+def write(path: Path, content: bytes | dict[str, Any]) -> None:
+    """Writes a file beside its place and then renames it, so that a kill at any time leaves the old one or the new one."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The checkpoint at ``path``, or in the run folder ``path``, on the CPU; nothing in it is executed.
+
+    Raises:
+        ConfigError: There is none, or it is not one of this package.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / NAME
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"checkpoint {path}: no such file") from None
+    except Exception as error:  # torch.load's errors are of many kinds
+        raise ConfigError(f"checkpoint {path} can't be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise ConfigError(f"checkpoint {path} is not one of ltsam_fast train, version {VERSION}")
+    return state
+
+
+def seed_all(seed: int) -> None:
+    """Seeds Python's, numpy's and torch's random numbers."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state(*generators: torch.Generator) -> dict[str, Any]:
+    """The states of all random numbers: Python's, numpy's, torch's on CPU and GPU, and those of ``generators``."""
+    version, internal, gauss = random.getstate()
+    numpy: Any = np.random.get_state()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [numpy[0], torch.from_numpy(numpy[1].astype(np.int64)), *numpy[2:]],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "generators": [one.get_state() for one in generators],
+    }
+
+
+def set_random_state(state: dict[str, Any], *generators: torch.Generator) -> None:
+    """Takes up the states that :func:`random_state` returned. GPU states count where there are as many GPUs."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    for one, saved in zip(generators, state["generators"], strict=True):
+        if saved.shape == one.get_state().shape:  # a generator of another kind of device begins anew
+            one.set_state(saved)

@@ -1,0 +1,247 @@
+"""A grid of methods, losses and seeds: one run folder a cell, then a table and charts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltsam_fast.train import checkpoint
+from ltsam_fast.train.config import Config, ConfigError, build
+from ltsam_fast.train.log import GROUPS
+from ltsam_fast.train.loop import Diverged, finished, load_images, train
+from ltsam_fast.train.losses import accepted as losses_take
+from ltsam_fast.train.losses import check_options as check_loss
+from ltsam_fast.train.losses import label as loss_label
+from ltsam_fast.train.methods import accepted as methods_take
+from ltsam_fast.train.methods import check_options, label
+from ltsam_fast.train.workers import is_first
+
+_ACCURACY = "accuracy (%)"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid."""
+
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with a loss: over its seeds the mean and the standard deviation of each accuracy, in percent.
+
+    Attributes: ``accuracies``, group -> (mean, std), std None for a single seed, None for a group without classes;
+    ``seconds``, the median time of an epoch's training; ``curve``, (mean, std) of ``all`` for each epoch; ``seeds``, how many
+    there are.
+    """
+
+    method: str
+    loss: str
+    seeds: int
+    accuracies: Mapping[str, tuple[float, float | None] | None]
+    seconds: float
+    curve: Sequence[tuple[float, float | None]]
+
+
+def grid(
+    layers: Sequence[Mapping[str, Any]], methods: Sequence[str], losses: Sequence[str], seeds: Sequence[int], out: Path
+) -> list[Cell]:
+    """The cells of a grid, seed by seed. An option without a method's name is for all methods that have it; a loss's likewise.
+
+    Raises:
+        ConfigError: A setting of one of them is wrong, or an option is for none of them.
+    """
+    cells = []
+    taken = {
+        "options": {name: methods_take(name) for name in methods},
+        "loss_options": {name: losses_take(name) for name in losses},
+    }
+    for key, takers in taken.items():
+        for name in (name for layer in layers for name in layer.get(key, {})):
+            if "." not in name and not any(name in there for there in takers.values()):
+                raise ConfigError(f"none of {', '.join(takers)} has an option {name!r}")
+    for seed, loss, method in itertools.product(seeds, losses, methods):
+        there = {"options": taken["options"][method], "loss_options": taken["loss_options"][loss]}
+        fitting = [
+            {
+                name: {one: it for one, it in value.items() if "." in one or one in there[name]}
+                if name in there
+                else value
+                for name, value in layer.items()
+            }
+            for layer in layers
+        ]
+        config = build(*fitting, {"method": method, "loss": loss, "seed": seed})
+        check_options(config)
+        check_loss(config)
+        cells.append(Cell(config, out / f"{method}-{loss}" / f"seed{seed}"))
+    return cells
+
+
+def compare(
+    cells: Sequence[Cell], out: str | Path, *, report: Callable[[Cell], Any] = lambda cell: None
+) -> tuple[list[Row], list[str]]:
+    """Trains what is not trained yet, and writes ``table.md``, ``table.csv``, ``bars.png`` and ``curves.png``.
+
+    Cells that are finished are read, one that was stopped is resumed. Accuracies are those of the last epoch.
+
+    Args:
+        cells: Those of :func:`grid`.
+        out: Folder for table and charts.
+        report: Gives the reporter of a cell's run, see ``log.Silent``.
+
+    Returns:
+        The rows of the table, and a line for each cell whose loss did not stay finite; it is left out of the table.
+
+    Raises:
+        ConfigError: A setting does not fit, or a cell's folder has a run of other settings.
+        DataError: Something is wrong with the data.
+    """
+    out = Path(out)
+    histories: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
+    failures, images = [], None
+    for cell in cells:
+        history = finished(cell.config, cell.folder)
+        reporter = report(cell)
+        if history is None:
+            images = images or load_images(cell.config)
+            try:
+                history = train(cell.config, cell.folder, resume=True, report=reporter, images=images)
+            except Diverged as error:
+                failures.append(f"{cell.folder}: {error}")
+        if history:
+            histories.setdefault((cell.config.method, cell.config.loss), []).append(history)
+    rows = [summary(method, loss, found) for (method, loss), found in histories.items()]
+    rows.sort(key=lambda row: [cell.config.loss for cell in cells].index(row.loss))
+    if rows and is_first():
+        _write(rows, cells[0].config, out)
+    return rows, failures
+
+
+def summary(method: str, loss: str, histories: Sequence[Sequence[dict[str, Any]]]) -> Row:
+    """The row of a method and a loss from the histories of its seeds."""
+    accuracies = {}
+    for group in GROUPS:
+        values = [history[-1][group] for history in histories]
+        accuracies[group] = None if None in values else _mean_and_std(values)
+    seconds = statistics.median(row["seconds"] for history in histories for row in history)
+    curve = [_mean_and_std([row["all"] for row in rows]) for rows in zip(*histories, strict=True)]
+    return Row(method, loss, len(histories), accuracies, seconds, curve)
+
+
+def _mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def cells_of(row: Row, best: Mapping[str, float] | None = None, mark: str = "**") -> list[str]:
+    """The row as texts; the best mean of each column between ``mark``.
+
+    >>> cells_of(Row("sam", "ce", 2, {"all": (71.26, 0.5), "few": None}, 1.5, []), {"all": 71.26})
+    ['SAM', 'CE', '**71.3 ± 0.5**', '-', '1.50']
+    """
+    texts = [label(row.method), loss_label(row.loss)]
+    for group, accuracy in row.accuracies.items():
+        if accuracy is None:
+            texts.append("-")
+            continue
+        mean, std = accuracy
+        around = mark if best and best.get(group) == mean else ""
+        texts.append(f"{around}{mean:.1f}" + (f" ± {std:.1f}" if std is not None else "") + around)
+    return [*texts, f"{row.seconds:.2f}"]
+
+
+def head() -> list[str]:
+    """The names of the table's columns."""
+    return ["method", "loss", *GROUPS, "s / epoch"]
+
+
+def best_of(rows: Sequence[Row]) -> dict[str, float]:
+    """The best mean of each group."""
+    means = {group: [row.accuracies[group][0] for row in rows if row.accuracies[group]] for group in GROUPS}  # type: ignore[index]
+    return {group: max(values) for group, values in means.items() if values}
+
+
+def caption(rows: Sequence[Row], config: Config) -> str:
+    """What the table shows."""
+    seeds = {row.seeds for row in rows}
+    over = f"mean ± std over {' or '.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else "one seed"
+    tail = f", imbalance {config.imbalance:g} ({config.profile})" if config.imbalance is not None else ""
+    return (
+        f"Test accuracy in percent after {config.epochs} epochs, {over}: {config.model} on {Path(config.data).name}{tail}. "
+        f"many: more than {config.many} training images, few: fewer than {config.few}."
+    )
+
+
+def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    best = best_of(rows)
+    lines = [head(), ["---"] * 2 + ["---:"] * (len(GROUPS) + 1), *(cells_of(row, best) for row in rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    checkpoint.write(out / "table.md", f"{table}\n\n{caption(rows, config)}\n".encode())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    spread = [name for group in GROUPS for name in (group, f"{group}_std")]
+    writer.writerow(["method", "loss", "seeds", *spread, "seconds_per_epoch"])
+    for row in rows:
+        values = [value for group in GROUPS for value in row.accuracies[group] or (None, None)]
+        writer.writerow([row.method, row.loss, row.seeds, *values, row.seconds])
+    checkpoint.write(out / "table.csv", text.getvalue().encode())
+    common = {
+        name: value for name, value in config.as_dict().items() if name not in ("method", "options", "loss", "seed")
+    }
+    checkpoint.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
+    _draw(rows, out)
+
+
+def _draw(rows: Sequence[Row], out: Path) -> None:
+    """The bars of the shot groups and the learning curves, a panel for each loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = list(dict.fromkeys(row.loss for row in rows))
+    groups = [group for group in GROUPS if any(row.accuracies[group] for row in rows)]
+    most = max(sum(row.loss == loss for row in rows) for loss in losses)
+    for name, draw, width in (("bars", _bars, 1.5 + 0.95 * most), ("curves", _curves, 5.0)):
+        figure = Figure(figsize=(max(4.0, width) * len(losses), 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
+        for axes, loss in zip(panels, losses, strict=True):
+            draw(axes, [row for row in rows if row.loss == loss], groups)
+            axes.set_title(loss_label(loss))
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(f"test {_ACCURACY}")
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 7), frameon=False)
+        figure.savefig(out / f"{name}.png", dpi=150)
+
+
+def _bars(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
+    width = 0.8 / len(groups)
+    for index, group in enumerate(groups):
+        at = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(rows))]
+        shown = [row.accuracies[group] or (0.0, None) for row in rows]
+        axes.bar(at, [mean for mean, _ in shown], width, yerr=[std or 0 for _, std in shown], capsize=2, label=group)
+    turned = len(rows) > 4
+    axes.set_xticks(
+        range(len(rows)), [label(row.method) for row in rows], rotation=40 * turned, ha="right" if turned else "center"
+    )
+    axes.set_ylim(0, 100)
+
+
+def _curves(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
+    for row in rows:
+        epochs = range(1, len(row.curve) + 1)
+        means = [mean for mean, _ in row.curve]
+        spreads = [std or 0 for _, std in row.curve]
+        (line,) = axes.plot(epochs, means, label=label(row.method), linewidth=1.2)
+        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel("epoch")

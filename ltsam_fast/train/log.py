@@ -1,0 +1,193 @@
+"""What is told of a run: files, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ltsam_fast.train import checkpoint
+
+GROUPS = ("all", "many", "medium", "few")
+COLUMNS = ("epoch", "lr", "train_loss", *GROUPS, "seconds", "eval_seconds")
+
+
+class Logs:
+    """``log.csv``, ``log.jsonl`` (with the accuracy of each class) and TensorBoard's events in a run folder.
+
+    The two files are written whole each epoch: they never disagree with the checkpoint, whose history they show.
+    """
+
+    def __init__(self, out: Path, history: Sequence[dict[str, Any]], tensorboard: bool) -> None:
+        self.out, self.rows, self.board = out, list(history), None
+        out.mkdir(parents=True, exist_ok=True)
+        if tensorboard and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard", purge_step=len(self.rows) + 1)
+        if self.rows:
+            self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Logs an epoch."""
+        self.rows.append(row)
+        self._write()
+        if self.board:
+            for name in COLUMNS[1:]:
+                if row[name] is not None:
+                    kind = "accuracy/" if name in GROUPS else ""
+                    self.board.add_scalar(f"{kind}{name}", row[name], row["epoch"])
+            self.board.flush()
+
+    def _write(self) -> None:
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        checkpoint.write(self.out / "log.csv", table.getvalue().encode())
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        checkpoint.write(self.out / "log.jsonl", lines.encode())
+
+    def close(self) -> None:
+        """Ends TensorBoard's file."""
+        if self.board:
+            self.board.close()
+
+
+class Silent:
+    """Tells nothing. A reporter is a context, and is told of the run's begin, of steps, and of epochs."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def begin(self, run: Any) -> None:
+        """The run, a ``loop.Run``, is ready."""
+
+    def advance(self, steps: int) -> None:
+        """Steps were taken."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """An epoch ended with this row."""
+
+
+class Console(Silent):
+    """A progress bar with the time left, above it a line for each epoch."""
+
+    def __init__(self) -> None:
+        self.bar = _bar()
+
+    def __enter__(self) -> Console:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    def begin(self, run: Any) -> None:
+        """Prints what is trained on what, and the head of the table."""
+        config, counts = run.config, run.counts
+        size = sum(param.numel() for param in run.network.parameters())
+        _print(
+            self.bar,
+            f"{config.method}, {config.loss}: {config.model} ({size:,} parameters) on {len(run.train.labels):,} images of "
+            f"{len(counts)} classes ({max(counts)} to {min(counts)} each), tested on {len(run.test.labels):,}; "
+            f"{config.epochs} epochs of {run.steps} steps on {run.at.device}" + f" x {run.at.size}" * (run.at.size > 1),
+        )
+        _print(self.bar, "".join(f"{name:>10}" for name in ("epoch", "lr", "loss", *GROUPS, "seconds")))
+        self.task = self.bar.add_task(config.method, total=config.epochs * run.steps, completed=run.epoch * run.steps)
+
+    def advance(self, steps: int) -> None:
+        """Moves the bar."""
+        self.bar.advance(self.task, steps)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Prints the epoch's line."""
+        values = [str(row["epoch"]), f"{row['lr']:.4g}", f"{row['train_loss']:.4f}", *_accuracies(row)]
+        _print(self.bar, "".join(f"{value:>10}" for value in (*values, f"{row['seconds']:.2f}")))
+
+
+class Cells:
+    """The progress of a grid: a bar for its cells, and one for the steps of the cell that is trained."""
+
+    def __init__(self, cells: int) -> None:
+        self.bar, self.begun, self.cells = _bar(), 0, cells
+        self.all = self.bar.add_task("cells", total=cells)
+
+    def __enter__(self) -> Cells:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    def cell(self, cell: Any) -> Silent:
+        """The reporter of the next cell, a ``compare.Cell``; those before are done."""
+        self.bar.update(self.all, completed=self.begun)
+        self.begun += 1
+        return _OneCell(
+            self.bar, f"{self.begun}/{self.cells} {cell.config.method}, {cell.config.loss}, seed {cell.config.seed}"
+        )
+
+
+class _OneCell(Silent):
+    def __init__(self, bar: Any, name: str) -> None:
+        self.bar, self.name = bar, name
+        self.last: dict[str, Any] | None = None
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.remove_task(self.task)
+        if self.last:
+            _print(
+                self.bar,
+                f"{self.name}: " + ", ".join(f"{g} {a}" for g, a in zip(GROUPS, _accuracies(self.last), strict=True)),
+            )
+
+    def begin(self, run: Any) -> None:
+        total = run.config.epochs * run.steps
+        self.task = self.bar.add_task(self.name, total=total, completed=run.epoch * run.steps)
+
+    def advance(self, steps: int) -> None:
+        self.bar.advance(self.task, steps)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.last = row
+
+
+def _bar() -> Any:
+    from rich.console import Console as Terminal
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    terminal = Terminal()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
+    return Progress(*columns, TimeRemainingColumn(), console=terminal, disable=not terminal.is_terminal)
+
+
+def _print(bar: Any, text: str) -> None:
+    bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _accuracies(row: dict[str, Any]) -> list[str]:
+    return ["-" if row[name] is None else f"{row[name]:.2f}" for name in GROUPS]

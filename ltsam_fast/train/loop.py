@@ -1,0 +1,406 @@
+"""The training loop: what a run consists of, an epoch, its accuracies, and how it all goes on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ltsam_fast import data, models
+from ltsam_fast.losses import Loss
+from ltsam_fast.optim import SharpnessAware
+from ltsam_fast.train import checkpoint
+from ltsam_fast.train.config import Config, ConfigError, build, differing
+from ltsam_fast.train.log import GROUPS, Logs, Silent
+from ltsam_fast.train.losses import COSINE, criterion, one_noise, reweight
+from ltsam_fast.train.methods import Setting, create
+from ltsam_fast.train.workers import Workers, workers
+
+EVAL_BATCH = 1024
+CONFIG = "config.json"
+_PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(RuntimeError):
+    """The training loss is not finite any more."""
+
+
+@dataclass
+class Run:
+    """All that a run consists of."""
+
+    config: Config
+    at: Workers
+    train: data.Images
+    test: data.Images
+    counts: list[int]
+    network: nn.Module
+    """The network itself."""
+    model: nn.Module
+    """The network, or its DistributedDataParallel."""
+    forward: Callable[[Tensor], Tensor]
+    """The model, compiled where that is asked for."""
+    loss: Loss
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    order: torch.Generator
+    noise: torch.Generator
+    augment: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return len(self.history)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.train.labels) // self.config.batch_size)
+
+    def autocast(self) -> torch.autocast:
+        """The context of forward passes."""
+        return torch.autocast(self.at.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
+
+
+def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
+    """The training images, the long-tailed subset if one is asked for, and the test images.
+
+    Args:
+        config: The settings.
+        progress: Show a progress bar while images are decoded.
+
+    Raises:
+        ConfigError: The sets do not have the same classes, or the subset can't be had.
+        DataError: Something is wrong with the files.
+    """
+    names = ("format", "images", "size", "cache", "classes")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
+    try:
+        train = data.load(config.data, "train", **options)
+        test = data.load(config.test_data or config.data, "test", **options)
+    except data.DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+    if train.classes != test.classes:
+        raise ConfigError(
+            f"data: the training images have {len(train.classes)} classes, the test images {len(test.classes)}"
+            + (" of other names" if len(train.classes) == len(test.classes) else "")
+        )
+    if config.imbalance is None:
+        return train, test
+    try:
+        counts = data.longtail_counts(min(train.counts()), len(train.classes), config.imbalance, config.profile)
+        return train.take(data.longtail_subset(train.labels, counts, config.data_seed)), test
+    except ValueError as error:
+        raise ConfigError(f"no long-tailed subset: {error}") from error
+
+
+def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images] | None = None) -> Run:
+    """Everything as it is before the first step; the same in every process but for its random numbers.
+
+    Raises:
+        ConfigError: A setting does not fit.
+        DataError: Something is wrong with the data.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.batch_size % at.size:
+        raise ConfigError(f"batch_size must be a multiple of the {at.size} processes, got {config.batch_size}")
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    train, test = images or load_images(config)
+    counts = train.counts()
+    if len(train.labels) < at.size:
+        raise ConfigError(f"data: {len(train.labels)} training images are too few for {at.size} processes")
+    checkpoint.seed_all(config.seed)
+    network = network_of(config, train).to(at.device)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = network
+    if at.size > 1:
+        model = DistributedDataParallel(network, [at.device] if at.device.type == "cuda" else None)
+    per_epoch = -(-len(train.labels) // config.batch_size)
+    optimizer = create(config, Setting(model, network, counts, per_epoch, per_epoch * config.epochs))
+    checkpoint.seed_all(config.seed + at.rank)  # dropout is not to be the same in all processes
+    return Run(
+        config,
+        at,
+        train,
+        test,
+        counts,
+        network,
+        model,
+        torch.compile(model) if config.compile else model,
+        criterion(config, counts).to(at.device),
+        optimizer,
+        LambdaLR(optimizer, config.factor),
+        torch.amp.GradScaler(at.device.type, enabled=config.amp == "fp16"),
+        torch.Generator().manual_seed(config.seed),
+        torch.Generator(at.device).manual_seed(config.seed + at.rank),
+        data.Augment.for_training(train) if config.augment else data.Augment.for_testing(train),
+        data.Augment.for_testing(train),
+    )
+
+
+def network_of(config: Config, train: data.Images) -> nn.Module:
+    """A new network for these images.
+
+    Raises:
+        ConfigError: There is no such network, or it does not take such images.
+    """
+    cosine = config.loss in COSINE if config.cosine_head is None else config.cosine_head
+    channels, height, width = train.pixels.shape[1:]
+    try:
+        return models.create(config.model, len(train.classes), (channels, height, width), cosine_head=cosine)
+    except ValueError as error:
+        raise ConfigError(f"model {config.model}: {error}") from error
+
+
+def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
+    """Trains for one epoch, each process on its share of every batch; returns the mean loss at the unperturbed weights."""
+    run.model.train()
+    at, config = run.at, run.config
+    reweight(run.loss, config, run.counts, run.epoch)
+    pixels, labels = _resident(run.train.pixels, at.device), run.train.labels.to(at.device)
+    seen = torch.zeros(2, dtype=torch.float64, device=at.device)
+    for batch in data.batches(len(labels), config.batch_size, generator=run.order):
+        whole = len(batch) // at.size * at.size  # shares of one size, so that their mean is the batch's
+        share = batch[:whole][at.rank :: at.size]
+        if len(share):
+            x = _on(run, run.augment(_pick(pixels, share, at.device), run.noise))
+            y = labels[share.to(at.device)]
+            loss = take_step(run, x, y)
+            seen += torch.stack([loss.double() * len(share), loss.new_tensor(len(share), dtype=torch.float64)])
+        advance(1)
+    total, count = at.total(seen).tolist()
+    return total / count
+
+
+def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
+    """One step of the method on one batch; returns its mean loss at w, on the device."""
+
+    def closure(index: Any = slice(None)) -> Tensor:
+        with run.autocast():
+            logits = run.forward(x[index])
+        return run.loss(logits, y[index])
+
+    with one_noise(run.loss):
+        if isinstance(run.optimizer, SharpnessAware):
+            loss = run.optimizer.step(closure, y, run.scaler)
+        else:
+            run.optimizer.zero_grad()
+            loss = closure().mean()
+            run.scaler.scale(loss).backward()
+            run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, Any]:
+    """Test accuracies in percent: ``all`` images, the mean over the classes of each shot group, and ``per_class``."""
+    run.network.eval()
+    at, classes = run.at, len(run.counts)
+    found = torch.zeros(2, classes, dtype=torch.float64, device=at.device)  # right answers, images
+    for part in torch.arange(at.rank, len(run.test.labels), at.size).split(EVAL_BATCH):
+        x = _on(run, run.plain(_pick(run.test.pixels, part, at.device)))
+        y = run.test.labels[part].to(at.device)
+        with run.autocast():
+            right = run.network(x).argmax(1) == y
+        found += torch.stack([y[right].bincount(minlength=classes), y.bincount(minlength=classes)])
+    right, images = at.total(found).cpu()
+    per_class = 100 * right / images
+    groups = data.shot_split(run.counts, run.config.many, run.config.few)
+    means = {name: per_class[members].nanmean().item() for name, members in groups.items()}
+    shown = {"all": (100 * right.sum() / images.sum()).item(), **means}
+    return {name: _number(shown[name]) for name in GROUPS} | {"per_class": [_number(one) for one in per_class.tolist()]}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
+def _resident(pixels: Tensor, device: torch.device) -> Tensor:
+    """The images on the device, if they take no more than a quarter of its free memory."""
+    if device.type == "cuda" and pixels.device != device:
+        free, _ = torch.cuda.mem_get_info(device)
+        return pixels.to(device) if pixels.nbytes < free / 4 else pixels
+    return pixels
+
+
+def _pick(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    return pixels[index.to(pixels.device)].to(device)
+
+
+def _on(run: Run, x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if run.config.channels_last else x
+
+
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    report: Any = None,
+    images: tuple[data.Images, data.Images] | None = None,
+) -> list[dict[str, Any]]:
+    """Trains a network and leaves a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
+
+    The checkpoint is written before the first and after every epoch. A run that was killed at any time and is resumed ends
+    with the weights of one that was not, bit for bit: always on a CPU with the same number of threads, on GPUs with
+    ``deterministic``.
+
+    Args:
+        config: The settings.
+        out: The run folder; made if need be.
+        resume: Go on from the folder's checkpoint; without one, begin.
+        report: What is told of the progress: ``log.Silent`` (default), ``log.Console``, or alike.
+        images: What :func:`load_images` gives for these settings, if it is there already.
+
+    Returns:
+        A row for each epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, accuracies in percent (``all``, ``many``,
+        ``medium``, ``few``; None for a group without classes; ``per_class``), ``seconds`` of training and
+        ``eval_seconds``.
+
+    Raises:
+        ConfigError: A setting does not fit, or the folder has a run that is not to be resumed, or one of other settings.
+        DataError: Something is wrong with the data.
+        Diverged: The loss is not finite; the checkpoint is that of the epoch before.
+
+    >>> import tempfile
+    >>> from ltsam_fast.train import build
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     rows = train(build({"epochs": 1, "method": "sam"}), folder)
+    >>> [row["epoch"] for row in rows]
+    [1]
+    """
+    out = Path(out)
+    state = _earlier(config, out, resume)
+    with workers(config.device) as at:
+        run = prepare(config, at, images)
+        if state is not None:
+            _restore(run, state)
+        reporter = (report if at.rank == 0 else None) or Silent()
+        logs = Logs(out, run.history, config.tensorboard) if at.rank == 0 else None
+        if state is None:
+            _save(run, out)
+        try:
+            with reporter:
+                reporter.begin(run)
+                while run.epoch < config.epochs:
+                    row = _one_epoch(run, reporter)
+                    run.history.append(row)
+                    _save(run, out)
+                    if logs:
+                        logs.add(row)
+                    reporter.epoch(row)
+        finally:
+            if logs:
+                logs.close()
+        return run.history
+
+
+def _one_epoch(run: Run, reporter: Any) -> dict[str, Any]:
+    rate = run.optimizer.param_groups[0]["lr"]
+    start = time.perf_counter()
+    loss = train_epoch(run, reporter.advance)
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss is {loss} in epoch {run.epoch + 1}: a lower lr, or a longer warmup, may help")
+    run.scheduler.step()
+    middle = time.perf_counter()
+    accuracies = evaluate(run)
+    return {
+        "epoch": run.epoch + 1,
+        "lr": rate,
+        "train_loss": loss,
+        **accuracies,
+        "seconds": round(middle - start, 4),
+        "eval_seconds": round(time.perf_counter() - middle, 4),
+    }
+
+
+def stored_config(out: str | Path) -> Config | None:
+    """The config of the run in a folder, if there is one."""
+    path = Path(out) / CONFIG
+    if not path.exists():
+        return None
+    try:
+        return build(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def finished(config: Config, out: str | Path) -> list[dict[str, Any]] | None:
+    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`."""
+    state = _earlier(config, Path(out), resume=True)
+    return state["history"] if state is not None and state["epoch"] >= config.epochs else None
+
+
+def _earlier(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if it may be gone on from."""
+    if not (out / checkpoint.NAME).exists():
+        return None
+    if not resume:
+        raise ConfigError(f"out {out} has a run: resume it (--resume), or choose another folder")
+    state = checkpoint.read(out)
+    before = build(state["config"])
+    if names := differing(before, config):
+        changes = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in names)
+        raise ConfigError(f"the run in {out} can't be resumed with other settings: {changes}")
+    return state
+
+
+def _save(run: Run, out: Path) -> None:
+    """Writes the checkpoint, and before the first one the config; process 0 does, with what all of them give."""
+    states = run.at.gather(checkpoint.random_state(run.order, run.noise))
+    if run.at.rank:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(run.config.as_dict(), indent=2) + "\n"
+    checkpoint.write(out / CONFIG, text.encode())
+    best = max(run.history, key=lambda row: row["all"], default={"epoch": 0, "all": None})
+    state = {
+        "version": checkpoint.VERSION,
+        "config": run.config.as_dict(),
+        "epoch": run.epoch,
+        "classes": list(run.train.classes),
+        "class_counts": run.counts,
+        "model": run.network.state_dict(),
+        "loss": run.loss.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "random": states,
+        "history": run.history,
+        "best": {"epoch": best["epoch"], "all": best["all"]},
+    }
+    checkpoint.write(out / checkpoint.NAME, state)
+
+
+def _restore(run: Run, state: dict[str, Any]) -> None:
+    """Takes up a checkpoint, the random numbers last."""
+    if len(state["random"]) != run.at.size:
+        raise ConfigError(f"the run had {len(state['random'])} processes, not {run.at.size}: start it with as many")
+    if state["class_counts"] != run.counts or state["classes"] != list(run.train.classes):
+        raise ConfigError(f"data: class counts were {state['class_counts']}, now they are {run.counts}")
+    run.network.load_state_dict(state["model"])
+    run.loss.load_state_dict(state["loss"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.history[:] = state["history"]
+    checkpoint.set_random_state(state["random"][run.at.rank], run.order, run.noise)

@@ -1,0 +1,85 @@
+"""Losses by name, one value per sample."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from ltsam_fast import losses
+from ltsam_fast.train.config import Config, ConfigError
+
+LOSSES: dict[str, tuple[str, type[losses.Loss]]] = {
+    "ce": ("CE", losses.CrossEntropy),
+    "la": ("LA", losses.LogitAdjusted),
+    "ldam": ("LDAM", losses.LDAM),
+    "vs": ("VS", losses.VS),
+    "balanced_softmax": ("balanced softmax", losses.BalancedSoftmax),
+    "class_balanced": ("class-balanced", losses.ClassBalanced),
+    "focal": ("focal", losses.Focal),
+    "gcl": ("GCL", losses.GCL),
+}
+"""Name on the command line -> name in print and class."""
+COSINE = ("ldam", "gcl")
+"""Losses whose logits are meant to be cosines."""
+_SUPPLIED = ("class_counts", "reduction", "weight")
+
+
+def label(loss: str) -> str:
+    """The loss's name in print.
+
+    >>> label("la")
+    'LA'
+    """
+    return LOSSES[loss][0]
+
+
+def accepted(loss: str) -> dict[str, Any]:
+    """The options that a loss takes, with their defaults.
+
+    Raises:
+        ConfigError: There is no such loss.
+
+    >>> accepted("ldam")
+    {'max_m': 0.5, 's': 30.0, 'label_smoothing': 0.0}
+    """
+    if loss not in LOSSES:
+        raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    parameters = inspect.signature(LOSSES[loss][1]).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in _SUPPLIED}
+
+
+def check_options(config: Config) -> None:
+    """Raises ConfigError if the loss, or one of its options, is not there."""
+    there = accepted(config.loss)
+    if unknown := [name for name in config.loss_options if name not in there]:
+        raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(there)}")
+
+
+def criterion(config: Config, counts: Sequence[int]) -> losses.Loss:
+    """The loss of a run: logits (B, C) and labels (B,) to losses (B,).
+
+    Raises:
+        ConfigError: There is no such loss, or an option is not accepted.
+    """
+    check_options(config)
+    try:
+        loss = LOSSES[config.loss][1](list(counts), reduction="none", **config.loss_options)
+        reweight(loss, config, counts, 0)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.loss}: {error}") from error
+    return loss
+
+
+def reweight(loss: losses.Loss, config: Config, counts: Sequence[int], epoch: int) -> None:
+    """Sets the weights of the classes in an epoch, counted from 0, if they are to be deferred."""
+    if config.drw_start is not None:
+        weights = losses.deferred_reweighting(epoch, list(counts), config.drw_start, config.drw_beta)
+        if epoch >= config.drw_start:
+            loss.set_weight(weights)
+
+
+def one_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:
+    """A context for a step, in which all passes see the same loss."""
+    return loss.hold() if isinstance(loss, losses.GCL) else contextlib.nullcontext()

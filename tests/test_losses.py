@@ -1,0 +1,576 @@
+"""The losses against formulas in double precision that use nothing of the package, and everything around them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ltsam_fast as lf
+from ltsam_fast import losses, ops, reference
+from ltsam_fast import rows as operators
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+TOLERANCE = {F64: 1e-10, F32: 1e-5, BF16: 2e-2, F16: 2e-3}
+
+
+def cross_entropies(a, y):
+    """-ln softmax(a)_y, written out."""
+    peak = a.max(1, keepdim=True).values
+    return (a - peak).exp().sum(1).log() + peak[:, 0] - a[torch.arange(len(y)), y]
+
+
+def at_label(values, y):
+    """A value for each class, at the labels' places; zeros elsewhere."""
+    return torch.zeros(len(y), len(values), dtype=F64).scatter(1, y[:, None], values[y][:, None])
+
+
+def formula_ldam(z, y, n, w, max_m=0.5, s=30.0):
+    margins = n**-0.25
+    return w[y] * cross_entropies(s * (z - at_label(margins * (max_m / margins.max()), y)), y)
+
+
+def formula_vs(z, y, n, w, gamma=0.3, tau=1.0):
+    return w[y] * cross_entropies(z / (n.max() / n) ** gamma + tau * (n / n.sum()).log(), y)
+
+
+def formula_class_balanced(z, y, n, w, beta=0.9999):
+    effective = (1 - beta) / (1 - beta**n)
+    return (effective * len(n) / effective.sum())[y] * cross_entropies(z, y)
+
+
+def formula_focal(z, y, n, w, gamma=1.0):
+    ce = cross_entropies(z, y)
+    return w[y] * (1 - (-ce).exp()) ** gamma * ce
+
+
+def formula_gcl(z, y, n, w, m=0.0, s=30.0, noise_mul=0.5, gamma=0.0, noise=0.0):
+    margins = n.log().max() - n.log()
+    a = z - noise_mul * noise * margins / margins.max() - m * F.one_hot(y, len(n)).double()
+    ce = cross_entropies(s * a, y)
+    return w[y] * (1 - (-ce).exp()).detach() ** gamma * ce
+
+
+FORMULAS = {
+    "CrossEntropy": lambda z, y, n, w: w[y] * cross_entropies(z, y),
+    "LogitAdjusted": lambda z, y, n, w, tau=1.0: w[y] * cross_entropies(z + tau * (n / n.sum() + 1e-9).log(), y),
+    "BalancedSoftmax": lambda z, y, n, w: w[y] * cross_entropies(z + n.log(), y),
+    "LDAM": formula_ldam,
+    "VS": formula_vs,
+    "ClassBalanced": formula_class_balanced,
+    "Focal": formula_focal,
+    "GCL": formula_gcl,
+}
+OPTIONS = {
+    "LogitAdjusted": {"tau": 1.7},
+    "LDAM": {"max_m": 0.3, "s": 12.0},
+    "VS": {"gamma": 0.15, "tau": 0.75},
+    "ClassBalanced": {"beta": 0.99},
+    "Focal": {"gamma": 2.5},
+    "GCL": {"m": 0.1, "s": 20.0, "gamma": 1.0, "noise_mul": 1.0},
+}
+NAMES = tuple(FORMULAS)
+COSINES = ("LDAM", "GCL")
+
+
+def draw(generator, name, rows, classes):
+    """Logits that all element types can hold, labels, counts."""
+    z = torch.randn(rows, classes, generator=generator, dtype=F64)
+    z = (z.clamp(-2, 2) / 2 if name in COSINES else 3 * z).to(BF16).to(F16).double()
+    n = (10 ** (4 * torch.rand(classes, generator=generator, dtype=F64))).ceil()
+    return z, torch.randint(classes, (rows,), generator=generator), n
+
+
+def gradients(losses, cotangent, logits):
+    (gradient,) = torch.autograd.grad(losses, logits, cotangent.to(losses))
+    return gradient
+
+
+def check(criterion, name, z, y, n, w, device, dtypes=(F64, F32, BF16, F16), **options):
+    """Losses and gradients by every element type."""
+    exact_z = z.clone().requires_grad_()
+    exact = FORMULAS[name](exact_z, y, n, w, **options)
+    cotangent = torch.linspace(-1, 2, len(z), dtype=F64)
+    exact_gradient = gradients(exact, cotangent, exact_z)
+    for dtype in dtypes:
+        logits = z.to(device, dtype).clone().requires_grad_()
+        mine = criterion(logits, y.to(device))
+        gradient = gradients(mine, cotangent.to(device), logits)
+        assert mine.dtype == (F64 if dtype == F64 else F32) and gradient.dtype == dtype
+        for one, other in ((mine.detach(), exact.detach()), (gradient, exact_gradient)):
+            close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * max(1.0, float(other.abs().max()))}
+            torch.testing.assert_close(one.cpu().double(), other, **close)
+
+
+@pytest.mark.parametrize("classes", [2, 100, 8142])
+@pytest.mark.parametrize("rows", [1, 64, 513])
+@pytest.mark.parametrize("name", NAMES)
+def test_agrees_with_the_formula(name, rows, classes, backend, device, generator):
+    if backend == "triton" and device == "cpu" and (rows > 64 or rows * classes > 10000):
+        pytest.skip("too much for Triton's interpreter")
+    z, y, n = draw(generator, name, rows, classes)
+    criterion = getattr(losses, name)(n, reduction="none").to(device).eval()
+    options = {"noise_mul": 0.0} if name == "GCL" else {}
+    # All of them together only where it is quick; fp16 goes the way of bf16.
+    dtypes = (F64, F32, BF16, F16) if rows * classes < 10**6 else (F32, BF16) if rows == 64 else (F64, F32, BF16)
+    check(criterion, name, z, y, n, torch.ones(classes, dtype=F64), device, dtypes, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_and_weights(name, backend, device, generator):
+    z, y, n = draw(generator, name, 37, 13)
+    w = torch.rand(13, generator=generator, dtype=F64)
+    options = OPTIONS.get(name, {})
+    weight = {} if name == "ClassBalanced" else {"weight": w.tolist()}
+    criterion = getattr(losses, name)(n.tolist(), **options, **weight, reduction="none").to(device).eval()
+    check(criterion, name, z, y, n, w, device, **{**options, **({"noise_mul": 0.0} if name == "GCL" else {})})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_is_torchs(reduction, smoothing, weighted, backend, device, generator):
+    z, y, n = draw(generator, "CrossEntropy", 33, 70)
+    w = torch.rand(70, generator=generator, dtype=F64) if weighted else None
+    criterion = losses.CrossEntropy(n, weight=w, label_smoothing=smoothing, reduction=reduction).to(device)
+    exact_z, mine_z = z.clone().requires_grad_(), z.to(device).clone().requires_grad_()
+    exact = F.cross_entropy(exact_z, y, w, label_smoothing=smoothing, reduction=reduction)
+    mine = criterion(mine_z, y.to(device))
+    torch.testing.assert_close(mine.cpu(), exact, rtol=1e-12, atol=1e-12)
+    exact.square().sum().backward(), mine.square().sum().backward()
+    torch.testing.assert_close(mine_z.grad.cpu(), exact_z.grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("Focal", "GCL")])
+def test_smoothing_is_of_the_adjusted_logits(name, backend, device, generator):
+    z, y, n = draw(generator, name, 9, 6)
+    smooth = getattr(losses, name)(n, label_smoothing=0.3, reduction="none").to(device)
+    plain = getattr(losses, name)(n, reduction="none").to(device)
+    adjusted = z.to(device)
+    if plain.scale is not None:
+        adjusted = adjusted * plain.scale
+    if plain.shift is not None:
+        adjusted = adjusted + plain.shift
+    if plain.margin is not None:
+        adjusted = adjusted - at_label(plain.margin.cpu(), y).to(device)
+    wanted = F.cross_entropy(adjusted, y.to(device), plain.weight, label_smoothing=0.3, reduction="none")
+    torch.testing.assert_close(smooth(z.to(device), y.to(device)), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reductions(name, device, generator):
+    z, y, n = draw(generator, name, 50, 7)
+    z, y = z.to(device), y.to(device)
+    make = lambda reduction: getattr(losses, name)(n, reduction=reduction).to(device).eval()  # noqa: E731
+    every = make("none")(z, y)
+    weights = torch.ones(50, dtype=F64, device=device) if name != "ClassBalanced" else make("none").weight[y]
+    assert every.shape == (50,)
+    torch.testing.assert_close(make("sum")(z, y), every.sum())
+    torch.testing.assert_close(make("mean")(z, y), every.sum() / weights.sum())
+    nothing = make("none")(z[:0], y[:0])
+    assert nothing.shape == (0,) and make("sum")(z[:0], y[:0]) == 0 and make("mean")(z[:0], y[:0]).isnan()
+
+
+# --- derivatives
+
+SHAPED = {
+    "plain": {},
+    "smooth": {"label_smoothing": 0.2},
+    "weights smooth": {"scale": 0, "shift": 0, "margin": 0, "weight": 0, "label_smoothing": 0.2},
+    "focal": {"scale": 0, "weight": 0, "gamma": 1.5},
+    "weakly focal": {"shift": 0, "gamma": 0.5},
+    "clouded": {"scale": 0, "margin": 0, "spread": 0, "draw": torch.tensor(3), "seed": 2**45 + 1},
+}
+
+
+def filled(options, classes, generator, device):
+    """Random vectors in place of zeros."""
+    vectors = ("scale", "shift", "margin", "weight", "spread")
+    make = lambda name: torch.rand(classes, generator=generator, dtype=F64).add(0.3).to(device)  # noqa: E731
+    return {
+        name: make(name) if name in vectors else value.to(device) if name == "draw" else value
+        for name, value in options.items()
+    }
+
+
+@pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
+def test_gradcheck(shaped, backend, device, generator):
+    options = filled(shaped, 5, generator, device)
+    z = torch.randn(3, 5, generator=generator, dtype=F64).to(device).requires_grad_()
+    y = torch.tensor([4, 0, 2], device=device)
+    call = lambda z: ops.adjusted_cross_entropy(z, y, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(call, z)
+    assert torch.autograd.gradgradcheck(call, z)
+
+
+@pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
+def test_two_backwards_and_backends(shaped, backend, device, generator):
+    """Backward may run elsewhere than forward, and more than once: what is kept means the same everywhere."""
+    options = filled(shaped, 70, generator, device)
+    z = torch.randn(6, 70, generator=generator, dtype=F64).to(device).requires_grad_()
+    y = torch.arange(6, device=device) * 11
+    cotangent = torch.rand(6, generator=generator, dtype=F64).to(device)
+    exact = gradients(reference.adjusted_cross_entropy(z, y, **options), cotangent, z)
+    mine = ops.adjusted_cross_entropy(z, y, **options)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(mine, z, cotangent, retain_graph=True)
+        torch.testing.assert_close(gradient, exact, rtol=1e-10, atol=1e-12)
+    with lf.use_backend("torch"):
+        torch.testing.assert_close(gradients(mine, cotangent, z), exact, rtol=1e-10, atol=1e-12)
+        vectors = [options.get(name) for name in ("scale", "shift", "margin", "weight", "spread", "draw")]
+        numbers = [float(options.get(name, 0)) for name in ("label_smoothing", "gamma", "detach", "seed")]
+        plain, state = operators.forward(z, y, *vectors, numbers)
+    torch.testing.assert_close(plain, mine, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        operators.backward(cotangent, state, z, y, *vectors, numbers), exact, rtol=1e-10, atol=1e-12
+    )
+
+
+def test_operators_are_well_behaved(backend, device, generator):
+    z = torch.randn(4, 6, generator=generator).to(device).requires_grad_()
+    y = torch.randint(6, (4,), generator=generator).to(device)
+    shift = torch.rand(6, generator=generator).to(device)
+    torch.library.opcheck(operators.forward, (z, y, None, shift, None, None, None, None, [0.1, 0.0, 0.0, 0.0]))
+
+
+def test_only_the_logits_are_kept(generator):
+    if reason := lf.backend.why_not("cpu"):
+        pytest.skip(f"cpu: {reason}")
+    kept = []
+    z = torch.randn(40, 300, generator=generator).requires_grad_()
+    criterion = losses.VS(torch.arange(1, 301), reduction="none")
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
+    with lf.use_backend("cpu"), hooks:
+        criterion(z, torch.arange(40))
+    large = [tensor for tensor in kept if tensor.numel() >= z.numel()]
+    assert [tensor.data_ptr() for tensor in large] == [z.data_ptr()]
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles(name, fullgraph, generator):
+    z, y, n = draw(generator, name, 8, 5)
+    criterion = getattr(losses, name)(n, reduction="mean")
+    again = copy.deepcopy(criterion)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=fullgraph)
+    for _ in range(3):  # GCL draws its noise anew each time
+        one, other = z.clone().requires_grad_(), z.clone().requires_grad_()
+        torch.testing.assert_close(compiled(one, y), again(other, y))
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(one, y), one), torch.autograd.grad(again(other, y), other)
+        )
+
+
+def test_function_transforms(generator):
+    z, y, n = draw(generator, "VS", 8, 5)
+    criterion = losses.VS(n, reduction="sum")
+    one = z.clone().requires_grad_()
+    criterion(one, y).backward()
+    torch.testing.assert_close(torch.func.grad(criterion)(z, y), one.grad)
+    each = torch.func.vmap(torch.func.grad(lambda z, y: criterion(z[None], y[None])))(z, y)
+    torch.testing.assert_close(each, one.grad)
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda z: criterion(z, y[:1])))(z[:1])
+    p = (z[0] * criterion.scale + criterion.shift).softmax(0) * 1.0
+    wanted = criterion.scale[:, None] * (p.diag() - p[:, None] * p) * criterion.scale
+    torch.testing.assert_close(hessian.reshape(5, 5), wanted)
+    losses_of = losses.VS(n, reduction="none")(one, y)
+    (jacobian,) = torch.autograd.grad(losses_of, one, torch.eye(8, dtype=F64), is_grads_batched=True)
+    torch.testing.assert_close(jacobian.sum(0), one.grad)
+    model = torch.nn.Linear(5, 5, dtype=F64)
+    called = torch.func.functional_call(
+        model, {"weight": torch.eye(5, dtype=F64), "bias": torch.zeros(5, dtype=F64)}, z
+    )
+    torch.testing.assert_close(criterion(called, y), criterion(z, y))
+
+
+def test_autocast(device, generator):
+    model = torch.nn.Linear(6, 9).to(device)
+    x, y = torch.randn(16, 6, generator=generator).to(device), torch.randint(9, (16,), generator=generator).to(device)
+    criterion = losses.LogitAdjusted(torch.arange(1, 10), reduction="none").to(device)
+    with torch.autocast(device, BF16):
+        logits = model(x)
+        mine = criterion(logits, y)
+    assert logits.dtype == BF16 and mine.dtype == F32
+    mine.mean().backward()
+    assert model.weight.grad.dtype == F32
+    exact = FORMULAS["LogitAdjusted"](
+        logits.detach().cpu().double(), y.cpu(), torch.arange(1, 10).double(), torch.ones(9, dtype=F64)
+    )
+    torch.testing.assert_close(mine.detach().cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# --- odd input
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "offset"])
+def test_logits_that_lie_otherwise(layout, dtype, backend, device, generator):
+    z = torch.randn(12, 40, generator=generator).to(device, dtype)
+    laid = {
+        "transposed": lambda: z.t().contiguous().t(),
+        "strided": lambda: torch.stack([z, -z], 2)[:, :, 0],
+        "expanded": lambda: z[:1].expand(12, 40),
+        "offset": lambda: torch.cat([z, z], 1)[:, 3:43],
+    }[layout]()
+    y = torch.arange(24, device=device, dtype=torch.int32)[::2]
+    criterion = losses.LDAM(torch.arange(1, 41), reduction="none").to(device)
+    one, other = laid.detach().requires_grad_(), laid.detach().clone(memory_format=torch.contiguous_format)
+    other.requires_grad_()
+    mine, same = criterion(one, y), criterion(other, y)
+    assert torch.equal(mine, same)
+    assert torch.equal(gradients(mine.sum(), torch.ones(()), one), gradients(same.sum(), torch.ones(()), other))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_huge_and_masked_logits(dtype, backend, device):
+    inf = math.inf
+    z = [
+        [1e4, -1e4, 0.0, 9e3],
+        [-1e4, -1e4, -1e4, -1e4],
+        [-inf, 1.0, 2.0, -inf],
+        [-inf, -inf, 3.0, -inf],
+        [1e4, 1e4, -inf, 0.0],
+        [3.0, -inf, 1.0, 2.0],
+    ]
+    y = torch.tensor([0, 3, 1, 2, 1, 1], device=device)
+    for options in ({}, {"weight": torch.tensor([1.0, 2.0, 0.5, 3.0])}):
+        one = torch.tensor(z, dtype=dtype, device=device).requires_grad_()
+        other = torch.tensor(z, device=device).to(dtype).double().requires_grad_()
+        mine = losses.CrossEntropy(**options, reduction="none").to(device)(one, y)
+        weight = options["weight"].double().to(device) if options else None
+        exact = F.cross_entropy(other, y, weight, reduction="none")
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
+        assert mine[-1] == inf and mine[:-1].isfinite().all()
+        some, same = (
+            gradients(values[:-1], torch.ones(5, device=device), z) for values, z in ((mine, one), (exact, other))
+        )
+        torch.testing.assert_close(some.double(), same, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+def test_focal_loss_of_what_is_certain(dtype, gamma, backend, device):
+    z = torch.tensor([[200.0, 0.0], [0.0, 200.0], [0.0, 0.0], [17.0, 0.0]], dtype=dtype, device=device).requires_grad_()
+    mine = losses.Focal(gamma=gamma, reduction="none")(z, torch.zeros(4, dtype=torch.long, device=device))
+    ce = torch.tensor([math.log1p(math.exp(-200)), 200.0, math.log(2), math.log1p(math.exp(-17))], dtype=F64)
+    factor = (-torch.expm1(-ce)) ** gamma
+    torch.testing.assert_close(mine.detach().cpu().double(), factor * ce, rtol=1e-5, atol=1e-10)
+    gradient = gradients(mine, torch.ones(4, device=device), z).cpu().double()
+    slope = factor * (1 + gamma * torch.exp(-ce) * ce / -torch.expm1(-ce))
+    wanted = slope * torch.expm1(-ce)
+    torch.testing.assert_close(gradient, torch.stack([wanted, -wanted], 1), rtol=1e-5, atol=1e-7)
+
+
+def test_same_bits_for_any_number_of_threads(generator, threads):
+    z, y, n = draw(generator, "GCL", 257, 1025)
+    results = []
+    for count in (1, 2, 3):
+        criterion, logits = losses.GCL(n, m=0.1, reduction="none"), z.float().requires_grad_()
+        with threads(count):
+            mine = criterion(logits, y)
+            results.append((mine, gradients(mine, torch.ones(257), logits)))
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+COUNTS = [50, 20, 3]
+Z, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+BAD = {
+    "no counts": (lambda: losses.LDAM([]), ValueError, "class_counts"),
+    "negative count": (lambda: losses.VS([3, -1]), ValueError, "class_counts"),
+    "nothing but zeros": (lambda: losses.LogitAdjusted([0, 0]), ValueError, "class_counts"),
+    "infinite count": (lambda: losses.CrossEntropy([1, math.inf]), ValueError, "class_counts"),
+    "counts in words": (lambda: losses.BalancedSoftmax(["many", "few"]), ValueError, "class_counts"),
+    "reduction": (lambda: losses.Focal(reduction="avg"), ValueError, "reduction must be one of 'none', 'mean', 'sum'"),
+    "smoothing": (lambda: losses.CrossEntropy(label_smoothing=1.5), ValueError, "label_smoothing .* got 1.5"),
+    "tau": (lambda: losses.LogitAdjusted(COUNTS, tau=-1), ValueError, "tau .* got -1"),
+    "max_m": (lambda: losses.LDAM(COUNTS, max_m=math.nan), ValueError, "max_m .* got nan"),
+    "s": (lambda: losses.LDAM(COUNTS, s=0), ValueError, "s must be .* got 0"),
+    "gamma": (lambda: losses.Focal(gamma=-0.5), ValueError, "gamma .* got -0.5"),
+    "beta": (lambda: losses.ClassBalanced(COUNTS, beta=1.0), ValueError, r"beta must be a number in \[0, 1\), got 1"),
+    "noise": (lambda: losses.GCL(COUNTS, noise_mul=math.inf), ValueError, "noise_mul .* got inf"),
+    "seed": (lambda: losses.GCL(COUNTS, seed=-1), ValueError, "seed .* got -1"),
+    "few weights": (lambda: losses.VS(COUNTS, weight=[1, 2]), ValueError, "weight has 2 numbers, but .* 3"),
+    "negative weight": (lambda: losses.VS(COUNTS, weight=[1, 2, -1]), ValueError, "weight must be a list of finite"),
+    "start": (lambda: losses.deferred_reweighting(3, COUNTS, start=-1), ValueError, "start"),
+    "epoch": (lambda: losses.deferred_reweighting("3", COUNTS), ValueError, "epoch .* got '3'"),
+    "other classes": (lambda: losses.VS(COUNTS)(torch.zeros(4, 5), Y), ValueError, r"\(B, 3\).*got \(4, 5\)"),
+    "1-D logits": (lambda: losses.CrossEntropy()(torch.zeros(4), Y), ValueError, "logits must have shape"),
+    "no logits": (lambda: losses.CrossEntropy()([[0.0]], Y), ValueError, "logits must have shape .* got list"),
+    "integer logits": (lambda: losses.CrossEntropy()(Z.int(), Y), TypeError, "logits has dtype torch.int32"),
+    "label too large": (
+        lambda: losses.CrossEntropy()(Z, Y + 1),
+        ValueError,
+        r"targets must lie in \[0, 3\), got 1...3",
+    ),
+    "label too small": (
+        lambda: losses.CrossEntropy()(Z, Y - 1),
+        ValueError,
+        r"targets must lie in \[0, 3\), got -1...1",
+    ),
+    "floating labels": (lambda: losses.CrossEntropy()(Z, Y.float()), ValueError, "targets must be a 1-D integer"),
+    "2-D labels": (lambda: losses.CrossEntropy()(Z, Y[:, None]), ValueError, r"targets must be .* got \(4, 1\)"),
+    "few labels": (lambda: losses.CrossEntropy()(Z, Y[:3]), ValueError, r"of 4 labels, .* got \(3,\)"),
+    "vector": (lambda: ops.adjusted_cross_entropy(Z, Y, shift=torch.ones(4)), ValueError, r"shift must be .* \(3,\)"),
+    "learned": (
+        lambda: ops.adjusted_cross_entropy(Z, Y, scale=torch.ones(3, requires_grad=True)),
+        ValueError,
+        r"scale requires a gradient, but none flows to it: give scale.detach\(\)",
+    ),
+    "draw": (lambda: ops.adjusted_cross_entropy(Z, Y, spread=torch.ones(3)), ValueError, "draw must be"),
+    "both": (lambda: ops.adjusted_cross_entropy(Z, Y, label_smoothing=0.1, gamma=1.0), ValueError, "no smoothed form"),
+}
+
+
+@pytest.mark.parametrize("backend_name", ["torch", "cpu"])
+@pytest.mark.parametrize(("call", "kind", "message"), BAD.values(), ids=BAD)
+def test_bad_input_names_the_argument(call, kind, message, backend_name):
+    if reason := lf.backend.why_not(backend_name):
+        pytest.skip(f"{backend_name}: {reason}")
+    with lf.use_backend(backend_name), pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["LDAM", "VS", "BalancedSoftmax", "ClassBalanced", "GCL"])
+def test_a_class_without_samples_is_refused_where_the_formula_has_no_value(name):
+    with pytest.raises(ValueError, match=r"class_counts\[1\] is 0, but a class without samples has"):
+        getattr(losses, name)([5, 0, 2])
+    with pytest.raises(ValueError, match=r"class_counts\[1\] is 0"):
+        losses.deferred_reweighting(0, [5, 0, 2])
+
+
+@pytest.mark.parametrize("name", ["LogitAdjusted", "CrossEntropy", "Focal"])
+def test_a_class_without_samples_is_finite_elsewhere(name, backend, device):
+    z = torch.zeros(3, 3, device=device).requires_grad_()
+    mine = getattr(losses, name)([5, 0, 2], reduction="none").to(device)(z, torch.tensor([0, 1, 2], device=device))
+    assert mine.isfinite().all() and gradients(mine, torch.ones(3, device=device), z).isfinite().all()
+
+
+# --- modules
+
+
+def test_deferred_reweighting():
+    counts = [5000, 2997, 50]
+    assert torch.equal(losses.deferred_reweighting(159, counts), torch.ones(3, dtype=F64))
+    weights = losses.deferred_reweighting(160, counts)
+    raw = torch.tensor([(1 - 0.9999) / (1 - 0.9999**n) for n in counts], dtype=F64)
+    torch.testing.assert_close(weights, raw / raw.sum() * 3, rtol=1e-10, atol=0)
+    assert torch.equal(losses.deferred_reweighting(7, counts, start=7, beta=0.0), torch.ones(3, dtype=F64))
+    criterion = losses.LDAM(counts, reduction="none")
+    z, y = torch.rand(4, 3, dtype=F64), torch.tensor([0, 1, 2, 0])
+    before = criterion(z, y)
+    criterion.set_weight(weights)
+    torch.testing.assert_close(criterion(z, y), before * weights[y])
+    criterion.set_weight(None)
+    assert torch.equal(criterion(z, y), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_checkpoints(name, generator):
+    z, y, n = draw(generator, name, 6, 4)
+    criterion = getattr(losses, name)(n, **OPTIONS.get(name, {}))
+    criterion.set_weight(torch.rand(4, generator=generator))
+    criterion(z, y)
+    other = getattr(losses, name)(n.flip(0), **OPTIONS.get(name, {}))
+    file = io.BytesIO()
+    torch.save(criterion.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    others = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion)), other]
+    wanted = criterion(z, y)
+    for same in others:
+        assert torch.equal(same(z, y), wanted)
+    criterion.set_weight(None)
+    other.load_state_dict(criterion.state_dict())
+    assert other.weight is None
+    assert f"classes=4, reduction={criterion.reduction!r}" in repr(criterion)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_are_not_rounded(name, generator):
+    z, y, n = draw(generator, name, 6, 4)
+    model = torch.nn.Sequential(getattr(losses, name)(n))
+    wanted = model.eval()[0](z, y)
+    for cast in (model.half(), model.float(), model.to(BF16), model.double()):
+        assert torch.equal(cast[0](z, y), wanted)
+    assert all(buffer.device.type == "meta" for buffer in model.to("meta").buffers())
+
+
+# --- GCL's noise
+
+
+def test_noise(backend, device, generator):
+    z, y, n = draw(generator, "GCL", 40, 50)
+    criterion = losses.GCL(n, m=0.1, noise_mul=0.7, seed=2**50 + 3, reduction="none").to(device)
+    w = torch.ones(50, dtype=F64)
+    seen = []
+    for number in (1, 2):
+        noise = reference._noise(40, 50, 2**50 + 3, torch.tensor(number)).double()
+        one = z.to(device).clone().requires_grad_()
+        mine = criterion(one, y.to(device))
+        exact_z = z.clone().requires_grad_()
+        exact = formula_gcl(exact_z, y, n, w, m=0.1, noise_mul=0.7, noise=noise)
+        torch.testing.assert_close(mine.cpu(), exact, rtol=1e-10, atol=1e-10)
+        seen.append((mine, exact, one, exact_z))
+    for mine, exact, one, exact_z in seen:  # each backward with the noise of its forward
+        exact.sum().backward()
+        torch.testing.assert_close(gradients(mine, torch.ones(40, device=device), one).cpu(), exact_z.grad)
+    quiet = formula_gcl(z, y, n, w, m=0.1, noise_mul=0.0)
+    torch.testing.assert_close(criterion.eval()(z.to(device), y.to(device)).cpu(), quiet)
+
+
+def test_noise_is_a_clamped_normal():
+    noise = reference._noise(1000, 1000, 5, torch.tensor(1)).double()
+    assert noise.min() >= 0 and noise.max() == 1
+    # E min(|N|/3, 1) and P(|N| > 3)
+    mean = (math.sqrt(2 / math.pi) * (1 - math.exp(-4.5))) / 3 + math.erfc(3 / math.sqrt(2))
+    assert abs(noise.mean() - mean) < 1e-3
+    assert abs((noise == 1).double().mean() - math.erfc(3 / math.sqrt(2))) < 3e-4
+    assert abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 5e-3
+    assert not torch.equal(noise, reference._noise(1000, 1000, 5, torch.tensor(2)))
+
+
+def test_noise_held():
+    criterion = losses.GCL(COUNTS, reduction="none")
+    z, y = torch.rand(4, 3), Y.clone()
+    y[:] = 0
+    first, second = criterion(z, y), criterion(z, y)
+    assert not torch.equal(first, second)
+    with criterion.hold():
+        third, fourth = criterion(z, y), criterion(z, y)
+        with pytest.raises(RuntimeError, match="do not nest"), criterion.hold():
+            pass
+    assert torch.equal(third, fourth) and not torch.equal(second, third)
+    assert not torch.equal(criterion(z, y), third)
+    assert criterion.draws == 4
+    fresh = losses.GCL(COUNTS, reduction="none")
+    assert torch.equal(fresh(z, y), first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_the_closure_of_an_optimizer(name, generator):
+    _, y, n = draw(generator, name, 16, 4)
+    x = torch.randn(16, 5, generator=generator, dtype=F64)
+    weight = torch.randn(4, 5, generator=generator, dtype=F64) / 5
+    results = []
+    ones = torch.ones(4, dtype=F64)
+    for closure_of in (
+        lambda criterion, w: lambda: criterion(x @ w.t(), y),
+        lambda criterion, w: (
+            lambda: FORMULAS[name](x @ w.t(), y, n, ones, **{} if name != "GCL" else {"noise_mul": 0.0})
+        ),
+    ):
+        w = weight.clone().requires_grad_()
+        criterion = getattr(losses, name)(n, reduction="none").eval()
+        opt = lf.FocalSAM([w], torch.optim.SGD, rho=0.2, class_counts=n, gamma=2.0, lam=0.7, lr=0.1, momentum=0.9)
+        for _ in range(3):
+            loss = opt.step(closure_of(criterion, w), targets=y)
+        results.append((w.detach(), loss))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-9)

@@ -1,0 +1,277 @@
+"""``python -m ltsam_fast train`` and ``compare``: what they accept, leave behind, and go on from."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltsam_fast as lf
+from ltsam_fast import optim
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+pytest.importorskip("rich", reason="rich is not installed")
+
+from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, read_file, train
+from ltsam_fast.train.config import differing
+from ltsam_fast.train.log import Silent
+from ltsam_fast.train.losses import LOSSES
+from ltsam_fast.train.methods import accepted
+
+QUICK = {"epochs": 2, "tensorboard": False}
+
+
+def run(*arguments, command="train"):
+    """The command in this process; its exit code."""
+    return cli.main([command, *map(str, arguments)])
+
+
+def command_line(*arguments, launcher=("-m", "ltsam_fast")):
+    """The command as a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(lf.__file__).parents[1])])}
+    return subprocess.Popen(
+        [sys.executable, *map(str, (*launcher, *arguments))],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def last(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def same_weights(one, other):
+    first, second = last(one)["model"], last(other)["model"]
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_method_of_the_package_has_a_name():
+    assert {cls for _, cls, _ in METHODS.values() if cls} == {
+        getattr(optim, name) for name in optim.__all__ if name != "SharpnessAware"
+    }
+
+
+class StopIn(Silent):
+    """Ctrl-C after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def advance(self, steps):
+        self.steps -= steps
+        if not self.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [*((method, "ce") for method in METHODS), *(("sam", loss) for loss in LOSSES)]
+)
+def test_every_method_and_loss_resumes_exactly(method, loss, tmp_path):
+    config = build({"method": method, "loss": loss, "epochs": 3, "drw_start": 2, "tensorboard": False})
+    train(config, tmp_path / "at_once")
+    for steps in (2, 9):  # in the first epoch, and again, six steps further on, in the second
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "stopped", resume=True, report=StopIn(steps))
+    assert last(tmp_path / "stopped")["epoch"] == 1
+    rows = train(config, tmp_path / "stopped", resume=True)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert same_weights(tmp_path / "at_once", tmp_path / "stopped")
+    logged = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert logged == rows
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("method", ["sgd", "focal_sam"])
+def test_mixed_precision(method, amp, tmp_path):
+    rows = train(build({"method": method, "amp": amp, "epochs": 3, "tensorboard": False}), tmp_path)
+    plain = train(build({"method": method, "epochs": 3, "tensorboard": False}), tmp_path / "plain")
+    assert rows[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=0.05)
+    assert rows[-1]["train_loss"] != plain[-1]["train_loss"]
+    assert bool(last(tmp_path)["scaler"]) == (amp == "fp16")
+
+
+def test_the_folder_tells_all(tmp_path):
+    rows = train(build({"method": "sam", "seed": 3, **QUICK}), tmp_path)
+    logged = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [float(row["all"]) for row in logged] == [row["all"] for row in rows]
+    state = last(tmp_path)
+    counts = state["class_counts"]
+    groups = lf.data.shot_split(counts, 60, 10)
+    for name, members in groups.items():
+        per_class = [rows[-1]["per_class"][c] for c in members.tolist()]
+        assert rows[-1][name] == pytest.approx(sum(per_class) / len(per_class), abs=1e-3)
+    assert rows[-1]["all"] == pytest.approx(
+        sum(rows[-1]["per_class"]) / 10, abs=1e-3
+    )  # as many test images in each class
+    assert state["best"]["all"] == max(row["all"] for row in rows)
+    assert build(read_file(tmp_path / "config.json")) == build({"method": "sam", "seed": 3, **QUICK})
+
+
+def test_killed_in_mid_epoch_and_resumed_the_weights_are_those_of_an_undisturbed_run(tmp_path):
+    arguments = ["--method", "focal_sam", "--epochs", 30, "--imbalance", 5, "--no-tensorboard", "--seed", 5]
+    process = command_line("train", *arguments, "--out", tmp_path / "killed")
+    while (
+        not (tmp_path / "killed" / "log.csv").exists() or len((tmp_path / "killed" / "log.csv").read_text().split()) < 4
+    ):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = last(tmp_path / "killed")["epoch"]
+    assert 2 <= done < 30
+    assert run("--resume", "--out", tmp_path / "killed", "--quiet") == 0
+    assert run(*arguments, "--out", tmp_path / "whole", "--quiet") == 0
+    assert last(tmp_path / "killed")["epoch"] == 30
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob("*.part")) or done  # a half-written file is never last.pt
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    process = command_line("train", "--epochs", 5000, "--no-tensorboard", "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "log.csv").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"train --resume --out {tmp_path / 'run'}" in errors
+    assert "Traceback" not in errors
+    assert last(tmp_path / "run")["epoch"] >= 1
+
+
+def test_two_processes_equal_one(tmp_path):
+    # 104 images of each class and batches of 52: every share is 26.
+    arguments = ["--method", "focal_sam", "--set", "ascent_sync=true", "--imbalance", 1, "--batch-size", 20]
+    arguments += ["--epochs", 2, "--no-tensorboard"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "ltsam_fast")
+    process = command_line("train", *arguments, "--out", tmp_path / "two", launcher=torchrun)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.count("wrote") == 1
+    assert run(*arguments, "--out", tmp_path / "one", "--quiet") == 0
+    one, two = last(tmp_path / "one"), last(tmp_path / "two")
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-4)
+    assert two["history"][-1]["train_loss"] == pytest.approx(one["history"][-1]["train_loss"], rel=1e-4)
+    assert two["history"][-1]["all"] == pytest.approx(one["history"][-1]["all"], abs=0.5)
+
+
+WRONG = {
+    "a method that is not there": (("--method", "nix"), "focal_sam"),
+    "an option that the method lacks": (("--method", "sam", "--set", "gamma=3"), "rho"),
+    "an option out of its range": (("--method", "sam", "--set", "rho=-1"), "rho must be"),
+    "steps that are none": (("--method", "sse_sam", "--set", "switch_step=later"), "70%"),
+    "no number": (("--lr", "abc"), "--lr"),
+    "a number out of its range": (("--lr", "0"), "lr must be"),
+    "a choice that is not there": (("--schedule", "steep"), "cosine"),
+    "a flag that is not there": (("--learning-rate", "1"), "--learning-rate"),
+    "a loss that is not there": (("--loss", "nix"), "la"),
+    "a network that is not there": (("--model", "nix"), "nix"),
+    "a recipe that is not there": (("--recipe", "nix"), "cifar10-lt"),
+    "a recipe without its data": (("--recipe", "cifar10-lt"), "data"),
+    "no such data": (("--data", "/nowhere/at/all"), "/nowhere/at/all"),
+    "no such config": (("--config", "/nowhere/at/all.toml"), "/nowhere/at/all.toml"),
+    "a device that is not there": (("--device", "warp"), "warp"),
+    "too long a tail": (("--imbalance", "1e9"), "imbalance"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG.values(), ids=WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, named, tmp_path, capsys):
+    assert run(*arguments, "--out", tmp_path / "run") == 2
+    output, errors = capsys.readouterr()
+    assert errors.startswith("ltsam_fast train: ")
+    assert errors.count("\n") == 1
+    assert named in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_settings_are_not_resumed_with(tmp_path, capsys):
+    assert run("--epochs", 1, "--out", tmp_path, "--quiet", "--no-tensorboard") == 0
+    for arguments, named in (
+        (("--lr", "0.2", "--method", "sam"), ("lr was 0.05, is 0.2", "method was 'sgd', is 'sam'")),
+        (("--epochs", "2"), ("epochs was 1, is 2",)),  # the cosine would have been another
+        ((), ()),
+    ):
+        resumed = run("--resume", "--out", tmp_path, "--quiet", *arguments)
+        assert resumed == (2 if named else 0)
+        errors = capsys.readouterr().err
+        assert all(one in errors for one in named)
+    assert run("--epochs", 1, "--out", tmp_path) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
+def test_settings_from_a_file_and_flags_before_them(suffix, tmp_path):
+    text = {
+        "toml": 'method = "focal_sam"\nlr = 0.3\nmilestones = [1, 2]\n[options]\nlam = 0.9\nrho = 0.4\n',
+        "yaml": "method: focal_sam\nlr: 0.3\nmilestones: [1, 2]\noptions: {lam: 0.9, rho: 0.4}\n",
+        "json": '{"method": "focal_sam", "lr": 0.3, "milestones": [1, 2], "options": {"lam": 0.9, "rho": 0.4}}',
+    }[suffix]
+    (tmp_path / f"run.{suffix}").write_text(text)
+    config = build(read_file(tmp_path / f"run.{suffix}"), {"lr": 0.2, "options": {"rho": 0.7}})
+    assert (config.method, config.lr, config.milestones) == ("focal_sam", 0.2, (1, 2))
+    assert config.options == {"lam": 0.9, "rho": 0.7, "gamma": 3.0}
+    assert build(json.loads(json.dumps(config.as_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("a.toml", "lr = ", "a.toml"),
+        ("a.yaml", "lr: [", "a.yaml"),
+        ("a.json", "[1]", "table"),
+        ("a.ini", "", ".toml"),
+        ("b.json", '{"lrr": 1}', "lrr"),
+        ("b.json", '{"lr": "1"}', "lr must be a number"),
+        ("b.json", '{"epochs": 1.5}', "epochs must be a whole number"),
+        ("b.json", '{"nesterov": 1}', "nesterov must be true or false"),
+        ("b.json", '{"options": 1}', "options"),
+    ],
+)
+def test_a_config_file_that_is_wrong(name, text, named, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        build(read_file(tmp_path / name))
+
+
+def test_schedules():
+    step = Config(schedule="step", milestones=(2, 3), decay=0.1, warmup=2)
+    assert [step.factor(epoch) for epoch in range(4)] == pytest.approx([0.5, 1.0, 0.1, 0.01])
+    cosine = Config(epochs=10)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 10)
+    for epoch in range(10):
+        assert cosine.factor(epoch) == pytest.approx(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_more_epochs_only_where_the_first_ones_stay_what_they_are():
+    old = Config(schedule="step")
+    assert differing(old, Config(schedule="step", epochs=300)) == []
+    assert differing(old, Config(schedule="step", epochs=100)) == ["epochs"]
+    assert differing(Config(), Config(epochs=300)) == ["epochs"]
+    late = {"method": "sse_sam", "options": {"switch_step": "70%"}, "schedule": "constant"}
+    assert differing(Config(**late), Config(**late, epochs=300)) == ["epochs"]
+    assert differing(old, Config(schedule="step", threads=3, device="cpu")) == []
+
+
+def test_published_settings():
+    ours = build({"recipe": "cifar10-lt", "data": "x", "method": "focal_sam", "loss": "la"})
+    assert (ours.model, ours.epochs, ours.batch_size, ours.lr, ours.weight_decay) == ("resnet32", 200, 64, 0.1, 2e-4)
+    assert (ours.many, ours.few, ours.imbalance) == (1000, 200, 100)
+    assert ours.options == {"rho": 0.2, "gamma": 3.0, "lam": 0.5}
+    for recipe in ("digits-lt", "cifar10-lt", "cifar100-lt"):
+        for method in METHODS:
+            settings = build({"recipe": recipe, "data": "x", "method": method})
+            assert settings.options.keys() <= accepted(method).keys()
