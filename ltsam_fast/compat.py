@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import ltsam_fast
-from ltsam_fast.optim.base import SharpnessAware, _swap_gradients
+from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.focal_sam import FocalSAM
+from ltsam_fast.optim.gradients import _swap_gradients
 
 __all__ = ["GNM", "SAM", "SSESAM", "FocalSAM", "ImbSAM"]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import SharpnessAware, Uninterrupted
+from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Closure, Scaling, check_takes_index, mean_loss
 from ltsam_fast.optim.by_class import climb_by_class, gradients, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
+from ltsam_fast.optim.gradients import Uninterrupted
 
 
 class CCSAM(SharpnessAware):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import SharpnessAware, _gradients
+from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.checks import check_count, check_factor
 from ltsam_fast.optim.fused import local_of
+from ltsam_fast.optim.gradients import _gradients
 
 
 class LookSAM(SharpnessAware):

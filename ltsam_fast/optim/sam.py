@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.base import SharpnessAware, _gradients
+from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Closure
+from ltsam_fast.optim.gradients import _gradients
 
 
 class SAM(SharpnessAware):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.optim import masks
-from ltsam_fast.optim.base import _gradients
 from ltsam_fast.optim.batch import Batch, Scaling
 from ltsam_fast.optim.checks import check_choice, check_count, check_factor, check_seed
+from ltsam_fast.optim.gradients import _gradients
 from ltsam_fast.optim.sam import SAM
 
 

@@ -1,0 +1,84 @@
+"""The explicit phases: their order, torch's hooks around them, and its contract with GradScaler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from ltsam_fast.optim.batch import Scaling
+from ltsam_fast.optim.descent import Descender
+
+
+class Phased(Descender):
+    """Runs phases in their order, with hooks and scaler."""
+
+    def _enter(self, phase: str) -> None:
+        """Checks that ``phase`` is next."""
+        expected = self._phases[self._phase]
+        if phase != expected:
+            raise ValueError(
+                f"{phase}() was called where {expected}() is next: call {', '.join(f'{name}()' for name in self._phases)} "
+                "in this order, each after its backward(), or restore() to start over"
+            )
+
+    def _run(
+        self,
+        phase: str,
+        work: Callable[[Tensor | None, Tensor | None], None],
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """Does a phase's ``work(grad_scale, found_inf)`` in its turn; ``scaler`` is the first phase's, for all of the step.
+
+        If it fails, by Ctrl-C too, weights that climbed come back.
+        """
+        self._enter(phase)
+        following = (self._phase + 1) % len(self._phases)
+        if self._phase == 0:
+            self._scaling = Scaling(scaler, self._parameters()[0])
+            self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
+        scaling = self._scaling
+        scaling.check_scaled(self)
+        try:
+            work(*(scaling.signals if scaling.grad_scale is not None else self._signals()))
+            self._phase = following
+        except BaseException:
+            if self._climbed:
+                self.restore()
+            raise
+        if following == 0:
+            scaling.report(self)
+            if not self._within_step:
+                self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
+
+    _step_supports_amp_scaling = True
+    """Tells torch.amp.GradScaler.step() to set ``grad_scale`` and ``found_inf``, and to leave the gradients as they are."""
+    _within_step = False
+
+    def _signals(self) -> tuple[Tensor | None, Tensor | None]:
+        """``grad_scale`` and ``found_inf`` as torch.amp.GradScaler.step(), or the caller, set them."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
+            found_inf = None if grad_scale is None else torch.zeros((), device=grad_scale.device)
+        return grad_scale, found_inf
+
+    def _ends(self, closure: Any) -> bool:
+        """Whether step(closure) is how a GradScaler takes the last phase."""
+        return closure is None and bool(self._phase) and self._phase == len(self._phases) - 1
+
+    def _last_phase(self) -> Any:
+        """The last phase as a step(), for torch.amp.GradScaler.step(optimizer)."""
+        self._within_step = True  # torch calls the hooks around it
+        try:
+            return getattr(self, self._phases[-1])()
+        finally:
+            self._within_step = False
+
+    def _call_hooks(self, *registered: dict[int, Callable[..., Any]]) -> None:
+        """Calls the hooks that torch.optim calls around step(), which the phases together are."""
+        for hooks in registered:
+            for hook in list(hooks.values()):
+                hook(self, (), {})

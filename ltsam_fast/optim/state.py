@@ -1,0 +1,198 @@
+"""Groups, state and what a step keeps: constructing, copying and checkpointing the methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ltsam_fast import ops
+from ltsam_fast.optim.batch import Scaling
+from ltsam_fast.optim.checks import is_number
+from ltsam_fast.optim.fused import Update
+from ltsam_fast.table import Table
+
+
+class Stateful(Optimizer):
+    """A torch optimizer that shares groups and state with its base optimizer."""
+
+    _phases: tuple[str, ...] = ()
+    """Names of the explicit phases, in the order in which they are to be called."""
+    _own: tuple[str, ...] = ("rho", "adaptive", "eta", "norm_eps", "perturb", "taken", "skipped")
+    """Options of a group that are not the base optimizer's."""
+    _buffers: tuple[str, ...] = ()
+    """Names of a parameter's state that is not the base optimizer's."""
+    _takes_shards = True
+    """Whether FSDP2's parameters will do."""
+    _uncapturable = ""
+    """Why a CUDA graph cannot hold the step, if so."""
+    _mixes = False
+    """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
+    _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
+    """Attributes that survive copying and pickling, besides those of torch."""
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        model: torch.nn.Module | None = None,
+        max_grad_norm: float = 0.0,
+        ascent_sync: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+            raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
+        if not is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        own = {
+            "rho": rho,
+            "adaptive": adaptive,
+            "eta": 0.0,
+            "norm_eps": 1e-12,
+            "perturb": True,
+            "taken": 0,
+            "skipped": 0,
+        }
+        self.model = model
+        self.max_grad_norm = max_grad_norm
+        self.ascent_sync = ascent_sync
+        # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
+        defaults = base_optimizer([torch.zeros(1)], **base_kwargs).defaults
+        self._base_only = {name: defaults[name] for name in own if name in defaults}
+        self._forget()
+        self._skipped: Tensor | None = None
+        super().__init__(params, own)
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = {**self.base_optimizer.defaults, **own}
+        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
+        if self._sharded and not self._takes_shards:
+            raise ValueError(
+                f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single samples "
+                "or classes; use DistributedDataParallel"
+            )
+
+    def _forget(self) -> None:
+        """Sets up what lives within a step only."""
+        self._phase = 0
+        self._climbed: list[Tensor] = []  # the parameters that are perturbed now, and where their old values are
+        self._climbed_from: list[Tensor] = []
+        self._climbed_groups: list[int] = []
+        self._clean: list[Tensor | None] = []  # gradients kept from an earlier phase, one for each parameter
+        self._backups: dict[Tensor, Tensor] = {}
+        self._backed_up: list[Tensor] = []
+        self._backed_up_in: list[Tensor] = []
+        self._backed_up_as: list[torch.dtype] = []
+        self._low_precision = False
+        self._scaling = Scaling(None, [])
+        self._thawed: list[tuple[Any, str, Any]] = []  # what _freeze_statistics changed
+        self._tables: dict[str, Table] = {}
+        self._constants: dict[Any, Tensor] = {}
+        self._update = Update()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does; its ``rho``, ``eta`` and ``norm_eps`` must be finite and >= 0."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("rho", "eta", "norm_eps"):
+            if not is_number(group[name]) or not 0 <= group[name] < math.inf:
+                value = group[name]
+                self.param_groups.pop()
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+    def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
+        """All parameters, or those that are to be perturbed, and the group of each."""
+        params: list[Tensor] = []
+        groups: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            if not ascent or group["perturb"]:
+                params += group["params"]
+                groups += [index] * len(group["params"])
+        return params, groups
+
+    def _table(self, op: str, use: str = "") -> Table:
+        """The table of one op and use, kept from step to step."""
+        key = op + use
+        if key not in self._tables:
+            self._tables[key] = Table(ops.OPS[op])
+        return self._tables[key]
+
+    def _constant(self, values: tuple[float, ...]) -> Tensor:
+        """A small tensor for the ops, made once."""
+        param = self.param_groups[0]["params"][0]
+        key = (values, param.device, torch.float64 if param.dtype == torch.float64 else torch.float32)
+        if key not in self._constants:
+            self._constants = {key: torch.tensor(values, device=param.device, dtype=key[2])}
+        return self._constants[key]
+
+    @property
+    def _taken(self) -> int:
+        """Steps taken so far."""
+        return self.param_groups[0]["taken"]  # type: ignore[no-any-return]
+
+    def _skipped_steps(self) -> Tensor | None:
+        """How many of them overflowed, where the device counts; ``None``: no step had a scaler."""
+        count, device = self.param_groups[0]["skipped"], self.param_groups[0]["params"][0].device
+        if self._skipped is None and count:
+            self._skipped = torch.tensor(float(count), device=device)
+        return self._skipped
+
+    def _note_skipped(self) -> None:
+        """Brings the device's count to the groups, for a checkpoint."""
+        if self._skipped is not None:
+            for group in self.param_groups:
+                group["skipped"] = int(self._skipped)
+
+    def _hyper(self, name: str) -> Any:
+        return tuple(group[name] for group in self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the base optimizer's state; backups and kept gradients belong to a step and are not in it.
+
+        Raises:
+            ValueError: Between two phases, when a checkpoint would hold perturbed weights.
+        """
+        self._check_settled("state_dict")
+        self._note_skipped()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. A plain base optimizer's state is taken too; what it lacks keeps its present value."""
+        self._check_settled("load_state_dict")
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            groups = [
+                saved if "perturb" in saved else {**saved, **{name: group[name] for name in self._own}}
+                for saved, group in zip(groups, self.param_groups, strict=True)
+            ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self._skipped = None
+
+    def _check_settled(self, name: str) -> None:
+        if self._phase or self._climbed:
+            raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_settled("copy or pickle")
+        self._note_skipped()
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._forget()
+        self._skipped = None
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
