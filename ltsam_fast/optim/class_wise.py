@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import SharpnessAware, _gradients, _same_items, _swap_gradients
+from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Closure
 from ltsam_fast.optim.checks import check_shared_backward
+from ltsam_fast.optim.gradients import _gradients, _same_items, _swap_gradients
 from ltsam_fast.shared import SharedBackward
 
 
