@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast.shared.graph import Graph
 from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.products import is_linear
 from ltsam_fast.shared.refusal import NotShared
 
 ROUNDS = 3
@@ -32,7 +33,7 @@ class Boundary:
         edges: The edges that lead to parameters.
         leaves: Indices of the parameters there.
         layouts: For each of its outputs which rows are whose; None: no gradient comes in there.
-        apart: None of the parameters is used below the other edges.
+        rule: How products are formed there, see ``products``: "linear", "whole" or "through".
         lowest: No other boundary is below.
     """
 
@@ -40,7 +41,7 @@ class Boundary:
     edges: tuple[int, ...]
     leaves: tuple[int, ...]
     layouts: tuple[Any, ...]
-    apart: bool
+    rule: str
     lowest: bool
 
 
@@ -223,12 +224,15 @@ class Examination:
         others = [child for i, child in enumerate(graph.children[number]) if child >= 0 and i not in edges]
         shared = any(graph.parents[one] > 1 for one in below) and bool(below & set().union(*map(graph.below, others), set()))
         leaves = tuple(sorted(graph.leaf[one] for one in below if graph.leaf[one] >= 0))
+        layouts = self._layouts(number)
+        if is_linear(graph.nodes[number], edges, layouts):
+            return Boundary(number, edges, leaves, layouts, "linear", False)
         if shared and not callable(graph.nodes[number]):
             raise NotShared(
                 f"{self.names[id(self.params[leaves[0]])]} is used twice, once by {graph.nodes[number].name()}, which runs "
                 "as a whole only; use shared_backward=False"
             )
-        return Boundary(number, edges, leaves, self._layouts(number), not shared, False)
+        return Boundary(number, edges, leaves, layouts, "through" if shared else "whole", False)
 
     def _layouts(self, number: int) -> tuple[Any, ...]:
         found = self.layouts[number]
@@ -254,7 +258,7 @@ class Examination:
         own = {id(param) for param in module.parameters()}
         leaves = tuple(i for i in graph.leaves(number) if id(self.params[i]) in own)
         users = sum(graph.parents[one] for one, leaf in enumerate(graph.leaf) if leaf in leaves)
-        return Boundary(number, (), leaves, self._layouts(number), True, False)
+        return Boundary(number, (), leaves, self._layouts(number), "whole", False)
 
     def _with_lowest(self, boundary: Boundary, places: set[int]) -> Boundary:
         below = self.graph.below(boundary.node) - {boundary.node}

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from ltsam_fast.shared.examine import Boundary, Examination, Pending, Plan, Watch, refuse_by_type
 from ltsam_fast.shared.graph import Graph
-from ltsam_fast.shared.layout import Layout
+from ltsam_fast.shared.products import Contribution, Weighting, at_leaf, from_whole, linear, through
 from ltsam_fast.shared.refusal import NotShared
 
 _LOG = logging.getLogger("ltsam_fast")
@@ -73,14 +73,14 @@ class SharedBackward:
             self._watch.close()
 
     def __call__(
-        self, losses: Tensor, seeds: Tensor, factors: Sequence[Tensor], native: bool = True
+        self, losses: Tensor, seeds: Tensor, factors: Sequence[Tensor | Weighting], native: bool = True
     ) -> list[list[Tensor | None]] | None:
         """Runs the sweep.
 
         Args:
             losses: Losses of the samples, shape (B,), with their graph, which is gone afterwards.
             seeds: Weights (B,) of the sweep itself, none of them zero.
-            factors: K weightings (B,), relative to ``seeds``.
+            factors: K weightings (B,), relative to ``seeds``; a :class:`Weighting` may name the few samples it is about.
             native: Whether the gradient with weights ``seeds`` is wanted too; it is added to the parameters' ``grad``.
 
         Returns:
@@ -97,7 +97,10 @@ class SharedBackward:
         plan = self._judge(lambda: self._plan(graph, losses, params))
         if plan is None:
             return None
-        return _Sweep(graph, plan, params, seeds, factors).run(losses, native, self.params)
+        weightings = [one if isinstance(one, Weighting) else Weighting(one.to(seeds)) for one in factors]
+        sweep = _Sweep(graph, plan, params, seeds, weightings)
+        sweep.run(losses, native)
+        return [_owned(found, self.params) for found in sweep.found]
 
     def _judge(self, examine: Callable[[], Any]) -> Any:
         """What ``examine`` returns; where it finds that the network does not qualify, the error, or one log line."""
@@ -137,32 +140,25 @@ class _Sweep:
     """One run: hooks at the boundaries form the products for all factors while gradients pass."""
 
     def __init__(
-        self, graph: Graph, plan: Plan, params: list[Tensor], seeds: Tensor, factors: Sequence[Tensor]
+        self, graph: Graph, plan: Plan, params: list[Tensor], seeds: Tensor, weightings: Sequence[Weighting]
     ) -> None:
-        self.graph, self.plan, self.params, self.seeds = graph, plan, params, seeds
-        self.factors = [factor.to(seeds) for factor in factors]
-        self.found: list[dict[int, Tensor]] = [{} for _ in factors]
-        self._rows: dict[Any, Tensor] = {}
+        self.graph, self.plan, self.params, self.seeds, self.weightings = graph, plan, params, seeds, weightings
+        self.found: list[dict[int, Tensor]] = [{} for _ in weightings]
 
-    def run(self, losses: Tensor, native: bool, wanted: list[Tensor]) -> list[list[Tensor | None]]:
+    def run(self, losses: Tensor, native: bool) -> None:
+        """The sweep: fills ``found``, for each weighting the gradients by the parameters' ids."""
         nodes = self.graph.nodes
         hooks = [nodes[one.node].register_prehook(self._hook(one)) for one in self.plan.boundaries]
         try:
             if native:
                 torch.autograd.backward(losses, self.seeds)
             else:  # down to the lowest uses of parameters, and no products but theirs
-                ends = [one for one in self.plan.boundaries if one.lowest or not one.apart]
-                edges = [edge for one in ends for edge in self._edges(one)]
+                ends = [one for one in self.plan.boundaries if one.lowest or one.rule == "through"]
+                edges = [GradientEdge(*nodes[one.node].next_functions[i]) for one in ends for i in one.edges]
                 torch.autograd.grad(losses, edges, self.seeds, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
-        place = {id(param): i for i, param in enumerate(self.params)}
-        return [self._owned([found.get(place.get(id(param), -1)) for param in wanted], wanted) for found in self.found]
-
-    def _edges(self, boundary: Boundary) -> list[GradientEdge]:
-        edges = self.graph.nodes[boundary.node].next_functions
-        return [GradientEdge(*edges[i]) for i in boundary.edges]
 
     def _hook(self, boundary: Boundary) -> Any:
         node = self.graph.nodes[boundary.node]
@@ -171,57 +167,52 @@ class _Sweep:
 
         def products(grads: tuple[Tensor | None, ...]) -> None:
             nonlocal inside
-            if inside:  # autograd runs this node within the call below
+            if inside:  # autograd runs this node within _add
                 return
             inside = True
             try:
-                for k in range(len(self.factors)):
-                    outputs, given = self._below(node, boundary, grads, k)
-                    if not outputs:
-                        continue
-                    parts = torch.autograd.grad(outputs, leaves, given, retain_graph=True, allow_unused=True)
-                    for leaf, part in zip(boundary.leaves, parts, strict=True):
-                        if part is not None:
-                            mine = self.found[k].get(leaf)
-                            self.found[k][leaf] = part if mine is None else mine + part
+                for weighting, found in zip(self.weightings, self.found, strict=True):
+                    self._add(found, leaves, self._contributions(node, boundary, grads, weighting))
             finally:
                 inside = False
 
         return products
 
-    def _below(
-        self, node: Any, boundary: Boundary, grads: tuple[Tensor | None, ...], k: int
-    ) -> tuple[list[GradientEdge], list[Tensor]]:
-        """Where to start from towards the parameters, and with which gradients."""
-        scaled = [None if g is None else self._scaled(g, k, boundary.layouts[i]) for i, g in enumerate(grads)]
-        if boundary.apart:
-            there = [(GradientEdge(node, i), g) for i, g in enumerate(scaled) if g is not None]
-        else:  # a parameter is used further below too: this node alone may run
-            results = node(*scaled)
-            results = results if isinstance(results, tuple) else (results,)
-            there = []
-            for i in boundary.edges:
-                if results[i] is not None:
-                    child, output = node.next_functions[i]
-                    meta = child._input_metadata[output]  # what autograd fits to it: a parameter may be broadcast
-                    there.append((GradientEdge(child, output), results[i].sum_to_size(meta.shape).to(meta.dtype)))
-        return [edge for edge, _ in there], [grad for _, grad in there]
+    def _contributions(
+        self, node: Any, boundary: Boundary, grads: tuple[Tensor | None, ...], weighting: Weighting
+    ) -> list[Contribution]:
+        if boundary.rule == "linear":
+            return [] if grads[0] is None else linear(node, boundary.edges, boundary.layouts[0], grads[0], weighting)
+        pairs = zip(grads, boundary.layouts, strict=False)
+        scaled = [None if grad is None else weighting.scaled(grad, layout) for grad, layout in pairs]
+        return from_whole(node, scaled) if boundary.rule == "whole" else through(node, boundary.edges, scaled)
 
-    def _scaled(self, grad: Tensor, k: int, layout: Layout) -> Tensor:
-        key = (k, layout, grad.shape)
-        if key not in self._rows:
-            self._rows[key] = layout.rows(self.factors[k], grad)
-        # Rounded once, at the end: a factor of 16 bits would weigh all of a sample's rows wrongly.
-        return (grad * self._rows[key].to(torch.promote_types(grad.dtype, torch.float32))).to(grad.dtype)
+    def _add(self, found: dict[int, Tensor], leaves: list[Tensor], contributions: list[Contribution]) -> None:
+        """Brings contributions down to the parameters and adds them up there."""
+        there, rest = [], []
+        for edge, grad in contributions:
+            if (pair := at_leaf(edge, grad)) is None:
+                rest.append((edge, grad))
+            else:
+                there.append(pair)
+        if rest:
+            edges, grads = zip(*rest, strict=True)
+            parts = torch.autograd.grad(edges, leaves, grads, retain_graph=True, allow_unused=True)
+            there += [(leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None]
+        for leaf, part in there:
+            mine = found.get(id(leaf))
+            found[id(leaf)] = part if mine is None else mine + part
 
-    def _owned(self, grads: list[Tensor | None], params: list[Tensor]) -> list[Tensor | None]:
-        """Gradients in memory of their own, laid out like the parameters, as autograd leaves them in ``grad``."""
-        users = Counter(grad.untyped_storage().data_ptr() for grad in grads if grad is not None)
-        for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
-            if grad is None:
-                continue
-            memory = grad.untyped_storage()
-            alone = users[memory.data_ptr()] == 1 and memory.nbytes() == grad.nbytes
-            if not alone or grad.stride() != param.stride() or grad.dtype != param.dtype:
-                grads[i] = torch.empty_like(param, requires_grad=False).copy_(grad)
-        return grads
+
+def _owned(found: dict[int, Tensor], params: list[Tensor]) -> list[Tensor | None]:
+    """Gradients in memory of their own, laid out like the parameters, as autograd leaves them in ``grad``."""
+    grads = [found.get(id(param)) for param in params]
+    users = Counter(grad.untyped_storage().data_ptr() for grad in grads if grad is not None)
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        if grad is None:
+            continue
+        memory = grad.untyped_storage()
+        alone = users[memory.data_ptr()] == 1 and memory.nbytes() == grad.nbytes
+        if not alone or grad.stride() != param.stride() or grad.dtype != param.dtype:
+            grads[i] = torch.empty_like(param, requires_grad=False).copy_(grad)
+    return grads
