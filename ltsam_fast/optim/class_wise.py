@@ -13,7 +13,7 @@ from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Closure
 from ltsam_fast.optim.checks import check_shared_backward
 from ltsam_fast.optim.gradients import _gradients, _same_items, _swap_gradients
-from ltsam_fast.shared import SharedBackward
+from ltsam_fast.shared import SharedBackward, Weighting
 
 
 class ClassWise(SharpnessAware):
@@ -153,7 +153,7 @@ class ClassWise(SharpnessAware):
         params = self._sharing.params
         if self._pilot is None:
             seeds = u.abs() + v.abs()
-            found = self._sharing(losses, seeds, (u / seeds, v / seeds), native=False)
+            found = self._sharing(losses, seeds, [Weighting.sparse(one / seeds) for one in (u, v)], native=False)
         elif self._pilot == 1:
             found = self._sharing(losses, v, (u / v,))
         else:

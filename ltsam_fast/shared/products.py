@@ -29,6 +29,12 @@ class Weighting:
         self.weights, self.members = weights, members
         self._known: dict[Any, Tensor] = {}
 
+    @classmethod
+    def sparse(cls, weights: Tensor) -> Weighting:
+        """Weights of which many are zero. Which ones is looked up on the CPU only: another device would be waited for."""
+        members = weights.nonzero().flatten() if weights.device.type == "cpu" else None
+        return cls(weights, members)
+
     def rows(self, layout: Layout, like: Tensor) -> Tensor:
         """The weights of the rows of ``like``, broadcastable to it."""
         key = (layout, like.dim(), like.shape[layout.dim])
