@@ -37,6 +37,11 @@ SECTIONS = {
         "A whole training step, forwards and backwards included; ratios to the same method by the plain loop, and to SGD's "
         "ordinary step.",
     ),
+    "shared": (
+        "network trained method ms ratio_sam peak_mb",
+        "A training step with both gradients from one backward sweep (shared_backward=True), against SAM's: medians of the "
+        "ratios within a round.",
+    ),
 }
 """Tables: the rows' facts that are its columns, and what it is about."""
 HEADS = {
@@ -49,6 +54,8 @@ HEADS = {
     "ratio_pytorch_optimizer": "to pytorch_optimizer",
     "ratio_reference": "to the eager reference",
     "ratio_sgd": "to eager SGD",
+    "ratio_sam": "times SAM's",
+    "peak_mb": "peak (MB)",
     "gb_per_s": "GB/s",
     "share_of_roof": "share of roof",
     "ratio_at_roof": "ratio if at the roof",
@@ -56,7 +63,7 @@ HEADS = {
     "us": "time (us)",
     "ms": "step (ms)",
 }
-FORMATS = {"share_of_roof": ".0%", "gb_per_s": ".0f", "host_us": ".0f", "us": ".1f"}
+FORMATS = {"ratio_sam": ".3f", "peak_mb": ".0f", "share_of_roof": ".0%", "gb_per_s": ".0f", "host_us": ".0f", "us": ".1f"}
 
 
 def rows(results: dict[str, Any], table: str) -> list[dict[str, Any]]:
