@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ltsam_fast as lf
+from ltsam_fast.diagnostics import by_class
 from ltsam_fast.shared import NotShared, SharedBackward, Weighting
 from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
 
@@ -325,3 +326,65 @@ def test_copies_and_frozen_parameters():
     for _ in range(2):
         opt.step(lambda: losses_of(inner, (x,), y, 0), targets=y)
     assert torch.equal(frozen, inner[0].weight) and len(opt._sharing._plans) == 2
+
+
+# --- gradients of classes
+
+
+@pytest.mark.parametrize("name", ("ViT", "ConvNeXt", "BERT", "TransformerEncoder", "tied"))
+@pytest.mark.parametrize("at_once", (1, 2, 10**6), ids=("a class", "two classes", "all"))
+def test_gradients_of_classes_in_mixed_batches(name, at_once, monkeypatch):
+    make, (inputs, *_) = NETWORKS[name]()
+    model, (x,) = cast(make, [inputs[:1].repeat(11, *[1] * (inputs.dim() - 1))], torch.float64)
+    x = torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 50)
+    monkeypatch.setattr(by_class, "_GRADIENT_BYTES", at_once * sum(p.nbytes for p in model.parameters()))
+    y = torch.tensor([0, 2, 2, 0, 0, 4, 0, 2, 0, 0, 1])
+    loss = nn.CrossEntropyLoss(reduction="none")
+    norms = [
+        by_class.class_grad_norms(
+            model, lambda z, c: loss(z, c % CLASSES), x, y, num_classes=6, batch_size=size, exact=exact
+        ).norms
+        for exact, size in ((False, 256), (True, 4), (True, 7))
+    ]
+    for found in norms[1:]:
+        torch.testing.assert_close(found, norms[0], rtol=1e-10, atol=0, equal_nan=True)
+    assert not any(p.grad is not None for p in model.parameters()) and model.training
+
+
+def test_gradients_of_classes_refuse_mixing():
+    model = Norm(lambda h: h.mean(0))
+    with pytest.raises(NotShared, match="first"):
+        by_class.class_grad_norms(
+            model, nn.CrossEntropyLoss(reduction="none"), torch.randn(6, 5), torch.arange(6) % 3, num_classes=3, exact=True
+        )
+
+
+@pytest.mark.parametrize("scope", ("head", "all"))
+def test_steps_of_cc_sam(scope):
+    start, (x,) = cast(*NETWORKS["MLP-Mixer"](), torch.float64)
+    ends = []
+    for shared in (False, True):
+        model = copy.deepcopy(start)
+        groups = [{"params": [*model.stem.parameters(), *model.blocks.parameters()]}, {"params": list(model.head.parameters())}]
+        opt = lf.CCSAM(
+            groups, torch.optim.SGD, class_counts=COUNTS, scope=scope, noise_ratio=1e-2, lr=0.1, model=model,
+            shared_backward=shared,
+        )  # fmt: skip
+        for y in ([0, 1, 2, 0], [1, 2, 1, 1]):
+            y = torch.tensor(y)
+
+            def closure(index=slice(None), model=model, y=y):
+                return F.cross_entropy(model(x[index]), y[index], reduction="none")
+
+            opt.step(closure, targets=y)
+        ends.append(torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)]))
+    assert len(opt._sharing._plans) == 1
+    assert (ends[1] - ends[0]).norm() < 1e-12 * ends[0].norm()
+
+
+def test_a_compiled_block_is_one_use():
+    model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)), nn.Linear(6, CLASSES))
+    model[1] = torch.compile(model[1], backend="aot_eager")
+    model, inputs = cast(model, (torch.randn(BATCH, 5),), torch.float64)
+    for wanted, found in zip(*both_ways(model, inputs, *weights()), strict=True):
+        assert error(found, wanted) < 1e-12

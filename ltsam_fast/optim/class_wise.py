@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Closure
-from ltsam_fast.optim.checks import check_shared_backward
-from ltsam_fast.optim.gradients import _gradients, _same_items, _swap_gradients
-from ltsam_fast.shared import SharedBackward, Weighting
+from ltsam_fast.optim.gradients import _gradients, _swap_gradients
+from ltsam_fast.optim.sharing import Sharing
+from ltsam_fast.shared import Weighting
 
 
-class ClassWise(SharpnessAware):
+class ClassWise(Sharing):
     r"""Base of the methods that weigh the classes: u in the clean loss, v in the sharp one.
 
     .. code-block:: text
@@ -27,35 +26,13 @@ class ClassWise(SharpnessAware):
 
     The first two backwards share a graph; where u or v is zero for every class its passes are not run at all.
 
-    ``shared_backward=True`` (a keyword of these methods; needs ``model``) makes both gradients from one sweep, see
-    :class:`ltsam_fast.shared.SharedBackward`: 2 forwards + 2 backwards and a second product with each weight, 7 units instead of
-    8 where SAM takes 6, and little more than 6 where most weights are frozen. A network that mixes samples, such as by batch
-    norm in training, is an error that names the module, raised in the first step; with ``"auto"`` it gets one log line and two
-    backwards. ``step()`` only: with the phases the backwards are the caller's.
+    ``shared_backward=True`` (a keyword of these methods; needs ``model``) makes both gradients from one sweep: 2 forwards, 2
+    backwards and a second product with each weight, 7 units instead of 8 where SAM takes 6, and little more than 6 where most
+    weights are frozen. See :class:`ltsam_fast.optim.sharing.Sharing`.
     """
 
     _phases = ("first_step", "second_step", "third_step")
-    _kept = (*SharpnessAware._kept, "clean_weights", "class_weights", "_used", "_open", "_pilot", "shared_backward")
-    shared_backward: bool | str = False
-
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: Callable[..., torch.optim.Optimizer],
-        rho: float = 0.05,
-        adaptive: bool = False,
-        *,
-        model: torch.nn.Module | None = None,
-        shared_backward: bool | str = False,
-        **base_kwargs: Any,
-    ) -> None:
-        check_shared_backward(shared_backward, model)
-        self.shared_backward = shared_backward
-        super().__init__(params, base_optimizer, rho, adaptive, model=model, **base_kwargs)
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._sharing: SharedBackward | None = None
+    _kept = (*Sharing._kept, "clean_weights", "class_weights", "_used", "_open", "_pilot")
 
     clean_weights: Tensor | None = None
     """u, shape (C,), float64."""
@@ -139,13 +116,7 @@ class ClassWise(SharpnessAware):
         return labels
 
     def _evaluate(self, part: Batch) -> Tensor:
-        if not self.shared_backward or not all(self._used):
-            return part.evaluate()
-        params, _ = self._parameters()
-        if self._sharing is None or not _same_items(self._sharing.params, params):
-            self._sharing = SharedBackward(self.model, params, self.shared_backward)  # type: ignore[arg-type]
-        with self._sharing.watching():
-            return part.evaluate()
+        return self._evaluate_for(part, self._parameters()[0]) if all(self._used) else part.evaluate()
 
     def _backward_both(self, losses: Tensor, u: Tensor, v: Tensor, clean: list[Tensor | None]) -> list[Tensor | None]:
         if self._sharing is None:
