@@ -63,7 +63,14 @@ HEADS = {
     "us": "time (us)",
     "ms": "step (ms)",
 }
-FORMATS = {"ratio_sam": ".3f", "peak_mb": ".0f", "share_of_roof": ".0%", "gb_per_s": ".0f", "host_us": ".0f", "us": ".1f"}
+FORMATS = {
+    "ratio_sam": ".3f",
+    "peak_mb": ".0f",
+    "share_of_roof": ".0%",
+    "gb_per_s": ".0f",
+    "host_us": ".0f",
+    "us": ".1f",
+}
 
 
 def rows(results: dict[str, Any], table: str) -> list[dict[str, Any]]:

@@ -31,7 +31,11 @@ class LoRA(nn.Module):
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
-        self.base, self.down, self.up = base, nn.Linear(base.in_features, 8, False), nn.Linear(8, base.out_features, False)
+        self.base, self.down, self.up = (
+            base,
+            nn.Linear(base.in_features, 8, False),
+            nn.Linear(8, base.out_features, False),
+        )
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
@@ -52,7 +56,9 @@ class Adapter(nn.Module):
 def _frozen(model, wrap, chosen):
     """The network with its linear layers wrapped, where ``chosen``, and its last one trained."""
     model.requires_grad_(False)
-    linear = [(m, name, child) for m in model.modules() for name, child in m.named_children() if type(child) is nn.Linear]
+    linear = [
+        (m, name, child) for m in model.modules() for name, child in m.named_children() if type(child) is nn.Linear
+    ]
     for parent, name, child in linear[:-1]:
         if chosen(child):
             setattr(parent, name, wrap(child))

@@ -41,7 +41,14 @@ def vit():
 
 
 def swin():
-    config = {"image_size": 32, "patch_size": 2, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    config = {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 12,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    }
     model, x = _transformers("Swin", config, 32)
     return Logits(model), x
 

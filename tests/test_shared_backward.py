@@ -33,7 +33,9 @@ def cast(model, inputs, dtype):
 
 def losses_of(model, inputs, targets, seed):
     torch.manual_seed(seed)  # the same dropout both ways
-    return F.cross_entropy(model(*inputs).float() if targets.dtype == torch.float32 else model(*inputs), targets, reduction="none")
+    return F.cross_entropy(
+        model(*inputs).float() if targets.dtype == torch.float32 else model(*inputs), targets, reduction="none"
+    )
 
 
 def error(found, wanted):
@@ -97,7 +99,9 @@ def test_steps_are_those_of_two_backwards(name, method):
         for seed, y in enumerate(([0, 1, 2, 0], [0, 0, 0, 0], [1, 2, 0, 1])):
             y = torch.tensor(y)
             opt.step(lambda y=y, seed=seed, model=model: losses_of(model, inputs, y, seed), targets=y)
-        moved.append(torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)]))
+        moved.append(
+            torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)])
+        )
     assert len(opt._sharing._plans) == 1  # it was the sweep that ran
     assert (moved[1] - moved[0]).norm() < 1e-12 * moved[0].norm()
 
@@ -229,7 +233,9 @@ def test_examining_disturbs_nothing():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("shape, dim, outer, inner", [((12, 5), 0, 1, 3), ((12, 5), 0, 3, 1), ((3, 24), 1, 2, 3), ((4, 4), 1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape, dim, outer, inner", [((12, 5), 0, 1, 3), ((12, 5), 0, 3, 1), ((3, 24), 1, 2, 3), ((4, 4), 1, 1, 1)]
+)
 def test_layouts_are_recognized(shape, dim, outer, inner):
     grad = torch.randn(shape)
     seeds, truth = distinct_seeds(4), Layout(dim, outer, inner)
@@ -282,18 +288,31 @@ class Checkpointed(nn.Module):
         return self.head(h.mean((2, 3)))
 
 
-def test_checkpoints():
+@pytest.mark.parametrize("native", (True, False), ids=("one of two", "both"))
+def test_checkpoints(native):
     model, inputs = cast(Checkpointed(False), images(8), torch.float64)
-    for wanted, found in zip(*both_ways(model, inputs, *weights()), strict=True):
+    for wanted, found in zip(*both_ways(model, inputs, *weights(), native), strict=True):
         assert error(found, wanted) < 1e-12
-    runs, y = model.runs, torch.tensor([0, 1, 2, 0])
-    opt = focal(model, True)
-    for step in range(3):
-        runs = model.runs
-        opt.step(lambda: losses_of(model, inputs, y, 0), targets=y)
-    assert step and model.runs - runs == 5  # two forwards, and anew for both weightings and the second backward
+
+
+def test_checkpoints_are_computed_no_more_often_than_by_two_backwards():
+    model, inputs = cast(Checkpointed(False), images(8), torch.float64)
+    y, opt = torch.tensor([0, 1, 2, 0]), focal(model, True)
+    opt.step(lambda: losses_of(model, inputs, y, 0), targets=y)
+    before = model.runs
+    opt.step(lambda: losses_of(model, inputs, y, 0), targets=y)
+    assert model.runs - before == 5  # two forwards, and anew for both weightings and the second backward
+
+
+def test_what_checkpoints_hide_is_refused():
+    y = torch.tensor([0, 1, 2, 0])
     model, inputs = cast(Checkpointed(True), images(8), torch.float64)
     with pytest.raises(NotShared, match="use_reentrant"):
+        focal(model, True).step(lambda: losses_of(model, inputs, y, 0), targets=y)
+    model = Checkpointed(False)
+    model.block.bn1.weight = model.block.bn2.weight
+    model, inputs = cast(model, images(8), torch.float64)
+    with pytest.raises(NotShared, match="bn[12].weight is used twice"):
         focal(model, True).step(lambda: losses_of(model, inputs, y, 0), targets=y)
 
 
@@ -355,7 +374,12 @@ def test_gradients_of_classes_refuse_mixing():
     model = Norm(lambda h: h.mean(0))
     with pytest.raises(NotShared, match="first"):
         by_class.class_grad_norms(
-            model, nn.CrossEntropyLoss(reduction="none"), torch.randn(6, 5), torch.arange(6) % 3, num_classes=3, exact=True
+            model,
+            nn.CrossEntropyLoss(reduction="none"),
+            torch.randn(6, 5),
+            torch.arange(6) % 3,
+            num_classes=3,
+            exact=True,
         )
 
 
@@ -365,7 +389,10 @@ def test_steps_of_cc_sam(scope):
     ends = []
     for shared in (False, True):
         model = copy.deepcopy(start)
-        groups = [{"params": [*model.stem.parameters(), *model.blocks.parameters()]}, {"params": list(model.head.parameters())}]
+        groups = [
+            {"params": [*model.stem.parameters(), *model.blocks.parameters()]},
+            {"params": list(model.head.parameters())},
+        ]
         opt = lf.CCSAM(
             groups, torch.optim.SGD, class_counts=COUNTS, scope=scope, noise_ratio=1e-2, lr=0.1, model=model,
             shared_backward=shared,
@@ -383,8 +410,32 @@ def test_steps_of_cc_sam(scope):
 
 
 def test_a_compiled_block_is_one_use():
-    model = nn.Sequential(nn.Linear(5, 6), nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)), nn.Linear(6, CLASSES))
+    model = nn.Sequential(
+        nn.Linear(5, 6), nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.LayerNorm(6)), nn.Linear(6, CLASSES)
+    )
     model[1] = torch.compile(model[1], backend="aot_eager")
     model, inputs = cast(model, (torch.randn(BATCH, 5),), torch.float64)
     for wanted, found in zip(*both_ways(model, inputs, *weights()), strict=True):
         assert error(found, wanted) < 1e-12
+
+
+def test_what_has_no_gradient_is_looked_at_again_and_named(caplog):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.on = nn.Linear(5, 6), nn.Linear(6, CLASSES), 0.0
+
+        def forward(self, x):
+            return self.last(self.first(x) * self.on + x.sum(1, keepdim=True))
+
+    model = Gated().double()
+    x, y = torch.randn(BATCH, 5).double(), torch.tensor([0, 1, 2, 0])
+    opt = focal(model, True)
+    for _ in range(12):
+        opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
+    (record,) = caplog.records
+    assert "first" in record.getMessage() and not opt._sharing._plans
+    model.on = 1.0
+    for _ in range(12):
+        opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
+    assert len(opt._sharing._plans) == 1

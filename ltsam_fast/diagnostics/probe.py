@@ -142,7 +142,7 @@ class Probe:
                 grad = partial(torch.autograd.grad, losses, self.params, retain_graph=True, allow_unused=True)
                 found = [list(grad(grad_outputs=one.weights)) for one in weightings]
             for c, grads in zip(classes, found, strict=True):
-                sums[c] = added(grads, self.params, sums.get(c))
+                sums[c] = added(grads, list(self.params), sums.get(c))
                 remaining[c] -= int((labels == c).sum())
                 if not remaining[c]:
                     yield c, sums.pop(c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ ROUNDS = 3
 
 
 class Pending(Exception):
-    """No gradient reaches some use of a parameter yet, so its layout cannot be seen."""
+    """No gradient reaches a use of a parameter yet, which is named, so its layout cannot be seen."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Plan:
 
 
 class Watch:
-    """Notes during a forward pass which nodes are the outputs of modules, and which of these are computed anew in the backward."""
+    """Notes during a forward pass which nodes are modules' outputs, and which of these are computed anew in the backward."""
 
     def __init__(self, model: nn.Module) -> None:
         self.outputs: dict[Any, str] = {}
@@ -73,7 +73,9 @@ class Watch:
             for node in found:
                 self.outputs.setdefault(node, f"{name or 'model'} ({type(module).__name__})")
                 if _within_checkpoint():
-                    for inner in [k for k, other in self.recomputed.items() if any(other is m for m in module.modules())]:
+                    for inner in [
+                        k for k, other in self.recomputed.items() if any(other is m for m in module.modules())
+                    ]:
                         del self.recomputed[inner]
                     self.recomputed[node] = module
 
@@ -113,10 +115,18 @@ def refuse_by_type(model: nn.Module, params: list[Tensor]) -> None:
     names = {id(param): name for name, param in model.named_parameters()}
     for param in params:
         if id(param) not in names:
-            raise NotShared(f"a parameter of shape {tuple(param.shape)} is not one of model's: give the whole network as model")
-        if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None) or hasattr(param, "_local_tensor"):
+            raise NotShared(
+                f"a parameter of shape {tuple(param.shape)} is not one of model's: give the whole network as model"
+            )
+        if (
+            param._backward_hooks
+            or getattr(param, "_post_accumulate_grad_hooks", None)
+            or hasattr(param, "_local_tensor")
+        ):
             kind = "sharded" if hasattr(param, "_local_tensor") else "hooked"
-            raise NotShared(f"{names[id(param)]} is {kind}: its gradient is not autograd's alone; use shared_backward=False")
+            raise NotShared(
+                f"{names[id(param)]} is {kind}: its gradient is not autograd's alone; use shared_backward=False"
+            )
 
 
 class Examination:
@@ -136,7 +146,9 @@ class Examination:
         """For each node and output what fits; an output without a gradient is not there."""
         self.seeds, units = distinct_seeds(len(losses)), torch.ones(len(losses), dtype=torch.float64)
         with _without_zeros(model):
-            for _ in range(ROUNDS):  # where few elements have a gradient, noise is put into the others, and more is seen below
+            for _ in range(
+                ROUNDS
+            ):  # where few elements have a gradient, noise is put into the others, and more is seen below
                 known = self.layouts
                 self.layouts, self.silent = {}, set[int]()
                 self._sweep(losses, units, known, self._remember)
@@ -182,47 +194,59 @@ class Examination:
         """The uses of all parameters.
 
         Raises:
-            NotShared: Samples mix.
+            NotShared: Samples mix, or a use cannot be followed.
             Pending: A use has no gradient yet, or too little to tell its layout.
         """
-        graph = self.graph
-        units = self._units()
-        seen, waiting, found = {0}, [0], []
+        uses = self._uses()
+        found = [self._unit(number, module) for number, module in self._recomputed()]
+        recomputed = {leaf for unit in found for leaf in unit.leaves}
+        found += [self._boundary(*use) for use in uses if not self._leaves(*use) <= recomputed]
+        places = {one.node for one in found}
+        return Plan(tuple(replace(one, lowest=not (self.graph.below(one.node) - {one.node}) & places) for one in found))
+
+    def _uses(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The nodes where samples, which stay apart down to there, meet parameters, and the edges that lead to these."""
+        found, seen, waiting = [], {0}, [0]
         while waiting:
             number = waiting.pop()
             edges = []
-            for i, child in enumerate(graph.children[number]):
+            for i, child in enumerate(self.graph.children[number]):
                 if child < 0:
                     continue
-                if self._apart(child):
-                    if child not in seen:
-                        seen.add(child)
-                        waiting.append(child)
-                elif child in self.silent:
-                    raise Pending
-                else:
+                if child in self.silent:
+                    raise self._pending(child)
+                if not self._apart(child):
                     self._check_parameters_only(number, child)
                     edges.append(i)
+                elif child not in seen:
+                    seen.add(child)
+                    waiting.append(child)
             if edges:
                 found.append((number, tuple(edges)))
-        inside = {number for unit in units for number in unit[1]}
-        found = [one for one in found if one[0] not in inside]
-        boundaries = [self._boundary(*one) for one in found] + [self._unit(*one) for one in units]
-        places = {one.node for one in boundaries}
-        return Plan(tuple(self._with_lowest(one, places) for one in boundaries))
+        return found
+
+    def _pending(self, number: int) -> Pending:
+        return Pending(self.names[id(self.params[self.graph.leaves(number)[0]])])
+
+    def _leaves(self, number: int, edges: tuple[int, ...]) -> set[int]:
+        return {leaf for i in edges for leaf in self.graph.leaves(self.graph.children[number][i])}
 
     def _check_parameters_only(self, number: int, child: int) -> None:
         """Raises NotShared if what an edge leads to is no function of parameters alone, so that samples mix at its node."""
         for one in sorted(self.graph.below(child)):
             if name := self.watch.outputs.get(self.graph.nodes[one]):
-                raise NotShared(f"samples mix after {name}, at {self.graph.nodes[number].name()}; use shared_backward=False")
+                raise NotShared(
+                    f"samples mix after {name}, at {self.graph.nodes[number].name()}; use shared_backward=False"
+                )
 
     def _boundary(self, number: int, edges: tuple[int, ...]) -> Boundary:
         graph = self.graph
         children = [graph.children[number][i] for i in edges]
         below = set().union(*(graph.below(child) for child in children))
         others = [child for i, child in enumerate(graph.children[number]) if child >= 0 and i not in edges]
-        shared = any(graph.parents[one] > 1 for one in below) and bool(below & set().union(*map(graph.below, others), set()))
+        shared = any(graph.parents[one] > 1 for one in below) and bool(
+            below & set().union(*map(graph.below, others), set())
+        )
         leaves = tuple(sorted(graph.leaf[one] for one in below if graph.leaf[one] >= 0))
         layouts = self._layouts(number)
         if is_linear(graph.nodes[number], edges, layouts):
@@ -237,32 +261,22 @@ class Examination:
     def _layouts(self, number: int) -> tuple[Any, ...]:
         found = self.layouts[number]
         if any(len(some) > 1 for some in found.values()):
-            raise Pending  # too few elements have a gradient to tell
+            raise self._pending(number)  # too few elements have a gradient to tell
         return tuple(found[i][0] if i in found else None for i in range(max(found) + 1))
 
-    def _units(self) -> list[tuple[int, set[int], nn.Module]]:
-        """Modules that are computed anew in the backward: each use in them on its own would mean another time."""
-        units = []
-        for node, module in self.watch.recomputed.items():
-            number = self.graph.number.get(node)
-            if number is not None and self._apart(number):
-                own = {id(param) for param in module.parameters()}
-                below = self.graph.below(number)
-                leaves = {i for i in below if self.graph.leaf[i] >= 0 and id(self.params[self.graph.leaf[i]]) in own}
-                users = {i for i in below for child in self.graph.children[i] if self.graph.below(child) & leaves and not self._apart(child) }
-                units.append((number, users, module))
-        return units
+    def _recomputed(self) -> list[tuple[int, nn.Module]]:
+        numbers = ((self.graph.number.get(node), module) for node, module in self.watch.recomputed.items())
+        return [(number, module) for number, module in numbers if number is not None and self._apart(number)]
 
-    def _unit(self, number: int, inside: set[int], module: nn.Module) -> Boundary:
-        graph = self.graph
-        own = {id(param) for param in module.parameters()}
+    def _unit(self, number: int, module: nn.Module) -> Boundary:
+        """A module that is computed anew in the backward, as one use: each within it would mean another time."""
+        graph, own = self.graph, {id(param) for param in module.parameters()}
         leaves = tuple(i for i in graph.leaves(number) if id(self.params[i]) in own)
-        users = sum(graph.parents[one] for one, leaf in enumerate(graph.leaf) if leaf in leaves)
+        for place, leaf in enumerate(graph.leaf):
+            if leaf in leaves and graph.parents[place] > 1:
+                name = self.names[id(self.params[leaf])]
+                raise NotShared(f"{name} is used twice, once in an activation checkpoint; use shared_backward=False")
         return Boundary(number, (), leaves, self._layouts(number), "whole", False)
-
-    def _with_lowest(self, boundary: Boundary, places: set[int]) -> Boundary:
-        below = self.graph.below(boundary.node) - {boundary.node}
-        return Boundary(**{**boundary.__dict__, "lowest": not below & places})
 
 
 def _dense(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor | None:

@@ -36,27 +36,26 @@ class Graph:
                 continue
             self.number[node] = len(self.nodes)
             self.nodes.append(node)
-            below = tuple(child for child, _ in node.next_functions)
-            edges.append(below)
+            edges.append(tuple(child for child, _ in node.next_functions))
             names.append(node.name())
             self.leaf.append(index.get(id(node.variable), -1) if hasattr(node, "variable") else -1)
-            waiting += below
+            waiting += edges[-1]
         children = [tuple(-1 if child is None else self.number[child] for child in below) for below in edges]
         self.structure = hash((tuple(names), tuple(children), tuple(self.leaf)))
         leads = self._leading(children)
         self.children = [tuple(c if c >= 0 and leads[c] else -1 for c in below) for below in children]
         self.parents = [0] * len(self.nodes)
         for below in self.children:
-            for child in set(below) - {-1}:
-                self.parents[child] += 1
+            for number in set(below) - {-1}:
+                self.parents[number] += 1
 
     def _leading(self, children: list[tuple[int, ...]]) -> list[bool]:
         """Whether a parameter is below each node."""
         above: list[list[int]] = [[] for _ in self.nodes]
-        for number, below in enumerate(children):
+        for parent, below in enumerate(children):
             for child in below:
                 if child >= 0:
-                    above[child].append(number)
+                    above[child].append(parent)
         leads = [leaf >= 0 for leaf in self.leaf]
         waiting = [number for number, leading in enumerate(leads) if leading]
         while waiting:

@@ -10,7 +10,9 @@ from torch import Tensor
 SAMPLED = 4096
 """Elements of each gradient that are compared."""
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
-"""Relative difference up to which gradients agree; 1e-2 for 16 bits. Seeds are powers of two, so without atomics none is left."""
+"""Relative difference up to which gradients agree; 1e-2 for 16 bits.
+
+Seeds are powers of two, so only atomics leave any."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Layout:
         inner = size // (batch * self.outer) if self.inner < 0 else self.inner
         outer = size // (batch * inner) if self.outer < 0 else self.outer
         if outer * batch * inner != size:
-            raise ValueError(f"closure's batch of {batch} samples does not divide a gradient of shape {tuple(like.shape)}")
+            raise ValueError(
+                f"closure's batch of {batch} samples does not divide a gradient of shape {tuple(like.shape)}"
+            )
         if inner > 1:
             weights = weights.repeat_interleave(inner, output_size=batch * inner)
         if outer > 1:
@@ -65,7 +69,9 @@ class Sample:
                 scales = seeds[self.places[dim] // inner % batch]
                 if float((other - scales * self.values).norm()) <= tolerance:
                     outer = size // (batch * inner)
-                    found.append(Layout(dim, 1 if outer == 1 else -1 if inner == 1 else outer, -1 if outer == 1 else inner))
+                    found.append(
+                        Layout(dim, 1 if outer == 1 else -1 if inner == 1 else outer, -1 if outer == 1 else inner)
+                    )
         return found
 
 

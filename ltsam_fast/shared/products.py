@@ -65,7 +65,11 @@ def is_linear(node: Any, edges: tuple[int, ...], layouts: tuple[Layout | None, .
     if node.name() not in LINEAR or layouts[0] is None or layouts[0].dim:
         return False
     _, bias, weight = LINEAR[node.name()]
-    if not set(edges) <= {bias, weight} or getattr(node, "_saved_alpha", 1) != 1 or getattr(node, "_saved_beta", 1) != 1:
+    if (
+        not set(edges) <= {bias, weight}
+        or getattr(node, "_saved_alpha", 1) != 1
+        or getattr(node, "_saved_beta", 1) != 1
+    ):
         return False
     return bias not in edges or len(_meta(node, bias).shape) == 1
 
@@ -120,7 +124,7 @@ def through(node: Any, edges: tuple[int, ...], grads: list[Tensor | None]) -> li
 
 def at_leaf(edge: GradientEdge, grad: Tensor) -> tuple[Tensor, Tensor] | None:
     """The parameter and its gradient, where at most a transposition is in between."""
-    node = edge.node
+    node: Any = edge.node
     if node.name() == "TBackward0":
         node, grad = node.next_functions[0][0], grad.t()
     return (node.variable, grad) if hasattr(node, "variable") and node.variable.dtype == grad.dtype else None

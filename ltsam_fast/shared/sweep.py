@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ltsam_fast.shared.examine import Boundary, Examination, Pending, Plan, Watch, refuse_by_type
 from ltsam_fast.shared.graph import Graph
@@ -114,26 +114,26 @@ class SharedBackward:
             return None
 
     def _plan(self, graph: Graph, losses: Tensor, params: list[Tensor]) -> Plan | None:
-        training = tuple(module.training for module in self.model.modules())
-        key = (graph.structure, hash(training))
+        watch, self._watch = self._watch, None
+        key = (graph.structure, hash(tuple(module.training for module in self.model.modules())))
         if key in self._plans:
             return self._plans[key]
-        watch, self._watch = self._watch, None
-        self._wants_watch = True
-        if watch is None:  # seen for the first time without its modules: the next one will be watched
-            return None
         if self._wait:
             self._wait -= 1
             return None
+        if watch is None:  # its modules are not known: the next forward will be watched
+            self._wants_watch = True
+            return None
         if len(self._plans) >= STRUCTURES:
-            raise NotShared(f"the graph of the model has had {STRUCTURES} structures so far, so it is another one each step")
+            raise NotShared(f"the model's graph is another one each step: it has had {STRUCTURES} structures so far")
         try:
             self._plans[key] = Examination(self.model, graph, losses, params, watch).plan()
-        except Pending:  # without a gradient nothing can be seen, and nothing is lost: look again 1, 2, 4, ... steps later
-            self._wait, self._waited = self._waited, min(2 * self._waited + 1, 255)
-            return None
+        except Pending as error:  # nothing can be seen, and nothing is lost: look again 1, 3, 7, ... steps later
+            self._wait = self._waited = min(2 * self._waited + 1, 255)
+            if self._waited == 7:
+                _LOG.warning("shared_backward: two backward passes as long as no gradient reaches %s", error)
         self._wants_watch = False
-        return self._plans[key]
+        return self._plans.get(key)
 
 
 class _Sweep:
@@ -154,11 +154,18 @@ class _Sweep:
                 torch.autograd.backward(losses, self.seeds)
             else:  # down to the lowest uses of parameters, and no products but theirs
                 ends = [one for one in self.plan.boundaries if one.lowest or one.rule == "through"]
-                edges = [GradientEdge(*nodes[one.node].next_functions[i]) for one in ends for i in one.edges]
+                edges = [edge for one in ends for edge in self._edges(one)]
                 torch.autograd.grad(losses, edges, self.seeds, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _edges(self, boundary: Boundary) -> list[GradientEdge]:
+        """Edges that make a sweep which goes down to them run the boundary's node."""
+        below = self.graph.nodes[boundary.node].next_functions
+        if not boundary.edges:  # a recomputed module
+            return [get_gradient_edge(self.params[i]) for i in boundary.leaves[:1]]
+        return [GradientEdge(*below[i]) for i in boundary.edges]
 
     def _hook(self, boundary: Boundary) -> Any:
         node = self.graph.nodes[boundary.node]
