@@ -310,10 +310,22 @@ def test_what_checkpoints_hide_is_refused():
     with pytest.raises(NotShared, match="use_reentrant"):
         focal(model, True).step(lambda: losses_of(model, inputs, y, 0), targets=y)
     model = Checkpointed(False)
-    model.block.bn1.weight = model.block.bn2.weight
+    model.last = model.more.bias
     model, inputs = cast(model, images(8), torch.float64)
-    with pytest.raises(NotShared, match="bn[12].weight is used twice"):
-        focal(model, True).step(lambda: losses_of(model, inputs, y, 0), targets=y)
+    with pytest.raises(NotShared, match="last, of an activation checkpoint, is used outside"):
+        focal(model, True).step(lambda: losses_of(model, inputs, y, 0) * model.last.sum(), targets=y)
+
+
+@pytest.mark.parametrize("name", ("ViT", "Swin", "BERT"))
+def test_checkpoints_of_transformers(name):
+    model, inputs = NETWORKS[name]()
+    model.body.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model, inputs = cast(model, inputs, torch.float64)
+    for frozen in (False, True):
+        first = next(module for module in model.modules() if type(module).__name__.endswith(("Layer", "Stage")))
+        first.requires_grad_(not frozen)
+        for wanted, found in zip(*both_ways(model, inputs, *weights()), strict=True):
+            assert error(found, wanted) < 1e-12
 
 
 def test_a_batch_in_parts_and_a_scaler():

@@ -53,13 +53,13 @@ class Plan:
 
 
 class Watch:
-    """Notes during a forward pass which nodes are modules' outputs, and which of these are computed anew in the backward."""
+    """Notes during a forward pass which nodes are modules' outputs, and what runs within activation checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
         self.outputs: dict[Any, str] = {}
         """Names of the modules, those within before those around them, by nodes that depend on the samples."""
-        self.recomputed: dict[Any, nn.Module] = {}
-        """The outermost modules within activation checkpoints, by their output's node."""
+        self._calls: list[tuple[nn.Module, list[Any]]] = []
+        self._regions: dict[Any, set[nn.Module]] = {}
         self._hooks = [
             module.register_forward_hook(self._hook(name, module), with_kwargs=True) for name, module in _eager(model)
         ]
@@ -72,14 +72,27 @@ class Watch:
             found = [one.grad_fn for one in outputs if isinstance(one, Tensor) and one.grad_fn is not None]
             for node in found:
                 self.outputs.setdefault(node, f"{name or 'model'} ({type(module).__name__})")
-                if _within_checkpoint():
-                    for inner in [
-                        k for k, other in self.recomputed.items() if any(other is m for m in module.modules())
-                    ]:
-                        del self.recomputed[inner]
-                    self.recomputed[node] = module
+            self._calls.append((module, found))
+            if region := _checkpoint():
+                self._regions.setdefault(region, set()).add(module)
 
         return note
+
+    def recomputed(self) -> dict[nn.Module, list[Any]]:
+        """The smallest modules with all that an activation checkpoint computes anew, and their outputs' nodes.
+
+        Raises:
+            NotShared: There is no such module.
+        """
+        units: dict[nn.Module, list[Any]] = {}
+        for inside in self._regions.values():
+            around = [module for module, _ in self._calls if inside <= set(module.modules())]
+            if not around:
+                kind = type(next(iter(inside))).__name__
+                raise NotShared(f"an activation checkpoint with {kind} is in no module; use shared_backward=False")
+            unit = min(around, key=lambda one: len(list(one.modules())))
+            units[unit] = [node for module, nodes in self._calls if module is unit for node in nodes]
+        return units
 
     def close(self) -> None:
         """Takes the hooks off."""
@@ -99,9 +112,10 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter)
 
 
-def _within_checkpoint() -> bool:
+def _checkpoint() -> Any:
+    """What tells the activation checkpoint that runs now from others, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    return hooks[0] if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "") else None
 
 
 def refuse_by_type(model: nn.Module, params: list[Tensor]) -> None:
@@ -198,7 +212,7 @@ class Examination:
             Pending: A use has no gradient yet, or too little to tell its layout.
         """
         uses = self._uses()
-        found = [self._unit(number, module) for number, module in self._recomputed()]
+        found = self._recomputed()
         recomputed = {leaf for unit in found for leaf in unit.leaves}
         found += [self._boundary(*use) for use in uses if not self._leaves(*use) <= recomputed]
         places = {one.node for one in found}
@@ -264,19 +278,25 @@ class Examination:
             raise self._pending(number)  # too few elements have a gradient to tell
         return tuple(found[i][0] if i in found else None for i in range(max(found) + 1))
 
-    def _recomputed(self) -> list[tuple[int, nn.Module]]:
-        numbers = ((self.graph.number.get(node), module) for node, module in self.watch.recomputed.items())
-        return [(number, module) for number, module in numbers if number is not None and self._apart(number)]
+    def _recomputed(self) -> list[Boundary]:
+        """Modules that are computed anew in the backward, each as one use: every use in it would mean another time."""
+        units = self.watch.recomputed()
+        inner = {other for module in units for other in module.modules() if other is not module}
+        found = []
+        for module, nodes in units.items():
+            places = [place for node in nodes if self._apart(place := self.graph.number.get(node, -1))]
+            if places and module not in inner:
+                found.append(self._unit(max(places, key=lambda one: len(self.graph.below(one))), module))
+        return [unit for unit in found if unit.leaves]
 
     def _unit(self, number: int, module: nn.Module) -> Boundary:
-        """A module that is computed anew in the backward, as one use: each within it would mean another time."""
         graph, own = self.graph, {id(param) for param in module.parameters()}
-        leaves = tuple(i for i in graph.leaves(number) if id(self.params[i]) in own)
-        for place, leaf in enumerate(graph.leaf):
-            if leaf in leaves and graph.parents[place] > 1:
-                name = self.names[id(self.params[leaf])]
-                raise NotShared(f"{name} is used twice, once in an activation checkpoint; use shared_backward=False")
-        return Boundary(number, (), leaves, self._layouts(number), "whole", False)
+        leaves = {i for i in graph.leaves(number) if id(self.params[i]) in own}
+        for place in graph.below(0, without=number):
+            if graph.leaf[place] in leaves:
+                name = self.names[id(self.params[graph.leaf[place]])]
+                raise NotShared(f"{name}, of an activation checkpoint, is used outside too; use shared_backward=False")
+        return Boundary(number, (), tuple(sorted(leaves)), self._layouts(number), "whole", False)
 
 
 def _dense(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor | None:

@@ -65,15 +65,15 @@ class Graph:
                     waiting.append(number)
         return leads
 
-    def below(self, number: int) -> set[int]:
-        """The places of a node and of all that its edges lead to."""
-        found: set[int] = set()
+    def below(self, number: int, without: int = -1) -> set[int]:
+        """The places of a node and of all that its edges lead to, not by way of ``without``."""
+        found = {without} - {-1}
         waiting = [number]
         while waiting:
             if (one := waiting.pop()) >= 0 and one not in found:
                 found.add(one)
                 waiting += self.children[one]
-        return found
+        return found - {without}
 
     def leaves(self, number: int) -> list[int]:
         """The indices of the parameters below a node, ascending."""
