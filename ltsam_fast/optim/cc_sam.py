@@ -51,7 +51,8 @@ class CCSAM(Sharing):
         flat_ratio: Share of the perturbed loss, in [0, 1].
         model: If given, running statistics of normalization layers see the unperturbed pass only.
         max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
-        **base_kwargs: Options of ``base_optimizer``.
+        **base_kwargs: Options of ``base_optimizer``; and ``shared_backward`` (False, True or "auto", with ``model``): the
+            gradients at w from one backward sweep, see :class:`ltsam_fast.optim.sharing.Sharing`.
 
     Raises:
         ValueError: ``class_counts`` or a number is out of its range, ``scope`` is unknown, or ``head`` is not among ``params``.

@@ -37,7 +37,8 @@ class FocalSAM(ClassWise):
         model: If given, running statistics of normalization layers see the unperturbed pass only; else every pass
             updates them, as in published code.
         max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
-        **base_kwargs: Options of ``base_optimizer``.
+        **base_kwargs: Options of ``base_optimizer``; and ``shared_backward`` (False, True or "auto", with ``model``): the
+            gradients at w from one backward sweep, see :class:`ltsam_fast.optim.sharing.Sharing`.
 
     Raises:
         ValueError: ``rho``, ``class_counts``, ``gamma`` or ``lam`` is negative or not finite.

@@ -38,7 +38,8 @@ class ImbSAM(ClassWise):
             ``ltsam_fast.compat.ImbSAM`` follows).
         model: If given, running statistics of normalization layers see the unperturbed pass only.
         max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
-        **base_kwargs: Options of ``base_optimizer``.
+        **base_kwargs: Options of ``base_optimizer``; and ``shared_backward`` (False, True or "auto", with ``model``): the
+            gradients at w from one backward sweep, see :class:`ltsam_fast.optim.sharing.Sharing`.
 
     Raises:
         ValueError: ``rho``, ``class_counts``, ``eta`` or ``tail_weight`` is negative or not finite, or a tail class does not

@@ -39,7 +39,8 @@ class SSESAM(ClassWise):
         switch_step: The number of steps of stage 1 (the published recipe: 0.7 of all); ``None``: stage 2 never comes.
         model: If given, running statistics of normalization layers see the unperturbed pass only.
         max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
-        **base_kwargs: Options of ``base_optimizer``.
+        **base_kwargs: Options of ``base_optimizer``; and ``shared_backward`` (False, True or "auto", with ``model``): the
+            gradients at w from one backward sweep, see :class:`ltsam_fast.optim.sharing.Sharing`.
 
     Raises:
         ValueError: ``rho``, ``tail_rho``, ``class_counts`` or ``eta`` is negative or not finite.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,10 +43,18 @@ class SharedBackward:
         params: Its parameters that count.
         mode: True: a network that does not qualify is an error; "auto": it gets one log line, and ``None`` from ``__call__``.
 
-    Memory: a scaled copy of one gradient at a time, besides the results.
+    Memory: a scaled copy of one gradient at a time, besides the results; examining keeps the graph, as two backwards do.
+
+    >>> model = torch.nn.Linear(3, 2)
+    >>> shared = SharedBackward(model, model.parameters())
+    >>> with shared.watching():
+    ...     losses = model(torch.randn(4, 3)).square().sum(1)
+    >>> weight, bias = shared(losses, torch.ones(4), [torch.tensor([0.0, 1.0, 0.0, 2.0])], native=False)[0]
+    >>> weight.shape, bias.shape
+    (torch.Size([2, 3]), torch.Size([2]))
     """
 
-    def __init__(self, model: torch.nn.Module, params: Sequence[Tensor], mode: bool | str = True) -> None:
+    def __init__(self, model: torch.nn.Module, params: Iterable[Tensor], mode: bool | str = True) -> None:
         self.model, self.params, self.mode = model, list(params), mode
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._watch: Watch | None = None
