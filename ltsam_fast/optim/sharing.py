@@ -16,7 +16,7 @@ from ltsam_fast.shared import SharedBackward
 
 
 class Sharing(SharpnessAware):
-    """Base of the methods with the keyword ``shared_backward``: True, False or "auto", the former and latter with ``model``.
+    """Base of the methods with the keyword ``shared_backward``: False, or with ``model`` True or "auto".
 
     With True a network that mixes samples, such as by batch norm in training, is an error that names the module, raised by the
     first step before anything has changed; with "auto" it gets one log line, and a backward for each gradient. ``step()`` only:
