@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,7 +75,10 @@ class SharpnessAware(Phased):
         try:
             self._clear_gradients()
             scaling = Scaling(scaler, self._parameters()[0])
-            loss = self._whole_step([Batch(*pair) for pair in zip(closures, labels, strict=True)], scaling)
+            graphs = self._graphs if self._twice else None
+            parts = [Batch(*pair, graphs) for pair in zip(closures, labels, strict=True)]
+            with contextlib.nullcontext() if graphs is None else graphs.reusable():
+                loss = self._whole_step(parts, scaling)
             self._clear_gradients()
             scaling.report(self)
             return loss

@@ -69,6 +69,7 @@ class CCSAM(SharpnessAware):
     """
 
     _takes_shards = False
+    _twice = True
     _uncapturable = "it looks up the classes in the batch on the host"
     _kept = (*SharpnessAware._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
 

@@ -33,6 +33,7 @@ class ClassWise(SharpnessAware):
     class_weights: Tensor | None = None
     """v, shape (C,), float64."""
 
+    _twice = True
     _used = (True, True)
 
     @property

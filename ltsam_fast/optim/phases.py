@@ -59,6 +59,15 @@ class Phased(Descender):
     """Tells torch.amp.GradScaler.step() to set ``grad_scale`` and ``found_inf``, and to leave the gradients as they are."""
     _within_step = False
 
+    def _patch_step_function(self) -> None:
+        """Where torch wraps step(): keeps that and the phases out of torch.compile's graphs, which break there once."""
+        super()._patch_step_function()  # type: ignore[misc]
+        cls = type(self)
+        for name in ("step", *self._phases):
+            function = getattr(cls, name)
+            if not hasattr(function, "_torchdynamo_disable"):
+                setattr(cls, name, torch.compiler.disable(function))
+
     def _signals(self) -> tuple[Tensor | None, Tensor | None]:
         """``grad_scale`` and ``found_inf`` as torch.amp.GradScaler.step(), or the caller, set them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

@@ -66,6 +66,7 @@ class SparseSAM(SAM):
 
     _buffers = ("frozen",)
     _takes_shards = False
+    _twice = True
     _kept = (
         *SAM._kept, "sparsity", "mask", "refresh_every", "drop_rate", "total_steps", "num_samples", "seed",
     )  # fmt: skip

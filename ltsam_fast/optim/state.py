@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Scaling
 from ltsam_fast.optim.checks import is_number
+from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.table import Table
 
@@ -30,6 +31,8 @@ class Stateful(Optimizer):
     """Whether FSDP2's parameters will do."""
     _uncapturable = ""
     """Why a CUDA graph cannot hold the step, if so."""
+    _twice = False
+    """Whether the losses at w are differentiated more than once."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
@@ -94,6 +97,7 @@ class Stateful(Optimizer):
         self._tables: dict[str, Table] = {}
         self._constants: dict[Any, Tensor] = {}
         self._update = Update()
+        self._graphs = CompiledGraphs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; its ``rho``, ``eta`` and ``norm_eps`` must be finite and >= 0."""
