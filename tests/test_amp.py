@@ -171,6 +171,29 @@ def test_steps_that_overflow_count_where_a_method_counts_steps(method, options, 
         assert torch.equal(mine, its)
 
 
+@pytest.mark.parametrize("which", ["first", "last"])
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_an_overflow_leaves_sparse_sams_mask(mask, which):
+    """The mask is renewed at steps 0, 3, 6, ...; at 6 gradients overflow, and the one of step 3 stays until 9."""
+    run = Run("SparseSAM", "sgd", refresh_every=3, mask=mask)
+    for i, (x, y) in enumerate(data()):
+        before = [state["frozen"].clone() for state in run.optimizer.state.values()]
+        run.step(x, y, [i == 6 and which == "first", i == 6 and which == "last"])
+        after = [state["frozen"] for state in run.optimizer.state.values()]
+        changed = i == 0 or any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert changed == (i in (0, 3, 9))
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_sparse_sams_first_mask_is_made_again_after_an_overflow(which):
+    run, skipping = Run("SparseSAM", "sgd"), Run("SparseSAM", "sgd")
+    for i, (x, y) in enumerate(data(5)):
+        run.step(x, y, [i < 2 and which == "first", i < 2 and which == "last"])
+        if i > 1:
+            skipping.step(x, y, ())
+    assert_same(run.state(), skipping.state())
+
+
 @pytest.mark.parametrize("method", METHODS | MORE)
 def test_an_overflow_in_the_very_first_step(method):
     run, skipping = Run(method, "dampened"), Run(method, "dampened")

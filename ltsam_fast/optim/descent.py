@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.optim.ascent import Climber
 from ltsam_fast.optim.fused import FUSED, local_of
 from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items
+
+
+@contextlib.contextmanager
+def no_global_hooks() -> Iterator[None]:
+    """Hooks for all optimizers have their turn around the whole step, not around the base optimizer's too."""
+    registered: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    kept = [dict(hooks) for hooks in registered]
+    for hooks in registered:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(registered, kept, strict=True):
+            hooks.update(before)
 
 
 class Descender(Climber):
@@ -67,7 +86,8 @@ class Descender(Climber):
                 skipped = self._skipped_steps()
                 self._skipped = found_inf.detach().clone() if skipped is None else skipped.add_(found_inf)
             self._settle()
-        self._opt_called = True  # what torch's learning rate schedulers look for
+        # What torch's learning rate schedulers look for; one may have been given the base optimizer.
+        self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _create_base_state(self, params: list[Tensor], groups: list[int]) -> None:
         """The base optimizer's state before its first step; by itself it can only make it by stepping."""
@@ -129,7 +149,8 @@ class Descender(Climber):
         try:
             for group in self.param_groups:
                 group.update(self._base_only)
-            self.base_optimizer.step()
+            with no_global_hooks():
+                self.base_optimizer.step()
         finally:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)

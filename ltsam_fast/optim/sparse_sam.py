@@ -104,6 +104,8 @@ class SparseSAM(SAM):
     def _forget(self) -> None:
         super()._forget()
         self._refreshed = False
+        self._masks: list[tuple[Tensor, Tensor]] = []  # those that this step changed, and what they were
+        self._begun: Tensor | None = None
 
     def _create_buffers(self, params: list[Tensor]) -> None:
         sizes = [param.numel() for param in params]
@@ -134,6 +136,8 @@ class SparseSAM(SAM):
         params = self._candidates()
         for param, bits in zip(params, masks.to_bits(moving, [p.numel() for p in params]), strict=True):
             # In place, where CUDA graphs look for them.
+            if "frozen" in self.state[param]:
+                self._masks.append((self.state[param]["frozen"], self.state[param]["frozen"].clone()))
             self.state[param].setdefault("frozen", bits).copy_(bits)
 
     def _mask_now(self) -> Tensor:
@@ -168,7 +172,11 @@ class SparseSAM(SAM):
 
     @property
     def _due(self) -> bool:
-        return self._taken % self.refresh_every == 0
+        if self._taken % self.refresh_every == 0 or any("frozen" not in self.state[p] for p in self._candidates()):
+            return True  # at a weight that was thawed, too
+        if self._begun is not None and not bool(self._begun):
+            self._begun = None
+        return self._begun is not None  # the first mask of all was made from gradients that overflowed
 
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -179,6 +187,15 @@ class SparseSAM(SAM):
         if any(bits is None for bits in frozen):
             raise ValueError('mask "fisher" needs per-sample losses: call refresh_mask(losses) before first_step()')
         return {"frozen": frozen}
+
+    def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        if self._refreshed and (self._begun is not None or not self._masks):
+            self._begun = found_inf
+        super()._descend(grad_scale, found_inf)
+        if found_inf is not None:
+            for now, before in self._masks:
+                now.copy_(torch.where(found_inf.bool(), before, now))
+        self._masks = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which turns the masks into floating point."""
