@@ -32,6 +32,11 @@ SECTIONS = {
         "pass elements fused_ms gb_per_s share_of_roof",
         "The passes over one tensor of a billion elements.",
     ),
+    "16 bits": (
+        "weights rounding cosine length",
+        "What is left of SAM's perturbation (rho 0.05, 25 million weights) after rounding, against the one that was wanted: "
+        "the cosine, and the length along it. SAM with weights of 16 bits rounds at random.",
+    ),
     "whole": (
         "network method implementation ms ratio_reference ratio_sgd",
         "A whole training step, forwards and backwards included; ratios to the same method by the plain loop, and to SGD's "
@@ -56,7 +61,7 @@ HEADS = {
     "us": "time (us)",
     "ms": "step (ms)",
 }
-FORMATS = {"share_of_roof": ".0%", "gb_per_s": ".0f", "host_us": ".0f", "us": ".1f"}
+FORMATS = {"cosine": ".3f", "length": ".3f", "share_of_roof": ".0%", "gb_per_s": ".0f", "host_us": ".0f", "us": ".1f"}
 
 
 def rows(results: dict[str, Any], table: str) -> list[dict[str, Any]]:
