@@ -77,7 +77,7 @@ def test_step(benchmark, method, network, backend, request):
     if reason := lf.backend.why_not(backend):
         pytest.skip(f"{backend}: {reason}")
     benchmark.group = f"{method}, {network}"
-    shapes = SHAPES[network]()
+    shapes = SHAPES[network]()[:: 10 if benchmark.disabled else 1]
     names = [backend, "plain", "foreach", *([PEER] if peers.published(method) else [])]
     if network in COMPILED and not benchmark.disabled:
         names.append("compiled")
