@@ -1,4 +1,4 @@
-"""A loop under Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``accelerate launch -m`` with several processes.
+"""A loop under Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``accelerate launch -m ...``.
 
 Shows a schedule, gradient accumulation, clipping and mixed precision, all by the accelerator's settings.
 """
@@ -17,9 +17,11 @@ from ltsam_fast.examples.common import arguments, loader, method_of, report
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains, and returns the test accuracies."""
-    from ltsam_fast.trainers.accelerate import Accelerator, AcceleratedStep
+    from accelerate import Accelerator
 
-    options = arguments(__doc__, argv, epochs=15, lr=0.05)
+    from ltsam_fast.trainers.accelerate import AcceleratedStep
+
+    options = arguments(__doc__, argv, epochs=25, lr=0.05)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if options.bf16 else "no",

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     from ltsam_fast.trainers.hugging_face import SharpnessAwareTrainer
 
-    options = arguments(__doc__, argv, epochs=15, lr=6e-3)
+    options = arguments(__doc__, argv, epochs=20, lr=6e-3)
     model = vit_with_lora()
     method, own = method_of(options, head=model.base_model.model.classifier)
     with tempfile.TemporaryDirectory() as folder:

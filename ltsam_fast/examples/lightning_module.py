@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     from lightning.pytorch import Trainer
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    options = arguments(__doc__, argv, epochs=15, lr=0.05)
+    options = arguments(__doc__, argv, epochs=25, lr=0.05)
     module = Classifier(options)
     trainer = Trainer(
         max_epochs=options.epochs,

@@ -17,7 +17,7 @@ from ltsam_fast.examples.common import arguments, loader, method_of, report
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains, and returns the test accuracies."""
-    options = arguments(__doc__, argv, epochs=15, lr=0.05)
+    options = arguments(__doc__, argv, epochs=25, lr=0.05)
     model = network()
     method, own = method_of(options, head=model[-1])  # lf.FocalSAM and {"class_counts": ..., "rho": ...}, for instance
     base = {"lr": options.lr, "momentum": 0.9, "weight_decay": 5e-4}

@@ -63,6 +63,7 @@ class SharpnessAwareTrainer(Trainer):
         method_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.optimizer_cls_and_kwargs: Any = None
         super().__init__(*args, **kwargs)
         if method is not None and not (isinstance(method, type) and issubclass(method, SharpnessAware)):
             raise TypeError(f"method must be a class such as ltsam_fast.SAM, got {method!r}")
