@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -36,6 +37,17 @@ METHODS = {
 TRAINERS = ("lightning", "accelerate", "hugging_face")
 RHO, LR, BATCH, STEPS = 0.1, 0.02, 8, 6
 each_trainer = pytest.mark.parametrize("trainer", TRAINERS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate's settings are the process's: each test has its own."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
 
 
 class Net(torch.nn.Module):
@@ -182,7 +194,7 @@ class Run:
 
         loader = self.loader()
         if self.workers > 1:  # this worker's batches
-            loader = list(loader)[dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"]) :: self.workers]
+            loader = DataLoader(list(loader)[dist.get_rank() :: self.workers], batch_size=None)
         path = None
         if self.interrupt:
             first = trainer(1)
@@ -439,33 +451,33 @@ def test_two_workers(trainer, workers, monkeypatch):
     assert not torch.allclose(halves, plain("SAM", {}, make_data(7)), atol=1e-4)
 
 
-EXAMPLES = {
-    "plain_loop": (None, 55),
-    "accelerate_loop": ("accelerate", 55),
-    "lightning_module": ("lightning", 55),
-    "hugging_face_lora": ("peft", 30),
+EXAMPLES = {  # what must be installed, epochs, and the accuracy they bring at least
+    "plain_loop": ((), 20, 60),
+    "accelerate_loop": (("accelerate",), 20, 60),
+    "lightning_module": (("lightning",), 20, 60),
+    "hugging_face_lora": (("transformers", "peft"), 10, 20),
 }
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-@pytest.mark.parametrize("arguments", [(), ("--method", "m_sam", "--accumulate", "2", "--bf16")])
-def test_examples_run_and_learn(example, arguments, capsys):
-    needs, accuracy = EXAMPLES[example]
-    for module in ("sklearn", *filter(None, [needs])):
+def example_of(name):
+    for module in ("sklearn", *EXAMPLES[name][0]):
         pytest.importorskip(module)
-    main = importlib.import_module(f"ltsam_fast.examples.{example}").main
-    result = main(["--epochs", "10", *arguments])
+    return importlib.import_module(f"ltsam_fast.examples.{name}").main
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("arguments", [(), ("--method", "gnm", "--accumulate", "2", "--bf16")])
+def test_examples_run_and_learn(example, arguments, capsys):
+    main, (_, epochs, accuracy) = example_of(example), EXAMPLES[example]
+    result = main(["--epochs", str(epochs), *arguments])
     shown = capsys.readouterr().out
     assert "test accuracy (%)" in shown and "few" in shown
-    assert result["all"] > accuracy and result["many"] > 85
+    assert result["all"] > accuracy and result["many"] > 70
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_refuse_bad_arguments(example, capsys):
-    needs, _ = EXAMPLES[example]
-    for module in ("sklearn", *filter(None, [needs])):
-        pytest.importorskip(module)
-    main = importlib.import_module(f"ltsam_fast.examples.{example}").main
+    main = example_of(example)
     with pytest.raises(SystemExit, match="2"):
         main(["--epochs", "0"])
     assert "--epochs: must be at least 1, got 0" in capsys.readouterr().err
@@ -538,12 +550,42 @@ def test_lightning_refuses(make_optimizer, targets, settings, message, tmp_path)
     assert_equal(weights(module.net)[: 5 * 16], weights(Net())[: 5 * 16])
 
 
-def test_lightning_with_an_ordinary_optimizer(seed, tmp_path):
+def test_lightning_with_an_ordinary_optimizer(seed, tmp_path, monkeypatch):
     pytest.importorskip("lightning")
+    monkeypatch.setitem(globals(), "Net", Unnormalized)
     data = make_data(seed)
     module = lightning_module(lambda net: torch.optim.AdamW(groups_of(net), lr=LR, weight_decay=0.0))
     lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*data), batch_size=BATCH))
     assert_equal(weights(module.net), plain("SAM", {"rho": 0.0}, data, constant=True), 1e-4)
+
+
+def test_lightning_forgets_what_an_interrupted_step_left(seed, tmp_path):
+    pytest.importorskip("lightning")
+    data = make_data(seed)
+    module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
+    on_start = []
+
+    def interrupt(batch, batch_idx):
+        on_start.append(batch_idx)
+        if batch_idx == 1 and len(on_start) == 2:
+            raise RuntimeError("stopped")
+
+    module.on_train_batch_start = interrupt
+    batches = DataLoader(TensorDataset(*data), batch_size=BATCH)
+    with pytest.raises(RuntimeError, match="stopped"):
+        lightning_trainer(tmp_path, accumulate_grad_batches=2).fit(module, batches)
+    lightning_trainer(tmp_path, accumulate_grad_batches=2).fit(module, batches)
+    other = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
+    lightning_trainer(tmp_path, accumulate_grad_batches=2).fit(other, batches)
+    assert_equal(weights(module.net), weights(other.net))
+
+
+def test_lightning_refuses_manual_optimization(tmp_path):
+    pytest.importorskip("lightning")
+    module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="automatic_optimization must be True"):
+        lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
 
 
 def test_lightning_hooks_fire_once_a_step(seed, tmp_path):
@@ -624,6 +666,7 @@ def test_hugging_face_losses(kind, tmp_path):
     else:
         arguments["label_smoothing_factor"] = 0.4
     net = Net()
+    net.config = types.SimpleNamespace(problem_type=None)  # the Trainer looks at it before it smooths labels
     trainer = hugging_face_trainer(tmp_path, net, arguments, method=lf.SAM, **more)
     batch = next(iter(trainer.get_train_dataloader()))
     torch.manual_seed(trainer.args.seed)

@@ -45,7 +45,8 @@ class SharpnessAwareModule(LightningModule):
     logged in ``on_train_batch_end``, say. ``training_losses`` runs in every pass, so what it logs is the last pass's.
 
     Raises:
-        ValueError: At a step, for strategies other than a single device and DDP, and for clipping by value.
+        ValueError: At a step, for strategies other than a single device and DDP, for clipping by value, for a
+            ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, and for manual optimization.
     """
 
     training_loss: Tensor | None = None
@@ -66,6 +67,8 @@ class SharpnessAwareModule(LightningModule):
             return self.training_losses(batch, batch_idx)
         if not isinstance(self._method, SharpnessAware):
             return self.training_losses(batch, batch_idx).mean()
+        if not self.automatic_optimization:
+            raise ValueError("automatic_optimization must be True: the optimizer's passes are run by optimizer_step()")
         if self._parts is None:
             self._parts = Parts(self._losses, lambda part: self.training_targets(part[0]))
         self._parts.add((batch, batch_idx))
@@ -75,6 +78,12 @@ class SharpnessAwareModule(LightningModule):
         """Leaves the backward passes to the optimizer, if it has several."""
         if not isinstance(self._method, SharpnessAware):
             super().backward(loss, *args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Begins a step, with the batch that training_step has just kept; an interrupted one may have left others."""
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        if self._parts is not None:
+            self._parts.begin_with_last()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -106,7 +115,7 @@ class SharpnessAwareModule(LightningModule):
         trainer = self.trainer
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(f"strategy must be a single device or DDP, got {type(trainer.strategy).__name__}")
-        if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm").endswith("value"):
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
                 "gradient_clip_algorithm must be 'norm', which is done inside the update, got "
                 f"{trainer.gradient_clip_algorithm!r}"

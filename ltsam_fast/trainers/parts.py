@@ -57,6 +57,10 @@ class Parts:
         """Keeps a micro-batch for the step to come."""
         self._batches.append(batch)
 
+    def begin_with_last(self) -> None:
+        """Forgets all micro-batches but the last one kept."""
+        self._batches = self._batches[-1:]
+
     def step(self, optimizer: SharpnessAware, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Takes one step over the micro-batches kept, and forgets them, whatever happens.
 
