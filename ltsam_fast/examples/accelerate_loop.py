@@ -1,4 +1,4 @@
-"""A loop under Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``accelerate launch -m ...``.
+"""A loop under Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``torchrun --nproc-per-node=2 -m ...``.
 
 Shows a schedule, gradient accumulation, clipping and mixed precision, all by the accelerator's settings.
 """
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             seen += [] if loss is None else [loss]
         if (epoch + 1) % 5 == 0:
             accelerator.print(f"epoch {epoch + 1}: mean loss {torch.stack(seen).mean():.3f}")
-    return report(options, model.cpu())
+    return report(options, model.cpu(), accelerator.print)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,11 @@ def method_of(options: argparse.Namespace, head: nn.Module) -> tuple[type[Sharpn
     return method, own(setting)  # type: ignore[return-value]
 
 
-def report(options: argparse.Namespace, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Prints and returns the test accuracies; ``predict`` returns logits, shape (M, C)."""
+def report(
+    options: argparse.Namespace, predict: Callable[[Tensor], Tensor], show: Callable[[str], None] = print
+) -> dict[str, float]:
+    """Shows and returns the test accuracies; ``predict`` returns logits, shape (M, C)."""
     result = accuracies(predict, options.data)  # type: ignore[arg-type]  # it is only called
     shown = "  ".join(f"{group} {value:.1f}" for group, value in result.items())
-    print(f"{METHODS[options.method][0]}: test accuracy (%): {shown}")
+    show(f"{METHODS[options.method][0]}: test accuracy (%): {shown}")
     return result

@@ -1,7 +1,4 @@
-"""Accelerate: one call a batch, between ``accelerator.accumulate`` and the scheduler.
-
->>> from ltsam_fast.trainers.accelerate import AcceleratedStep  # doctest: +SKIP
-"""
+"""Accelerate: one call a batch, between ``accelerator.accumulate`` and the scheduler."""
 
 from __future__ import annotations
 
@@ -29,15 +26,6 @@ _ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 class AcceleratedStep:
     r"""Takes the optimizer's steps, in place of ``accelerator.backward(loss)``, ``optimizer.step()`` and ``zero_grad()``.
 
-    .. code-block:: python
-
-        model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
-        step = AcceleratedStep(accelerator, model, optimizer, losses)
-        for batch in loader:
-            with accelerator.accumulate(model):
-                loss = step(batch)
-                scheduler.step()
-
     Micro-batches are kept until ``accelerator.sync_gradients``: one perturbation for the whole step, weighted by samples.
     Mixed precision's GradScaler is taken from the accelerator; ``accelerator.optimizer_step_was_skipped`` tells of an
     overflow, as do schedulers from ``prepare``. Gradients are clipped inside the update, by the optimizer's
@@ -55,6 +43,20 @@ class AcceleratedStep:
     Raises:
         TypeError: ``optimizer`` was not prepared, or is not one of the package's.
         ValueError: The accelerator shards the model (FSDP, DeepSpeed, Megatron) or runs on XLA.
+
+    >>> import ltsam_fast as lf
+    >>> accelerator, model = Accelerator(cpu=True), torch.nn.Linear(3, 2)
+    >>> sam = lf.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    >>> model, optimizer = accelerator.prepare(model, sam)
+    >>> def losses(batch):
+    ...     x, y = batch
+    ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    >>> step = AcceleratedStep(accelerator, model, optimizer, losses)
+    >>> for batch in [(torch.randn(8, 3), torch.randint(0, 2, (8,)))]:
+    ...     with accelerator.accumulate(model):
+    ...         loss = step(batch)
+    >>> loss.shape
+    torch.Size([])
     """
 
     def __init__(

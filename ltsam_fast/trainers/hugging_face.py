@@ -1,7 +1,4 @@
-"""Hugging Face's Trainer, for image and sequence classifiers, with or without PEFT.
-
->>> from ltsam_fast.trainers.hugging_face import SharpnessAwareTrainer  # doctest: +SKIP
-"""
+"""Hugging Face's Trainer, for image and sequence classifiers, with or without PEFT."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Lightning: a module whose optimizer may be any method of the package.
-
->>> from ltsam_fast.trainers.lightning import SharpnessAwareModule  # doctest: +SKIP
-"""
+"""Lightning: a module whose optimizer may be any method of the package."""
 
 from __future__ import annotations
 
@@ -25,16 +22,6 @@ from ltsam_fast.trainers.parts import Parts, labels_of, set_clipping
 class SharpnessAwareModule(LightningModule):
     r"""A LightningModule for the methods: write ``training_losses`` in place of ``training_step``.
 
-    .. code-block:: python
-
-        class Classifier(SharpnessAwareModule):                       # was: LightningModule
-            def training_losses(self, batch, batch_idx):              # was: training_step, with the mean
-                x, y = batch
-                return F.cross_entropy(self.net(x), y, reduction="none")
-
-            def configure_optimizers(self):
-                return lf.FocalSAM(self.parameters(), torch.optim.SGD, class_counts=counts, rho=0.2, lr=0.1)
-
     Optimization is Lightning's automatic one, so the Trainer's settings hold: ``accumulate_grad_batches`` (one perturbation
     for the whole step, weighted by samples), ``gradient_clip_val`` (becomes ``max_grad_norm``; clipping by value is refused),
     ``precision`` with its GradScaler, schedulers, checkpoints, DDP (``optimizer.model`` becomes the wrapped model: see
@@ -47,6 +34,19 @@ class SharpnessAwareModule(LightningModule):
     Raises:
         ValueError: At a step, for strategies other than a single device and DDP, for clipping by value, for a
             ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, and for manual optimization.
+
+    >>> import ltsam_fast as lf
+    >>> class Classifier(SharpnessAwareModule):  # was: LightningModule
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.net = torch.nn.Linear(3, 2)
+    ...     def training_losses(self, batch, batch_idx):  # was: training_step, which returned the mean
+    ...         x, y = batch
+    ...         return torch.nn.functional.cross_entropy(self.net(x), y, reduction="none")
+    ...     def configure_optimizers(self):
+    ...         return lf.FocalSAM(self.parameters(), torch.optim.SGD, rho=0.2, class_counts=[90, 10], lr=0.1)
+    >>> Classifier().training_targets((torch.zeros(2, 3), torch.tensor([1, 0])))
+    tensor([1, 0])
     """
 
     training_loss: Tensor | None = None
