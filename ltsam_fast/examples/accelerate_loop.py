@@ -17,7 +17,7 @@ from ltsam_fast.examples.common import arguments, loader, method_of, report
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains, and returns the test accuracies."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DataLoaderConfiguration
 
     from ltsam_fast.trainers.accelerate import AcceleratedStep
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if options.bf16 else "no",
         gradient_accumulation_steps=options.accumulate,
-        step_scheduler_with_optimizer=True,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # several workers share each batch
     )
     model = network()
     method, own = method_of(options, head=model[-1])
