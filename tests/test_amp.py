@@ -43,7 +43,7 @@ class Run:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
         cls, options = BASES[base]
-        options = (METHODS | MORE)[method] | options | more
+        options = (METHODS | MORE).get(method, {}) | options | more
         self.optimizer = getattr(lf, method)(self.model.parameters(), cls, rho=0.05, **options)
         # Powers of two, and no growth: scaling then changes no bit of the result.
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6, enabled=scaled)
@@ -147,6 +147,28 @@ def test_steps_that_overflow_are_skipped(method, base, which):
         if i not in OVERFLOWS:
             skipping.step(x, y, ())
     assert_same(run.state(), skipping.state())
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method, options", [("LookSAM", {"k": 3}), ("SSESAM", {"switch_step": 6})])
+def test_steps_that_overflow_count_where_a_method_counts_steps(method, options, base, which):
+    """Whoever looks, refreshes or switches at every so many steps counts those that were tried, without asking the device."""
+    options = MORE.get(method, {}) | options
+    run, skipping = Run(method, base, **options), Run(method, base, **options)
+    for i, (x, y) in enumerate(data()):
+        bad = i in (1, 6, 7)  # LookSAM looks at step 6 and uses an older look at step 8
+        spoil = [bad] if run.optimizer._one_pass else [bad and which == "first", False, bad and which == "last"]
+        if method != "SSESAM" or i >= options["switch_step"]:
+            spoil = [spoil[0], spoil[-1]]
+        run.step(x, y, spoil)
+        if bad:
+            for group in skipping.optimizer.param_groups:
+                group["taken"] += 1
+        else:
+            skipping.step(x, y, ())
+    for mine, its in zip(run.model.parameters(), skipping.model.parameters(), strict=True):
+        assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize("method", METHODS | MORE)

@@ -132,6 +132,8 @@ class CCSAM(SharpnessAware):
         self, closure: Closure | list[Closure] | None = None, targets: Any = None, scaler: Any = None
     ) -> Tensor:
         """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
+        if self._ends(closure):
+            return super().step()
         if targets is None:
             raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
         return super().step(closure, targets, scaler)

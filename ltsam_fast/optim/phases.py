@@ -11,6 +11,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ltsam_fast.optim.batch import Scaling
 from ltsam_fast.optim.descent import Descender
+from ltsam_fast.optim.fused import local_of
 
 
 class Phased(Descender):
@@ -66,11 +67,31 @@ class Phased(Descender):
         return grad_scale, found_inf
 
     def _ends(self, closure: Any) -> bool:
-        """Whether step(closure) is how a GradScaler takes the last phase."""
-        return closure is None and bool(self._phase) and self._phase == len(self._phases) - 1
+        """Whether step(closure) is one of torch's own: a GradScaler takes the last phase, or a checkpoint wants state."""
+        if closure is not None:
+            return False
+        return self._phase == len(self._phases) - 1 if self._phase else self._asks_for_state()
+
+    def _asks_for_state(self) -> bool:
+        """Whether torch.distributed.checkpoint calls step() with learning rate 0 and gradients of zeros, to see the state."""
+        if any(bool(group.get("lr", 0.0)) for group in self.param_groups):
+            return False
+        params = [param for param in self._parameters()[0] if param.requires_grad]
+        grads = [param.grad for param in params]
+        return bool(grads) and not any(grad is None or bool(grad.any()) for grad in local_of(grads, self._sharded))
+
+    def _create_state(self) -> None:
+        """Makes the state that the steps would make, for a checkpoint to be loaded into."""
+        params, groups = self._parameters()
+        moving = [i for i, param in enumerate(params) if param.requires_grad]
+        params, groups = [params[i] for i in moving], [groups[i] for i in moving]
+        self._create_buffers(params)
+        self._create_base_state(params, groups)
 
     def _last_phase(self) -> Any:
-        """The last phase as a step(), for torch.amp.GradScaler.step(optimizer)."""
+        """step() as torch itself calls it."""
+        if not self._phase:
+            return self._create_state()
         self._within_step = True  # torch calls the hooks around it
         try:
             return getattr(self, self._phases[-1])()

@@ -104,6 +104,12 @@ class SparseSAM(SAM):
         super()._forget()
         self._refreshed = False
 
+    def _create_buffers(self, params: list[Tensor]) -> None:
+        sizes = [param.numel() for param in params]
+        everything = torch.ones(sum(sizes), dtype=torch.bool, device=params[0].device)
+        for param, bits in zip(params, masks.to_bits(everything, sizes), strict=True):
+            self.state[param].setdefault("frozen", bits)
+
     def _candidates(self) -> list[Tensor]:
         return [param for param in self._parameters(ascent=True)[0] if param.requires_grad]
 
@@ -140,7 +146,7 @@ class SparseSAM(SAM):
         generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
         chance = torch.rand(sum(p.numel() for p in params), generator=generator, device=device)
         count = self._count(chance)
-        if any("frozen" not in self.state[param] for param in params):
+        if not self._taken or any("frozen" not in self.state[param] for param in params):
             self._keep(masks.largest(chance, count))
             return
         rate = self.drop_rate

@@ -70,17 +70,12 @@ class Stateful(Optimizer):
         self._base_only = {name: defaults[name] for name in own if name in defaults}
         self._forget()
         self._skipped: Tensor | None = None
+        self._sharded = False
         super().__init__(params, own)
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
-        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
-        if self._sharded and not self._takes_shards:
-            raise ValueError(
-                f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single samples "
-                "or classes; use DistributedDataParallel"
-            )
 
     def _forget(self) -> None:
         """Sets up what lives within a step only."""
@@ -109,6 +104,14 @@ class Stateful(Optimizer):
                 value = group[name]
                 self.param_groups.pop()
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if any(map(_is_sharded, group["params"])):
+            if not self._takes_shards:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single "
+                    "samples or classes; use DistributedDataParallel"
+                )
+            self._sharded = True
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -178,6 +181,12 @@ class Stateful(Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._skipped = None
 
+    def _create_buffers(self, params: list[Tensor]) -> None:
+        """Makes the state that is not the base optimizer's, where it is missing."""
+        for param in params:
+            for name in self._buffers:
+                self.state[param].setdefault(name, torch.zeros_like(param, requires_grad=False))
+
     def _check_settled(self, name: str) -> None:
         if self._phase or self._climbed:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
@@ -195,4 +204,8 @@ class Stateful(Optimizer):
         self._forget()
         self._skipped = None
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
+        self._sharded = any(map(_is_sharded, self._parameters()[0]))
+
+
+def _is_sharded(param: Tensor) -> bool:
+    return hasattr(param, "_local_tensor")
