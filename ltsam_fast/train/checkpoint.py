@@ -32,6 +32,12 @@ def write(path: Path, content: bytes | dict[str, Any]) -> None:
         beside.unlink(missing_ok=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what a :func:`write` that was killed left behind."""
+    for part in folder.glob("*.part"):
+        part.unlink(missing_ok=True)
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The checkpoint at ``path``, or in the run folder ``path``, on the CPU; nothing in it is executed.
 

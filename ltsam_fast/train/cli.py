@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -120,12 +121,18 @@ def train_command(arguments: Sequence[str]) -> int:
     add_settings(parser)
     options = parser.parse_args(arguments)
 
+    from ltsam_fast.train.checkpoint import NAME
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
 
+    layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
-    config = build(*([stored.as_dict()] if stored else []), *given(options))
+    if stored and not any("recipe" in layer for layer in layers):  # a recipe lies below all that was stored
+        layers.insert(0, stored.as_dict())
+    config = build(*layers)
     out = options.out or Path("runs") / f"{config.method}-{config.loss}-seed{config.seed}"
+    if options.resume and not (out / NAME).exists():
+        raise ConfigError(f"--resume: no checkpoint {out / NAME}; to begin, leave --resume out")
     report = None if options.quiet else Console()
     try:
         train(config, out, resume=options.resume, report=report)
@@ -231,8 +238,8 @@ def diagnose_command(arguments: Sequence[str]) -> int:
     changes = ("data", "test_data", "images", "cache", "loss", "device", "threads")
     add_settings(parser, without=[name for name in FIELDS if name not in changes])
     options = vars(parser.parse_args(arguments))
-    if options["per_class"] < 1 or options["iterations"] < 1 or (options["rho"] or 0) < 0:
-        parser.error("--per-class and --iterations must be at least 1, --rho at least 0")
+    if options["per_class"] < 1 or options["iterations"] < 1 or not 0 <= (options["rho"] or 0) < math.inf:
+        parser.error("--per-class and --iterations must be at least 1, --rho a finite number >= 0")
 
     from ltsam_fast.train.diagnose import diagnose
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ def load_images(config: Config, progress: bool = False) -> tuple[data.Images, da
     options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
     try:
         train = data.load(config.data, "train", **options)
+        options["classes"] = len(train.classes)  # a list of test images may lack the last ones
         test = data.load(config.test_data or config.data, "test", **options)
     except data.DataError:
         raise
@@ -97,8 +99,7 @@ def load_images(config: Config, progress: bool = False) -> tuple[data.Images, da
         raise ConfigError(f"data: {error}") from error
     if train.classes != test.classes:
         raise ConfigError(
-            f"data: the training images have {len(train.classes)} classes, the test images {len(test.classes)}"
-            + (" of other names" if len(train.classes) == len(test.classes) else "")
+            f"data: the {len(train.classes)} classes of the test images have other names than in training"
         )
     if config.imbalance is None:
         return train, test
@@ -133,8 +134,7 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
     model = network
     if at.size > 1:
         model = DistributedDataParallel(network, [at.device] if at.device.type == "cuda" else None)
-    per_epoch = -(-len(train.labels) // config.batch_size)
-    optimizer = create(config, Setting(model, network, counts, per_epoch, per_epoch * config.epochs))
+    optimizer = create(config, _setting(config, model, network, counts))
     checkpoint.seed_all(config.seed + at.rank)  # dropout is not to be the same in all processes
     return Run(
         config,
@@ -145,7 +145,7 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
         network,
         model,
         torch.compile(model) if config.compile else model,
-        criterion(config, counts).to(at.device),
+        criterion(config, counts, at.rank).to(at.device),
         optimizer,
         LambdaLR(optimizer, config.factor),
         torch.amp.GradScaler(at.device.type, enabled=config.amp == "fp16"),
@@ -154,6 +154,18 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
         data.Augment.for_training(train) if config.augment else data.Augment.for_testing(train),
         data.Augment.for_testing(train),
     )
+
+
+def _setting(config: Config, model: nn.Module, network: nn.Module, counts: list[int]) -> Setting:
+    per_epoch = -(-sum(counts) // config.batch_size)
+    return Setting(model, network, counts, per_epoch, per_epoch * config.epochs)
+
+
+def check(config: Config, train: data.Images) -> None:
+    """Raises ConfigError if the network, the loss or the method can't be had for these images."""
+    network, counts = network_of(config, train), train.counts()
+    criterion(config, counts)
+    create(config, _setting(config, network, network, counts))
 
 
 def network_of(config: Config, train: data.Images) -> nn.Module:
@@ -290,6 +302,7 @@ def train(
     """
     out = Path(out)
     state = _earlier(config, out, resume)
+    check_folder(out)
     with workers(config.device) as at:
         run = prepare(config, at, images)
         if state is not None:
@@ -344,6 +357,15 @@ def stored_config(out: str | Path) -> Config | None:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def check_folder(out: Path) -> None:
+    """Raises ConfigError, before anything long is done, unless files can be written below ``out``."""
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out {out}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out {out}: can't write to {there}")
+
+
 def finished(config: Config, out: str | Path) -> list[dict[str, Any]] | None:
     """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`."""
     state = _earlier(config, Path(out), resume=True)
@@ -370,6 +392,7 @@ def _save(run: Run, out: Path) -> None:
     if run.at.rank:
         return
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_parts(out)
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
     checkpoint.write(out / CONFIG, text.encode())
     best = max(run.history, key=lambda row: row["all"], default={"epoch": 0, "all": None})
