@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         return COMMANDS[command](arguments)
+    except KeyboardInterrupt:
+        message, code = "interrupted", INTERRUPTED
     except (ConfigError, DataError, Diverged) as error:
         message, code = str(error), FAILED if isinstance(error, Diverged) else WRONG
     except OSError as error:
@@ -241,9 +243,12 @@ def diagnose_command(arguments: Sequence[str]) -> int:
     if options["per_class"] < 1 or options["iterations"] < 1 or not 0 <= (options["rho"] or 0) < math.inf:
         parser.error("--per-class and --iterations must be at least 1, --rho a finite number >= 0")
 
+    from rich.console import Console as Terminal
+
     from ltsam_fast.train.diagnose import diagnose
 
-    found = diagnose(options.pop("checkpoint"), options.pop("out"), **options)
+    with Terminal().status("") as status:
+        found = diagnose(options.pop("checkpoint"), options.pop("out"), report=status.update, **options)
     print(f"{'class':>14}{'images':>8}{'gradient':>12}{'loss':>10}{'sharpness':>12}")
     for row in found["classes"]:
         numbers = (f"{row[name]:{width}.4g}" if row[name] is not None else f"{'-':>{width}}" for name, width in _WIDTHS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def diagnose(
     iterations: int = 50,
     steps: int = 15,
     radius: float = 1.0,
+    report: Callable[[str], Any] = lambda stage: None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Looks at a checkpoint's network with the loss it was trained with, and writes ``diagnostics.json`` and plots.
@@ -63,6 +65,7 @@ def diagnose(
         iterations: The most products with the Hessian.
         steps: Points of the loss slice.
         radius: Half its length, in units of filter-normalized directions.
+        report: Is told what is being done.
         **changes: Settings that are not to be the run's, e.g. ``data``, ``device``, ``threads``, ``loss``.
 
     Returns:
@@ -78,13 +81,18 @@ def diagnose(
     folder = Path(out) if out is not None else _folder_of(Path(source)) / "diagnostics"
     state = checkpoint.read(source)
     check_folder(folder)
+    report("reading images")
     subject = _subject(state, split, per_class, changes)
     what, asked, names = subject.arguments(), subject.asked, subject.images.classes
     if rho is None:
         rho = subject.config.options.get("rho", 0.05)
+    report("gradient norms")
     norms = diagnostics.class_grad_norms(*what, num_classes=len(names), **asked)
+    report("sharpness")
     sharpness = diagnostics.class_sharpness(*what, rho=rho, num_classes=len(names), **asked)
+    report("eigenvalues")
     hessian = _curvature(subject, iterations)
+    report("slice of the loss")
     along = diagnostics.loss_slice(*what, steps=steps, radius=radius, generator=_generator(), **asked)
     columns = (norms.counts.tolist(), *map(_numbers, (norms.norms, sharpness.loss, sharpness.sharpness)))
     keys = ("name", "images", "gradient_norm", "loss", "sharpness")
