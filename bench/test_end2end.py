@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from bench.measure import BASE, interleaved, synchronize
-from bench.test_steps import DEVICE, facts
+from bench.measure import BASE, DEVICE, interleaved, synchronize
+from bench.test_steps import facts
 from ltsam_fast import models, ops, plain
 
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
