@@ -191,7 +191,9 @@ def test_a_table_and_charts(tmp_path, capsys):
     assert compare(tmp_path, "--methods", "sgd,focal_sam", "--losses", "ce,la", "--seeds", "0,1,1") == 0
     output, errors = capsys.readouterr()
     assert not errors and "Focal-SAM" in output and "over 2 seeds" in output
-    table, lines = table_of(tmp_path), (tmp_path / "table.md").read_text().splitlines()
+    written = (tmp_path / "table.md").read_text()
+    assert output == f"{written}\n"
+    table, lines = table_of(tmp_path), written.splitlines()
     assert list(table) == [("sgd", "ce"), ("focal_sam", "ce"), ("sgd", "la"), ("focal_sam", "la")]
     shown = {}
     for (method, loss), row in table.items():

@@ -187,22 +187,21 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 
 def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
+    """Prints the table, into a file or a pipe as Markdown."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console as Terminal
     from rich.markup import escape
     from rich.table import Table
 
-    from ltsam_fast.train.compare import best_of, caption, cells_of, head
+    from ltsam_fast.train.compare import TABLE, best_of, caption, cells_of, head
 
     if not rows:
         return
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=escape(caption(rows, config)),
-        caption_justify="left",
-    )
+    terminal = Terminal()
+    if not terminal.is_terminal:
+        print((out / TABLE).read_text(encoding="utf-8"))
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(head()):
         table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
     before = rows[0].loss
@@ -212,9 +211,10 @@ def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
         before = row.loss
         texts = cells_of(row, best_of(rows), mark="*")
         table.add_row(*(f"[bold]{text.strip('*')}[/bold]" if text.startswith("*") else escape(text) for text in texts))
-    terminal = Terminal()
-    terminal.print(table)
-    terminal.print(f"wrote {out}/: table.md, table.csv, bars.png, curves.png", highlight=False, markup=False)
+    whole = terminal.measure(table, options=terminal.options.update(width=1000)).maximum
+    terminal.print(table, width=whole, crop=False)  # a narrow terminal wraps, but nothing is cut off
+    terminal.print(caption(rows, config), highlight=False, markup=False)
+    terminal.print(f"wrote {out}/: {TABLE}, table.csv, bars.png, curves.png", highlight=False, markup=False)
 
 
 def _names(text: str) -> list[str]:

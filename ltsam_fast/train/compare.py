@@ -26,6 +26,7 @@ from ltsam_fast.train.methods import check_options, label
 from ltsam_fast.train.workers import is_first
 
 _ACCURACY = "accuracy (%)"
+TABLE = "table.md"
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
     best = best_of(rows)
     lines = [head(), ["---"] * 2 + ["---:"] * (len(GROUPS) + 1), *(cells_of(row, best) for row in rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    checkpoint.write(out / "table.md", f"{table}\n\n{caption(rows, config)}\n".encode())
+    checkpoint.write(out / TABLE, f"{table}\n\n{caption(rows, config)}\n".encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     spread = [name for group in GROUPS for name in (group, f"{group}_std")]

@@ -304,6 +304,11 @@ def train(
     state = _earlier(config, out, resume)
     check_folder(out)
     with workers(config.device) as at:
+        epochs = at.gather(None if state is None else state["epoch"])
+        if len(set(epochs)) > 1:
+            raise ConfigError(
+                f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
+            )
         run = prepare(config, at, images)
         if state is not None:
             _restore(run, state)
@@ -324,6 +329,7 @@ def train(
         finally:
             if logs:
                 logs.close()
+        at.gather(None)  # the last checkpoint is written before any process goes on
         return run.history
 
 
