@@ -212,7 +212,7 @@ def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
         texts = cells_of(row, best_of(rows), mark="*")
         table.add_row(*(f"[bold]{text.strip('*')}[/bold]" if text.startswith("*") else escape(text) for text in texts))
     whole = terminal.measure(table, options=terminal.options.update(width=1000)).maximum
-    terminal.print(table, width=whole, crop=False)  # a narrow terminal wraps, but nothing is cut off
+    Terminal(width=max(whole, terminal.width)).print(table)  # a narrow terminal wraps, but nothing is cut off
     terminal.print(caption(rows, config), highlight=False, markup=False)
     terminal.print(f"wrote {out}/: {TABLE}, table.csv, bars.png, curves.png", highlight=False, markup=False)
 
