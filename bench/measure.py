@@ -31,6 +31,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    synchronize(DEVICE)
+    start = time.perf_counter()
+    run()
+    synchronize(DEVICE)
+    return time.perf_counter() - start
+
+
 class Step:
     """One optimizer's phases on tensors of the given shapes. Gradients are set outside the time that is measured."""
 

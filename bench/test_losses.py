@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from bench.measure import DEVICE, interleaved, synchronize
+from bench.measure import DEVICE, interleaved, timed
 from bench.test_steps import BACKENDS, facts
 from ltsam_fast import losses
 
@@ -73,11 +72,7 @@ class Call:
         return found, torch.autograd.grad(found.mean(), self.z)[0]
 
     def __call__(self):
-        synchronize(DEVICE)
-        start = time.perf_counter()
-        self.run()
-        synchronize(DEVICE)
-        return time.perf_counter() - start
+        return timed(self.run)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

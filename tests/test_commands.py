@@ -26,8 +26,8 @@ from PIL import Image
 from ltsam_fast.train import Config, ConfigError, build, cli, train
 from ltsam_fast.train import compare as comparison
 from ltsam_fast.train.diagnose import diagnose
-from ltsam_fast.train.loop import network_of
 from ltsam_fast.train.losses import LOSSES, criterion
+from ltsam_fast.train.run import network_of
 
 SMALL = ("--model", "small_cnn", "--epochs", 1, "--no-tensorboard", "--batch-size", 8, "--threads", 1)
 
@@ -392,6 +392,20 @@ def test_noise_has_the_seed_of_the_run_and_is_another_in_each_process():
     assert not torch.equal(first, other) and not torch.equal(first, beside)
     for loss in LOSSES:  # those without noise take no seed
         criterion(Config(loss=loss, seed=3), counts)
+
+
+def test_tensorboard_shows_what_the_logs_do(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = ("--out", tmp_path, "--quiet", "--tensorboard", "--schedule", "constant")
+    assert run("train", *arguments, "--epochs", 1) == 0
+    assert run("train", *arguments, "--epochs", 3, "--resume") == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    for tag, column in (("accuracy/all", "all"), ("accuracy/few", "few"), ("train_loss", "train_loss"), ("lr", "lr")):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in shown] == [1, 2, 3]
+        assert [value for _, value in shown] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
 
 
 def test_tensorboard_that_is_asked_for_and_not_there_is_an_error(tmp_path, monkeypatch, capsys):

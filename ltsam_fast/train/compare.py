@@ -17,12 +17,13 @@ from typing import Any
 from ltsam_fast.train import checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build
 from ltsam_fast.train.log import GROUPS
-from ltsam_fast.train.loop import Diverged, check, check_folder, finished, load_images, train
+from ltsam_fast.train.loop import Diverged, check_folder, finished, train
 from ltsam_fast.train.losses import accepted as losses_take
 from ltsam_fast.train.losses import check_options as check_loss
 from ltsam_fast.train.losses import label as loss_label
 from ltsam_fast.train.methods import accepted as methods_take
 from ltsam_fast.train.methods import check_options, label
+from ltsam_fast.train.run import check, load_images
 from ltsam_fast.train.workers import is_first
 
 _ACCURACY = "accuracy (%)"

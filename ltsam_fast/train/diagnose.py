@@ -16,8 +16,9 @@ from ltsam_fast import data, diagnostics
 from ltsam_fast.losses import Loss
 from ltsam_fast.train import checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build
-from ltsam_fast.train.loop import check_folder, load_images, network_of
+from ltsam_fast.train.loop import check_folder
 from ltsam_fast.train.losses import criterion
+from ltsam_fast.train.run import load_images, network_of
 from ltsam_fast.train.workers import device_of
 
 EIGENVALUE_CLASSES = ("many", "few")
