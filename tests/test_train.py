@@ -215,10 +215,15 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
 
 
 TWO_PROCESSES = """
+import torch
 from ltsam_fast.train import cli
 from ltsam_fast.train.workers import workers
 
-with workers("cpu"):
+with workers("cpu") as at:
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean += at.rank
+    at.share(norm.buffers())
+    assert norm.running_mean.eq(0).all()
     for call in {calls}:
         assert cli.main(call) == 0
 """

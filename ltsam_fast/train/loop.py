@@ -74,6 +74,7 @@ def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
 def evaluate(run: Run) -> dict[str, Any]:
     """Test accuracies in percent: ``all`` images, the mean over the classes of each shot group, and ``per_class``."""
     run.network.eval()
+    run.at.share(run.network.buffers())  # running statistics: the checkpoint has those of the first process
     at, classes = run.at, len(run.counts)
     found = torch.zeros(2, classes, dtype=torch.float64, device=at.device)  # right answers, images
     for part in torch.arange(at.rank, len(run.test.labels), at.size).split(EVAL_BATCH):
