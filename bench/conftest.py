@@ -1,11 +1,13 @@
-"""The roof is measured once for all benchmarks of a run."""
+"""What all benchmarks share."""
+
+from __future__ import annotations
 
 import pytest
-import torch
 
-from bench.measure import roof
+from bench.measure import DEVICE, roof
 
 
 @pytest.fixture(scope="session")
 def measured_roof():
-    return roof("cuda" if torch.cuda.is_available() else "cpu")
+    """Bytes a second that the machine's memory gives, measured once."""
+    return roof(DEVICE)

@@ -24,6 +24,12 @@ SECTIONS = {
         "The optimizer's work in a whole step of every method, against its twin in plain PyTorch; what autograd takes is "
         "left out of both.",
     ),
+    "losses": (
+        "loss shape implementation call_us ratio_plain ratio_twin gb_per_s",
+        "Forward and backward of the losses on fp32 logits (samples x classes), rounds in turns; ratios to the published "
+        "formula by torch's functions (of plain cross entropy: F.cross_entropy) and to the twin, the backend torch. GB/s "
+        "counts the logits twice, for two passes read them, and their gradient once.",
+    ),
     "growth": (
         "against size us",
         "The norm pass against the number of elements in one tensor (N) and of tiny tensors (T).",
@@ -52,8 +58,11 @@ HEADS = {
     "ratio_foreach": "to foreach + fused",
     "ratio_compiled": "to torch.compile",
     "ratio_pytorch_optimizer": "to pytorch_optimizer",
+    "ratio_plain": "to the plain formula",
     "ratio_reference": "to the eager reference",
     "ratio_sgd": "to eager SGD",
+    "ratio_twin": "to the twin",
+    "call_us": "both passes (us)",
     "gb_per_s": "GB/s",
     "share_of_roof": "share of roof",
     "ratio_at_roof": "ratio if at the roof",
@@ -61,7 +70,15 @@ HEADS = {
     "us": "time (us)",
     "ms": "step (ms)",
 }
-FORMATS = {"cosine": ".3f", "length": ".3f", "share_of_roof": ".0%", "gb_per_s": ".0f", "host_us": ".0f", "us": ".1f"}
+FORMATS = {
+    "cosine": ".3f",
+    "length": ".3f",
+    "share_of_roof": ".0%",
+    "gb_per_s": ".0f",
+    "host_us": ".0f",
+    "us": ".1f",
+    "call_us": ".0f",
+}
 
 
 def rows(results: dict[str, Any], table: str) -> list[dict[str, Any]]:

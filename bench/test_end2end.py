@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from bench.measure import BASE, interleaved, synchronize
-from bench.test_steps import DEVICE, facts
+from bench.measure import BASE, DEVICE, interleaved, timed
+from bench.test_steps import facts
 from ltsam_fast import models, ops, plain
 
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -82,11 +81,7 @@ class Training:
         self.optimizer.third_step()
 
     def __call__(self):
-        synchronize(DEVICE)
-        start = time.perf_counter()
-        self.run()
-        synchronize(DEVICE)
-        return time.perf_counter() - start
+        return timed(self.run)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.test_steps import DEVICE, facts
+from bench.measure import DEVICE
+from bench.test_steps import facts
 from ltsam_fast import ops
 
 WEIGHTS = 25_000_000

@@ -11,12 +11,11 @@ import torch
 
 import ltsam_fast as lf
 from bench import peers
-from bench.measure import BYTES, PEER, Step, WholeStep, interleaved, synchronize
+from bench.measure import BYTES, DEVICE, PEER, Step, WholeStep, interleaved, synchronize
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
 from ltsam_fast.table import Table
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
 NETWORKS = [*names(), "tiny"]
 COMPILED = ("resnet32", "resnet50")

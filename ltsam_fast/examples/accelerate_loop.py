@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltsam_fast.demo import network
+from ltsam_fast.models import small_cnn
 from ltsam_fast.examples.common import arguments, loader, method_of, report
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         gradient_accumulation_steps=options.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # several workers share each batch
     )
-    model = network()
+    model = small_cnn()
     method, own = method_of(options, head=model[-1])
     base = {"lr": options.lr, "momentum": 0.9, "weight_decay": 5e-4}
     optimizer: Any = method(model.parameters(), torch.optim.SGD, **own, max_grad_norm=options.clip, **base)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltsam_fast.demo import network
+from ltsam_fast.models import small_cnn
 from ltsam_fast.examples.common import arguments, loader, method_of, report
 from ltsam_fast.trainers.lightning import SharpnessAwareModule
 
@@ -24,7 +24,7 @@ class Classifier(SharpnessAwareModule):
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__()
         self.options = options
-        self.net = network()
+        self.net = small_cnn()
 
     def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
         """The per-sample losses."""

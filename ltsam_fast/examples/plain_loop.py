@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltsam_fast.demo import network
+from ltsam_fast.models import small_cnn
 from ltsam_fast.examples.common import arguments, loader, method_of, report
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains, and returns the test accuracies."""
     options = arguments(__doc__, argv, epochs=25, lr=0.05)
-    model = network()
+    model = small_cnn()
     method, own = method_of(options, head=model[-1])  # lf.FocalSAM and {"class_counts": ..., "rho": ...}, for instance
     base = {"lr": options.lr, "momentum": 0.9, "weight_decay": 5e-4}
     optimizer = method(model.parameters(), torch.optim.SGD, **own, max_grad_norm=options.clip, **base)
