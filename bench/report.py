@@ -48,6 +48,11 @@ SECTIONS = {
         "A whole training step, forwards and backwards included; ratios to the same method by the plain loop, and to SGD's "
         "ordinary step.",
     ),
+    "shared": (
+        "network trained method ms ratio_sam peak_mb",
+        "A training step with both gradients from one backward sweep (shared_backward=True), against SAM's: medians of the "
+        "ratios within a round.",
+    ),
 }
 """Tables: the rows' facts that are its columns, and what it is about."""
 HEADS = {
@@ -63,6 +68,8 @@ HEADS = {
     "ratio_sgd": "to eager SGD",
     "ratio_twin": "to the twin",
     "call_us": "both passes (us)",
+    "ratio_sam": "times SAM's",
+    "peak_mb": "peak (MB)",
     "gb_per_s": "GB/s",
     "share_of_roof": "share of roof",
     "ratio_at_roof": "ratio if at the roof",
@@ -73,6 +80,8 @@ HEADS = {
 FORMATS = {
     "cosine": ".3f",
     "length": ".3f",
+    "ratio_sam": ".3f",
+    "peak_mb": ".0f",
     "share_of_roof": ".0%",
     "gb_per_s": ".0f",
     "host_us": ".0f",

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ltsam_fast.models import small_cnn
 from ltsam_fast.examples.common import arguments, loader, method_of, report
+from ltsam_fast.models import small_cnn
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
