@@ -45,11 +45,13 @@ def class_grad_norms(
     num_classes: int,
     batch_size: int = 256,
     prepare: Prepare | None = None,
+    exact: bool = False,
 ) -> ClassGradNorms:
     r"""Returns the norm of each class's gradient, :math:`\|\nabla_w \frac{1}{n_c} \sum_{i: y_i = c} \ell_i(w)\|`.
 
     Each sample goes forward and backward once, in batches of one class, in evaluation mode. Weights, their ``grad`` and
-    running statistics stay as they are.
+    running statistics stay as they are. With many rare classes these batches are small: ``exact=True`` takes full batches of
+    several classes, one backward for all of them, and each class's own rows in the products with the weights.
 
     Args:
         model: The network; its weights with ``requires_grad`` count.
@@ -59,9 +61,11 @@ def class_grad_norms(
         num_classes: Number of classes C.
         batch_size: Samples per forward pass.
         prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+        exact: Batches of several classes, with one backward. The network must keep samples apart in evaluation mode.
 
     Raises:
-        ValueError: Labels are out of range or of another number than samples, or ``loss_fn`` doesn't give one loss each.
+        ValueError: Labels are out of range or of another number than samples, ``loss_fn`` doesn't give one loss each, or with
+            ``exact`` the network mixes samples (:class:`ltsam_fast.shared.NotShared`, which names the module).
 
     Source: the class-conditional gradients of CC-SAM (Zhou et al., CVPR 2023).
 
@@ -74,7 +78,7 @@ def class_grad_norms(
     norms = torch.full((num_classes,), math.nan, dtype=torch.float64)
     at_once = max(1, _GRADIENT_BYTES // sum(param.nbytes for param in probe.params))
     with probe.watching():
-        remaining = probe.gradients_by_class()
+        remaining = probe.gradients_in_mixed_batches(at_once) if exact else probe.gradients_by_class()
         while some := list(islice(remaining, at_once)):
             norms[[c for c, _ in some]] = ops.class_grad_norms([grads for _, grads in some]).double().cpu()
     return ClassGradNorms(norms, probe.counts)

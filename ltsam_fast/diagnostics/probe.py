@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ltsam_fast import ops
+from ltsam_fast.optim.by_class import added
+from ltsam_fast.shared import SharedBackward, Weighting
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """Takes the network's output and the labels of a batch, gives the loss of each sample, shape (B,)."""
@@ -117,6 +120,40 @@ class Probe:
         """Yields each class that has samples, and the gradient of its mean loss: one backward for each batch of a class."""
         for c, members in self.members():
             yield c, self.gradient(members)
+
+    def gradients_in_mixed_batches(self, at_once: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yields what :meth:`gradients_by_class` does, from full batches of at most ``at_once`` classes, one backward each."""
+        shared = SharedBackward(self.model, self.params)
+        order = self.chosen[self.y[self.chosen].argsort(stable=True)]
+        remaining = self.counts.clone()
+        sums: dict[int, list[Tensor]] = {}
+        for batch in self._batches_of(order, at_once):
+            with shared.watching():
+                ((_, losses),) = self.losses(batch)
+            labels = self.y[batch]
+            classes = labels.unique().tolist()
+            weightings = []
+            for c in classes:
+                mine = (labels == c).nonzero().flatten().to(losses.device)
+                share = torch.zeros_like(losses, requires_grad=False).index_fill_(0, mine, 1 / int(self.counts[c]))
+                weightings.append(Weighting(share, mine))
+            found = shared(losses, torch.ones_like(losses, requires_grad=False), weightings, native=False)
+            if found is None:  # nothing is known of this structure yet: a backward for each class
+                grad = partial(torch.autograd.grad, losses, self.params, retain_graph=True, allow_unused=True)
+                found = [list(grad(grad_outputs=one.weights)) for one in weightings]
+            for c, grads in zip(classes, found, strict=True):
+                sums[c] = added(grads, list(self.params), sums.get(c))
+                remaining[c] -= int((labels == c).sum())
+                if not remaining[c]:
+                    yield c, sums.pop(c)
+
+    def _batches_of(self, order: Tensor, at_once: int) -> Iterator[Tensor]:
+        """Cuts indices, sorted by class, into batches of at most ``batch_size`` samples and ``at_once`` classes."""
+        while len(order):
+            batch = order[: self.batch_size]
+            first = self.y[batch].unique_consecutive(return_inverse=True)[1]
+            yield batch[first < at_once]
+            order = order[int((first < at_once).sum()) :]
 
     def members(self) -> list[tuple[int, Tensor]]:
         """Returns each class that has samples, and their indices."""

@@ -126,6 +126,19 @@ class SharpnessAware(Phased):
     def _examine(self, losses: Tensor, scaling: Scaling) -> None:
         """Looks at the losses at w before their graph is gone."""
 
+    def _evaluate(self, part: Batch) -> Tensor:
+        """The losses at w, whose graph the passes there share."""
+        return part.evaluate()
+
+    def _backward_both(self, losses: Tensor, u: Tensor, v: Tensor, clean: list[Tensor | None]) -> list[Tensor | None]:
+        """Adds the gradient with weights v to those in place, and that with u to ``clean``, which it returns."""
+        params, _ = self._parameters()
+        sharp = _swap_gradients(params, clean)
+        torch.autograd.backward(losses, u, retain_graph=True)
+        clean = _swap_gradients(params, sharp)
+        torch.autograd.backward(losses, v)
+        return clean
+
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         """eps = rho g_v / |g_v|, direction g_u(w) + g_v(w + eps): the step of all methods with class weights u and v."""
         params, _ = self._parameters()
@@ -133,16 +146,18 @@ class SharpnessAware(Phased):
         weights = []
         for part in parts:
             with self._local(last=self._one_pass and part is parts[-1]):
-                losses = part.evaluate()
+                losses = self._evaluate(part)
                 count = len(losses) if len(parts) == 1 else 1  # of a batch in parts the size is known at its end
                 self._examine(losses, scaling)
                 u, v = self._cotangents(part.labels, losses)
                 weights.append(v)
-                if u is not None:
+                if u is not None and v is not None:
+                    clean = self._backward_both(losses, scaling(u / count), scaling(v / count), clean)
+                elif u is not None:
                     sharp = _swap_gradients(params, clean)
-                    torch.autograd.backward(losses, scaling(u / count), retain_graph=v is not None)
+                    torch.autograd.backward(losses, scaling(u / count))
                     clean = _swap_gradients(params, sharp)
-                if v is not None:
+                elif v is not None:
                     torch.autograd.backward(losses, scaling(v / count))
         size = sum(part.size for part in parts)
         if len(parts) > 1:

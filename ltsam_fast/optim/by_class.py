@@ -21,9 +21,8 @@ def members_of(labels: Sequence[Any]) -> dict[int, dict[int, list[int]]]:
     return members
 
 
-def gradients(losses: Tensor, params: list[Tensor], weights: Tensor, so_far: list[Tensor] | None) -> list[Tensor]:
-    """The gradient of the weighted losses, in memory of its own, added to what there is so far; the graph is kept."""
-    found = torch.autograd.grad(losses, params, weights, retain_graph=True, allow_unused=True)
+def added(found: Sequence[Tensor | None], params: list[Tensor], so_far: list[Tensor] | None) -> list[Tensor]:
+    """Gradients in memory of their own, added to what there is so far."""
     if so_far is None:
         so_far = [torch.empty_like(param, requires_grad=False) for param in params]
         for mine, grad in zip(so_far, found, strict=True):

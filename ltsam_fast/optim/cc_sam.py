@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Closure, Scaling, check_takes_index, mean_loss
-from ltsam_fast.optim.by_class import climb_by_class, gradients, members_of
+from ltsam_fast.optim.by_class import added, climb_by_class, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
 from ltsam_fast.optim.gradients import Uninterrupted
+from ltsam_fast.optim.sharing import Sharing
+from ltsam_fast.shared import Weighting
 
 
-class CCSAM(SharpnessAware):
+class CCSAM(Sharing):
     r"""Class-conditional sharpness-aware minimization, its first stage.
 
     .. code-block:: text
@@ -31,6 +32,9 @@ class CCSAM(SharpnessAware):
     Two forwards and two backwards for the whole batch, the second ones class by class, and for each class in the batch a
     backward through the scope alone. With ``scope="all"`` that is a whole backward, a gradient set is kept for each class, and
     the cost grows with the number of classes in the batch. All norms are one pass, and so are all perturbations.
+
+    ``shared_backward=True`` takes the gradients of all classes and the mean's from one sweep, see
+    :class:`ltsam_fast.optim.sharing.Sharing`; it pays with ``scope="all"``.
 
     The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
     Targets on the cpu are read without waiting for the device.
@@ -71,7 +75,7 @@ class CCSAM(SharpnessAware):
     _takes_shards = False
     _twice = True
     _uncapturable = "it looks up the classes in the batch on the host"
-    _kept = (*SharpnessAware._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
+    _kept = (*Sharing._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
 
     def __init__(
         self,
@@ -146,6 +150,25 @@ class CCSAM(SharpnessAware):
             ops.check_targets(label, rows, len(self.class_counts))  # type: ignore[arg-type]
         return labels
 
+    def _share(
+        self,
+        losses: Tensor,
+        scope: list[Tensor],
+        mean: Tensor,
+        shares: dict[int, tuple[Tensor, Tensor]],
+        grads: dict[int, list[Tensor]],
+    ) -> bool:
+        """Takes the mean's gradient, and those of the classes, from one sweep, if that can be."""
+        if self._sharing is None or not shares or self.flat_ratio == 1:
+            return False
+        weightings = [Weighting(share / mean, chosen) for share, chosen in shares.values()]
+        found = self._sharing(losses, mean, weightings)
+        if found is None:
+            return False
+        for k, one in zip(shares, found, strict=True):
+            grads[k] = added(one, scope, grads.get(k))
+        return True
+
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         check_takes_index(parts, "CCSAM")
         scope, groups = self._scope()
@@ -155,13 +178,20 @@ class CCSAM(SharpnessAware):
         grads: dict[int, list[Tensor]] = {}
         for number, part in enumerate(parts):
             with self._local(last=not classes and part is parts[-1]):
-                losses = part.evaluate()
+                losses = self._evaluate_for(part, scope) if classes else part.evaluate()
+                mean = scaling(torch.full_like(losses, (1 - self.flat_ratio) / size))
+                shares = {}
                 for k in classes:
                     if number in members[k]:
+                        chosen = torch.tensor(members[k][number], device=losses.device)
                         share = torch.zeros_like(losses)
-                        share[members[k][number]] = 1 / sum(map(len, members[k].values()))
-                        grads[k] = gradients(losses, scope, scaling(share), grads.get(k))
-                torch.autograd.backward(losses, scaling(torch.full_like(losses, (1 - self.flat_ratio) / size)))
+                        share[chosen] = 1 / sum(map(len, members[k].values()))
+                        shares[k] = scaling(share), chosen
+                if not self._share(losses, scope, mean, shares, grads):
+                    for k, (share, _) in shares.items():
+                        one = torch.autograd.grad(losses, scope, share, retain_graph=True, allow_unused=True)
+                        grads[k] = added(one, scope, grads.get(k))
+                    torch.autograd.backward(losses, mean)
         if classes:
             counts = [self.class_counts[k] for k in classes]
             climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, *scaling.signals)

@@ -76,3 +76,11 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     if len(chosen) and (int(chosen.min()) < 0 or (classes is not None and last >= classes)):
         raise ValueError(f"tail_classes must lie in [0, {'C' if classes is None else classes}), got {tail_classes!r}")
     return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+def check_shared_backward(shared_backward: Any, model: Any) -> None:
+    """Raises ValueError unless it is True, False or "auto", with a model where it is needed."""
+    if not (isinstance(shared_backward, bool) or shared_backward == "auto"):
+        raise ValueError(f'shared_backward must be True, False or "auto", got {shared_backward!r}')
+    if shared_backward and model is None:
+        raise ValueError(f"model must be given with shared_backward={shared_backward!r}: the network that is examined")

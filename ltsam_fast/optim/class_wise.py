@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.optim.batch import Closure
+from ltsam_fast.optim.batch import Batch, Closure
+from ltsam_fast.optim.gradients import _gradients, _swap_gradients
+from ltsam_fast.optim.sharing import Sharing
+from ltsam_fast.shared import Weighting
 
 
-class ClassWise(SharpnessAware):
+class ClassWise(Sharing):
     r"""Base of the methods that weigh the classes: u in the clean loss, v in the sharp one.
 
     .. code-block:: text
@@ -23,10 +25,14 @@ class ClassWise(SharpnessAware):
         w     <- base_step(w, g_u(w) + g_v(w + eps))
 
     The first two backwards share a graph; where u or v is zero for every class its passes are not run at all.
+
+    ``shared_backward=True`` (a keyword of these methods; needs ``model``) makes both gradients from one sweep: 2 forwards, 2
+    backwards and a second product with each weight, 7 units instead of 8 where SAM takes 6, and little more than 6 where most
+    weights are frozen. See :class:`ltsam_fast.optim.sharing.Sharing`.
     """
 
     _phases = ("first_step", "second_step", "third_step")
-    _kept = (*SharpnessAware._kept, "clean_weights", "class_weights", "_used", "_open")
+    _kept = (*Sharing._kept, "clean_weights", "class_weights", "_used", "_open", "_pilot")
 
     clean_weights: Tensor | None = None
     """u, shape (C,), float64."""
@@ -43,9 +49,15 @@ class ClassWise(SharpnessAware):
     _open = False
     """Whether the last entries of u and v stand for all further classes."""
 
+    _pilot: int | None = None
+    """Which of u and v, nowhere near zero, can weigh the sweep that both share; ``None``: neither."""
+
     def _weigh(self, u: Tensor, v: Tensor, open_ended: bool = False) -> None:
         """Sets the class weights."""
         self.clean_weights, self.class_weights, self._open = u.double(), v.double(), open_ended
+        sizes = [one.abs() for one in (self.clean_weights, self.class_weights)]
+        least = 1e-3 * max(float(one.max()) for one in sizes)
+        self._pilot = next((i for i, one in enumerate(sizes) if float(one.min()) > least), None)
         self._used = (bool(u.any()), bool(v.any()))
 
     @torch.no_grad()
@@ -104,6 +116,28 @@ class ClassWise(SharpnessAware):
             ops.check_targets(label, rows, 2**62 if self._open else len(self.class_weights))  # type: ignore[arg-type]
         return labels
 
+    def _evaluate(self, part: Batch) -> Tensor:
+        return self._evaluate_for(part, self._parameters()[0]) if all(self._used) else part.evaluate()
+
+    def _backward_both(self, losses: Tensor, u: Tensor, v: Tensor, clean: list[Tensor | None]) -> list[Tensor | None]:
+        if self._sharing is None:
+            return super()._backward_both(losses, u, v, clean)
+        params = self._sharing.params
+        if self._pilot is None:
+            seeds = u.abs() + v.abs()
+            found = self._sharing(losses, seeds, [Weighting.sparse(one / seeds) for one in (u, v)], native=False)
+        elif self._pilot == 1:
+            found = self._sharing(losses, v, (u / v,))
+        else:
+            sharp = _swap_gradients(params, clean)
+            found = self._sharing(losses, u, (v / u,))
+            clean = _swap_gradients(params, sharp)
+        if found is None:
+            return super()._backward_both(losses, u, v, clean)
+        if self._pilot != 1:
+            _swap_gradients(params, _sum(_gradients(params), found[-1]))
+        return clean if self._pilot == 0 else _sum(clean, found[0])
+
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
         chosen = labels.to(losses.device, torch.long)  # type: ignore[union-attr]
         if self._open:
@@ -115,3 +149,8 @@ class ClassWise(SharpnessAware):
             weights.append(table[chosen].to(losses.dtype))
         u, v = (some if one else None for some, one in zip(weights, self._used, strict=True))
         return u, v
+
+
+def _sum(grads: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    """Gradients added up, where one may be missing."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(grads, more, strict=True)]

@@ -101,17 +101,15 @@ class SSESAM(ClassWise):
         params, _ = self._parameters()
         nothing: list[Tensor | None] = [None] * len(params)
         size = sum(part.size for part in parts)
-        tail = list(nothing)
+        head = list(nothing)
         weights = []
         for part in parts:
             with self._local():
-                losses = part.evaluate()
+                losses = self._evaluate(part)
                 u, v = (x if x is not None else torch.zeros_like(losses) for x in self._cotangents(part.labels, losses))
-                torch.autograd.backward(losses, scaling(u / size), retain_graph=True)
-                head = _swap_gradients(params, tail)
-                torch.autograd.backward(losses, scaling(v / size))
-                tail = _swap_gradients(params, head)
+                head = self._backward_both(losses, scaling(u / size), scaling(v / size), head)
                 weights.append((u, v))
+        tail = _swap_gradients(params, head)
         done = nothing
         for number, grads in enumerate((None, tail)):
             if grads is not None:  # weights are perturbed for the head now, and its gradient is complete
