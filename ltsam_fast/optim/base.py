@@ -27,8 +27,12 @@ class SharpnessAware(Phased):
 
     Under DistributedDataParallel give it as ``model``. Workers then climb along their own gradients and only the last pass of
     a step is averaged, once, as in the SAM paper; ``ascent_sync=True`` (any method's keyword) averages the ascent gradient
-    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With FSDP2 every pass is averaged, and
-    norms run over all shards. With the phases ``model.no_sync()`` is the caller's business.
+    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With the phases ``model.no_sync()`` is
+    the caller's business.
+
+    With FSDP2 every backward's gradients are averaged, and norms run over all shards once, replicas of them or not. Give the
+    root as ``model`` here too: after an exception, or an evaluation, it may hold gathered copies of other weights, which the
+    step then lets go of.
 
     SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
     steps by itself on the restored weights.
