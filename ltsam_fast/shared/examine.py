@@ -281,11 +281,12 @@ class Examination:
 
 def _dense(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor | None:
     """A gradient of known layout with noise, of the rows' seeds, where it is zero."""
-    if grad is None or len(layouts) != 1:
+    if grad is None or len(layouts) != 1 or not (missing := grad == 0).any():
         return grad
     rows = layouts[0].rows(seeds.to(grad), grad)
+    size = (grad / rows).abs_().max()
     noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(grad.numel())).to(grad)
-    return torch.where(grad == 0, noise * (grad / rows).abs().max() * rows, grad)
+    return torch.where(missing, noise.mul_(rows).mul_(size), grad)
 
 
 @contextmanager

@@ -44,9 +44,13 @@ class Sample:
 
     def __init__(self, grad: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        places = grad.reshape(-1).nonzero().flatten().cpu()
-        if len(places) > SAMPLED:
-            places = places[torch.randint(len(places), (SAMPLED,), generator=generator)]
+        flat = grad.reshape(-1)
+        places = torch.randint(max(len(flat), 1), (min(2 * SAMPLED, len(flat)),), generator=generator)
+        places = places[(flat[places.to(grad.device)] != 0).cpu()]
+        if 2 * len(places) < min(SAMPLED, len(flat)):  # most elements are zero: all that are not, or as many of them
+            places = flat.nonzero().flatten().cpu()
+            if len(places) > SAMPLED:
+                places = places[torch.randint(len(places), (SAMPLED,), generator=generator)]
         self.shape, self.dtype = grad.shape, grad.dtype
         self.places = torch.unravel_index(places, grad.shape) if grad.dim() else ()
         self.values = self._of(grad)
