@@ -14,6 +14,7 @@ import ltsam_fast as lf
 from bench import peers
 from ltsam_fast import ops, plain
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
 BYTES = {"SAM": 40, "FocalSAM": 44}
 """Moved per fp32 parameter and step, each input and output counted once (SGD with momentum)."""
@@ -28,6 +29,15 @@ def synchronize(device: str) -> None:
     """Waits for the device, so that a host clock sees its work."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    synchronize(DEVICE)
+    start = time.perf_counter()
+    run()
+    synchronize(DEVICE)
+    return time.perf_counter() - start
 
 
 class Step:

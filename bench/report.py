@@ -24,6 +24,12 @@ SECTIONS = {
         "The optimizer's work in a whole step of every method, against its twin in plain PyTorch; what autograd takes is "
         "left out of both.",
     ),
+    "losses": (
+        "loss shape implementation call_us ratio_plain ratio_twin gb_per_s",
+        "Forward and backward of the losses on fp32 logits (samples x classes), rounds in turns; ratios to the published "
+        "formula by torch's functions (of plain cross entropy: F.cross_entropy) and to the twin, the backend torch. GB/s "
+        "counts the logits twice, for two passes read them, and their gradient once.",
+    ),
     "growth": (
         "against size us",
         "The norm pass against the number of elements in one tensor (N) and of tiny tensors (T).",
@@ -31,6 +37,11 @@ SECTIONS = {
     "one tensor": (
         "pass elements fused_ms gb_per_s share_of_roof",
         "The passes over one tensor of a billion elements.",
+    ),
+    "16 bits": (
+        "weights rounding cosine length",
+        "What is left of SAM's perturbation (rho 0.05, 25 million weights) after rounding, against the one that was wanted: "
+        "the cosine, and the length along it. SAM with weights of 16 bits rounds at random.",
     ),
     "whole": (
         "network method implementation ms ratio_reference ratio_sgd",
@@ -52,8 +63,11 @@ HEADS = {
     "ratio_foreach": "to foreach + fused",
     "ratio_compiled": "to torch.compile",
     "ratio_pytorch_optimizer": "to pytorch_optimizer",
+    "ratio_plain": "to the plain formula",
     "ratio_reference": "to the eager reference",
     "ratio_sgd": "to eager SGD",
+    "ratio_twin": "to the twin",
+    "call_us": "both passes (us)",
     "ratio_sam": "times SAM's",
     "peak_mb": "peak (MB)",
     "gb_per_s": "GB/s",
@@ -64,12 +78,15 @@ HEADS = {
     "ms": "step (ms)",
 }
 FORMATS = {
+    "cosine": ".3f",
+    "length": ".3f",
     "ratio_sam": ".3f",
     "peak_mb": ".0f",
     "share_of_roof": ".0%",
     "gb_per_s": ".0f",
     "host_us": ".0f",
     "us": ".1f",
+    "call_us": ".0f",
 }
 
 

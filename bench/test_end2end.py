@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from bench.measure import BASE, interleaved, synchronize
-from bench.test_steps import DEVICE, facts
+from bench.measure import BASE, DEVICE, interleaved, timed
+from bench.test_steps import facts
 from ltsam_fast import models, ops, plain
 
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -82,17 +81,13 @@ class Training:
         self.optimizer.third_step()
 
     def __call__(self):
-        synchronize(DEVICE)
-        start = time.perf_counter()
-        self.run()
-        synchronize(DEVICE)
-        return time.perf_counter() - start
+        return timed(self.run)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_step(benchmark, network, request):
     """The reference's, ours, and ours captured in a CUDA graph."""
-    if network == "vit_b16" and DEVICE == "cpu" and not benchmark.disabled:
+    if network == "vit_b16" and DEVICE == "cpu":
         pytest.skip("takes minutes a step without a GPU")
     implementations = ["reference", "fused", *(["graph"] if DEVICE == "cuda" else [])]
     names = [(method, one) for method in ("SGD", "SAM", "FocalSAM") for one in implementations]

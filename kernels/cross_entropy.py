@@ -24,7 +24,8 @@ def _adjusted(
     a = tl.load(z + at, mask=at < classes, other=0.0).to(A)
     if SPREADS:
         number = tl.load(draw.to(tl.pointer_type(tl.int64)))
-        third = tl.abs(normal(random_words(first, tl.full([], 0, tl.int64) + seed, number, row, BLOCK))) * 0.3333333333
+        words = random_words(first, tl.full([], 0, tl.int64) + seed, number, row & 0xFFFFFF, BLOCK)
+        third = tl.abs(normal(words)) * 0.3333333333
         a -= _vector(spread, at, classes, A) * tl.minimum(third, 1.0).to(A)
     if SCALES:
         a *= _vector(scale, at, classes, A)

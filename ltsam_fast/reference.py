@@ -455,9 +455,8 @@ def _one_hot(targets: Tensor, classes: int) -> Tensor:
 def _noise(rows: int, classes: int, seed: int, draw: Tensor) -> Tensor:
     """|e| of GCL, (B, C): the third of a standard normal number, at most 1."""
     row, element = (torch.arange(size, device=draw.device) for size in (rows, classes))
-    elements = element + 4 * (row[:, None] >> 24)  # numbers have 24 bits, see csrc/functors/random.h
-    words = _philox(elements, row[:, None] & 0xFFFFFF, seed, draw.reshape(()))
-    return (_normal(words).abs() * (1 / 3)).clamp(max=1)
+    elements, number = torch.broadcast_tensors(element, row[:, None] & 0xFFFFFF)  # a number has 24 bits
+    return (_normal(_philox(elements, number, seed, draw.reshape(()))).abs() * (1 / 3)).clamp(max=1)
 
 
 def _adjusted_logits(

@@ -43,7 +43,7 @@ class Run:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
         cls, options = BASES[base]
-        options = (METHODS | MORE)[method] | options | more
+        options = (METHODS | MORE).get(method, {}) | options | more
         self.optimizer = getattr(lf, method)(self.model.parameters(), cls, rho=0.05, **options)
         # Powers of two, and no growth: scaling then changes no bit of the result.
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6, enabled=scaled)
@@ -145,6 +145,51 @@ def test_steps_that_overflow_are_skipped(method, base, which):
         run.step(x, y, spoil if i in OVERFLOWS else ())
         assert (run.scaler.get_scale() < scale) == (i in OVERFLOWS)
         if i not in OVERFLOWS:
+            skipping.step(x, y, ())
+    assert_same(run.state(), skipping.state())
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method, options", [("LookSAM", {"k": 3}), ("SSESAM", {"switch_step": 6})])
+def test_steps_that_overflow_count_where_a_method_counts_steps(method, options, base, which):
+    """Whoever looks, refreshes or switches at every so many steps counts those that were tried, without asking the device."""
+    options = MORE.get(method, {}) | options
+    run, skipping = Run(method, base, **options), Run(method, base, **options)
+    for i, (x, y) in enumerate(data()):
+        bad = i in (1, 6, 7)  # LookSAM looks at step 6 and uses an older look at step 8
+        spoil = [bad] if run.optimizer._one_pass else [bad and which == "first", False, bad and which == "last"]
+        if method != "SSESAM" or i >= options["switch_step"]:
+            spoil = [spoil[0], spoil[-1]]
+        run.step(x, y, spoil)
+        if bad:
+            for group in skipping.optimizer.param_groups:
+                group["taken"] += 1
+        else:
+            skipping.step(x, y, ())
+    for mine, its in zip(run.model.parameters(), skipping.model.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_an_overflow_leaves_sparse_sams_mask(mask, which):
+    """The mask is renewed at steps 0, 3, 6, ...; at 6 gradients overflow, and the one of step 3 stays until 9."""
+    run = Run("SparseSAM", "sgd", refresh_every=3, mask=mask)
+    for i, (x, y) in enumerate(data()):
+        before = [state["frozen"].clone() for state in run.optimizer.state.values()]
+        run.step(x, y, [i == 6 and which == "first", i == 6 and which == "last"])
+        after = [state["frozen"] for state in run.optimizer.state.values()]
+        changed = i == 0 or any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+        assert changed == (i in (0, 3, 9))
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_sparse_sams_first_mask_is_made_again_after_an_overflow(which):
+    run, skipping = Run("SparseSAM", "sgd"), Run("SparseSAM", "sgd")
+    for i, (x, y) in enumerate(data(5)):
+        run.step(x, y, [i < 2 and which == "first", i < 2 and which == "last"])
+        if i > 1:
             skipping.step(x, y, ())
     assert_same(run.state(), skipping.state())
 

@@ -1,178 +1,140 @@
-"""DistributedDataParallel with two workers on the CPU, against one process that has the whole batch."""
+"""Several workers on the CPU, DistributedDataParallel and FSDP2, against one process that has the whole batch."""
 
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+if not dist.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
 import torch.nn.functional as F
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 
 import ltsam_fast as lf
 
-from .family import ROWS, closure_of
-from .methods import METHODS
 from .oracles import batches, flat, network, relative_error
+from .workers import (
+    BASES,
+    CHECKPOINTED,
+    FEW,
+    LOCAL,
+    MATRIX,
+    MORE,
+    Odd,
+    alone,
+    checkpoint,
+    folder_of,
+    make,
+    results,
+    shard,
+    train,
+)
 
-WORLD, STEPS = 2, 20
-BASES = {"sgd": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}), "adamw": (AdamW, {"lr": 0.01})}
-SYNCED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "GNM", "FriendlySAM", "LookSAM", "GSAM", "WSAM")
-"""Methods that with a synced ascent are those of the joined batch."""
-SHARDED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "FriendlySAM", "LookSAM", "GSAM", "WSAM")
-LOCAL = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "CCSAM", "MSAM", "SparseSAM", "ESAM", "FriendlySAM")
-
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-
-
-def make(name, model, base, options, /, **more):
-    return (METHODS | ROWS)[name].make(model, base, **options, **more)
-
-
-def halves(data, rank):
-    return [(x.chunk(WORLD)[rank], y.chunk(WORLD)[rank]) for x, y in data]
-
-
-def run(name, base, rank=None, steps=STEPS, **more):
-    """The weights after training on this worker's share, or on everything."""
-    kind, options = BASES[base]
-    data, model = batches(steps=steps), network()
-    if rank is not None:
-        data, model = halves(data, rank), DistributedDataParallel(model)
-        more["model"] = model
-    opt = make(name, model, kind, options, **more)
-    for x, y in data:
-        opt.step(closure_of(model, x, y), targets=y)
-    return flat(model)
+WORLDS = pytest.mark.parametrize("world", [2, 4])
 
 
-def sharded(name, base):
-    """FSDP2: weights, gradients and state in shards; gradients of every pass are averaged."""
-    kind, options = BASES[base]
-    rank, model = dist.get_rank(), network()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
-    for layer in (*(one for one in model if isinstance(one, torch.nn.Linear)), model):
-        fully_shard(layer, mesh=mesh)
-    opt = make(name, model, kind, options)
-    for x, y in halves(batches(steps=STEPS), rank):
-        opt.step(closure_of(model, x, y), targets=y)
-    return flat([p.full_tensor() for p in model.parameters()])
+def assert_all(world, job, key, expected, bound=1e-9):
+    """Every worker has it."""
+    for one in results(world):
+        assert relative_error(one[job][key], expected) < bound
 
 
-def refusals():
-    """What the methods say that need whole gradients."""
-    said = {}
-    model = network()
-    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
-    for name in ("CCSAM", "SparseSAM"):
-        try:
-            make(name, model, *BASES["sgd"])
-        except ValueError as error:
-            said[name] = str(error)
-    return said
+@WORLDS
+@pytest.mark.parametrize("job", ["synced", "shards"])
+@pytest.mark.parametrize("name, base", MATRIX)
+def test_workers_are_the_joined_batch(name, base, job, world):
+    assert_all(world, job, (name, base), alone(name, base))
 
 
-def in_parts(rank):
-    """A batch in two parts on each worker."""
-    model = DistributedDataParallel(network())
-    opt = make("FocalSAM", model, *BASES["sgd"], model=model, ascent_sync=True)
-    for x, y in halves(batches(steps=STEPS), rank):
-        pieces = list(zip(x.split(3), y.split(3), strict=True))
-        opt.step([closure_of(model, *piece) for piece in pieces], [piece[1] for piece in pieces])
-    return flat(model)
+@pytest.mark.parametrize("job", ["synced", "shards"])
+@pytest.mark.parametrize("name, base", MORE)
+def test_more_methods_are_the_joined_batch(name, base, job):
+    assert_all(2, job, (name, base), alone(name, base, FEW))
 
 
-def overflowing(rank):
-    """One worker's gradients overflow in one pass of one step: nobody takes that step."""
-    model = DistributedDataParallel(network(torch.float32))
-    opt = make("FocalSAM", model, *BASES["sgd"], model=model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6)
-    for step, (x, y) in enumerate(halves(batches(torch.float32, steps=6), rank)):
-
-        def closure(x=x, y=y, bad=step == 3 and rank == 1):
-            losses = F.cross_entropy(model(x), y, reduction="none")
-            return losses * float("inf") if bad and not opt._climbed else losses
-
-        opt.step(closure, targets=y, scaler=scaler)
-        scaler.update(8.0)
-    return flat(model)
-
-
-def reductions(rank):
-    """How many times a step averages gradients over the workers."""
-    counts = {}
-    for name in ("SAM", "FocalSAM", "GNM"):
-        model = DistributedDataParallel(network())
-        calls = []
-
-        def hook(state, bucket):
-            calls.append(bucket.index())  # noqa: B023
-            return default_hooks.allreduce_hook(None, bucket)
-
-        model.register_comm_hook(None, hook)
-        opt = make(name, model, *BASES["sgd"], model=model)
-        (x, y), *_ = halves(batches(steps=1), rank)
-        opt.step(closure_of(model, x, y), targets=y)
-        counts[name] = sum(index == 0 for index in calls)
-    return counts
+@WORLDS
+@pytest.mark.parametrize(
+    "key, name, base, more",
+    [
+        ("SAM", "SAM", "adamw", {}),
+        ("GNM", "GNM", "adamw", {}),
+        ("clipped", "FocalSAM", "rmsprop", {"max_grad_norm": 0.05}),
+        ("WSAM", "WSAM", "rmsprop", {}),
+    ],
+)
+def test_shards_of_unequal_size(key, name, base, more, world):
+    """17 and 9 rows, fewer rows than workers, one number, nothing: GNM's noise is that of the whole tensors."""
+    assert_all(world, "odd_shards", key, alone(name, base, FEW, Odd, **more))
 
 
-def worker(rank, folder):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
-    results = {("synced", n, base): run(n, base, rank, ascent_sync=True) for n in SYNCED for base in BASES}
-    results |= {("local", name): run(name, "sgd", rank, steps=6) for name in LOCAL}
-    results |= {("sharded", name, base): sharded(name, base) for name in SHARDED for base in BASES}
-    results |= {("parts",): in_parts(rank), ("overflow",): overflowing(rank), ("reductions",): reductions(rank)}
-    results |= {("refusals",): refusals()}
-    torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM", "ImbSAM", "GNM", "GSAM"])
+def test_replicas_of_shards(name):
+    """HSDP: norms are summed over the shards, once, and not over the replicas."""
+    assert_all(4, "replicated_shards", name, alone(name, "sgd", FEW, Odd))
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("workers")
-    mp.spawn(worker, (folder,), nprocs=WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+def test_parameters_on_several_meshes():
+    assert_all(4, "several_meshes", "SAM", alone("SAM", "adamw", FEW, adaptive=True, max_grad_norm=0.05))
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", SYNCED)
-def test_a_synced_ascent_is_the_joined_batch(name, base, results):
-    expected = run(name, base)
-    for one in results:
-        assert relative_error(one["synced", name, base], expected) < 1e-9
+def test_partial_gradients_of_tensor_parallelism():
+    for one in results(2):
+        torch.testing.assert_close(*one["partial_gradients"].values())
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", SHARDED)
-def test_shards_are_the_joined_batch(name, base, results):
-    expected = run(name, base)
-    for one in results:
-        assert relative_error(one["sharded", name, base], expected) < 1e-9
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM"])
+def test_mixed_precision_policy(name):
+    """As far from double precision as bfloat16 is, and the same on all workers."""
+    assert_all(2, "mixed_precision", name, alone(name, "sgd", FEW), 5e-3)
+    assert torch.equal(*(one["mixed_precision"][name] for one in results(2)))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM", "ImbSAM", "GNM", "LookSAM", "FriendlySAM", "WSAM"])
+def test_an_overflow_in_one_shard_is_everybodys(name, last):
+    for one in results(2):
+        assert torch.equal(*one["overflow_in_one_shard"][name, last])
+
+
+@pytest.mark.parametrize("name", ["SAM", "GNM"])
+def test_fsdp_uses_no_copies_of_other_weights(name):
+    assert_all(2, "interrupted", name, alone(name, "sgd", 4, Odd))
+
+
+@pytest.mark.parametrize("interface, name", [("closure", "FocalSAM"), ("phases", "SAM")])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_batch_in_parts(kind, interface, name):
+    more = {"ascent_sync": True} if kind == "ddp" else {}
+    assert_all(2, "in_parts", (kind, interface), alone(name, "sgd", FEW, **more), 1e-12)
+
+
+def test_workers_with_shares_of_unequal_size():
+    assert_all(2, "unequal_shares", "SAM", alone("SAM", "sgd"))
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_workers_stay_together(name, results):
-    assert torch.equal(results[0]["local", name], results[1]["local", name])
+def test_workers_stay_together(name):
+    assert torch.equal(*(one["local"][name] for one in results(2)))
 
 
-def test_workers_climb_along_their_own_gradients(results):
+def test_workers_climb_along_their_own_gradients():
     """The mean over workers of g(w + eps_i), as in the SAM paper."""
     model = network()
     opt = SGD(model.parameters(), **BASES["sgd"][1])
     params = list(model.parameters())
     for x, y in batches(steps=6):
         total = [torch.zeros_like(p) for p in params]
-        for one, label in zip(x.chunk(WORLD), y.chunk(WORLD), strict=True):
+        for one, label in zip(x.chunk(2), y.chunk(2), strict=True):
             grads = torch.autograd.grad(F.cross_entropy(model(one), label), params)
             norm = torch.stack([g.norm() for g in grads]).norm()
             old = [p.detach().clone() for p in params]
@@ -183,46 +145,109 @@ def test_workers_climb_along_their_own_gradients(results):
             with torch.no_grad():
                 for p, before, t, g in zip(params, old, total, there, strict=True):
                     p.copy_(before)
-                    t += g / WORLD
+                    t += g / 2
         for p, t in zip(params, total, strict=True):
             p.grad = t
         opt.step()
-    assert relative_error(results[0]["local", "SAM"], flat(model)) < 1e-9
+    assert relative_error(results(2)[0]["local"]["SAM"], flat(model)) < 1e-9
 
 
-def test_a_batch_in_parts(results):
-    assert relative_error(results[0]["parts",], run("FocalSAM", "sgd")) < 1e-9
+def test_one_workers_overflow_is_everybodys():
+    one, other = (one["overflow"]["FocalSAM"] for one in results(2))
+    assert torch.equal(one, other)
+    assert bool(one.isfinite().all())
 
 
-def test_one_workers_overflow_is_everybodys(results):
-    assert torch.equal(results[0]["overflow",], results[1]["overflow",])
-    assert bool(results[0]["overflow",].isfinite().all())
+@pytest.mark.parametrize("name", ["CCSAM", "SparseSAM"])
+def test_methods_that_need_whole_gradients_refuse_shards(name):
+    said = results(2)[0]["refusals"][name]
+    assert len(said) == 2 and all("must not be sharded" in one for one in said)
 
 
-def test_methods_that_need_whole_gradients_refuse_shards(results):
-    said = results[0]["refusals",]
-    assert set(said) == {"CCSAM", "SparseSAM"} and all("must not be sharded" in one for one in said.values())
+def test_a_step_averages_once():
+    """With DDP one all-reduce of the gradients a step, one more for a synced ascent; Focal-SAM's two at w cost nothing more."""
+    found = results(2)[0]["reductions"]
+    for name, synced, in_all in (("SAM", False, 1), ("SAM", True, 2), ("FocalSAM", False, 1), ("FocalSAM", True, 2)):
+        assert found[name, synced]["by DDP"] == 1 and found[name, synced]["in all"] == in_all
+    assert found["GNM", False]["by DDP"] == found["GNM", False]["in all"] == 1
+    assert [found[name, "fsdp"] for name in ("SAM", "FocalSAM", "GNM")] == [2, 3, 1]  # one for each backward
 
 
-def test_a_step_averages_once(results):
-    assert results[0]["reductions",] == {"SAM": 1, "FocalSAM": 1, "GNM": 1}
+@pytest.mark.parametrize("key", [("SAM", False), ("FocalSAM", False), ("FocalSAM", True), ("GNM", False)])
+def test_averaging_overlaps_the_backward(key):
+    order = results(2)[0]["reductions"][key]["order"]
+    last = len(order) - 1 - order[::-1].index("backward ends")
+    assert "reduce" in order[last - 2 : last]
 
 
-def failing(rank, folder):
-    store = dist.FileStore(str(folder / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=20))
+@pytest.mark.parametrize("name, base", CHECKPOINTED)
+def test_a_checkpoint_disturbs_nothing(name, base):
+    assert_all(2, "saved", (name, base), alone(name, base, FEW))
+
+
+@pytest.mark.parametrize("kind", ["fresh", "later"])
+@pytest.mark.parametrize("name, base", CHECKPOINTED)
+def test_a_checkpoint_of_two_workers_for_four(name, base, kind):
+    assert_all(4, "reloaded", (name, base, kind), alone(name, base, FEW))
+
+
+@pytest.mark.parametrize("name, base", CHECKPOINTED)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's about itself
+def test_a_checkpoint_of_two_workers_for_one(name, base):
+    results(2)
+    model = network(seed=5)
+    opt = make(name, model, base)
+    checkpoint(model, opt, folder_of(name) / "later", load=True)
+    train(model, opt, batches(steps=FEW)[5:])
+    assert relative_error(flat(model), alone(name, base, FEW)) < 1e-9
+
+
+def bereft(rank, folder):
+    """Worker 1 goes without a word in the middle of a step; worker 0 notes what becomes of it."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=10))
     model = DistributedDataParallel(network())
-    opt = lf.SAM(model.parameters(), SGD, lr=0.1, model=model)
-    (x, y), *_ = halves(batches(steps=1), rank)
+    opt = lf.SAM(model.parameters(), SGD, lr=0.1, model=model, ascent_sync=True)
+    ((x, y),) = batches(steps=1)
+    before, start = flat(model), time.monotonic()
 
     def closure():
-        if rank == 1:
-            raise RuntimeError("this worker dies")
+        if rank == 1 and opt._climbed:
+            os._exit(3)
         return F.cross_entropy(model(x), y, reduction="none")
 
-    opt.step(closure)
+    try:
+        opt.step(closure)
+    except RuntimeError as error:
+        torch.save((str(error), time.monotonic() - start, torch.equal(flat(model), before)), folder / "notes.pt")
+    os._exit(0)
 
 
-def test_a_worker_that_dies_is_an_error_not_a_hang(tmp_path):
-    with pytest.raises(mp.ProcessRaisedException, match="this worker dies"):
-        mp.spawn(failing, (tmp_path,), nprocs=WORLD)
+def test_a_worker_that_dies_is_an_error_in_the_others(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=bereft, args=(rank, tmp_path)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(90)
+    assert [worker.exitcode for worker in workers] == [0, 3]
+    message, seconds, unperturbed = torch.load(tmp_path / "notes.pt")
+    assert message and seconds < 30 and unperturbed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FSDP2 offloads from an accelerator")
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM", "GNM"])
+def test_weights_offloaded_to_the_cpu(name, tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("cuda:nccl,cpu:gloo", store=store, rank=0, world_size=1)
+    try:
+        model = shard(network(), init_device_mesh("cuda", (1,)), offload_policy=CPUOffloadPolicy())
+        opt = make(name, model, "adamw", max_grad_norm=0.05)
+        for x, y in batches(steps=FEW):
+            x, y = x.cuda(), y.cuda()
+            opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y, reduction="none"), targets=y)
+        assert all(p.device.type == "cpu" for p in model.parameters())
+        result = flat([p.full_tensor().cpu() for p in model.parameters()])
+    finally:
+        dist.destroy_process_group()
+    assert relative_error(result, alone(name, "adamw", FEW, max_grad_norm=0.05)) < 1e-9

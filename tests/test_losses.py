@@ -10,6 +10,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
 from ltsam_fast import losses, ops, reference
@@ -51,7 +53,8 @@ def formula_focal(z, y, n, w, gamma=1.0):
 
 def formula_gcl(z, y, n, w, m=0.0, s=30.0, noise_mul=0.5, gamma=0.0, noise=0.0):
     margins = n.log().max() - n.log()
-    a = z - noise_mul * noise * margins / margins.max() - m * F.one_hot(y, len(n)).double()
+    rarity = margins / margins.max() if margins.max() > 0 else margins  # all counts may be equal
+    a = z - noise_mul * noise * rarity - m * F.one_hot(y, len(n)).double()
     ce = cross_entropies(s * a, y)
     return w[y] * (1 - (-ce).exp()).detach() ** gamma * ce
 
@@ -76,6 +79,11 @@ OPTIONS = {
 }
 NAMES = tuple(FORMULAS)
 COSINES = ("LDAM", "GCL")
+
+
+def interpreted(backend, device):
+    """Triton's interpreter runs one program a row, in milliseconds: there a few rows stand for many."""
+    return backend == "triton" and device == "cpu"
 
 
 def draw(generator, name, rows, classes):
@@ -111,8 +119,9 @@ def check(criterion, name, z, y, n, w, device, dtypes=(F64, F32, BF16, F16), **o
 @pytest.mark.parametrize("rows", [1, 64, 513])
 @pytest.mark.parametrize("name", NAMES)
 def test_agrees_with_the_formula(name, rows, classes, backend, device, generator):
-    if backend == "triton" and device == "cpu" and (rows > 64 or rows * classes > 10000):
+    if interpreted(backend, device) and (rows > 64 or rows * classes > 10000):
         pytest.skip("too much for Triton's interpreter")
+    rows = min(rows, 5) if interpreted(backend, device) else rows
     z, y, n = draw(generator, name, rows, classes)
     criterion = getattr(losses, name)(n, reduction="none").to(device).eval()
     options = {"noise_mul": 0.0} if name == "GCL" else {}
@@ -123,7 +132,7 @@ def test_agrees_with_the_formula(name, rows, classes, backend, device, generator
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_and_weights(name, backend, device, generator):
-    z, y, n = draw(generator, name, 37, 13)
+    z, y, n = draw(generator, name, 5 if interpreted(backend, device) else 37, 13)
     w = torch.rand(13, generator=generator, dtype=F64)
     options = OPTIONS.get(name, {})
     weight = {} if name == "ClassBalanced" else {"weight": w.tolist()}
@@ -135,7 +144,7 @@ def test_arguments_and_weights(name, backend, device, generator):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_cross_entropy_is_torchs(reduction, smoothing, weighted, backend, device, generator):
-    z, y, n = draw(generator, "CrossEntropy", 33, 70)
+    z, y, n = draw(generator, "CrossEntropy", 5 if interpreted(backend, device) else 33, 70)
     w = torch.rand(70, generator=generator, dtype=F64) if weighted else None
     criterion = losses.CrossEntropy(n, weight=w, label_smoothing=smoothing, reduction=reduction).to(device)
     exact_z, mine_z = z.clone().requires_grad_(), z.to(device).clone().requires_grad_()
@@ -163,13 +172,14 @@ def test_smoothing_is_of_the_adjusted_logits(name, backend, device, generator):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reductions(name, device, generator):
-    z, y, n = draw(generator, name, 50, 7)
+def test_reductions(name, backend, device, generator):
+    rows = 5 if interpreted(backend, device) else 50
+    z, y, n = draw(generator, name, rows, 7)
     z, y = z.to(device), y.to(device)
     make = lambda reduction: getattr(losses, name)(n, reduction=reduction).to(device).eval()  # noqa: E731
     every = make("none")(z, y)
-    weights = torch.ones(50, dtype=F64, device=device) if name != "ClassBalanced" else make("none").weight[y]
-    assert every.shape == (50,)
+    weights = torch.ones(rows, dtype=F64, device=device) if name != "ClassBalanced" else make("none").weight[y]
+    assert every.shape == (rows,)
     torch.testing.assert_close(make("sum")(z, y), every.sum())
     torch.testing.assert_close(make("mean")(z, y), every.sum() / weights.sum())
     nothing = make("none")(z[:0], y[:0])
@@ -201,11 +211,12 @@ def filled(options, classes, generator, device):
 @pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
 def test_gradcheck(shaped, backend, device, generator):
     options = filled(shaped, 5, generator, device)
-    z = torch.randn(3, 5, generator=generator, dtype=F64).to(device).requires_grad_()
-    y = torch.tensor([4, 0, 2], device=device)
+    slow = interpreted(backend, device)
+    z = torch.randn(2 if slow else 3, 5, generator=generator, dtype=F64).to(device).requires_grad_()
+    y = torch.tensor([4, 0, 2][: len(z)], device=device)
     call = lambda z: ops.adjusted_cross_entropy(z, y, **options)  # noqa: E731
     assert torch.autograd.gradcheck(call, z)
-    assert torch.autograd.gradgradcheck(call, z)
+    assert slow or torch.autograd.gradgradcheck(call, z)  # by the twin's derivatives, whatever the backend
 
 
 @pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
@@ -251,6 +262,33 @@ def test_only_the_logits_are_kept(generator):
         criterion(z, torch.arange(40))
     large = [tensor for tensor in kept if tensor.numel() >= z.numel()]
     assert [tensor.data_ptr() for tensor in large] == [z.data_ptr()]
+
+
+class Made(TorchDispatchMode):
+    """Memory that torch hands out in tensors of some size, by address."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.addresses = elements, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        large = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor) and one.numel() >= self.elements]
+        self.addresses |= {tensor.untyped_storage().data_ptr() for tensor in large}
+        return result
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_large_is_made_but_the_gradient(name, dtype, backend, device, generator):
+    if backend == "torch":
+        pytest.skip("the twin may take what it needs")
+    z, y, n = draw(generator, name, 4, 200)
+    criterion = getattr(losses, name)(n, reduction="none").to(device)
+    logits, y = z.to(device, dtype).requires_grad_(), y.to(device)
+    with Made(400) as made:
+        (gradient,) = torch.autograd.grad(criterion(logits, y).mean(), logits)
+    assert made.addresses == {gradient.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
@@ -507,12 +545,13 @@ def test_constants_are_not_rounded(name, generator):
 
 
 def test_noise(backend, device, generator):
-    z, y, n = draw(generator, "GCL", 40, 50)
+    rows = 5 if interpreted(backend, device) else 40
+    z, y, n = draw(generator, "GCL", rows, 50)
     criterion = losses.GCL(n, m=0.1, noise_mul=0.7, seed=2**50 + 3, reduction="none").to(device)
     w = torch.ones(50, dtype=F64)
     seen = []
     for number in (1, 2):
-        noise = reference._noise(40, 50, 2**50 + 3, torch.tensor(number)).double()
+        noise = reference._noise(rows, 50, 2**50 + 3, torch.tensor(number)).double()
         one = z.to(device).clone().requires_grad_()
         mine = criterion(one, y.to(device))
         exact_z = z.clone().requires_grad_()
@@ -521,7 +560,7 @@ def test_noise(backend, device, generator):
         seen.append((mine, exact, one, exact_z))
     for mine, exact, one, exact_z in seen:  # each backward with the noise of its forward
         exact.sum().backward()
-        torch.testing.assert_close(gradients(mine, torch.ones(40, device=device), one).cpu(), exact_z.grad)
+        torch.testing.assert_close(gradients(mine, torch.ones(rows, device=device), one).cpu(), exact_z.grad)
     quiet = formula_gcl(z, y, n, w, m=0.1, noise_mul=0.0)
     torch.testing.assert_close(criterion.eval()(z.to(device), y.to(device)).cpu(), quiet)
 

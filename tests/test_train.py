@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +17,12 @@ import pytest
 import torch
 
 import ltsam_fast as lf
-from ltsam_fast import optim
+from ltsam_fast import data, optim
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
-from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, read_file, train
+from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, loop, read_file, train
 from ltsam_fast.train.config import differing
 from ltsam_fast.train.log import Silent
 from ltsam_fast.train.losses import LOSSES
@@ -90,6 +92,40 @@ def test_every_method_and_loss_resumes_exactly(method, loss, tmp_path):
     assert logged == rows
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"amp": "fp16"},
+        {"amp": "fp16", "init_scale_overflows": True},
+        {"amp": "bf16", "method": "look_sam", "optimizer": "adamw", "lr": 1e-3, "warmup": 1},
+        {"method": "gnm", "loss": "gcl"},
+        {"method": "friendly_sam", "loss": "ldam", "drw_start": 1, "schedule": "step", "milestones": (1,)},
+    ],
+    ids=str,
+)
+def test_resumes_exactly_with_augmentation_scaler_and_state(more, tmp_path, monkeypatch):
+    more = dict(more)
+    overflows = more.pop("init_scale_overflows", False)
+    if overflows:  # steps are skipped, and the scale falls, on both sides of the stop
+        monkeypatch.setattr(loop.torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**60))
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randint(256, (60, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    images = data.Images(pixels, torch.arange(60).square() // 360, tuple("abcdefghij"))
+    images = (images, images)
+    assert data.Augment.for_training(images[0]).crop_padding and data.Augment.for_training(images[0]).flip
+    settings = {"model": "small_cnn", "epochs": 3, "batch_size": 8, "tensorboard": False, "imbalance": None}
+    config = build({"method": "focal_sam", **settings, **more})
+    train(config, tmp_path / "at_once", images=images)
+    for steps in (2, 11):
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "stopped", resume=True, report=StopIn(steps), images=images)
+    train(config, tmp_path / "stopped", resume=True, images=images)
+    assert same_weights(tmp_path / "at_once", tmp_path / "stopped")
+    scalers = [last(tmp_path / name)["scaler"] for name in ("at_once", "stopped")]
+    assert scalers[0] == scalers[1]
+    assert not overflows or scalers[0]["scale"] < 2.0**50
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", ["sgd", "focal_sam"])
 def test_mixed_precision(method, amp, tmp_path):
@@ -133,7 +169,36 @@ def test_killed_in_mid_epoch_and_resumed_the_weights_are_those_of_an_undisturbed
     assert run(*arguments, "--out", tmp_path / "whole", "--quiet") == 0
     assert last(tmp_path / "killed")["epoch"] == 30
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob("*.part")) or done  # a half-written file is never last.pt
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from ltsam_fast.train import checkpoint, cli
+
+def fsync(number, seen=[]):
+    if "last.pt" in os.readlink(f"/proc/self/fd/{number}"):
+        seen.append(number)
+        if len(seen) == 3:
+            os.truncate(f"/proc/self/fd/{number}", 1000)  # what a kill between two writes leaves
+            os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoint.os.fsync = fsync
+cli.main(["train", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc")
+def test_killed_while_the_checkpoint_is_written(tmp_path):
+    arguments = ["--method", "gnm", "--epochs", 4, "--no-tensorboard"]
+    process = command_line(*arguments, "--out", tmp_path / "killed", launcher=("-c", KILLED_WHILE_WRITING))
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "killed").glob("*.part"))) == 1
+    assert last(tmp_path / "killed")["epoch"] == 1
+    assert run("--resume", "--out", tmp_path / "killed", "--quiet") == 0
+    assert run(*arguments, "--out", tmp_path / "whole", "--quiet") == 0
+    assert same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl"}
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
@@ -149,16 +214,36 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert last(tmp_path / "run")["epoch"] >= 1
 
 
-def test_two_processes_equal_one(tmp_path):
-    # 104 images of each class and batches of 52: every share is 26.
+TWO_PROCESSES = """
+import torch
+from ltsam_fast.train import cli
+from ltsam_fast.train.workers import workers
+
+with workers("cpu") as at:
+    norm = torch.nn.BatchNorm1d(3)
+    norm.running_mean += at.rank
+    at.share(norm.buffers())
+    assert norm.running_mean.eq(0).all()
+    for call in {calls}:
+        assert cli.main(call) == 0
+"""
+
+
+def test_two_processes_equal_one_and_resume_exactly(tmp_path, capsys):
     arguments = ["--method", "focal_sam", "--set", "ascent_sync=true", "--imbalance", 1, "--batch-size", 20]
-    arguments += ["--epochs", 2, "--no-tensorboard"]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "ltsam_fast")
-    process = command_line("train", *arguments, "--out", tmp_path / "two", launcher=torchrun)
-    output, errors = process.communicate(timeout=120)
+    arguments += ["--schedule", "constant", "--no-tensorboard"]
+    two, parts = ["--epochs", 2, "--out", tmp_path / "two"], ["--out", tmp_path / "parts", "--epochs"]
+    calls = [["train", *map(str, (*arguments, *more))] for more in (two, [*parts, 1], [*parts, 2, "--resume"])]
+    (tmp_path / "calls.py").write_text(TWO_PROCESSES.format(calls=calls))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "calls.py")
+    process = command_line(launcher=torchrun)
+    output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert output.count("wrote") == 1
-    assert run(*arguments, "--out", tmp_path / "one", "--quiet") == 0
+    assert output.count("wrote") == 3
+    assert same_weights(tmp_path / "two", tmp_path / "parts")
+    assert run("--resume", "--out", tmp_path / "parts", "--epochs", 3) == 2
+    assert "the run had 2 processes, not 1" in capsys.readouterr().err
+    assert run(*arguments, "--epochs", 2, "--out", tmp_path / "one", "--quiet") == 0
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-4)
@@ -183,6 +268,8 @@ WRONG = {
     "no such config": (("--config", "/nowhere/at/all.toml"), "/nowhere/at/all.toml"),
     "a device that is not there": (("--device", "warp"), "warp"),
     "too long a tail": (("--imbalance", "1e9"), "imbalance"),
+    "nothing to resume": (("--resume",), "no checkpoint"),
+    "an option of the loss": (("--loss", "la", "--loss-set", "tau=-1"), "tau must be"),
 }
 
 
@@ -196,11 +283,34 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, named, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_where_nothing_can_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert run("--out", out, "--data", "/nowhere") == 2
+        assert "is a file, not a folder" in capsys.readouterr().err
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert run("--out", tmp_path / "closed" / "run") == 2
+        assert "can't write to" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    limited = "ulimit -f 40; exec " + shlex.join([sys.executable, "-m", "ltsam_fast", "train"])
+    command = f"{limited} --epochs 1 --no-tensorboard --quiet --out {shlex.quote(str(tmp_path / 'run'))}"
+    env = {**os.environ, "PYTHONPATH": str(Path(lf.__file__).parents[1])}
+    done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ltsam_fast train: ") and done.stderr.count("\n") == 1
+    assert "last.pt: File too large" in done.stderr
+
+
 def test_other_settings_are_not_resumed_with(tmp_path, capsys):
     assert run("--epochs", 1, "--out", tmp_path, "--quiet", "--no-tensorboard") == 0
     for arguments, named in (
         (("--lr", "0.2", "--method", "sam"), ("lr was 0.05, is 0.2", "method was 'sgd', is 'sam'")),
         (("--epochs", "2"), ("epochs was 1, is 2",)),  # the cosine would have been another
+        (("--recipe", "cifar10-lt", "--data", "digits"), ("model was 'small_cnn', is 'resnet32'",)),
+        (("--recipe", "digits-lt", "--epochs", "1"), ()),
         ((), ()),
     ):
         resumed = run("--resume", "--out", tmp_path, "--quiet", *arguments)

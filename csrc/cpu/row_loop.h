@@ -113,7 +113,7 @@ const A* adjusted_row(const Rows<A>& in, int64_t row, int64_t label, std::vector
   for_tiles(in.classes, [&](int64_t begin, int count) {
     const A* tile = native ? reinterpret_cast<const A*>(z) + begin : a + begin;
     if (!native) load(in.dtype, z + begin * item_size(in.dtype), count, a + begin);
-    if (in.spread) draw(Philox(in.seed, double(*in.draw), row), begin / 4, (count + 3) / 4, words);
+    if (in.spread) draw(Philox(in.seed, double(*in.draw), row & 0xffffff), begin / 4, (count + 3) / 4, words);
     choose(
         [&](auto scales, auto shifts, auto spreads) {
           adjust_tile<scales.value, shifts.value, spreads.value>(

@@ -33,7 +33,7 @@ __device__ __forceinline__ void for_classes(const Rows<A>& in, int64_t row, int6
     for (int64_t c = threadIdx.x; c < in.classes; c += blockDim.x) visit(c, adjusted(c, 0));
     return;
   }
-  const Philox philox(in.seed, double(*in.draw), row);
+  const Philox philox(in.seed, double(*in.draw), row & 0xffffff);
   for (int64_t quad = threadIdx.x; 4 * quad < in.classes; quad += blockDim.x) {
     uint32_t word[4];
     philox(uint64_t(quad), word);
@@ -47,7 +47,6 @@ __device__ __forceinline__ void for_classes(const Rows<A>& in, int64_t row, int6
 template <class A>
 __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LT_ARGUMENT(Rows<A>) in) {
   __shared__ A label_logit;
-  const A total_weight = in.total_weight();
   for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
     const int64_t label = in.labels[row];
     const bool known = label >= 0 && label < in.classes;
@@ -69,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LT_ARGUMENT(Row
       sum = A(block_sum(double(sum)));
       if (in.smooth != 0) spread = A(block_sum(double(spread)));
       const A weight = !known ? A(NAN) : in.weight ? in.weight[label] : A(1);
-      const typename CrossEntropy<A>::End end(sum, peak, of_label, weight, spread, total_weight, in.smooth, in.keep,
-                                              in.gamma, in.detach);
+      const typename CrossEntropy<A>::End end(sum, peak, of_label, weight, spread, in.total_weight(), in.smooth,
+                                              in.keep, in.gamma, in.detach);
       inverse_sum = A(1) / sum, hit = end.hit;
       if (threadIdx.x == 0) {
         in.losses[row] = end.loss;
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_kernel(LT_ARGUMENT(Row
       peak = in.state[row], inverse_sum = in.state[in.rows + row], hit = in.state[2 * in.rows + row];
     }
     if (!in.grad[0]) continue;
-    const CrossEntropy<A> f(peak, inverse_sum, hit, in.smooth, total_weight);
+    const CrossEntropy<A> f(peak, inverse_sum, hit, in.smooth, in.total_weight());
     A factor[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k)

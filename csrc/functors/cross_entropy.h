@@ -59,10 +59,13 @@ struct CrossEntropy {
       loss = hit * nll;
       if (smooth != 0) loss += smooth * (weight_sum * log_sum + spread_sum);
       if (gamma == 0) return;
-      const double missed = -expm1(-double(nll)), factor = pow(missed, double(gamma));
+      // pow() and the division of doubles are calls on a GPU, which spill registers.
+      const double missed = -expm1(-double(nll)), log_missed = log(missed);
+      const double factor = exp(double(gamma) * log_missed);
       const bool moves = !detach && missed > 0 && missed < 1;
+      const double by_factor = double(gamma) * (1 - missed) * double(nll) * exp((double(gamma) - 1) * log_missed);
       loss = A(factor * double(loss));
-      hit = A(factor * double(hit) * (moves ? 1 + double(gamma) * (1 - missed) * double(nll) / missed : 1.0));
+      hit = A(double(hit) * (moves ? factor + by_factor : factor));
     }
   };
 

@@ -24,7 +24,7 @@ class Climber(Worker):
         """Perturbs the weights along their present gradients; anew, where they are perturbed. Without a gradient they stay."""
         again = bool(self._climbed)
         params, groups = (self._climbed, self._climbed_groups) if again else self._parameters(ascent=True)
-        grads = _gradients(params)
+        grads = self._aligned(params, _gradients(params))
         if not again and _NONE in map(type, grads):
             kept = [i for i, grad in enumerate(grads) if grad is not None]
             if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
@@ -32,21 +32,19 @@ class Climber(Worker):
             params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
         if (self.ascent_sync or self._mixes) and self._distributed:
             self._average(grads)
+        whole = grads
         shards, grads = local_of(params, self._sharded), local_of(grads, self._sharded)
         options = self._ascent(params, grads, grad_scale, found_inf)
         adaptive, eta = self._hyper("adaptive"), self._hyper("eta")
-        norm = self._joined_norm(
-            ops.grad_norm(
-                grads,
-                shards,
-                extra=options.get("means"),
-                mix=options.get("mix"),
-                adaptive=adaptive,
-                eta=eta,
-                groups=groups,
-                found_inf=found_inf,
-                table=self._table("grad_norm"),
-            )
+        norm = self._norm(
+            whole,
+            params,
+            extra=options.get("means"),
+            mix=options.get("mix"),
+            adaptive=adaptive,
+            eta=eta,
+            groups=groups,
+            found_inf=found_inf,
         )
         options = {
             "rho": self._hyper("rho"),
@@ -87,6 +85,7 @@ class Climber(Worker):
                 self._backed_up = []
                 perturb(self._backups_for(params))
             self._climbed, self._climbed_from, self._climbed_groups = params, self._backed_up_in, groups
+            self._let_go_of_copies()
         self._freeze_statistics()
 
     def _ascent(
@@ -120,6 +119,7 @@ class Climber(Worker):
 
     def _put_back(self, params: list[Tensor], backups: list[Tensor], table: Table | None = None) -> None:
         ops.restore_(local_of(params, self._sharded), backups, table=table)  # type: ignore[arg-type]
+        self._let_go_of_copies()
 
     def _come_back(self) -> None:
         """Puts the unperturbed weights back in the middle of a step."""

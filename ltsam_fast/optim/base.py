@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,8 +27,12 @@ class SharpnessAware(Phased):
 
     Under DistributedDataParallel give it as ``model``. Workers then climb along their own gradients and only the last pass of
     a step is averaged, once, as in the SAM paper; ``ascent_sync=True`` (any method's keyword) averages the ascent gradient
-    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With FSDP2 every pass is averaged, and
-    norms run over all shards. With the phases ``model.no_sync()`` is the caller's business.
+    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With the phases ``model.no_sync()`` is
+    the caller's business.
+
+    With FSDP2 every backward's gradients are averaged, and norms run over all shards once, replicas of them or not. Give the
+    root as ``model`` here too: after an exception, or an evaluation, it may hold gathered copies of other weights, which the
+    step then lets go of.
 
     SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
     steps by itself on the restored weights.
@@ -74,7 +79,10 @@ class SharpnessAware(Phased):
         try:
             self._clear_gradients()
             scaling = Scaling(scaler, self._parameters()[0])
-            loss = self._whole_step([Batch(*pair) for pair in zip(closures, labels, strict=True)], scaling)
+            graphs = self._graphs if self._twice else None
+            parts = [Batch(*pair, graphs) for pair in zip(closures, labels, strict=True)]
+            with contextlib.nullcontext() if graphs is None else graphs.reusable():
+                loss = self._whole_step(parts, scaling)
             self._clear_gradients()
             scaling.report(self)
             return loss

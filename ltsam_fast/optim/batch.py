@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from ltsam_fast.optim.compiled import CompiledGraphs
+
 Closure = Callable[..., Tensor]
 
 
@@ -25,8 +27,8 @@ class Batch:
     Attributes: ``size``, the number of samples (-1 until known), and ``total``, the sum of the losses seen at w.
     """
 
-    def __init__(self, closure: Closure, labels: Tensor | None) -> None:
-        self.closure, self.labels = closure, labels
+    def __init__(self, closure: Closure, labels: Tensor | None, graphs: CompiledGraphs | None = None) -> None:
+        self.closure, self.labels, self._graphs = closure, labels, graphs
         self.size = -1 if labels is None else len(labels)
         self.total: Any = 0
 
@@ -49,6 +51,8 @@ class Batch:
             )
         if graph and not losses.requires_grad:
             raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
+        if self._graphs is not None and at_w:
+            self._graphs.check(losses)
         if index is not None:
             if len(losses) != len(index):
                 raise ValueError(f"closure returned {len(losses)} losses for an index of {len(index)} samples")

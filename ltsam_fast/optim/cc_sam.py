@@ -74,6 +74,7 @@ class CCSAM(Sharing):
     """
 
     _takes_shards = False
+    _twice = True
     _uncapturable = "it looks up the classes in the batch on the host"
     _kept = (*Sharing._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
 
@@ -137,6 +138,8 @@ class CCSAM(Sharing):
         self, closure: Closure | list[Closure] | None = None, targets: Any = None, scaler: Any = None
     ) -> Tensor:
         """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
+        if self._ends(closure):
+            return super().step()
         if targets is None:
             raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
         return super().step(closure, targets, scaler)

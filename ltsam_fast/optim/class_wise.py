@@ -39,6 +39,7 @@ class ClassWise(Sharing):
     class_weights: Tensor | None = None
     """v, shape (C,), float64."""
 
+    _twice = True
     _used = (True, True)
 
     @property

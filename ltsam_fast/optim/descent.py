@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ltsam_fast import ops
 from ltsam_fast.optim.ascent import Climber
 from ltsam_fast.optim.fused import FUSED, local_of
 from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items
+
+
+@contextlib.contextmanager
+def no_global_hooks() -> Iterator[None]:
+    """Hooks for all optimizers have their turn around the whole step, not around the base optimizer's too."""
+    registered: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    kept = [dict(hooks) for hooks in registered]
+    for hooks in registered:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(registered, kept, strict=True):
+            hooks.update(before)
 
 
 class Descender(Climber):
@@ -17,11 +35,11 @@ class Descender(Climber):
     def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         """Restores the weights and takes the base optimizer's step with the present plus the kept gradients."""
         params, groups = self._parameters()
-        grads = _gradients(params)
-        if found_inf is not None and (self._distributed or self._sharded):  # one worker's overflow is everybody's
-            group = self._shard_group if self._sharded else getattr(self.model, "process_group", None)
+        grads = self._aligned(params, _gradients(params))
+        if found_inf is not None and self._distributed:  # one worker's overflow is everybody's
+            group = getattr(self.model, "process_group", None)
             torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
-        extra = self._clean or None
+        extra = self._clean and self._aligned(params, self._clean) or None
         if extra and self._mixes:  # a gradient of the last pass decides whether a weight moves
             extra = [None if grad is None else kept for grad, kept in zip(grads, extra, strict=True)]
         with Uninterrupted():
@@ -43,15 +61,7 @@ class Descender(Climber):
                 extra = [None if grad is None else kept for grad, kept in pairs]
             norm = None
             if params and (self.max_grad_norm or found_inf is not None):
-                norm = self._joined_norm(
-                    ops.grad_norm(
-                        local_of(grads, self._sharded),
-                        extra=extra and local_of(extra, self._sharded),
-                        mix=mix,
-                        found_inf=found_inf,
-                        table=self._table("grad_norm", " of the step"),
-                    )
-                )
+                norm = self._norm(grads, use=" of the step", extra=extra, mix=mix, found_inf=found_inf)
             if type(self.base_optimizer) in FUSED:
                 self._update(
                     self.base_optimizer,
@@ -69,13 +79,22 @@ class Descender(Climber):
                 )
             else:
                 self._base_step(params, groups, grads, extra, norm, mix, grad_scale, found_inf)
+            self._let_go_of_copies()
             for group in self.param_groups:
                 group["taken"] += 1
             if found_inf is not None:
                 skipped = self._skipped_steps()
                 self._skipped = found_inf.detach().clone() if skipped is None else skipped.add_(found_inf)
             self._settle()
-        self._opt_called = True  # what torch's learning rate schedulers look for
+        # What torch's learning rate schedulers look for; one may have been given the base optimizer.
+        self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _create_base_state(self, params: list[Tensor], groups: list[int]) -> None:
+        """The base optimizer's state before its first step; by itself it can only make it by stepping."""
+        if type(self.base_optimizer) in FUSED:
+            FUSED[type(self.base_optimizer)][2](self.param_groups, groups, params, [self.state[p] for p in params])
+        else:
+            self._base_step(params, groups, [param.grad for param in params], None, None, None, None, None)
 
     def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor | None:
         """How the last pass's gradients and the kept ones become the step: four numbers as in ops.sgd_step_, or their sum."""
@@ -130,7 +149,8 @@ class Descender(Climber):
         try:
             for group in self.param_groups:
                 group.update(self._base_only)
-            self.base_optimizer.step()
+            with no_global_hooks():
+                self.base_optimizer.step()
         finally:
             for group, values in zip(self.param_groups, own, strict=True):
                 group.update(values)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ltsam_fast import ops
 from ltsam_fast.optim.checks import check_factor
+from ltsam_fast.optim.fused import local_of
 from ltsam_fast.optim.sam import SAM
 
 
@@ -84,11 +85,14 @@ class FriendlySAM(SAM):
             for param in self._begun[1]:
                 self.state[param].pop("grad_mean", None)
         self._begun = None
-        means = [self.state[param].get("grad_mean") for param in params]
+        # Before the first step a mean is zeros that a checkpoint asked for.
+        means = [self.state[param].get("grad_mean") if self._taken else None for param in params]
+        means = local_of(means, self._sharded)
         beginning = [i for i, mean in enumerate(means) if mean is None]
         for i in beginning:  # climbs without a mean, which then is the gradient
             scale = torch.ones(()) if grad_scale is None else 1 / grad_scale
-            self.state[params[i]]["grad_mean"] = (grads[i] * scale.to(grads[i])).to(params[i].dtype)  # type: ignore[union-attr, operator, arg-type]
+            mean = self.state[params[i]]["grad_mean"] = torch.zeros_like(params[i], requires_grad=False)
+            local_of([mean], self._sharded)[0].copy_(grads[i] * scale.to(grads[i]))  # type: ignore[union-attr, operator, arg-type]
         if found_inf is not None:  # a later pass may overflow
             self._means = [(mean, mean.clone()) for mean in means if mean is not None]
         if beginning and found_inf is not None:

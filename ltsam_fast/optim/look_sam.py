@@ -112,7 +112,9 @@ class LookSAM(SharpnessAware):
             if "grad_v" not in state:
                 state["grad_v"] = torch.zeros_like(params[i], requires_grad=False)
         sharp, clean = [sharp[i] for i in chosen], [clean[i] for i in chosen]
-        _, square, dot = self._dots(sharp, clean)
+        square_s, square, dot = self._dots(sharp, clean)
+        if found_inf is not None:  # the last pass has not been looked at yet
+            found_inf.masked_fill_(~square_s.isfinite(), 1.0)
         along = torch.where(square > 0, dot / square, torch.zeros_like(dot))
         mix = torch.stack([torch.ones_like(along), -along, torch.zeros_like(along), torch.zeros_like(along)])
         ops.combine_(

@@ -11,6 +11,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ltsam_fast.optim.batch import Scaling
 from ltsam_fast.optim.descent import Descender
+from ltsam_fast.optim.fused import local_of
 
 
 class Phased(Descender):
@@ -58,6 +59,15 @@ class Phased(Descender):
     """Tells torch.amp.GradScaler.step() to set ``grad_scale`` and ``found_inf``, and to leave the gradients as they are."""
     _within_step = False
 
+    def _patch_step_function(self) -> None:
+        """Where torch wraps step(): keeps that and the phases out of torch.compile's graphs, which break there once."""
+        super()._patch_step_function()  # type: ignore[misc]
+        cls = type(self)
+        for name in ("step", *self._phases):
+            function = getattr(cls, name)
+            if not hasattr(function, "_torchdynamo_disable"):
+                setattr(cls, name, torch.compiler.disable(function))
+
     def _signals(self) -> tuple[Tensor | None, Tensor | None]:
         """``grad_scale`` and ``found_inf`` as torch.amp.GradScaler.step(), or the caller, set them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -66,11 +76,31 @@ class Phased(Descender):
         return grad_scale, found_inf
 
     def _ends(self, closure: Any) -> bool:
-        """Whether step(closure) is how a GradScaler takes the last phase."""
-        return closure is None and bool(self._phase) and self._phase == len(self._phases) - 1
+        """Whether step(closure) is one of torch's own: a GradScaler takes the last phase, or a checkpoint wants state."""
+        if closure is not None:
+            return False
+        return self._phase == len(self._phases) - 1 if self._phase else self._asks_for_state()
+
+    def _asks_for_state(self) -> bool:
+        """Whether torch.distributed.checkpoint calls step() with learning rate 0 and gradients of zeros, to see the state."""
+        if any(bool(group.get("lr", 0.0)) for group in self.param_groups):
+            return False
+        params = [param for param in self._parameters()[0] if param.requires_grad]
+        grads = [param.grad for param in params]
+        return bool(grads) and not any(grad is None or bool(grad.any()) for grad in local_of(grads, self._sharded))
+
+    def _create_state(self) -> None:
+        """Makes the state that the steps would make, for a checkpoint to be loaded into."""
+        params, groups = self._parameters()
+        moving = [i for i, param in enumerate(params) if param.requires_grad]
+        params, groups = [params[i] for i in moving], [groups[i] for i in moving]
+        self._create_buffers(params)
+        self._create_base_state(params, groups)
 
     def _last_phase(self) -> Any:
-        """The last phase as a step(), for torch.amp.GradScaler.step(optimizer)."""
+        """step() as torch itself calls it."""
+        if not self._phase:
+            return self._create_state()
         self._within_step = True  # torch calls the hooks around it
         try:
             return getattr(self, self._phases[-1])()

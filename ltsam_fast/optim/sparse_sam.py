@@ -66,6 +66,7 @@ class SparseSAM(SAM):
 
     _buffers = ("frozen",)
     _takes_shards = False
+    _twice = True
     _kept = (
         *SAM._kept, "sparsity", "mask", "refresh_every", "drop_rate", "total_steps", "num_samples", "seed",
     )  # fmt: skip
@@ -103,6 +104,14 @@ class SparseSAM(SAM):
     def _forget(self) -> None:
         super()._forget()
         self._refreshed = False
+        self._masks: list[tuple[Tensor, Tensor]] = []  # those that this step changed, and what they were
+        self._begun: Tensor | None = None
+
+    def _create_buffers(self, params: list[Tensor]) -> None:
+        sizes = [param.numel() for param in params]
+        everything = torch.ones(sum(sizes), dtype=torch.bool, device=params[0].device)
+        for param, bits in zip(params, masks.to_bits(everything, sizes), strict=True):
+            self.state[param].setdefault("frozen", bits)
 
     def _candidates(self) -> list[Tensor]:
         return [param for param in self._parameters(ascent=True)[0] if param.requires_grad]
@@ -127,6 +136,8 @@ class SparseSAM(SAM):
         params = self._candidates()
         for param, bits in zip(params, masks.to_bits(moving, [p.numel() for p in params]), strict=True):
             # In place, where CUDA graphs look for them.
+            if "frozen" in self.state[param]:
+                self._masks.append((self.state[param]["frozen"], self.state[param]["frozen"].clone()))
             self.state[param].setdefault("frozen", bits).copy_(bits)
 
     def _mask_now(self) -> Tensor:
@@ -140,7 +151,7 @@ class SparseSAM(SAM):
         generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
         chance = torch.rand(sum(p.numel() for p in params), generator=generator, device=device)
         count = self._count(chance)
-        if any("frozen" not in self.state[param] for param in params):
+        if not self._taken or any("frozen" not in self.state[param] for param in params):
             self._keep(masks.largest(chance, count))
             return
         rate = self.drop_rate
@@ -161,7 +172,11 @@ class SparseSAM(SAM):
 
     @property
     def _due(self) -> bool:
-        return self._taken % self.refresh_every == 0
+        if self._taken % self.refresh_every == 0 or any("frozen" not in self.state[p] for p in self._candidates()):
+            return True  # at a weight that was thawed, too
+        if self._begun is not None and not bool(self._begun):
+            self._begun = None
+        return self._begun is not None  # the first mask of all was made from gradients that overflowed
 
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -172,6 +187,15 @@ class SparseSAM(SAM):
         if any(bits is None for bits in frozen):
             raise ValueError('mask "fisher" needs per-sample losses: call refresh_mask(losses) before first_step()')
         return {"frozen": frozen}
+
+    def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        if self._refreshed and (self._begun is not None or not self._masks):
+            self._begun = found_inf
+        super()._descend(grad_scale, found_inf)
+        if found_inf is not None:
+            for now, before in self._masks:
+                now.copy_(torch.where(found_inf.bool(), before, now))
+        self._masks = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which turns the masks into floating point."""

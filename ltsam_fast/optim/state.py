@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Scaling
 from ltsam_fast.optim.checks import is_number
+from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.table import Table
 
@@ -30,6 +31,8 @@ class Stateful(Optimizer):
     """Whether FSDP2's parameters will do."""
     _uncapturable = ""
     """Why a CUDA graph cannot hold the step, if so."""
+    _twice = False
+    """Whether the losses at w are differentiated more than once."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
     _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
@@ -70,17 +73,12 @@ class Stateful(Optimizer):
         self._base_only = {name: defaults[name] for name in own if name in defaults}
         self._forget()
         self._skipped: Tensor | None = None
+        self._sharded = False
         super().__init__(params, own)
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
-        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
-        if self._sharded and not self._takes_shards:
-            raise ValueError(
-                f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single samples "
-                "or classes; use DistributedDataParallel"
-            )
 
     def _forget(self) -> None:
         """Sets up what lives within a step only."""
@@ -99,6 +97,7 @@ class Stateful(Optimizer):
         self._tables: dict[str, Table] = {}
         self._constants: dict[Any, Tensor] = {}
         self._update = Update()
+        self._graphs = CompiledGraphs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; its ``rho``, ``eta`` and ``norm_eps`` must be finite and >= 0."""
@@ -109,6 +108,14 @@ class Stateful(Optimizer):
                 value = group[name]
                 self.param_groups.pop()
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if any(map(_is_sharded, group["params"])):
+            if not self._takes_shards:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single "
+                    "samples or classes; use DistributedDataParallel"
+                )
+            self._sharded = True
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -178,6 +185,12 @@ class Stateful(Optimizer):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._skipped = None
 
+    def _create_buffers(self, params: list[Tensor]) -> None:
+        """Makes the state that is not the base optimizer's, where it is missing."""
+        for param in params:
+            for name in self._buffers:
+                self.state[param].setdefault(name, torch.zeros_like(param, requires_grad=False))
+
     def _check_settled(self, name: str) -> None:
         if self._phase or self._climbed:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
@@ -195,4 +208,8 @@ class Stateful(Optimizer):
         self._forget()
         self._skipped = None
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
-        self._sharded = any(hasattr(param, "_local_tensor") for param in self._parameters()[0])
+        self._sharded = any(map(_is_sharded, self._parameters()[0]))
+
+
+def _is_sharded(param: Tensor) -> bool:
+    return hasattr(param, "_local_tensor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,24 +28,65 @@ class Worker(Stateful):
             return contextlib.nullcontext()
         return self.model.no_sync()  # type: ignore[union-attr, operator]
 
-    def _joined_norm(self, norm: Tensor) -> Tensor:
-        """The norm over all shards of the parameters, from this worker's."""
-        return self._joined(norm.square()).sqrt() if self._sharded else norm
+    def _norm(
+        self,
+        grads: list[Tensor | None],
+        params: list[Tensor] | None = None,
+        use: str = "",
+        *,
+        extra: list[Tensor | None] | None = None,
+        groups: list[int] | None = None,
+        found_inf: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The norm of whole gradients as by :func:`ltsam_fast.ops.grad_norm`, whose arguments these are.
+
+        Of shards the squares are summed over the workers that have the others; an overflow in one of them is everybody's.
+        """
+        if not self._sharded:
+            table = self._table("grad_norm", use)
+            return ops.grad_norm(grads, params, extra=extra, groups=groups, found_inf=found_inf, table=table, **options)
+        squares = []
+        for number, (where, chosen) in enumerate(_by_mesh(grads)):
+            norm = ops.grad_norm(
+                _shards(grads, chosen),
+                params and _shards(params, chosen),
+                extra=extra and _shards(extra, chosen),
+                groups=groups and [groups[i] for i in chosen],
+                found_inf=found_inf,
+                table=self._table("grad_norm", f"{use} {number}"),
+                **options,
+            )
+            squares.append(_summed(norm.square(), where))
+        norm = torch.stack(squares).sum().sqrt()
+        if found_inf is not None:
+            found_inf.masked_fill_(~norm.isfinite(), 1.0)
+        return norm
 
     def _dots(self, grads: list[Tensor | None], other: list[Tensor | None], use: str = "") -> Tensor:
         """The inner products of two gradients: g.g, h.h and g.h."""
-        pair = local_of(grads, self._sharded), local_of(other, self._sharded)
-        return self._joined(ops.grad_dots(*pair, table=self._table("grad_dots", use)))
+        if not self._sharded:
+            return ops.grad_dots(grads, other, table=self._table("grad_dots", use))
+        sums = []
+        for number, (where, chosen) in enumerate(_by_mesh(grads)):
+            table = self._table("grad_dots", f"{use} {number}")
+            sums.append(_summed(ops.grad_dots(_shards(grads, chosen), _shards(other, chosen), table=table), where))
+        return torch.stack(sums).sum(0)
 
-    def _joined(self, sums: Tensor) -> Tensor:
-        """Sums over all shards of the parameters, from this worker's."""
-        if self._sharded:
-            torch.distributed.all_reduce(sums, group=self._shard_group)
-        return sums
+    def _aligned(self, params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Gradients laid out over the workers as their parameters are: tensor parallelism leaves some as partial sums."""
+        if not self._sharded:
+            return grads
+        return [_laid_out(grad, param) for param, grad in zip(params, grads, strict=True)]
 
-    @property
-    def _shard_group(self) -> Any:
-        return self.param_groups[0]["params"][0].device_mesh.get_group()
+    def _let_go_of_copies(self) -> None:
+        """Has FSDP2 gather the weights anew, where it still holds what they were, as after a forward without backward."""
+        if self._sharded and self.model is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _average(self, grads: list[Tensor | None]) -> None:
         """Averages gradients over the workers, in place; gradients that some lack must be lacking everywhere."""
@@ -53,3 +95,39 @@ class Worker(Stateful):
         torch._foreach_div_(there, torch.distributed.get_world_size(group))
         for work in [torch.distributed.all_reduce(grad, group=group, async_op=True) for grad in there]:
             work.wait()  # type: ignore[union-attr]
+
+
+def _by_mesh(tensors: list[Tensor | None]) -> list[tuple[Any, list[int]]]:
+    """Numbers of the tensors that are cut over the same workers, with their mesh and its dimensions that cut them.
+
+    Dimensions of a mesh that hold replicas (HSDP) must not be summed over. Tensors that are not cut stand under ``None``.
+    """
+    found: dict[Any, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        if hasattr(tensor, "placements"):
+            cut = tuple(dim for dim, one in enumerate(tensor.placements) if not one.is_replicate())  # type: ignore[union-attr]
+            found.setdefault((tensor.device_mesh, cut) if cut else None, []).append(number)  # type: ignore[union-attr]
+        else:
+            found.setdefault(None, []).append(number)
+    return list(found.items()) or [(None, [])]
+
+
+def _laid_out(grad: Any, param: Any) -> Any:
+    if hasattr(grad, "placements") and grad.placements != param.placements:
+        return grad.redistribute(param.device_mesh, param.placements)
+    return grad
+
+
+def _shards(tensors: Sequence[Any], chosen: list[int]) -> list[Any]:
+    return local_of([tensors[i] for i in chosen], sharded=True)
+
+
+def _summed(sums: Tensor, where: Any) -> Tensor:
+    """Sums over the workers that share a mesh's tensors. With weights offloaded to the CPU the mesh still is of devices."""
+    if where is None:
+        return sums
+    mesh, dimensions = where
+    there = sums.to(mesh.device_type)
+    for dimension in dimensions:
+        torch.distributed.all_reduce(there, group=mesh.get_group(dimension))
+    return there.to(sums.device)

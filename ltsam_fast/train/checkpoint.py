@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from pathlib import Path
@@ -17,19 +18,32 @@ VERSION = 1
 
 
 def write(path: Path, content: bytes | dict[str, Any]) -> None:
-    """Writes a file beside its place and then renames it, so that a kill at any time leaves the old one or the new one."""
+    """Writes a file beside its place and then renames it, so that a kill at any time leaves the old one or the new one.
+
+    Raises:
+        OSError: It can't be written, e.g. because the disk is full; the old one stays.
+    """
+    if not isinstance(content, bytes):
+        buffer = io.BytesIO()  # torch.save into a file would hide the error of a full disk behind one of its own
+        torch.save(content, buffer)
+        content = buffer.getvalue()
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                torch.save(content, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what a :func:`write` that was killed left behind."""
+    for part in folder.glob("*.part"):
+        part.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -43,10 +57,10 @@ def read(path: str | Path) -> dict[str, Any]:
         path = path / NAME
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"checkpoint {path}: no such file") from None
-    except Exception as error:  # torch.load's errors are of many kinds
-        raise ConfigError(f"checkpoint {path} can't be read: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ConfigError(f"checkpoint {path}: {(error.strerror or str(error)).lower()}") from error
+    except Exception as error:  # torch.load's errors are of many kinds, and tell of pickles
+        raise ConfigError(f"checkpoint {path} can't be read: it is damaged, or not one of ltsam_fast train") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ConfigError(f"checkpoint {path} is not one of ltsam_fast train, version {VERSION}")
     return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     try:
         return COMMANDS[command](arguments)
+    except KeyboardInterrupt:
+        message, code = "interrupted", INTERRUPTED
     except (ConfigError, DataError, Diverged) as error:
         message, code = str(error), FAILED if isinstance(error, Diverged) else WRONG
     except OSError as error:
@@ -120,12 +123,18 @@ def train_command(arguments: Sequence[str]) -> int:
     add_settings(parser)
     options = parser.parse_args(arguments)
 
+    from ltsam_fast.train.checkpoint import NAME
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
 
+    layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
-    config = build(*([stored.as_dict()] if stored else []), *given(options))
+    if stored and not any("recipe" in layer for layer in layers):  # a recipe lies below all that was stored
+        layers.insert(0, stored.as_dict())
+    config = build(*layers)
     out = options.out or Path("runs") / f"{config.method}-{config.loss}-seed{config.seed}"
+    if options.resume and not (out / NAME).exists():
+        raise ConfigError(f"--resume: no checkpoint {out / NAME}; to begin, leave --resume out")
     report = None if options.quiet else Console()
     try:
         train(config, out, resume=options.resume, report=report)
@@ -178,22 +187,21 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 
 def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
+    """Prints the table, into a file or a pipe as Markdown."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console as Terminal
     from rich.markup import escape
     from rich.table import Table
 
-    from ltsam_fast.train.compare import best_of, caption, cells_of, head
+    from ltsam_fast.train.compare import TABLE, best_of, caption, cells_of, head
 
     if not rows:
         return
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=escape(caption(rows, config)),
-        caption_justify="left",
-    )
+    terminal = Terminal()
+    if not terminal.is_terminal:
+        print((out / TABLE).read_text(encoding="utf-8"))
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(head()):
         table.add_column(name, justify="left" if index < 2 else "right", no_wrap=True)
     before = rows[0].loss
@@ -203,9 +211,10 @@ def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
         before = row.loss
         texts = cells_of(row, best_of(rows), mark="*")
         table.add_row(*(f"[bold]{text.strip('*')}[/bold]" if text.startswith("*") else escape(text) for text in texts))
-    terminal = Terminal()
-    terminal.print(table)
-    terminal.print(f"wrote {out}/: table.md, table.csv, bars.png, curves.png", highlight=False, markup=False)
+    whole = terminal.measure(table, options=terminal.options.update(width=1000)).maximum
+    Terminal(width=max(whole, terminal.width)).print(table)  # a narrow terminal wraps, but nothing is cut off
+    terminal.print(caption(rows, config), highlight=False, markup=False)
+    terminal.print(f"wrote {out}/: {TABLE}, table.csv, bars.png, curves.png", highlight=False, markup=False)
 
 
 def _names(text: str) -> list[str]:
@@ -231,12 +240,15 @@ def diagnose_command(arguments: Sequence[str]) -> int:
     changes = ("data", "test_data", "images", "cache", "loss", "device", "threads")
     add_settings(parser, without=[name for name in FIELDS if name not in changes])
     options = vars(parser.parse_args(arguments))
-    if options["per_class"] < 1 or options["iterations"] < 1 or (options["rho"] or 0) < 0:
-        parser.error("--per-class and --iterations must be at least 1, --rho at least 0")
+    if options["per_class"] < 1 or options["iterations"] < 1 or not 0 <= (options["rho"] or 0) < math.inf:
+        parser.error("--per-class and --iterations must be at least 1, --rho a finite number >= 0")
+
+    from rich.console import Console as Terminal
 
     from ltsam_fast.train.diagnose import diagnose
 
-    found = diagnose(options.pop("checkpoint"), options.pop("out"), **options)
+    with Terminal().status("") as status:
+        found = diagnose(options.pop("checkpoint"), options.pop("out"), report=status.update, **options)
     print(f"{'class':>14}{'images':>8}{'gradient':>12}{'loss':>10}{'sharpness':>12}")
     for row in found["classes"]:
         numbers = (f"{row[name]:{width}.4g}" if row[name] is not None else f"{'-':>{width}}" for name, width in _WIDTHS)

@@ -6,7 +6,9 @@ import csv
 import io
 import itertools
 import json
+import os
 import statistics
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +17,17 @@ from typing import Any
 from ltsam_fast.train import checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build
 from ltsam_fast.train.log import GROUPS
-from ltsam_fast.train.loop import Diverged, finished, load_images, train
+from ltsam_fast.train.loop import Diverged, check_folder, finished, train
 from ltsam_fast.train.losses import accepted as losses_take
 from ltsam_fast.train.losses import check_options as check_loss
 from ltsam_fast.train.losses import label as loss_label
 from ltsam_fast.train.methods import accepted as methods_take
 from ltsam_fast.train.methods import check_options, label
+from ltsam_fast.train.run import check, load_images
 from ltsam_fast.train.workers import is_first
 
 _ACCURACY = "accuracy (%)"
+TABLE = "table.md"
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def grid(
         for name in (name for layer in layers for name in layer.get(key, {})):
             if "." not in name and not any(name in there for there in takers.values()):
                 raise ConfigError(f"none of {', '.join(takers)} has an option {name!r}")
-    for seed, loss, method in itertools.product(seeds, losses, methods):
+    for seed, loss, method in itertools.product(dict.fromkeys(seeds), losses, methods):
         there = {"options": taken["options"][method], "loss_options": taken["loss_options"][loss]}
         fitting = [
             {
@@ -91,7 +95,9 @@ def compare(
 ) -> tuple[list[Row], list[str]]:
     """Trains what is not trained yet, and writes ``table.md``, ``table.csv``, ``bars.png`` and ``curves.png``.
 
-    Cells that are finished are read, one that was stopped is resumed. Accuracies are those of the last epoch.
+    Cells that are finished are read, one that was stopped is resumed. Accuracies are those of the last epoch. A cell that
+    fails is left out of the table, the others are trained nevertheless; what the settings alone make impossible is an error
+    before anything is trained.
 
     Args:
         cells: Those of :func:`grid`.
@@ -99,31 +105,55 @@ def compare(
         report: Gives the reporter of a cell's run, see ``log.Silent``.
 
     Returns:
-        The rows of the table, and a line for each cell whose loss did not stay finite; it is left out of the table.
+        The rows of the table, and a line for each cell that failed.
 
     Raises:
         ConfigError: A setting does not fit, or a cell's folder has a run of other settings.
         DataError: Something is wrong with the data.
     """
     out = Path(out)
+    check_folder(out)
+    earlier = [finished(cell.config, cell.folder) for cell in cells]
+    images = load_images(cells[0].config) if None in earlier else None
+    if images is not None:
+        for cell in cells:
+            check(cell.config, images[0])
     histories: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}
-    failures, images = [], None
-    for cell in cells:
-        history = finished(cell.config, cell.folder)
+    failures = []
+    for cell, history in zip(cells, earlier, strict=True):
         reporter = report(cell)
         if history is None:
-            images = images or load_images(cell.config)
             try:
                 history = train(cell.config, cell.folder, resume=True, report=reporter, images=images)
-            except Diverged as error:
-                failures.append(f"{cell.folder}: {error}")
-        if history:
-            histories.setdefault((cell.config.method, cell.config.loss), []).append(history)
+            except Exception as error:  # whatever it is, hours of other cells are not to be lost to it
+                failures.append(_failure(cell, error))
+                continue
+            _trace(cell).unlink(missing_ok=True)
+        histories.setdefault((cell.config.method, cell.config.loss), []).append(history)
     rows = [summary(method, loss, found) for (method, loss), found in histories.items()]
     rows.sort(key=lambda row: [cell.config.loss for cell in cells].index(row.loss))
     if rows and is_first():
         _write(rows, cells[0].config, out)
     return rows, failures
+
+
+def _failure(cell: Cell, error: Exception) -> str:
+    """What is said of a cell that failed; where it is more than a loss that is not finite, with its traceback in a file.
+
+    Among several processes only failures that all of them share are left behind: of any other the rest would wait for this one.
+    """
+    if isinstance(error, Diverged):
+        return f"{cell.folder}: {error}"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise error
+    trace = _trace(cell)
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return f"{cell.folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}; all of it is in {trace}"
+
+
+def _trace(cell: Cell) -> Path:
+    return cell.folder.with_suffix(".error.txt")
 
 
 def summary(method: str, loss: str, histories: Sequence[Sequence[dict[str, Any]]]) -> Row:
@@ -185,7 +215,7 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
     best = best_of(rows)
     lines = [head(), ["---"] * 2 + ["---:"] * (len(GROUPS) + 1), *(cells_of(row, best) for row in rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    checkpoint.write(out / "table.md", f"{table}\n\n{caption(rows, config)}\n".encode())
+    checkpoint.write(out / TABLE, f"{table}\n\n{caption(rows, config)}\n".encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     spread = [name for group in GROUPS for name in (group, f"{group}_std")]

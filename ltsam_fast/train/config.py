@@ -89,7 +89,7 @@ class Config:
     channels_last: bool = _setting(False, "memory format of images and weights")
     compile: bool = _setting(False, "compile the network with torch.compile")
     deterministic: bool = _setting(False, "only deterministic kernels, so that a resumed run is exact on a GPU too")
-    tensorboard: bool = _setting(True, "TensorBoard logs, if it is installed")
+    tensorboard: bool | None = _setting(None, "TensorBoard logs; default: if it is installed")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -101,6 +101,9 @@ class Config:
         for name in ("epochs", "batch_size", "threads", "size", "imbalance"):
             if getattr(self, name) is not None:
                 _range(name, getattr(self, name), 1)
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ConfigError(f"{name} must be a whole number in [0, 2^32), got {getattr(self, name)}")
         if self.few > self.many:
             raise ConfigError(f"few must be at most many = {self.many}, got {self.few}")
         if self.profile == "none" and self.imbalance is not None:

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ltsam_fast import data, diagnostics
+from ltsam_fast.losses import Loss
 from ltsam_fast.train import checkpoint
-from ltsam_fast.train.config import build
-from ltsam_fast.train.loop import load_images, network_of
+from ltsam_fast.train.config import Config, ConfigError, build
+from ltsam_fast.train.loop import check_folder
 from ltsam_fast.train.losses import criterion
+from ltsam_fast.train.run import load_images, network_of
 from ltsam_fast.train.workers import device_of
 
 EIGENVALUE_CLASSES = ("many", "few")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at: a checkpoint's network and loss, images of the split, and the counts it was trained with."""
+
+    epoch: int
+    config: Config
+    counts: list[int]
+    network: nn.Module
+    loss: Loss
+    images: data.Images
+    asked: dict[str, Any]
+    """Further arguments of all diagnostics."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The first arguments of all diagnostics."""
+        return self.network, self.loss, self.images.pixels, self.images.labels
 
 
 def diagnose(
@@ -29,6 +52,7 @@ def diagnose(
     iterations: int = 50,
     steps: int = 15,
     radius: float = 1.0,
+    report: Callable[[str], Any] = lambda stage: None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Looks at a checkpoint's network with the loss it was trained with, and writes ``diagnostics.json`` and plots.
@@ -42,6 +66,7 @@ def diagnose(
         iterations: The most products with the Hessian.
         steps: Points of the loss slice.
         radius: Half its length, in units of filter-normalized directions.
+        report: Is told what is being done.
         **changes: Settings that are not to be the run's, e.g. ``data``, ``device``, ``threads``, ``loss``.
 
     Returns:
@@ -50,75 +75,98 @@ def diagnose(
         ``loss``.
 
     Raises:
-        ConfigError: The checkpoint can't be read, or a setting does not fit.
+        ConfigError: The checkpoint can't be read, a setting does not fit, or the data has other classes or images of another
+            size than the run's.
         DataError: Something is wrong with the data.
     """
-    state = checkpoint.read(source)
-    config = build(state["config"], changes)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = device_of(config.device)
-    train, test = load_images(config)
-    counts = train.counts()
-    network = network_of(config, train)
-    network.load_state_dict(state["model"])
-    network.to(device)
-    images = _first_of_each({"train": train, "test": test}[split], per_class)
-    loss = criterion(config, counts).to(device).eval()
-    asked: dict[str, Any] = {"batch_size": 256, "prepare": data.Augment.for_testing(train)}
-    what = (network, loss, images.pixels, images.labels)
-    classes, radius_of_sharpness = len(counts), config.options.get("rho", 0.05) if rho is None else rho
-
-    norms = diagnostics.class_grad_norms(*what, num_classes=classes, **asked)
-    sharpness = diagnostics.class_sharpness(*what, rho=radius_of_sharpness, num_classes=classes, **asked)
-    groups = data.shot_split(counts, config.many, config.few)
-    curvature = {}
-    for name in EIGENVALUE_CLASSES:
-        if len(groups[name]):
-            noise = torch.Generator().manual_seed(0)
-            curvature[name] = diagnostics.top_hessian_eigenvalue(
-                *what, classes=groups[name], iterations=iterations, generator=noise, **asked
-            )
-    along = diagnostics.loss_slice(
-        *what, steps=steps, radius=radius, generator=torch.Generator().manual_seed(0), **asked
-    )
-
     folder = Path(out) if out is not None else _folder_of(Path(source)) / "diagnostics"
+    state = checkpoint.read(source)
+    check_folder(folder)
+    report("reading images")
+    subject = _subject(state, split, per_class, changes)
+    what, asked, names = subject.arguments(), subject.asked, subject.images.classes
+    if rho is None:
+        rho = subject.config.options.get("rho", 0.05)
+    report("gradient norms")
+    norms = diagnostics.class_grad_norms(*what, num_classes=len(names), **asked)
+    report("sharpness")
+    sharpness = diagnostics.class_sharpness(*what, rho=rho, num_classes=len(names), **asked)
+    report("eigenvalues")
+    hessian = _curvature(subject, iterations)
+    report("slice of the loss")
+    along = diagnostics.loss_slice(*what, steps=steps, radius=radius, generator=_generator(), **asked)
+    columns = (norms.counts.tolist(), *map(_numbers, (norms.norms, sharpness.loss, sharpness.sharpness)))
+    keys = ("name", "images", "gradient_norm", "loss", "sharpness")
     found = {
         "checkpoint": str(source),
         "folder": str(folder),
-        "epoch": state["epoch"],
-        "config": config.as_dict(),
+        "epoch": subject.epoch,
+        "config": subject.config.as_dict(),
         "split": split,
-        "rho": radius_of_sharpness,
-        "class_counts": counts,
-        "classes": [
-            {"name": name, "images": count, "gradient_norm": norm, "loss": at_w, "sharpness": rise}
-            for name, count, norm, at_w, rise in zip(
-                train.classes,
-                images.counts(),
-                *(_numbers(values) for values in (norms.norms, sharpness.loss, sharpness.sharpness)),
-                strict=True,
-            )
-        ],
-        "hessian": {
-            name: None
-            if name not in curvature
-            else {
-                "top_eigenvalue": curvature[name].value,
-                "residual": curvature[name].residual,
-                "converged": curvature[name].converged,
-            }
-            for name in EIGENVALUE_CLASSES
-        },
+        "rho": rho,
+        "class_counts": subject.counts,
+        "classes": [dict(zip(keys, row, strict=True)) for row in zip(names, *columns, strict=True)],
+        "hessian": hessian,
         "slice": {"coordinates": along.coordinates.tolist(), "loss": along.loss.tolist()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
-    norms.plot(folder / "class_grad_norms.png", train.classes)
-    sharpness.plot(folder / "class_sharpness.png", train.classes)
+    norms.plot(folder / "class_grad_norms.png", names)
+    sharpness.plot(folder / "class_sharpness.png", names)
     along.plot(folder / "loss_slice.png")
     return found
+
+
+def _subject(state: dict[str, Any], split: str, per_class: int, changes: dict[str, Any]) -> Subject:
+    before = build(state["config"])
+    other_loss = changes.get("loss", before.loss) != before.loss
+    kept = {**state["config"], "loss_options": {}} if other_loss else state["config"]
+    config = build(kept, changes)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = device_of(config.device)
+    train, test = load_images(config)
+    if list(train.classes) != state["classes"]:
+        raise ConfigError(
+            f"data {config.data}: has not the {len(state['classes'])} classes that the run was trained on"
+        )
+    network = network_of(before, train)
+    loss = criterion(config, state["class_counts"])
+    if not other_loss:
+        loss.load_state_dict(state["loss"])  # weights of the classes may have been set in training
+    try:
+        network.load_state_dict(state["model"])
+    except RuntimeError as error:
+        shape = " x ".join(map(str, train.pixels.shape[1:]))
+        raise ConfigError(f"data {config.data}: images of {shape} do not fit the run's {config.model}") from error
+    images = _first_of_each({"train": train, "test": test}[split], per_class)
+    asked = {"batch_size": 256, "prepare": data.Augment.for_testing(train)}
+    return Subject(
+        state["epoch"], config, state["class_counts"], network.to(device), loss.to(device).eval(), images, asked
+    )
+
+
+def _curvature(subject: Subject, iterations: int) -> dict[str, dict[str, Any] | None]:
+    groups = data.shot_split(subject.counts, subject.config.many, subject.config.few)
+    present = subject.images.labels.unique()
+    found: dict[str, dict[str, Any] | None] = {}
+    for name in EIGENVALUE_CLASSES:
+        found[name] = None
+        if torch.isin(present, groups[name]).any():
+            top = diagnostics.top_hessian_eigenvalue(
+                *subject.arguments(),
+                classes=groups[name],
+                iterations=iterations,
+                generator=_generator(),
+                **subject.asked,
+            )
+            found[name] = {"top_eigenvalue": top.value, "residual": top.residual, "converged": top.converged}
+    return found
+
+
+def _generator() -> torch.Generator:
+    """What directions start from, the same in all diagnoses, so that checkpoints can be compared."""
+    return torch.Generator().manual_seed(0)
 
 
 def _first_of_each(images: data.Images, most: int) -> data.Images:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ltsam_fast.extras import needed
 from ltsam_fast.train import checkpoint
 
 GROUPS = ("all", "many", "medium", "few")
@@ -23,13 +24,12 @@ class Logs:
     The two files are written whole each epoch: they never disagree with the checkpoint, whose history they show.
     """
 
-    def __init__(self, out: Path, history: Sequence[dict[str, Any]], tensorboard: bool) -> None:
+    def __init__(self, out: Path, history: Sequence[dict[str, Any]], tensorboard: bool | None) -> None:
         self.out, self.rows, self.board = out, list(history), None
         out.mkdir(parents=True, exist_ok=True)
-        if tensorboard and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(out / "tensorboard", purge_step=len(self.rows) + 1)
+        if importlib.util.find_spec("tensorboard") if tensorboard is None else tensorboard:
+            writer = needed("torch.utils.tensorboard", "tensorboard").SummaryWriter
+            self.board = writer(out / "tensorboard", purge_step=len(self.rows) + 1)
         if self.rows:
             self._write()
 

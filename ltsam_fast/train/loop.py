@@ -1,173 +1,33 @@
-"""The training loop: what a run consists of, an epoch, its accuracies, and how it all goes on after an interruption."""
+"""The training loop: an epoch, its accuracies, and how it all goes on after an interruption."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 
-from ltsam_fast import data, models
-from ltsam_fast.losses import Loss
+from ltsam_fast import data
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing
 from ltsam_fast.train.log import GROUPS, Logs, Silent
-from ltsam_fast.train.losses import COSINE, criterion, one_noise, reweight
-from ltsam_fast.train.methods import Setting, create
-from ltsam_fast.train.workers import Workers, workers
+from ltsam_fast.train.losses import one_noise, reweight
+from ltsam_fast.train.run import Run, prepare
+from ltsam_fast.train.workers import workers
 
 EVAL_BATCH = 1024
 CONFIG = "config.json"
-_PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Diverged(RuntimeError):
     """The training loss is not finite any more."""
-
-
-@dataclass
-class Run:
-    """All that a run consists of."""
-
-    config: Config
-    at: Workers
-    train: data.Images
-    test: data.Images
-    counts: list[int]
-    network: nn.Module
-    """The network itself."""
-    model: nn.Module
-    """The network, or its DistributedDataParallel."""
-    forward: Callable[[Tensor], Tensor]
-    """The model, compiled where that is asked for."""
-    loss: Loss
-    optimizer: Optimizer
-    scheduler: LambdaLR
-    scaler: torch.amp.GradScaler
-    order: torch.Generator
-    noise: torch.Generator
-    augment: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that are done."""
-        return len(self.history)
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return -(-len(self.train.labels) // self.config.batch_size)
-
-    def autocast(self) -> torch.autocast:
-        """The context of forward passes."""
-        return torch.autocast(self.at.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
-
-
-def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
-    """The training images, the long-tailed subset if one is asked for, and the test images.
-
-    Args:
-        config: The settings.
-        progress: Show a progress bar while images are decoded.
-
-    Raises:
-        ConfigError: The sets do not have the same classes, or the subset can't be had.
-        DataError: Something is wrong with the files.
-    """
-    names = ("format", "images", "size", "cache", "classes")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
-    try:
-        train = data.load(config.data, "train", **options)
-        test = data.load(config.test_data or config.data, "test", **options)
-    except data.DataError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from error
-    if train.classes != test.classes:
-        raise ConfigError(
-            f"data: the training images have {len(train.classes)} classes, the test images {len(test.classes)}"
-            + (" of other names" if len(train.classes) == len(test.classes) else "")
-        )
-    if config.imbalance is None:
-        return train, test
-    try:
-        counts = data.longtail_counts(min(train.counts()), len(train.classes), config.imbalance, config.profile)
-        return train.take(data.longtail_subset(train.labels, counts, config.data_seed)), test
-    except ValueError as error:
-        raise ConfigError(f"no long-tailed subset: {error}") from error
-
-
-def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images] | None = None) -> Run:
-    """Everything as it is before the first step; the same in every process but for its random numbers.
-
-    Raises:
-        ConfigError: A setting does not fit.
-        DataError: Something is wrong with the data.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if config.batch_size % at.size:
-        raise ConfigError(f"batch_size must be a multiple of the {at.size} processes, got {config.batch_size}")
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
-    train, test = images or load_images(config)
-    counts = train.counts()
-    if len(train.labels) < at.size:
-        raise ConfigError(f"data: {len(train.labels)} training images are too few for {at.size} processes")
-    checkpoint.seed_all(config.seed)
-    network = network_of(config, train).to(at.device)
-    if config.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = network
-    if at.size > 1:
-        model = DistributedDataParallel(network, [at.device] if at.device.type == "cuda" else None)
-    per_epoch = -(-len(train.labels) // config.batch_size)
-    optimizer = create(config, Setting(model, network, counts, per_epoch, per_epoch * config.epochs))
-    checkpoint.seed_all(config.seed + at.rank)  # dropout is not to be the same in all processes
-    return Run(
-        config,
-        at,
-        train,
-        test,
-        counts,
-        network,
-        model,
-        torch.compile(model) if config.compile else model,
-        criterion(config, counts).to(at.device),
-        optimizer,
-        LambdaLR(optimizer, config.factor),
-        torch.amp.GradScaler(at.device.type, enabled=config.amp == "fp16"),
-        torch.Generator().manual_seed(config.seed),
-        torch.Generator(at.device).manual_seed(config.seed + at.rank),
-        data.Augment.for_training(train) if config.augment else data.Augment.for_testing(train),
-        data.Augment.for_testing(train),
-    )
-
-
-def network_of(config: Config, train: data.Images) -> nn.Module:
-    """A new network for these images.
-
-    Raises:
-        ConfigError: There is no such network, or it does not take such images.
-    """
-    cosine = config.loss in COSINE if config.cosine_head is None else config.cosine_head
-    channels, height, width = train.pixels.shape[1:]
-    try:
-        return models.create(config.model, len(train.classes), (channels, height, width), cosine_head=cosine)
-    except ValueError as error:
-        raise ConfigError(f"model {config.model}: {error}") from error
 
 
 def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
@@ -214,6 +74,7 @@ def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
 def evaluate(run: Run) -> dict[str, Any]:
     """Test accuracies in percent: ``all`` images, the mean over the classes of each shot group, and ``per_class``."""
     run.network.eval()
+    run.at.share(run.network.buffers())  # running statistics: the checkpoint has those of the first process
     at, classes = run.at, len(run.counts)
     found = torch.zeros(2, classes, dtype=torch.float64, device=at.device)  # right answers, images
     for part in torch.arange(at.rank, len(run.test.labels), at.size).split(EVAL_BATCH):
@@ -290,7 +151,13 @@ def train(
     """
     out = Path(out)
     state = _earlier(config, out, resume)
+    check_folder(out)
     with workers(config.device) as at:
+        epochs = at.gather(None if state is None else state["epoch"])
+        if len(set(epochs)) > 1:
+            raise ConfigError(
+                f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
+            )
         run = prepare(config, at, images)
         if state is not None:
             _restore(run, state)
@@ -311,6 +178,7 @@ def train(
         finally:
             if logs:
                 logs.close()
+        at.gather(None)  # the last checkpoint is written before any process goes on
         return run.history
 
 
@@ -344,6 +212,15 @@ def stored_config(out: str | Path) -> Config | None:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def check_folder(out: Path) -> None:
+    """Raises ConfigError, before anything long is done, unless files can be written below ``out``."""
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"out {out}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"out {out}: can't write to {there}")
+
+
 def finished(config: Config, out: str | Path) -> list[dict[str, Any]] | None:
     """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`."""
     state = _earlier(config, Path(out), resume=True)
@@ -370,6 +247,7 @@ def _save(run: Run, out: Path) -> None:
     if run.at.rank:
         return
     out.mkdir(parents=True, exist_ok=True)
+    checkpoint.remove_parts(out)
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
     checkpoint.write(out / CONFIG, text.encode())
     best = max(run.history, key=lambda row: row["all"], default={"epoch": 0, "all": None})

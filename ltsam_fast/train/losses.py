@@ -57,15 +57,18 @@ def check_options(config: Config) -> None:
         raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(there)}")
 
 
-def criterion(config: Config, counts: Sequence[int]) -> losses.Loss:
+def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Loss:
     """The loss of a run: logits (B, C) and labels (B,) to losses (B,).
+
+    Noise has the run's seed, in each process another.
 
     Raises:
         ConfigError: There is no such loss, or an option is not accepted.
     """
     check_options(config)
+    supplied = {"seed": config.seed + rank} if "seed" in accepted(config.loss) else {}
     try:
-        loss = LOSSES[config.loss][1](list(counts), reduction="none", **config.loss_options)
+        loss = LOSSES[config.loss][1](list(counts), reduction="none", **{**supplied, **config.loss_options})
         reweight(loss, config, counts, 0)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.loss}: {error}") from error

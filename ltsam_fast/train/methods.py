@@ -97,8 +97,8 @@ def check_options(config: Config) -> None:
 def create(config: Config, setting: Setting) -> Optimizer:
     """The optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
-    Class counts, the model and the classifier (CC-SAM's ``head``) are supplied; so are ``m`` of m-SAM, half a batch, and
-    ``total_steps`` of sparse SAM. Options that count steps may be given as "140ep" (epochs) or "70%" (of the run).
+    Class counts, the model, the classifier (CC-SAM's ``head``) and the run's seed are supplied; so are ``m`` of m-SAM, half a
+    batch, and ``total_steps`` of sparse SAM. Options that count steps may be given as "140ep" (epochs) or "70%" (of the run).
 
     Raises:
         ConfigError: An option is unknown or out of its range.
@@ -122,6 +122,7 @@ def create(config: Config, setting: Setting) -> Optimizer:
             "head": classifier(setting.network) if "head" in taken else None,
             "m": max(1, config.batch_size // 2),
             "total_steps": setting.steps,
+            "seed": config.seed,
         }
         known = {name: value for name, value in supplied.items() if name in taken}
         return cls(setting.network.parameters(), base, model=setting.model, **{**known, **fixed, **options})

@@ -1,0 +1,13 @@
+"""What all benchmarks share."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.measure import DEVICE, roof
+
+
+@pytest.fixture(scope="session")
+def measured_roof():
+    """Bytes a second that the machine's memory gives, measured once."""
+    return roof(DEVICE)

@@ -1,0 +1,55 @@
+"""What is left of a perturbation after rounding: weights in 16 bits, and fp32 weights under autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.measure import DEVICE
+from bench.test_steps import facts
+from ltsam_fast import ops
+
+WEIGHTS = 25_000_000
+"""As many as ResNet-50 has; the more there are, the less falls to each."""
+DRAWS = 256
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32 (autocast)": torch.float32}
+
+
+def moved(w, g, rho, dtype, **options):
+    """The perturbation that weights of a dtype get."""
+    stored = w.to(dtype)
+    before = stored.double()
+    ops.perturb_([stored], [g], None, g.norm(), rho=rho, **options)
+    return stored.double() - before
+
+
+def alike(actual, wanted):
+    """Cosine, and the length along the wanted perturbation in units of that one's."""
+    along = (actual @ wanted) / wanted.norm()
+    return {"cosine": (along / actual.norm()).item(), "length": (along / wanted.norm()).item()}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_perturbation_that_is_left(benchmark, name, request):
+    """Nearest rounding loses most of it, random rounding keeps its mean, fp32 weights keep it."""
+    count = WEIGHTS if not benchmark.disabled else 10_000
+    generator = torch.Generator().manual_seed(0)
+    w, g = ((scale * torch.randn(count, generator=generator)).to(DEVICE) for scale in (0.05, 1.0))
+    wanted = 0.05 * g.double() / g.double().norm()
+    benchmark.group = "16 bits"
+    benchmark.pedantic(moved, (w, g, 0.05, DTYPES[name]), rounds=1)
+    rows = [{"weights": name, "rounding": "to nearest", **alike(moved(w, g, 0.05, DTYPES[name]), wanted)}]
+    if DTYPES[name] != torch.float32:
+        # Of the mean a hundredth of the weights tells as much; each gets what it would get among all.
+        few, share = slice(0, count // 100), 0.05 * g[: count // 100].norm().item() / g.norm().item()
+        mean = torch.zeros_like(wanted[few])
+        for step in range(DRAWS):
+            one = moved(w[few], g[few], share, DTYPES[name], stochastic=True, seed=1, step=step)
+            mean += one / DRAWS
+        rows.append({"weights": name, "rounding": "random, one step", **alike(one, wanted[few])})
+        rows.append({"weights": name, "rounding": f"random, mean of {DRAWS} steps", **alike(mean, wanted[few])})
+        assert abs(rows[-1]["length"] - 1) < (0.05 if not benchmark.disabled else 0.5)
+    else:
+        assert rows[0]["cosine"] > 0.99
+    if not benchmark.disabled:
+        benchmark.extra_info.update(facts(request, count, 0, 1.0), table="16 bits", rows=rows)

@@ -1,0 +1,72 @@
+"""A LightningModule: ``python -m ltsam_fast.examples.lightning_module``.
+
+Shows a schedule, gradient accumulation, clipping and mixed precision, all by the Trainer's settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltsam_fast.examples.common import arguments, loader, method_of, report
+from ltsam_fast.models import small_cnn
+from ltsam_fast.trainers.lightning import SharpnessAwareModule
+
+
+class Classifier(SharpnessAwareModule):
+    """The demo's network; with another base class and the mean loss it would be any LightningModule."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.options = options
+        self.net = small_cnn()
+
+    def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
+        """The per-sample losses."""
+        x, y = batch
+        return F.cross_entropy(self.net(x), y, reduction="none")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs the loss at the unperturbed weights."""
+        if self.training_loss is not None:
+            self.log("train_loss", self.training_loss, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """The method, and a cosine schedule that moves with every step."""
+        method, own = method_of(self.options, head=self.net[-1])
+        base = {"lr": self.options.lr, "momentum": 0.9, "weight_decay": 5e-4}
+        optimizer = method(self.parameters(), torch.optim.SGD, **own, **base)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.options.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Trains, and returns the test accuracies."""
+    from lightning.pytorch import Trainer
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    options = arguments(__doc__, argv, epochs=25, lr=0.05)
+    module = Classifier(options)
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        accelerator="auto" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip or None,
+        precision="bf16-mixed" if options.bf16 else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(module, loader(options.data, options.accumulate))
+    return report(options, module.net.cpu())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""A loop of one's own: ``python -m ltsam_fast.examples.plain_loop``.
+
+Shows a learning rate schedule, gradient accumulation, clipping and mixed precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ltsam_fast.examples.common import arguments, loader, method_of, report
+from ltsam_fast.models import small_cnn
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Trains, and returns the test accuracies."""
+    options = arguments(__doc__, argv, epochs=25, lr=0.05)
+    model = small_cnn()
+    method, own = method_of(options, head=model[-1])  # lf.FocalSAM and {"class_counts": ..., "rho": ...}, for instance
+    base = {"lr": options.lr, "momentum": 0.9, "weight_decay": 5e-4}
+    optimizer = method(model.parameters(), torch.optim.SGD, **own, max_grad_norm=options.clip, **base)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
+
+    def closure_of(x: Tensor, y: Tensor) -> Callable[..., Tensor]:
+        def closure(index: Tensor | slice = slice(None)) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
+                return F.cross_entropy(model(x[index]), y[index], reduction="none")
+
+        return closure
+
+    batches = loader(options.data)
+    for epoch in range(options.epochs):
+        total = torch.zeros(())
+        for x, y in batches:
+            parts = list(zip(x.chunk(options.accumulate), y.chunk(options.accumulate), strict=True))
+            total += optimizer.step([closure_of(*part) for part in parts], targets=[part[1] for part in parts])
+            schedule.step()
+        if (epoch + 1) % 5 == 0:
+            print(f"epoch {epoch + 1}: mean loss {total / len(batches):.3f}")
+    return report(options, model)
+
+
+if __name__ == "__main__":
+    main()

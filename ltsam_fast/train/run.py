@@ -1,0 +1,169 @@
+"""What a run consists of, as it is before its first step: images, network, loss, optimizer, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ltsam_fast import data, models
+from ltsam_fast.losses import Loss
+from ltsam_fast.train import checkpoint
+from ltsam_fast.train.config import Config, ConfigError
+from ltsam_fast.train.losses import COSINE, criterion
+from ltsam_fast.train.methods import Setting, create
+from ltsam_fast.train.workers import Workers
+
+_PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Run:
+    """All that a run consists of."""
+
+    config: Config
+    at: Workers
+    train: data.Images
+    test: data.Images
+    counts: list[int]
+    network: nn.Module
+    """The network itself."""
+    model: nn.Module
+    """The network, or its DistributedDataParallel."""
+    forward: Callable[[Tensor], Tensor]
+    """The model, compiled where that is asked for."""
+    loss: Loss
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    scaler: torch.amp.GradScaler
+    order: torch.Generator
+    noise: torch.Generator
+    augment: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return len(self.history)
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.train.labels) // self.config.batch_size)
+
+    def autocast(self) -> torch.autocast:
+        """The context of forward passes."""
+        return torch.autocast(self.at.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
+
+
+def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
+    """The training images, the long-tailed subset if one is asked for, and the test images.
+
+    Args:
+        config: The settings.
+        progress: Show a progress bar while images are decoded.
+
+    Raises:
+        ConfigError: The sets do not have the same classes, or the subset can't be had.
+        DataError: Something is wrong with the files.
+    """
+    names = ("format", "images", "size", "cache", "classes")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
+    try:
+        train = data.load(config.data, "train", **options)
+        options["classes"] = len(train.classes)  # a list of test images may lack the last ones
+        test = data.load(config.test_data or config.data, "test", **options)
+    except data.DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+    if train.classes != test.classes:
+        raise ConfigError(
+            f"data: the {len(train.classes)} classes of the test images have other names than in training"
+        )
+    if config.imbalance is None:
+        return train, test
+    try:
+        counts = data.longtail_counts(min(train.counts()), len(train.classes), config.imbalance, config.profile)
+        return train.take(data.longtail_subset(train.labels, counts, config.data_seed)), test
+    except ValueError as error:
+        raise ConfigError(f"no long-tailed subset: {error}") from error
+
+
+def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images] | None = None) -> Run:
+    """Everything as it is before the first step; the same in every process but for its random numbers.
+
+    Raises:
+        ConfigError: A setting does not fit.
+        DataError: Something is wrong with the data.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.batch_size % at.size:
+        raise ConfigError(f"batch_size must be a multiple of the {at.size} processes, got {config.batch_size}")
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    train, test = images or load_images(config)
+    counts = train.counts()
+    if len(train.labels) < at.size:
+        raise ConfigError(f"data: {len(train.labels)} training images are too few for {at.size} processes")
+    checkpoint.seed_all(config.seed)
+    network = network_of(config, train).to(at.device)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = network
+    if at.size > 1:
+        model = DistributedDataParallel(network, [at.device] if at.device.type == "cuda" else None)
+    optimizer = create(config, _setting(config, model, network, counts))
+    checkpoint.seed_all(config.seed + at.rank)  # dropout is not to be the same in all processes
+    return Run(
+        config,
+        at,
+        train,
+        test,
+        counts,
+        network,
+        model,
+        torch.compile(model) if config.compile else model,
+        criterion(config, counts, at.rank).to(at.device),
+        optimizer,
+        LambdaLR(optimizer, config.factor),
+        torch.amp.GradScaler(at.device.type, enabled=config.amp == "fp16"),
+        torch.Generator().manual_seed(config.seed),
+        torch.Generator(at.device).manual_seed(config.seed + at.rank),
+        data.Augment.for_training(train) if config.augment else data.Augment.for_testing(train),
+        data.Augment.for_testing(train),
+    )
+
+
+def _setting(config: Config, model: nn.Module, network: nn.Module, counts: list[int]) -> Setting:
+    per_epoch = -(-sum(counts) // config.batch_size)
+    return Setting(model, network, counts, per_epoch, per_epoch * config.epochs)
+
+
+def check(config: Config, train: data.Images) -> None:
+    """Raises ConfigError if the network, the loss or the method can't be had for these images."""
+    network, counts = network_of(config, train), train.counts()
+    criterion(config, counts)
+    create(config, _setting(config, network, network, counts))
+
+
+def network_of(config: Config, train: data.Images) -> nn.Module:
+    """A new network for these images.
+
+    Raises:
+        ConfigError: There is no such network, or it does not take such images.
+    """
+    cosine = config.loss in COSINE if config.cosine_head is None else config.cosine_head
+    channels, height, width = train.pixels.shape[1:]
+    try:
+        return models.create(config.model, len(train.classes), (channels, height, width), cosine_head=cosine)
+    except ValueError as error:
+        raise ConfigError(f"model {config.model}: {error}") from error

@@ -1,0 +1,97 @@
+"""Accelerate: one call a batch, between ``accelerator.accumulate`` and the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils import DistributedType
+except ModuleNotFoundError as error:
+    message = "ltsam_fast.trainers.accelerate needs Accelerate: pip install 'ltsam_fast[accelerate]'"
+    raise ModuleNotFoundError(message, name=error.name) from error
+
+from ltsam_fast.optim.base import SharpnessAware
+from ltsam_fast.trainers.parts import Parts, labels_of
+
+_ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Single devices and DDP."""
+
+
+class AcceleratedStep:
+    r"""Takes the optimizer's steps, in place of ``accelerator.backward(loss)``, ``optimizer.step()`` and ``zero_grad()``.
+
+    Micro-batches are kept until ``accelerator.sync_gradients``: one perturbation for the whole step, weighted by samples.
+    Mixed precision's GradScaler is taken from the accelerator; ``accelerator.optimizer_step_was_skipped`` tells of an
+    overflow, as do schedulers from ``prepare``. Gradients are clipped inside the update, by the optimizer's
+    ``max_grad_norm``: ``accelerator.clip_grad_norm_`` finds none to clip.
+
+    Args:
+        accelerator: The accelerator.
+        model: The model as ``accelerator.prepare`` returned it; becomes ``optimizer.model``, so that DDP averages once a step.
+        optimizer: The optimizer as ``accelerator.prepare`` returned it, of one of the package's methods.
+        losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,). Methods that look at
+            parts of a batch call it with some samples of every tensor in it.
+        targets: ``targets(batch)`` returns the samples' classes, shape (B,), integer; by default the second of a pair, or
+            ``batch["labels"]``.
+
+    Raises:
+        TypeError: ``optimizer`` was not prepared, or is not one of the package's.
+        ValueError: The accelerator shards the model (FSDP, DeepSpeed, Megatron) or runs on XLA.
+
+    >>> import ltsam_fast as lf
+    >>> accelerator, model = Accelerator(cpu=True), torch.nn.Linear(3, 2)
+    >>> sam = lf.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    >>> model, optimizer = accelerator.prepare(model, sam)
+    >>> def losses(batch):
+    ...     x, y = batch
+    ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    >>> step = AcceleratedStep(accelerator, model, optimizer, losses)
+    >>> for batch in [(torch.randn(8, 3), torch.randint(0, 2, (8,)))]:
+    ...     with accelerator.accumulate(model):
+    ...         loss = step(batch)
+    >>> loss.shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: Any,
+        losses: Callable[[Any], Tensor],
+        targets: Callable[[Any], Tensor | None] = labels_of,
+    ) -> None:
+        if not isinstance(optimizer, AcceleratedOptimizer) or not isinstance(optimizer.optimizer, SharpnessAware):
+            raise TypeError(
+                "optimizer must be one of ltsam_fast's, as accelerator.prepare() returned it, got "
+                f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
+            )
+        if accelerator.distributed_type not in _ONE_COPY:
+            raise ValueError(f"distributed_type must be NO, MULTI_CPU or MULTI_GPU, got {accelerator.distributed_type}")
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self.method: SharpnessAware = optimizer.optimizer
+        self._parts = Parts(losses, targets)
+        self.method.model = model
+
+    def __call__(self, batch: Any) -> Tensor | None:
+        """Keeps the batch, and takes the step if it is time to.
+
+        Returns:
+            The mean loss at the unperturbed weights over the batches of the step, 0-d, detached; ``None`` without a step.
+        """
+        self._parts.add(batch)
+        if not self.accelerator.sync_gradients:
+            return None
+        scaler = self.optimizer.scaler
+        loss = self._parts.step(self.method, scaler)
+        if scaler is not None:
+            scale = scaler.get_scale()
+            scaler.update()
+            self.optimizer._is_overflow = scaler.get_scale() < scale  # what step_was_skipped returns
+        return loss

@@ -1,0 +1,505 @@
+"""What runs in the workers of the distributed tests: jobs, all of them in one spawn for each number of workers."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, RMSprop
+
+import ltsam_fast as lf
+
+from .family import ROWS, closure_of
+from .methods import METHODS
+from .oracles import CLASSES, FEATURES, batches, flat, network
+
+STEPS, FEW = 20, 8
+BASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
+    "adamw": (AdamW, {"lr": 0.01}),
+    "rmsprop": (RMSprop, {"lr": 0.01}),
+    "plain": (SGD, {"lr": 0.1}),
+}
+MATRIX = [(name, base) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM") for base in ("sgd", "adamw")]
+"""What must be the joined batch with any number of workers."""
+MORE = [(name, base) for name in ("SSESAM", "FriendlySAM", "LookSAM", "GSAM", "WSAM") for base in ("sgd",)]
+LOCAL = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "CCSAM", "MSAM", "SparseSAM", "ESAM", "FriendlySAM")
+CHECKPOINTED = [("SAM", "adamw"), ("FocalSAM", "sgd"), ("GNM", "plain"), ("FriendlySAM", "sgd"), ("LookSAM", "rmsprop")]
+
+JOBS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {}
+
+
+def job(*worlds: int) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+    def register(function: Callable[[], Any]) -> Callable[[], Any]:
+        JOBS[function.__name__] = worlds, function
+        return function
+
+    return register
+
+
+class Odd(nn.Module):
+    """Parameters that do not divide: 17 and 9 rows, fewer rows than workers, one number, nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+        self.scale = nn.Parameter(torch.full((1,), 1.1, dtype=torch.float64))
+        self.nothing = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+        self.deep = nn.Parameter(torch.full((2, 3, 1, 2), 0.3, dtype=torch.float64))
+        self.shift = nn.Parameter(torch.zeros(CLASSES, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x) * self.scale + self.shift * self.deep.sum()
+
+
+def make(name, params, base, /, **more):
+    kind, options = BASES[base]
+    if isinstance(params, nn.Module):
+        return (METHODS | ROWS)[name].make(params, kind, **options, **more)
+    row = (METHODS | ROWS)[name]
+    return getattr(lf, row.cls.__name__ if name in METHODS else row.method)(
+        params, kind, **{"rho": 0.1, **row.options, **options, **more}
+    )
+
+
+def share(data):
+    """This worker's part of each batch."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [(x.chunk(world)[rank], y.chunk(world)[rank]) for x, y in data]
+
+
+def train(model, opt, data):
+    for x, y in data:
+        opt.step(closure_of(model, x, y), targets=y)
+
+
+def whole(model):
+    """All weights, whole ones, as one vector."""
+    return flat([p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()])
+
+
+def alone(name, base, steps=STEPS, kind=network, **more):
+    """The weights that one process gets from the joined batches."""
+    model = kind()
+    train(model, make(name, model, base, **more), batches(steps=steps))
+    return flat(model)
+
+
+@functools.cache
+def line():
+    """A mesh of all workers."""
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+@functools.cache
+def replicas():
+    """A mesh of two replicas, each of which is cut in two."""
+    return init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model, mesh=None, **options):
+    mesh = mesh or line()
+    fully_shard(next(one for one in model.modules() if isinstance(one, nn.Linear)), mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def ddp(name, base, steps=STEPS, **more):
+    model = DistributedDataParallel(network())
+    train(model, make(name, model, base, model=model, **more), share(batches(steps=steps)))
+    return flat(model)
+
+
+def sharded(name, base, steps=STEPS, kind=network, mesh=None, **more):
+    model = shard(kind(), mesh)
+    train(model, make(name, model, base, **more), share(batches(steps=steps)))
+    return whole(model)
+
+
+@job(2, 4)
+def synced():
+    found = {row: ddp(*row, ascent_sync=True) for row in MATRIX}
+    return found | {row: ddp(*row, FEW, ascent_sync=True) for row in MORE * (dist.get_world_size() == 2)}
+
+
+@job(2, 4)
+def shards():
+    found = {row: sharded(*row) for row in MATRIX}
+    return found | {row: sharded(*row, FEW) for row in MORE * (dist.get_world_size() == 2)}
+
+
+@job(2, 4)
+def odd_shards():
+    return {name: sharded(name, "adamw", 8, Odd) for name in ("SAM", "GNM")} | {
+        "clipped": sharded("FocalSAM", "rmsprop", 8, Odd, max_grad_norm=0.05),
+        "WSAM": sharded("WSAM", "rmsprop", 8, Odd),
+    }
+
+
+@job(4)
+def replicated_shards():
+    return {name: sharded(name, "sgd", 8, Odd, replicas()) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM", "GSAM")}
+
+
+@job(4)
+def several_meshes():
+    """Layers cut over all workers, over two of them, and one that every worker has whole and averages by itself."""
+    model = network()
+    fully_shard(model[0], mesh=replicas())
+    fully_shard(model[2], mesh=line())
+    groups = [{"params": list(layer.parameters())} for layer in model if isinstance(layer, nn.Linear)]
+    opt = make("SAM", groups, "adamw", adaptive=True, max_grad_norm=0.05)
+    for parameter in model[4].parameters():
+
+        def average(parameter):
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+        parameter.register_post_accumulate_grad_hook(average)
+    train(model, opt, share(batches(steps=8)))
+    return {"SAM": whole(model)}
+
+
+@job(2)
+def partial_gradients():
+    """Gradients as tensor parallelism leaves them: sums over the workers that nobody has added up yet."""
+    mesh = line()
+    start = torch.arange(1.0, 6.0, dtype=torch.float64)
+    whole_one, replica = nn.Parameter(start.clone()), nn.Parameter(distribute_tensor(start, mesh, [Replicate()]))
+    for step in range(3):
+        grad = start.cos() + step
+        if step == 0:
+            one, other = (lf.SAM([p], SGD, lr=0.1, momentum=0.9, max_grad_norm=0.5) for p in (whole_one, replica))
+        for phase in ("first_step", "second_step"):
+            whole_one.grad = grad.clone()
+            mine = grad * (0.25 if dist.get_rank() else 0.75)
+            replica.grad = DTensor.from_local(mine, mesh, [Partial()], run_check=False)
+            getattr(one, phase)()
+            getattr(other, phase)()
+            grad = grad * 0.7
+    return {"expected": whole_one.detach(), "result": replica.full_tensor().detach()}
+
+
+@job(2)
+def mixed_precision():
+    """Weights gathered in bfloat16; shards, gradients and norms in float32."""
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    found = {}
+    for name in ("SAM", "FocalSAM"):
+        model = shard(network(torch.float32), **policy)
+        opt = make(name, model, "sgd")
+        for x, y in share(batches(torch.float32, steps=8)):
+            opt.step(lambda x=x, y=y, model=model: F.cross_entropy(model(x).float(), y, reduction="none"), targets=y)
+        found[name] = whole(model)
+    return found
+
+
+class Spoiled(torch.autograd.Function):
+    """The weights as they are; in the backward one element's gradient overflows, which is in one worker's shard."""
+
+    @staticmethod
+    def forward(ctx, weight, spoil):
+        ctx.spoil = spoil
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        if ctx.spoil:
+            grad[0, 0] = torch.inf
+        return grad, None
+
+
+class Spoilable(nn.Linear):
+    spoil = False
+
+    def forward(self, x):
+        return F.linear(x, Spoiled.apply(self.weight, self.spoil), self.bias)
+
+
+@job(2)
+def overflow_in_one_shard():
+    """Some steps overflow, in the first pass or in the last; the others are those of a run without them."""
+    found, overflows = {}, (1, 6, 7)  # LookSAM looks at step 6 and uses an older look at step 8
+    for name in (*(name for name, base in MATRIX if base == "sgd"), "LookSAM", "FriendlySAM", "WSAM"):
+        for last in (False, True):
+            results = []
+            for scaled in (True, False):
+                torch.manual_seed(0)
+                model = shard(nn.Sequential(Spoilable(FEATURES, 7), nn.Tanh(), nn.Linear(7, CLASSES)))
+                opt = make(name, model, "sgd", model=model, max_grad_norm=1.0)
+                scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=scaled)
+                for step, (x, y) in enumerate(share(batches(torch.float32, steps=11))):
+                    if step in overflows and not scaled:
+                        for group in opt.param_groups:
+                            group["taken"] += name == "LookSAM"  # it counts the steps that were skipped too
+                        continue
+                    bad = scaled and step in overflows
+                    passes = iter([bad] * 2 if opt._one_pass or name == "GNM" else [bad and not last, bad and last])
+
+                    def closure(x=x, y=y, model=model, passes=passes):
+                        model[0].spoil = next(passes)
+                        return F.cross_entropy(model(x), y, reduction="none")
+
+                    opt.step(closure, targets=y, scaler=scaler)
+                    scaler.update(8.0) if scaled else None
+                results.append(whole(model))
+            found[name, last] = tuple(results)
+    return found
+
+
+@job(2)
+def interrupted():
+    """An exception after the forward at perturbed weights: copies that FSDP2 holds of those must not be used again."""
+    model, results = shard(Odd()), {}
+    opt = make("SAM", model, "sgd", model=model)
+    for step, (x, y) in enumerate(share(batches(steps=4))):
+        closure = closure_of(model, x, y)
+
+        def failing(closure=closure):
+            losses = closure()
+            if opt._climbed:
+                raise KeyboardInterrupt
+            return losses
+
+        if step == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                opt.step(failing)
+        opt.step(closure)
+    results["SAM"] = whole(model)
+    model = shard(Odd())
+    opt = make("GNM", model, "sgd", model=model)
+    for x, y in share(batches(steps=4)):
+        with torch.no_grad():  # an evaluation leaves the root's weights gathered
+            model(x)
+        opt.step(closure_of(model, x, y))
+    return results | {"GNM": whole(model)}
+
+
+def sam_in_parts(model, opt, parts, synced):
+    """One SAM step of micro-batches in the phases, of which all but the last keep their gradients to themselves."""
+    size = sum(len(y) for _, y in parts)
+    for phase in (opt.first_step, opt.second_step):
+        for number, (x, y) in enumerate(parts):
+            with synced(number == len(parts) - 1):
+                (F.cross_entropy(model(x), y, reduction="sum") / size).backward()
+        phase(zero_grad=True)
+
+
+@job(2)
+def in_parts():
+    """A batch in parts of unequal size on each worker, in both interfaces."""
+    found = {}
+    for kind in ("ddp", "fsdp"):
+        model = DistributedDataParallel(network()) if kind == "ddp" else shard(network())
+        more = {"ascent_sync": True} if kind == "ddp" else {}
+        opt = make("FocalSAM", model, "sgd", model=model, **more)
+        for x, y in share(batches(steps=FEW)):
+            pieces = list(zip(x.split([1, 5, 2]), y.split([1, 5, 2]), strict=True))
+            opt.step([closure_of(model, *piece) for piece in pieces], [piece[1] for piece in pieces])
+        found[kind, "closure"] = whole(model)
+
+        model = DistributedDataParallel(network()) if kind == "ddp" else shard(network())
+
+        @contextlib.contextmanager
+        def synced(last, model=model, kind=kind):
+            if kind == "fsdp":
+                model.set_requires_gradient_sync(last)
+                yield
+            else:
+                with contextlib.nullcontext() if last else model.no_sync():
+                    yield
+
+        opt = make("SAM", model, "sgd", model=model)
+        for x, y in share(batches(steps=FEW)):
+            sam_in_parts(model, opt, list(zip(x.split([1, 5, 2]), y.split([1, 5, 2]), strict=True)), synced)
+        found[kind, "phases"] = whole(model)
+    return found
+
+
+@job(2)
+def unequal_shares():
+    """Workers with 12 and 4 of a batch's 16 samples: losses weighed by B_i * world / B make it the joined batch."""
+    model = DistributedDataParallel(network())
+    opt = make("SAM", model, "sgd", model=model, ascent_sync=True)
+    for x, y in batches(steps=STEPS):
+        x, y = (one.split([12, 4])[dist.get_rank()] for one in (x, y))
+        opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y, reduction="none") * (len(y) * 2 / 16))
+    return {"SAM": flat(model)}
+
+
+@job(2)
+def local():
+    return {name: ddp(name, "sgd", 6) for name in LOCAL}
+
+
+@job(2)
+def overflow():
+    """One worker's gradients overflow in one pass of one step: nobody takes that step."""
+    model = DistributedDataParallel(network(torch.float32))
+    opt = make("FocalSAM", model, "sgd", model=model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6)
+    for step, (x, y) in enumerate(share(batches(torch.float32, steps=6))):
+        bad = step == 3 and dist.get_rank() == 1
+
+        def closure(x=x, y=y, bad=bad):
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            return losses * float("inf") if bad and not opt._climbed else losses
+
+        opt.step(closure, targets=y, scaler=scaler)
+        scaler.update(8.0)
+    return {"FocalSAM": flat(model)}
+
+
+@contextlib.contextmanager
+def counted(name):
+    """Calls of one of torch.distributed's collectives."""
+    plain, calls = getattr(dist, name), []
+
+    def counting(*args, **kwargs):
+        calls.append(next(one.numel() for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)))
+        return plain(*args, **kwargs)
+
+    setattr(dist, name, counting)
+    try:
+        yield calls
+    finally:
+        setattr(dist, name, plain)
+
+
+@job(2)
+def reductions():
+    """How many times a step averages gradients over the workers, and when."""
+    found = {}
+    for name in ("SAM", "FocalSAM", "GNM"):
+        for synced in (False, True) if name != "GNM" else (False,):
+            model = DistributedDataParallel(network(), bucket_cap_mb=1e-4)
+            buckets, order = [], []
+
+            def hook(state, bucket, buckets=buckets, order=order):
+                buckets.append(bucket.index())
+                order.append("reduce")
+                return default_hooks.allreduce_hook(None, bucket)
+
+            model.register_comm_hook(None, hook)
+            opt = make(name, model, "sgd", model=model, ascent_sync=synced)
+            data = share(batches(steps=3))
+            train(model, opt, data[:2])  # DDP orders its buckets in the first passes
+            buckets.clear(), order.clear()
+            first = model.module[0].weight
+            first.register_post_accumulate_grad_hook(lambda _, order=order: order.append("backward ends"))
+            with counted("all_reduce") as calls:
+                train(model, opt, data[2:])
+            numbers = sum(p.numel() for p in model.parameters())
+            by_ddp = sum(index == 0 for index in buckets)
+            found[name, synced] = {"by DDP": by_ddp, "in all": sum(calls) / numbers, "order": order}
+    for name in ("SAM", "FocalSAM", "GNM"):
+        model = network()
+        fully_shard(model, mesh=line())
+        opt = make(name, model, "sgd")
+        x, y = share(batches(steps=1))[0]
+        name_of_call = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+        with counted(name_of_call) as calls:
+            opt.step(closure_of(model, x, y), targets=y)
+        found[name, "fsdp"] = len(calls)
+    return found
+
+
+@job(2)
+def refusals():
+    """What the methods say that need whole gradients."""
+    said = {}
+    model = shard(network())
+    for name in ("CCSAM", "SparseSAM"):
+        for params in (model.parameters(), [torch.nn.Parameter(torch.zeros(2))]):
+            try:
+                opt = make(name, params, "sgd")
+                opt.add_param_group({"params": list(model.parameters())})
+            except ValueError as error:
+                said.setdefault(name, []).append(str(error))
+    return said
+
+
+def checkpoint(model, opt, folder, load=False):
+    weights, state = get_state_dict(model, opt)
+    saved = {"model": weights, "optimizer": state}
+    if load:
+        dcp.load(saved, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        set_state_dict(model, opt, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    else:
+        dcp.save(saved, checkpoint_id=folder)
+
+
+def folder_of(name):
+    """Where a method's checkpoints are."""
+    return pathlib.Path(os.environ["LTSAM_CHECKPOINTS"]) / name
+
+
+@job(2)
+def saved():
+    """Steps, a checkpoint, and more steps, which show that saving changed nothing."""
+    found = {}
+    for name, base in CHECKPOINTED:
+        model, data = shard(network()), share(batches(steps=FEW))
+        opt = make(name, model, base)
+        checkpoint(model, opt, folder_of(name) / "fresh")
+        train(model, opt, data[:5])
+        checkpoint(model, opt, folder_of(name) / "later")
+        train(model, opt, data[5:])
+        found[name, base] = whole(model)
+    return found
+
+
+@job(4)
+def reloaded():
+    found = {}
+    for name, base in CHECKPOINTED:
+        for kind, begin in (("fresh", 0), ("later", 5)):
+            model = shard(network(seed=5))
+            opt = make(name, model, base)
+            checkpoint(model, opt, folder_of(name) / kind, load=True)
+            train(model, opt, share(batches(steps=FEW))[begin:])
+            found[name, base, kind] = whole(model)
+    return found
+
+
+def work(rank, world, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120))
+    results = {name: function() for name, (worlds, function) in JOBS.items() if world in worlds}
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@functools.cache
+def results(world: int) -> list[dict[str, Any]]:
+    """What each of ``world`` workers has found in its jobs; two of them save checkpoints, which four load."""
+    if world == 2:
+        checkpoints = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, checkpoints)
+        os.environ["LTSAM_CHECKPOINTS"] = checkpoints
+    else:
+        results(2)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (world, pathlib.Path(folder)), nprocs=world)
+        return [torch.load(pathlib.Path(folder) / f"{rank}.pt") for rank in range(world)]
