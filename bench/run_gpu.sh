@@ -30,12 +30,12 @@ python_has xdist && workers=(-n 4)
 
 if ((gpu)); then
     export LTSAM_REQUIRE=cpu,cuda
-    tests=(tests/test_ops.py tests/test_every_backend.py tests/test_random.py tests/test_graph.py -k "cuda or triton or gpu")
+    tests=(tests/test_ops.py tests/test_every_backend.py tests/test_random.py tests/test_losses.py tests/test_graph.py -k "cuda or triton or gpu")
     benches=(bench)
 else
     echo "== no GPU: a dry run on the CPU"
     tests=(tests/test_graph.py tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits")
-    benches=(bench -k "test_step and resnet32 or growth or family and resnet32 and GNM")
+    benches=(bench -k "test_step and resnet32 or growth or family and resnet32 and GNM or losses and 10")
 fi
 
 step build 180 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
@@ -53,7 +53,7 @@ if ((gpu)) && command -v ncu >/dev/null; then
         --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active \
         python3 -m bench.sanitize large
 fi
-step bench 260 python3 -m pytest -q "${benches[@]}" --benchmark-json="$out/bench.json"
+step bench 280 python3 -m pytest -q "${benches[@]}" --benchmark-json="$out/bench.json"
 step report 60 python3 -m bench.report "$out/bench.json" "$out"
 rm -f "$out"/{build,bench,report}.txt
 ((${#failed[@]} == 0)) || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }
