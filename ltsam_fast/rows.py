@@ -7,6 +7,7 @@ saved, and none is written but the gradient itself.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def check_range(targets: Tensor, classes: int) -> None:
     """Raises ValueError unless labels lie in [0, classes). On a GPU that would wait for the device: nobody looks."""
     if targets.device.type != "cpu" or not len(targets):
         return
-    low, high = int(targets.min()), int(targets.max())
+    low, high = map(int, targets.aminmax())
     if not 0 <= low <= high < classes:
         raise ValueError(f"targets must lie in [0, {classes}), got {low}...{high}: give one class count per class")
 
@@ -97,6 +98,9 @@ def _forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tenso
             weight_sum=_weight_sum(vectors, numbers), **vectors,
         )  # fmt: skip
     return losses, state
+
+
+_forward.__signature__ = inspect.signature(_forward)  # type: ignore[attr-defined]  # autograd asks on each call: 12 us
 
 
 def _backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, *rest: Any) -> Tensor:
