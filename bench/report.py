@@ -159,10 +159,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
             [i + 0.4 * index for i in range(len(found))], [row["ratio"] for row in found], 0.4, label=network
         )
         axes[1, 0].set_xticks(range(len(found)), [row["method"] for row in found], rotation=40, ha="right", fontsize=8)
-    axes[1, 0].set_yscale("log")
-    axes[1, 0].axhline(3, color="black", linestyle="--")
     axes[1, 0].set_title("optimizer work: times faster than the twin (line: 3)")
-    axes[1, 0].legend(frameon=False)
+    if family:
+        axes[1, 0].set_yscale("log")
+        axes[1, 0].axhline(3, color="black", linestyle="--")
+        axes[1, 0].legend(frameon=False)
     for what, label in (("N", "elements of one tensor"), ("T", "tiny tensors")):
         found = [row for row in growth if row["against"] == what]
         axes[1, 1].loglog([row["size"] for row in found], [row["us"] for row in found], "o-", label=label)
