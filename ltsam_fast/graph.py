@@ -14,6 +14,7 @@ from ltsam_fast import reference
 from ltsam_fast.backend import backend_for
 from ltsam_fast.live import Trace, live_options
 from ltsam_fast.optim.base import SharpnessAware
+from ltsam_fast.optim.descent import no_hooks
 from ltsam_fast.optim.fused import FUSED
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -155,7 +156,9 @@ class GraphStep:
             for part in parts:  # what a backend uploaded before would be its own to let go of
                 part.cache.clear()
         try:
-            with _no_hooks(self.optimizer), live_options(groups, trace), trace.recording():
+            own = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+            # Hooks are called at each replay: they must not be captured.
+            with no_hooks(*own), live_options(groups, trace), trace.recording():
                 kind.replay, kind.loss = self._machine.capture(lambda: self._step(kind.batch))
         except Exception as error:
             self.optimizer._forget()  # nothing ran, so no weight is perturbed, whatever the host believes
@@ -241,25 +244,6 @@ class Machine:
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
-
-
-@contextlib.contextmanager
-def _no_hooks(optimizer: SharpnessAware) -> Iterator[None]:
-    """Hooks are called at each replay: they must not be captured."""
-    registered: Any = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-    )
-    kept = [dict(hooks) for hooks in registered]
-    for hooks in registered:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, before in zip(registered, kept, strict=True):
-            hooks.update(before)
 
 
 def _check(model: torch.nn.Module, optimizer: SharpnessAware, warmup: int) -> torch.device:

@@ -16,9 +16,9 @@ from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_i
 
 
 @contextlib.contextmanager
-def no_global_hooks() -> Iterator[None]:
-    """Hooks for all optimizers have their turn around the whole step, not around the base optimizer's too."""
-    registered: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+def no_hooks(*registered: dict[int, Any]) -> Iterator[None]:
+    """Keeps hooks for all optimizers, and those in the dictionaries ``registered``, from being called."""
+    registered = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks, *registered)
     kept = [dict(hooks) for hooks in registered]
     for hooks in registered:
         hooks.clear()
@@ -149,7 +149,7 @@ class Descender(Climber):
         try:
             for group in self.param_groups:
                 group.update(self._base_only)
-            with no_global_hooks():
+            with no_hooks():  # those for all optimizers have their turn around the whole step
                 self.base_optimizer.step()
         finally:
             for group, values in zip(self.param_groups, own, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,19 +25,11 @@ class Sharing(SharpnessAware):
     _kept = (*SharpnessAware._kept, "shared_backward")
 
     def __init__(
-        self,
-        params: Any,
-        base_optimizer: Callable[..., torch.optim.Optimizer],
-        rho: float = 0.05,
-        adaptive: bool = False,
-        *,
-        model: torch.nn.Module | None = None,
-        shared_backward: bool | str = False,
-        **base_kwargs: Any,
+        self, *args: Any, model: torch.nn.Module | None = None, shared_backward: bool | str = False, **kwargs: Any
     ) -> None:
         check_shared_backward(shared_backward, model)
         self.shared_backward = shared_backward
-        super().__init__(params, base_optimizer, rho, adaptive, model=model, **base_kwargs)
+        super().__init__(*args, model=model, **kwargs)
 
     def _forget(self) -> None:
         super()._forget()
