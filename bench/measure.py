@@ -170,3 +170,25 @@ def roof(device: str, elements: int = 1 << 26) -> float:
             seconds.append(time.perf_counter() - start)
         best = max(best, moved * elements / statistics.median(seconds[2:]))
     return best
+
+
+def machine(request: Any) -> dict[str, Any]:
+    """What every benchmark tells of where it ran. The roof is measured when the first asks, which a smoke test never does."""
+    return {
+        "roof_gb_per_s": request.getfixturevalue("measured_roof") / 1e9,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+    }
+
+
+def facts(request: Any, elements: int, moved: float, seconds: float) -> dict[str, Any]:
+    """What a timed pass tells: ``moved`` bytes in ``seconds``, against the roof."""
+    where = machine(request)
+    return where | {
+        "elements": elements,
+        "bytes": moved,
+        "fused_ms": 1e3 * seconds,
+        "gb_per_s": moved / seconds / 1e9,
+        "share_of_roof": moved / seconds / 1e9 / where["roof_gb_per_s"],
+    }

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from bench.measure import BASE, DEVICE, interleaved, timed
-from bench.test_steps import facts
+from bench.measure import BASE, DEVICE, interleaved, machine, timed
 from ltsam_fast import models, ops, plain
 
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -106,4 +105,4 @@ def test_training_step(benchmark, network, request):
             "ratio_sgd": times["SGD", "reference"] / seconds,
         }
         benchmark.extra_info.setdefault("rows", []).append(row)
-    benchmark.extra_info.update(facts(request, 0, 0, 1.0), table="whole")
+    benchmark.extra_info.update(machine(request), table="whole")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from bench.measure import DEVICE, interleaved, timed
-from bench.test_steps import BACKENDS, facts
+from bench.measure import DEVICE, facts, interleaved, machine, timed
+from bench.test_steps import BACKENDS
 from ltsam_fast import losses
 
 SHAPES = ((64, 10), (256, 1000), (64, 8142))
@@ -107,4 +107,4 @@ def test_loss(benchmark, name, shape, request):
             "ratio_twin": times[-2] / seconds,
         }
         benchmark.extra_info.setdefault("rows", []).append(row)
-    benchmark.extra_info.update(facts(request, 0, 0, 1.0), table="losses")
+    benchmark.extra_info.update(machine(request), table="losses")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.measure import DEVICE
-from bench.test_steps import facts
+from bench.measure import DEVICE, machine
 from ltsam_fast import ops
 
 WEIGHTS = 25_000_000
@@ -52,4 +51,4 @@ def test_perturbation_that_is_left(benchmark, name, request):
     else:
         assert rows[0]["cosine"] > 0.99
     if not benchmark.disabled:
-        benchmark.extra_info.update(facts(request, count, 0, 1.0), table="16 bits", rows=rows)
+        benchmark.extra_info.update(machine(request), table="16 bits", rows=rows)

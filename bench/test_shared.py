@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ltsam_fast as lf
-from bench.measure import BASE, interleaved, synchronize
+from bench.measure import BASE, DEVICE, interleaved, machine, synchronize
 from bench.test_end2end import COUNTS, NETWORKS
-from bench.test_steps import DEVICE, facts
 
 FOCAL = {"class_counts": COUNTS, "gamma": 3.0, "lam": 0.5}
 IMPLEMENTATIONS = {
@@ -126,4 +125,4 @@ def test_shared_backward(benchmark, network, trained, request):
         row = {"network": network, "trained": trained, "method": name, "ms": 1e3 * statistics.median(seconds)}
         row |= {"ratio_sam": ratio, **({"peak_mb": _peak(trainings[name])} if DEVICE == "cuda" else {})}
         benchmark.extra_info.setdefault("rows", []).append(row)
-    benchmark.extra_info.update(facts(request, 0, 0, 1.0), table="shared")
+    benchmark.extra_info.update(machine(request), table="shared")

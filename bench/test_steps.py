@@ -11,7 +11,7 @@ import torch
 
 import ltsam_fast as lf
 from bench import peers
-from bench.measure import BYTES, DEVICE, PEER, Step, WholeStep, interleaved, synchronize
+from bench.measure import BYTES, DEVICE, PEER, Step, WholeStep, facts, interleaved, synchronize
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
 from ltsam_fast.table import Table
@@ -50,22 +50,6 @@ def launches(step):
     with mock.patch.object(ops, "_launch", wraps=ops._launch) as calls:
         step()
     return calls.call_count
-
-
-def facts(request, elements, moved, seconds):
-    """What every row tells."""
-    bandwidth = request.getfixturevalue("measured_roof")
-    return {
-        "elements": elements,
-        "bytes": moved,
-        "fused_ms": 1e3 * seconds,
-        "gb_per_s": moved / seconds / 1e9,
-        "roof_gb_per_s": bandwidth / 1e9,
-        "share_of_roof": moved / seconds / bandwidth,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-    }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
