@@ -215,9 +215,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
 
 
 TWO_PROCESSES = """
-import torch
+import pathlib, torch
 from ltsam_fast.train import cli
 from ltsam_fast.train.workers import workers
+
+def threads():
+    return [(thread / "comm").read_text() for thread in pathlib.Path("/proc/self/task").glob("*")].count("pt_gloo_runloop\\n")
 
 with workers("cpu") as at:
     norm = torch.nn.BatchNorm1d(3)
@@ -226,6 +229,8 @@ with workers("cpu") as at:
     assert norm.running_mean.eq(0).all()
     for call in {calls}:
         assert cli.main(call) == 0
+    before = threads()
+assert before == 0 or threads() < before, "the default group's threads, which may abort a program's end, are still there"
 """
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -118,9 +117,7 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
     network = network_of(config, train).to(at.device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = network
-    if at.size > 1:
-        model = DistributedDataParallel(network, [at.device] if at.device.type == "cuda" else None)
+    model = at.replica(network)
     optimizer = create(config, _setting(config, model, network, counts))
     checkpoint.seed_all(config.seed + at.rank)  # dropout is not to be the same in all processes
     return Run(

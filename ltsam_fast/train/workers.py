@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ltsam_fast.train.config import ConfigError
 
@@ -41,6 +42,16 @@ class Workers:
         if self.size > 1:
             dist.all_gather_object(found, value)
         return found
+
+    def replica(self, network: nn.Module) -> nn.Module:
+        """The network as this process's copy of it, kept equal to the others' by DistributedDataParallel."""
+        if self.size == 1:
+            return network
+        if self.device.type == "cuda":
+            return DistributedDataParallel(network, [self.device])
+        # A process group lives as long as what DDP leaves behind of itself, and gloo's threads abort a program that ends
+        # while they let go of a tensor (pytorch/pytorch#190489): it gets a group of its own, and the default one ends.
+        return DistributedDataParallel(network, process_group=dist.new_group())
 
 
 @contextlib.contextmanager
