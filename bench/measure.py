@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 import unittest.mock
@@ -179,6 +180,7 @@ def machine(request: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
 
 

@@ -110,14 +110,20 @@ def _table(found: list[dict[str, Any]], names: str) -> str:
     return "\n".join(lines)
 
 
+def _where(results: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the machine, which each benchmark that timed something tells."""
+    return next(entry["extra_info"] for entry in results["benchmarks"] if "threads" in entry["extra_info"])
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown tables with what was measured, on which machine and commit."""
     machine = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     commit = results.get("commit_info", {}).get("id", "unknown")[:10]
-    facts = next(entry["extra_info"] for entry in results["benchmarks"] if "threads" in entry["extra_info"])
+    facts = _where(results)
+    malloc = "".join(f", {name}={value}" for name, value in facts.get("malloc", {}).items())
     parts = [
         f"{results['datetime'][:10]}, {machine}, {facts['threads']} threads, device {facts['device']}, "
-        f"torch {facts['torch']}, commit {commit}; roof {facts['roof_gb_per_s']:.0f} GB/s."
+        f"torch {facts['torch']}, commit {commit}{malloc}; roof {facts['roof_gb_per_s']:.0f} GB/s."
     ]
     for name, (columns, about) in SECTIONS.items():
         if found := rows(results, name):
@@ -126,13 +132,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Ratio bars, the share of the roof, and time against N and T."""
+    """Ratio bars, the share of the roof, and time against N and T, of what there is of these."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     phases, family, growth = (rows(results, name) for name in ("phases", "family", "growth"))
+    if not phases and not family and not growth:
+        return
     figure, axes = plt.subplots(2, 2, figsize=(14, 9))
     labels = [f"{row['method']}\n{row['network']}\n{row['backend']}" for row in phases]
     kinds = {
@@ -150,7 +158,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0, 0].legend(frameon=False)
     bars = axes[0, 1].bar(range(len(phases)), [row["gb_per_s"] for row in phases])
     axes[0, 1].bar_label(bars, fmt="%.0f")
-    axes[0, 1].axhline(phases[0]["roof_gb_per_s"], color="black", linestyle="--")
+    axes[0, 1].axhline(_where(results)["roof_gb_per_s"], color="black", linestyle="--")
     axes[0, 1].set_xticks(range(len(phases)), labels, fontsize=7)
     axes[0, 1].set_title("GB/s, and the roof")
     for index, network in enumerate(sorted({row["network"] for row in family})):
@@ -169,7 +177,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes[1, 1].loglog([row["size"] for row in found], [row["us"] for row in found], "o-", label=label)
     axes[1, 1].set_title("the norm pass (us)")
     axes[1, 1].legend(frameon=False)
-    for one in axes.flat:
+    for one, shown in zip(axes.flat, (phases, phases, family, growth), strict=True):
+        one.set_visible(bool(shown))
         one.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -11,7 +11,7 @@ import torch
 
 import ltsam_fast as lf
 from bench import peers
-from bench.measure import BYTES, DEVICE, PEER, Step, WholeStep, facts, interleaved, synchronize
+from bench.measure import BYTES, DEVICE, PEER, Step, WholeStep, facts, interleaved, machine, synchronize
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
 from ltsam_fast.table import Table
@@ -132,7 +132,7 @@ def test_family(benchmark, method, network, backend, request):
 def test_growth_in_tensors(benchmark, tensors, request):
     """The norm of many tiny tensors: call overhead."""
     grads = [torch.randn(16 + i % 17, device=DEVICE) for i in range(tensors)]
-    grow(benchmark, "T", tensors, grads)
+    grow(benchmark, request, "T", tensors, grads)
 
 
 @pytest.mark.parametrize("power", range(10, 28, 2))
@@ -174,7 +174,7 @@ def test_billion(benchmark, name, request):
         benchmark.extra_info.update(row, table="one tensor", **{"pass": name})
 
 
-def grow(benchmark, what, size, grads):
+def grow(benchmark, request, what, size, grads):
     table = Table(ops.OPS["grad_norm"])
     benchmark.group = f"norm against {what}"
 
@@ -184,4 +184,5 @@ def grow(benchmark, what, size, grads):
 
     benchmark.pedantic(run, rounds=1 if benchmark.disabled else 50, warmup_rounds=2)
     if not benchmark.disabled:
-        benchmark.extra_info.update(table="growth", against=what, size=size, us=1e6 * benchmark.stats.stats.median)
+        row = {"against": what, "size": size, "us": 1e6 * benchmark.stats.stats.median}
+        benchmark.extra_info.update(machine(request), table="growth", **row)

@@ -213,6 +213,21 @@ LT_CLONES void reduce_tile(const F f, const A* const* in, A (*lanes)[F::sums], i
     for (int s = 0; s < F::sums; ++s) lanes[j][s] = sum[j][s];
 }
 
+/// The sums of the lanes, by halves: added one after the other, each would wait for the one before, longer than a tiny
+/// tensor takes for all else.
+template <class A, int kSums>
+LT_CLONES void add_lanes(const A (&lanes)[kLanes][kSums], double* sums) {
+  double part[kLanes][kSums];
+  for (int j = 0; j < kLanes; ++j)
+    for (int s = 0; s < kSums; ++s) part[j][s] = double(lanes[j][s]);
+#pragma GCC unroll 8
+  for (int half = kLanes / 2; half; half /= 2)
+#pragma GCC ivdep
+    for (int j = 0; j < half; ++j)
+      for (int s = 0; s < kSums; ++s) part[j][s] += part[j + half][s];
+  for (int s = 0; s < kSums; ++s) sums[s] = part[0][s];
+}
+
 /// Walks one chunk in tiles: body.run<present>(in, out, count) does the arithmetic, with `present` the smallest of F's
 /// variants that has every role this tensor brings.
 template <class F, class A, class Body, size_t... V>
@@ -323,11 +338,7 @@ struct CpuLoop {
       const Chunk chunk = chunk_at(table, index);
       ReduceBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
       walk_chunk<F, A>(table, chunk, false, body, Variants<F>());
-      for (int s = 0; s < F::sums; ++s) {
-        double sum = 0;
-        for (const auto& lane : body.lanes) sum += double(lane[s]);
-        table.slots()[index * F::sums + s] = sum;
-      }
+      add_lanes(body.lanes, table.slots() + index * F::sums);
     });
     int64_t tensor = 0;
     for (int64_t bucket = 0; bucket < table.buckets; ++bucket) {
