@@ -138,7 +138,9 @@ def test_growth_in_tensors(benchmark, tensors, request):
 @pytest.mark.parametrize("power", range(10, 28, 2))
 def test_growth_in_elements(benchmark, power, request):
     """The norm of one tensor."""
-    grow(benchmark, "N", 2**power, [torch.randn(2 ** (power if not benchmark.disabled else 10), device=DEVICE)])
+    grow(
+        benchmark, request, "N", 2**power, [torch.randn(2 ** (power if not benchmark.disabled else 10), device=DEVICE)]
+    )
 
 
 PASSES = {
