@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench.measure import DEVICE, roof
+from bench.measure import DEVICE, Roof, interleaved
 
 
 @pytest.fixture(scope="session")
 def measured_roof():
     """Bytes a second that the machine's memory gives, measured once."""
-    return roof(DEVICE)
+    roof = Roof(DEVICE)
+    return roof.bandwidth(interleaved(roof.steps, 10))

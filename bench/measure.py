@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -152,25 +153,26 @@ def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[floa
     return times
 
 
-def roof(device: str, elements: int = 1 << 26) -> float:
-    """Bytes a second of the fastest of copy, streaming copy and read, over 256 MiB tensors."""
-    x, y = (torch.rand(elements, device=device) for _ in range(2))
-    candidates = {
-        "copy": (lambda: y.copy_(x), 8),
-        "streaming copy": (lambda: ops.restore_([y], [x]), 8),
-        "read": (lambda: ops.grad_norm([x]), 4),
-    }
-    best = 0.0
-    for run, moved in candidates.values():
-        seconds = []
-        for _ in range(12):
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        best = max(best, moved * elements / statistics.median(seconds[2:]))
-    return best
+class Roof:
+    """The memory's bandwidth: ``steps`` that copy, copy past the caches, and read, 256 MiB each, to be timed in turns."""
+
+    def __init__(self, device: str, elements: int = 1 << 26) -> None:
+        x, y = (torch.rand(elements, device=device) for _ in range(2))
+        self._device = device
+        self._moved = (8 * elements, 8 * elements, 4 * elements)
+        runs = (lambda: y.copy_(x), lambda: ops.restore_([y], [x]), lambda: ops.grad_norm([x]))
+        self.steps: list[Callable[[], float]] = [functools.partial(self._seconds, run) for run in runs]
+
+    def _seconds(self, run: Callable[[], Any]) -> float:
+        synchronize(self._device)
+        start = time.perf_counter()
+        run()
+        synchronize(self._device)
+        return time.perf_counter() - start
+
+    def bandwidth(self, times: list[list[float]]) -> float:
+        """Bytes a second of the fastest, from the times of the steps."""
+        return max(moved / statistics.median(column) for moved, column in zip(self._moved, times, strict=True))
 
 
 def machine(request: Any) -> dict[str, Any]:
@@ -184,9 +186,11 @@ def machine(request: Any) -> dict[str, Any]:
     }
 
 
-def facts(request: Any, elements: int, moved: float, seconds: float) -> dict[str, Any]:
-    """What a timed pass tells: ``moved`` bytes in ``seconds``, against the roof."""
+def facts(request: Any, elements: int, moved: float, seconds: float, roof: float | None = None) -> dict[str, Any]:
+    """What a timed pass tells: ``moved`` bytes in ``seconds``, against the roof, which may have been timed in turns with it."""
     where = machine(request)
+    if roof is not None:
+        where["roof_gb_per_s"] = roof / 1e9
     return where | {
         "elements": elements,
         "bytes": moved,

@@ -11,7 +11,7 @@ import torch
 
 import ltsam_fast as lf
 from bench import peers
-from bench.measure import BYTES, DEVICE, PEER, Step, WholeStep, facts, interleaved, machine, synchronize
+from bench.measure import BYTES, DEVICE, PEER, Roof, Step, WholeStep, facts, interleaved, machine, synchronize
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
 from ltsam_fast.table import Table
@@ -74,10 +74,13 @@ def test_step(benchmark, method, network, backend, request):
     if benchmark.disabled:
         benchmark.pedantic(steps[0], rounds=1)
         return
-    times = interleaved(steps, 200 if steps[0].elements < 1e6 else 20)
+    small_network = steps[0].elements < 1e6
+    roof = None if small_network else Roof(DEVICE)  # a shared machine's bandwidth drifts, so it takes its turns too
+    times = interleaved([*steps, *(roof.steps if roof else [])], 200 if small_network else 20)
     benchmark.pedantic(steps[0], rounds=5)
-    ours, *others = (statistics.median(column) for column in times)
-    row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours)
+    ours, *others = (statistics.median(column) for column in times[: len(steps)])
+    bandwidth = roof.bandwidth(times[len(steps) :]) if roof else None
+    row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours, bandwidth)
     for name, seconds in zip(names[1:], others, strict=True):
         row |= {f"{name}_ms": 1e3 * seconds, f"ratio_{name}": seconds / ours}
     small = Step(method, backend, [(4,)] * len(shapes), DEVICE)

@@ -213,19 +213,24 @@ LT_CLONES void reduce_tile(const F f, const A* const* in, A (*lanes)[F::sums], i
     for (int s = 0; s < F::sums; ++s) lanes[j][s] = sum[j][s];
 }
 
-/// The sums of the lanes, by halves: added one after the other, each would wait for the one before, longer than a tiny
-/// tensor takes for all else.
-template <class A, int kSums>
-LT_CLONES void add_lanes(const A (&lanes)[kLanes][kSums], double* sums) {
-  double part[kLanes][kSums];
-  for (int j = 0; j < kLanes; ++j)
-    for (int s = 0; s < kSums; ++s) part[j][s] = double(lanes[j][s]);
+/// Joins lanes by halves. One after the other, each would wait for the one before: longer than a tiny tensor takes for
+/// all else.
+template <class T, class Join>
+inline T fold(T (&lanes)[kLanes], const Join& join) {
 #pragma GCC unroll 8
   for (int half = kLanes / 2; half; half /= 2)
 #pragma GCC ivdep
-    for (int j = 0; j < half; ++j)
-      for (int s = 0; s < kSums; ++s) part[j][s] += part[j + half][s];
-  for (int s = 0; s < kSums; ++s) sums[s] = part[0][s];
+    for (int j = 0; j < half; ++j) lanes[j] = join(lanes[j], lanes[j + half]);
+  return lanes[0];
+}
+
+template <class A, int kSums>
+LT_CLONES void add_lanes(const A (&lanes)[kLanes][kSums], double* sums) {
+  for (int s = 0; s < kSums; ++s) {
+    double part[kLanes];
+    for (int j = 0; j < kLanes; ++j) part[j] = double(lanes[j][s]);
+    sums[s] = fold(part, [](double a, double b) { return a + b; });
+  }
 }
 
 /// Walks one chunk in tiles: body.run<present>(in, out, count) does the arithmetic, with `present` the smallest of F's

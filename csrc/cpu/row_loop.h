@@ -26,14 +26,13 @@ LT_CLONES void adjust_tile(const A* z, int count, const A* scale, const A* shift
 /// A NaN is never greater, so it is passed over here and surfaces in the sum.
 template <class A>
 LT_CLONES A row_max(const A* a, int64_t count) {
-  A lanes[kLanes], peak = a[0];
-  for (A& lane : lanes) lane = peak;
+  A lanes[kLanes];
+  for (A& lane : lanes) lane = a[0];
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes)
     for (int j = 0; j < kLanes; ++j) lanes[j] = a[i + j] > lanes[j] ? a[i + j] : lanes[j];
-  for (; i < count; ++i) lanes[0] = a[i] > lanes[0] ? a[i] : lanes[0];
-  for (A lane : lanes) peak = lane > peak ? lane : peak;
-  return peak;
+  for (int j = 0; i < count; ++i, ++j) lanes[j] = a[i] > lanes[j] ? a[i] : lanes[j];
+  return fold(lanes, [](A x, A y) { return y > x ? y : x; });
 }
 
 template <class A, class Term>
@@ -43,9 +42,7 @@ LT_HD A lane_sum(int64_t count, const Term& term) {
   for (; i + kLanes <= count; i += kLanes)
     for (int j = 0; j < kLanes; ++j) lanes[j] += term(i + j);
   for (int j = 0; i < count; ++i, ++j) lanes[j] += term(i);
-  A sum = 0;
-  for (A lane : lanes) sum += lane;
-  return sum;
+  return fold(lanes, [](A x, A y) { return x + y; });
 }
 
 template <class A>
