@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast import ops
 from ltsam_fast.optim.batch import Batch, Closure, Scaling, mean_loss
 from ltsam_fast.optim.gradients import _gradients, _swap_gradients
 from ltsam_fast.optim.phases import Phased
@@ -50,8 +51,8 @@ class SharpnessAware(Phased):
         Args:
             closure: Runs the forward pass alone and returns the per-sample losses, shape (B,), floating point, not
                 detached. A sequence of closures is a batch in parts: their gradients add up to one step.
-            targets: The samples' classes, shape (B,), integer; a sequence with a sequence of closures. Methods that do not
-                look at classes need none.
+            targets: The samples' classes, shape (B,), integer; a sequence with a sequence of closures. Methods that are told
+                class counts need them, each less than C; the others do not look at them.
             scaler: A GradScaler. If a gradient of either pass overflows, weights and base state stay as they were, which is
                 decided on the device. Call ``scaler.update()`` yourself, once a step.
 
@@ -91,10 +92,22 @@ class SharpnessAware(Phased):
             self._clear_gradients()
             raise
 
+    @property
+    def _classes(self) -> int | None:
+        """Below which number the samples' classes must lie; None: they are not looked at."""
+        return None
+
     def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
+        classes = self._classes
+        if classes is not None and targets is None:
+            raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
         labels: list[Any] = [None] * closures if targets is None else _as_list(targets)
         if len(labels) != closures:
             raise ValueError(f"targets has {len(labels)} entries, but there are {closures} closures: give one each")
+        if classes is not None:
+            for label in labels:
+                rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
+                ops.check_targets(label, rows, classes)
         return labels
 
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.batch import Batch, Closure, Scaling, check_takes_index, mean_loss
+from ltsam_fast.optim.batch import Batch, Scaling, check_takes_index, mean_loss
 from ltsam_fast.optim.by_class import added, climb_by_class, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
 from ltsam_fast.optim.gradients import Uninterrupted
@@ -134,22 +134,9 @@ class CCSAM(Sharing):
         moving = [i for i, param in enumerate(params) if param.requires_grad]
         return [params[i] for i in moving], [of[i] for i in moving]
 
-    def step(  # type: ignore[override]
-        self, closure: Closure | list[Closure] | None = None, targets: Any = None, scaler: Any = None
-    ) -> Tensor:
-        """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
-        if self._ends(closure):
-            return super().step()
-        if targets is None:
-            raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
-        return super().step(closure, targets, scaler)
-
-    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
-        labels = super()._check_targets(targets, closures)
-        for label in labels:
-            rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-            ops.check_targets(label, rows, len(self.class_counts))  # type: ignore[arg-type]
-        return labels
+    @property
+    def _classes(self) -> int:
+        return len(self.class_counts)
 
     def _share(
         self,

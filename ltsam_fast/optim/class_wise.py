@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ltsam_fast import ops
-from ltsam_fast.optim.batch import Batch, Closure
+from ltsam_fast.optim.batch import Batch
 from ltsam_fast.optim.gradients import _gradients, _swap_gradients
 from ltsam_fast.optim.sharing import Sharing
 from ltsam_fast.shared import Weighting
@@ -92,29 +88,13 @@ class ClassWise(Sharing):
         self._run("third_step", self._descend)
         self._clear_gradients()
 
-    def step(  # type: ignore[override]
-        self,
-        closure: Closure | Sequence[Closure] | None = None,
-        targets: Tensor | Sequence[Tensor] | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> Tensor:
-        """One step: see :meth:`SharpnessAware.step`. ``targets`` must be given and lie in [0, C)."""
-        if self._ends(closure):
-            return super().step()
+    @property
+    def _classes(self) -> int:
         if self.class_weights is None:
             raise ValueError(
                 "class_counts must be given to the constructor for step(closure, targets); the phases need none"
             )
-        if targets is None:
-            raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
-        return super().step(closure, targets, scaler)
-
-    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
-        labels = super()._check_targets(targets, closures)
-        for label in labels:
-            rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-            ops.check_targets(label, rows, 2**62 if self._open else len(self.class_weights))  # type: ignore[arg-type]
-        return labels
+        return 2**62 if self._open else len(self.class_weights)
 
     def _evaluate(self, part: Batch) -> Tensor:
         return self._evaluate_for(part, self._parameters()[0]) if all(self._used) else part.evaluate()
