@@ -27,27 +27,27 @@ PEER = "pytorch_optimizer"
 """The strongest package there is, in version 4.1.0 from PyPI."""
 
 
-def synchronize(device: str) -> None:
+def synchronize() -> None:
     """Waits for the device, so that a host clock sees its work."""
-    if device == "cuda":
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def timed(run: Callable[[], object]) -> float:
     """Seconds that a call takes."""
-    synchronize(DEVICE)
+    synchronize()
     start = time.perf_counter()
     run()
-    synchronize(DEVICE)
+    synchronize()
     return time.perf_counter() - start
 
 
 class Step:
     """One optimizer's phases on tensors of the given shapes. Gradients are set outside the time that is measured."""
 
-    def __init__(self, method: str, implementation: str, shapes: list[Any], device: str) -> None:
+    def __init__(self, method: str, implementation: str, shapes: list[Any]) -> None:
         generator = torch.Generator().manual_seed(0)
-        make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(device) for s in shapes]  # noqa: E731
+        make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(DEVICE) for s in shapes]  # noqa: E731
         self.params = [torch.nn.Parameter(w) for w in make(0.05)]
         self.grads = [make(0.01) for _ in PHASES[method]]
         others: dict[str, Any] = {
@@ -61,7 +61,6 @@ class Step:
         self.optimizer = cls(self.params, torch.optim.SGD, rho=0.05, **BASE)
         self.phases = [getattr(self.optimizer, name) for name in PHASES[method]]
         self.elements = sum(p.numel() for p in self.params)
-        self.device = device
 
     def __call__(self) -> float:
         """Runs one step and returns the seconds spent in the phases."""
@@ -75,11 +74,7 @@ class Step:
         for phase, grads in zip(self.phases, self.grads, strict=True):
             for param, grad in zip(self.params, grads, strict=True):
                 param.grad = grad.clone()  # the plain loop adds into its gradients
-            synchronize(self.device)
-            start = time.perf_counter()
-            phase()
-            synchronize(self.device)
-            spent += time.perf_counter() - start
+            spent += timed(phase)
         return spent
 
 
@@ -99,15 +94,15 @@ class Handed(torch.autograd.Function):
 class WholeStep:
     """``step(closure, targets)`` of any method, with a closure that costs next to nothing."""
 
-    def __init__(self, method: str, options: dict[str, Any], backend: str, shapes: list[Any], device: str) -> None:
+    def __init__(self, method: str, options: dict[str, Any], backend: str, shapes: list[Any]) -> None:
         generator = torch.Generator().manual_seed(0)
-        make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(device) for s in shapes]  # noqa: E731
+        make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(DEVICE) for s in shapes]  # noqa: E731
         self.params = [torch.nn.Parameter(w) for w in make(0.05)]
         self.grads = make(0.01)
         groups = [{"params": self.params[:-2]}, {"params": self.params[-2:]}]
         self.optimizer = getattr(lf, method)(groups, torch.optim.SGD, rho=0.05, **options, **BASE)
         self.targets = torch.tensor([0, 1] * 4)
-        self.backend, self.device = backend, device
+        self.backend = backend
         self.elements = sum(p.numel() for p in self.params)
 
     def closure(self, index: Any = None) -> torch.Tensor:
@@ -117,29 +112,22 @@ class WholeStep:
         """Takes one step and returns the seconds of the optimizer's work: those inside autograd are left out."""
         inside = 0.0
 
-        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **named: Any) -> Any:
                 nonlocal inside
-                synchronize(self.device)
-                begin = time.perf_counter()
-                result = function(*arguments, **named)
-                synchronize(self.device)
-                inside += time.perf_counter() - begin
-                return result
+                results: list[Any] = []
+                inside += timed(lambda: results.append(function(*arguments, **named)))
+                return results[0]
 
             return call
 
         with (
             lf.use_backend(self.backend),
             unittest.mock.patch.multiple(
-                torch.autograd, backward=timed(torch.autograd.backward), grad=timed(torch.autograd.grad)
+                torch.autograd, backward=noted(torch.autograd.backward), grad=noted(torch.autograd.grad)
             ),
         ):
-            synchronize(self.device)
-            start = time.perf_counter()
-            self.optimizer.step(self.closure, targets=self.targets)
-            synchronize(self.device)
-            return time.perf_counter() - start - inside
+            return timed(lambda: self.optimizer.step(self.closure, targets=self.targets)) - inside
 
 
 def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -156,19 +144,11 @@ def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[floa
 class Roof:
     """The memory's bandwidth: ``steps`` that copy, copy past the caches, and read, 256 MiB each, to be timed in turns."""
 
-    def __init__(self, device: str, elements: int = 1 << 26) -> None:
-        x, y = (torch.rand(elements, device=device) for _ in range(2))
-        self._device = device
+    def __init__(self, elements: int = 1 << 26) -> None:
+        x, y = (torch.rand(elements, device=DEVICE) for _ in range(2))
         self._moved = (8 * elements, 8 * elements, 4 * elements)
         runs = (lambda: y.copy_(x), lambda: ops.restore_([y], [x]), lambda: ops.grad_norm([x]))
-        self.steps: list[Callable[[], float]] = [functools.partial(self._seconds, run) for run in runs]
-
-    def _seconds(self, run: Callable[[], Any]) -> float:
-        synchronize(self._device)
-        start = time.perf_counter()
-        run()
-        synchronize(self._device)
-        return time.perf_counter() - start
+        self.steps: list[Callable[[], float]] = [functools.partial(timed, run) for run in runs]
 
     def bandwidth(self, times: list[list[float]]) -> float:
         """Bytes a second of the fastest, from the times of the steps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ltsam_fast as lf
-from bench.measure import BASE, DEVICE, interleaved, machine, synchronize
+from bench.measure import BASE, DEVICE, interleaved, machine, timed
 from bench.test_end2end import COUNTS, NETWORKS
 
 FOCAL = {"class_counts": COUNTS, "gamma": 3.0, "lam": 0.5}
@@ -91,11 +90,7 @@ class Training:
         return F.cross_entropy(self.model(self.x), self.y, reduction="none")
 
     def __call__(self):
-        synchronize(DEVICE)
-        start = time.perf_counter()
-        self.optimizer.step(self.losses, targets=self.y)
-        synchronize(DEVICE)
-        return time.perf_counter() - start
+        return timed(lambda: self.optimizer.step(self.losses, targets=self.y))
 
 
 def _peak(training):

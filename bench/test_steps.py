@@ -44,7 +44,7 @@ def launches(step):
     if DEVICE == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
-            synchronize(DEVICE)
+            synchronize()
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
     with mock.patch.object(ops, "_launch", wraps=ops._launch) as calls:
@@ -64,7 +64,7 @@ def test_step(benchmark, method, network, backend, request):
     names = [backend, "plain", "foreach", *([PEER] if peers.published(method) else [])]
     if network in COMPILED and not benchmark.disabled:
         names.append("compiled")
-    steps = [Step(method, name, shapes, DEVICE) for name in names]
+    steps = [Step(method, name, shapes) for name in names]
     for step in steps * 2:
         step()
     # No figure for a wrong result.
@@ -75,7 +75,7 @@ def test_step(benchmark, method, network, backend, request):
         benchmark.pedantic(steps[0], rounds=1)
         return
     small_network = steps[0].elements < 1e6
-    roof = None if small_network else Roof(DEVICE)  # a shared machine's bandwidth drifts, so it takes its turns too
+    roof = None if small_network else Roof()  # a shared machine's bandwidth drifts, so it takes its turns too
     times = interleaved([*steps, *(roof.steps if roof else [])], 200 if small_network else 20)
     benchmark.pedantic(steps[0], rounds=5)
     ours, *others = (statistics.median(column) for column in times[: len(steps)])
@@ -83,7 +83,7 @@ def test_step(benchmark, method, network, backend, request):
     row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours, bandwidth)
     for name, seconds in zip(names[1:], others, strict=True):
         row |= {f"{name}_ms": 1e3 * seconds, f"ratio_{name}": seconds / ours}
-    small = Step(method, backend, [(4,)] * len(shapes), DEVICE)
+    small = Step(method, backend, [(4,)] * len(shapes))
     host = statistics.median(interleaved([small], 50)[0])
     benchmark.extra_info.update(
         row,
@@ -109,7 +109,7 @@ def test_family(benchmark, method, network, backend, request):
     benchmark.group = f"family, {network}"
     options, moved = FAMILY[method]
     shapes = SHAPES[network]() if not benchmark.disabled else [(7, 3), (5,), (4, 7), (4,)]
-    steps = [WholeStep(method, options, name, shapes, DEVICE) for name in (backend, "torch")]
+    steps = [WholeStep(method, options, name, shapes) for name in (backend, "torch")]
     for step in steps:
         step()
     for mine, its in zip(steps[0].params, steps[1].params, strict=True):
@@ -171,7 +171,7 @@ def test_billion(benchmark, name, request):
 
     def once():
         run(w, g, b, m)
-        synchronize(DEVICE)
+        synchronize()
 
     benchmark.pedantic(once, rounds=1 if benchmark.disabled else 5, warmup_rounds=1)
     if not benchmark.disabled:
@@ -185,7 +185,7 @@ def grow(benchmark, request, what, size, grads):
 
     def run():
         ops.grad_norm(grads, table=table)
-        synchronize(DEVICE)
+        synchronize()
 
     benchmark.pedantic(run, rounds=1 if benchmark.disabled else 50, warmup_rounds=2)
     if not benchmark.disabled:

@@ -55,8 +55,9 @@ class Method:
     """The constructor's own keywords."""
     groups: Callable[..., list[dict[str, Any]]] = one_group
 
-    def make(self, model, base=SGD, /, **options):
-        return self.cls(self.groups(model), base, **{"rho": RHO, **self.options, **options})
+    def make(self, model, base=SGD, params=None, /, **options):
+        groups = self.groups(model) if params is None else params
+        return self.cls(groups, base, **{"rho": RHO, **self.options, **options})
 
     def closure(self, opt, model, x, y, loss=losses, **more):
         return opt.step(lambda: loss(model, x, y), targets=y, **more)

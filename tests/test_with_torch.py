@@ -202,10 +202,7 @@ def test_layers_that_thaw_later(name, base):
         groups = [{"params": list(model[2].parameters())}, {"params": list(model[4].parameters())}]
         if not added:
             groups.insert(1, {"params": list(model[0].parameters())})
-        row = (METHODS | ROWS)[name]
-        opt = getattr(__import__("ltsam_fast"), row.method if name in ROWS else name)(
-            groups, base, **{"rho": 0.1, "lr": 0.01, **row.options}
-        )
+        opt = (METHODS | ROWS)[name].make(model, base, groups, lr=0.01)
         data = batches(steps=6)
         for x, y in data[:3]:
             opt.step(closure_of(model, x, y), targets=y)
@@ -222,7 +219,7 @@ def test_layers_that_thaw_later(name, base):
         "ESAM",
         "CCSAM",
         "SSESAM",
-    ):  # these number the parameters, or take the last group for the head
+    ):  # they number the parameters, or take the last group for the head
         torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
 
 

@@ -74,12 +74,8 @@ class Odd(nn.Module):
 
 def make(name, params, base, /, **more):
     kind, options = BASES[base]
-    if isinstance(params, nn.Module):
-        return (METHODS | ROWS)[name].make(params, kind, **options, **more)
-    row = (METHODS | ROWS)[name]
-    return getattr(lf, row.cls.__name__ if name in METHODS else row.method)(
-        params, kind, **{"rho": 0.1, **row.options, **options, **more}
-    )
+    model, params = (params, None) if isinstance(params, nn.Module) else (None, params)
+    return (METHODS | ROWS)[name].make(model, kind, params, **options, **more)
 
 
 def share(data):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +29,11 @@ def main(argv: Sequence[str]) -> int:
     """Runs a command, ``argv[0]``; returns the exit code."""
     from ltsam_fast.data import DataError
     from ltsam_fast.train.loop import Diverged
+    from ltsam_fast.train.workers import place
 
     command, *arguments = argv
-    rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    rank, size = place()
+    who = f" (process {rank})" if size > 1 else ""
     try:
         return COMMANDS[command](arguments)
     except KeyboardInterrupt:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         message, code = str(error), WRONG
         if error.name in ("rich", "yaml", "tomli", "matplotlib"):
             message = f"needs {error.name}: pip install 'ltsam_fast[train]'"
-    print(f"ltsam_fast {command}{rank}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ltsam_fast {command}{who}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -126,6 +127,7 @@ def train_command(arguments: Sequence[str]) -> int:
     from ltsam_fast.train.checkpoint import NAME
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
+    from ltsam_fast.train.workers import is_first
 
     layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
@@ -141,7 +143,7 @@ def train_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
         return INTERRUPTED
-    if report and int(os.environ.get("RANK", 0)) == 0:
+    if report and is_first():
         print(f"wrote {out}/: last.pt, log.csv, log.jsonl, config.json")
     return OK
 

@@ -6,7 +6,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import statistics
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from ltsam_fast.train.losses import label as loss_label
 from ltsam_fast.train.methods import accepted as methods_take
 from ltsam_fast.train.methods import check_options, label
 from ltsam_fast.train.run import check, load_images
-from ltsam_fast.train.workers import is_first
+from ltsam_fast.train.workers import is_first, place
 
 _ACCURACY = "accuracy (%)"
 TABLE = "table.md"
@@ -144,7 +143,7 @@ def _failure(cell: Cell, error: Exception) -> str:
     """
     if isinstance(error, Diverged):
         return f"{cell.folder}: {error}"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if place()[1] > 1:
         raise error
     trace = _trace(cell)
     trace.parent.mkdir(parents=True, exist_ok=True)

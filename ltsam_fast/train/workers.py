@@ -61,7 +61,7 @@ def workers(device: str) -> Iterator[Workers]:
     Raises:
         ConfigError: The device is unknown or not there.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    rank, size = place()
     here = device_of(device, int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else None)
     joins = size > 1 and not dist.is_initialized()
     if joins:
@@ -73,9 +73,14 @@ def workers(device: str) -> Iterator[Workers]:
             dist.destroy_process_group()
 
 
+def place() -> tuple[int, int]:
+    """This process's number, and how many torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return place()[0] == 0
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device:

@@ -68,7 +68,6 @@ class SharpnessAwareTrainer(Trainer):
             raise ValueError("method must be None where optimizers or optimizer_cls_and_kwargs are given")
         self.method, self.method_options = method, method_options or {}
         self._taking: AcceleratedStep | None = None
-        self._taking_model: Any = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Makes the optimizer, of ``method`` around the one that ``args.optim`` names."""
@@ -92,9 +91,8 @@ class SharpnessAwareTrainer(Trainer):
         if not isinstance(getattr(self.optimizer, "optimizer", None), SharpnessAware):
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
-        if self._taking is None or self._taking_model is not model:
+        if self._taking is None or self._taking.method.model is not model:
             self._taking = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
-            self._taking_model = model
         loss = self._taking(dict(self._prepare_inputs(inputs)))
         return torch.zeros((), device=self.args.device) if loss is None else loss.to(self.args.device)
 
@@ -109,7 +107,7 @@ class SharpnessAwareTrainer(Trainer):
     def _losses(self, inputs: dict[str, Any]) -> Tensor:
         labels = self._labels(inputs)
         with self.compute_loss_context_manager():
-            outputs = self._taking_model(**{name: one for name, one in inputs.items() if one is not labels})
+            outputs = self.optimizer.optimizer.model(**{name: one for name, one in inputs.items() if one is not labels})
             if self.compute_loss_func is not None:
                 return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
             smoothing = self.args.label_smoothing_factor
