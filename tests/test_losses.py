@@ -366,6 +366,18 @@ def test_logits_that_lie_otherwise(layout, dtype, backend, device, generator):
     assert torch.equal(gradients(mine.sum(), torch.ones(()), one), gradients(same.sum(), torch.ones(()), other))
 
 
+@pytest.mark.parametrize("classes", [3, 64, 130])
+def test_a_nan_is_seen_wherever_it_stands(classes, backend, device):
+    """It is no maximum of a row, first or last, but its loss; the rows beside it stay as they are."""
+    y = torch.zeros(3, dtype=torch.int64, device=device)
+    for where in (0, 1, classes - 1):
+        z = torch.linspace(-1, 1, 3 * classes, device=device).view(3, classes)
+        z[1, where] = math.nan
+        mine = losses.CrossEntropy(reduction="none").to(device)(z, y)
+        torch.testing.assert_close(mine, F.cross_entropy(z, y, reduction="none"), equal_nan=True)
+        assert mine.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 def test_huge_and_masked_logits(dtype, backend, device):
     inf = math.inf
