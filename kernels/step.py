@@ -7,13 +7,13 @@ from .table import divide, inverse_scale, item, launch, load, mixed, narrow, num
 
 
 @triton.jit
-def _factor(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
-    """What the summed gradient is multiplied by: unscaling, clipping to max_norm, the sign."""
+def _factors(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
+    """What the summed gradient is multiplied by: unscaling, clipping to max_norm, the sign; and that without clipping."""
     inverse = inverse_scale(grad_scale, A)
     clip = divide(max_norm.to(A), number(norm, 0.0, A) * inverse + 1e-6)
     clips = (max_norm > 0) & (norm != 0) & (clip < 1)
     factor = tl.where(clips, inverse * clip, inverse)
-    return tl.where(maximize != 0, -factor, factor)
+    return tl.where(maximize != 0, -factor, factor), tl.where(maximize != 0, -inverse, inverse)
 
 
 @triton.jit
@@ -60,10 +60,9 @@ def sgd_step_kernel(
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
     fresh = 1.0 - tl.load(h + 2).to(A)
-    factor = _factor(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
+    factor, inverse = _factors(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
     first_step = (momentum == 0) | (number(tl.load(row + 5), 1.0, tl.float32) == 0)
     nesterov, active = tl.load(h + 4) != 0, skipped(found_inf) == 0
-    inverse = inverse_scale(grad_scale, A)
     _sgd_blocks(
         row, begin, whole, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
         TYPES, True, A, BLOCK,
@@ -123,14 +122,14 @@ def adam_step_kernel(
     row, h = pointers + tensor * 8, hyper + group * 8
     lr, beta1, beta2, decay = tl.load(h), tl.load(h + 1), tl.load(h + 2), tl.load(h + 4)
     decoupled = tl.load(h + 5) != 0
-    factor = _factor(tl.load(h + 6), tl.load(h + 7), norm, grad_scale, A)
+    factor, inverse = _factors(tl.load(h + 6), tl.load(h + 7), norm, grad_scale, A)
     t = number(tl.load(row + 7), 0.0, tl.float32).to(tl.float64) + 1.0
     step_size = (lr / (1.0 - tl.exp(t * tl.log(beta1)))).to(A)
     root = sqrt(1.0 - tl.exp(t * tl.log(beta2))).to(A)
     keep = tl.where(decoupled, 1.0 - lr * decay, 1.0).to(A)
     decay = tl.where(decoupled, 0.0, decay).to(A)
     fresh1, fresh2, eps = (1.0 - beta1).to(A), (1.0 - beta2).to(A), tl.load(h + 3).to(A)
-    beta2, lr, inverse, active = beta2.to(A), lr.to(A), inverse_scale(grad_scale, A), skipped(found_inf) == 0
+    beta2, lr, active = beta2.to(A), lr.to(A), skipped(found_inf) == 0
     _adam_blocks(
         row, begin, whole, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         TYPES, True, A, BLOCK,

@@ -33,6 +33,7 @@ from ltsam_fast.backend import backend_for
 from ltsam_fast.live import recording
 from ltsam_fast.rows import Numbers, accumulator, check_range, launch
 from ltsam_fast.table import DTYPES, Op, Part, Role, Table
+from ltsam_fast.weight_caches import clear_weight_caches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,7 +121,9 @@ OPS = {
 }
 """The list-wise ops: what Python must know of csrc/ops.h."""
 
-_LOWEST = {op.name: np.array([-np.inf if name == "dampening" else 0.0 for name in op.hyper]) for op in OPS.values()}
+_LOWEST = {
+    op.name: np.array([-np.inf if name in ("dampening", "rho") else 0.0 for name in op.hyper]) for op in OPS.values()
+}
 _ENDS = {"beta1": 1.0, "beta2": 1.0, "chance": np.nextafter(1.0, 2.0), "seed": 2.0**53, "step": 2.0**32}
 _BELOW = {op.name: np.array([_ENDS.get(name, np.inf) for name in op.hyper]) for op in OPS.values()}
 
@@ -159,8 +162,9 @@ def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
     good = (rows >= low) & (rows < below) & (rows > -np.inf)
     if not good.all():
         row, column = np.argwhere(~good)[0]
-        wanted = f"in [{low[column]:g}, {below[column]:g})" if below[column] < np.inf else f">= {low[column]:g}"
-        raise ValueError(f"{op.hyper[column]} must be a finite number {wanted}, got {rows[row, column]}")
+        wanted = f" in [{low[column]:g}, {below[column]:g})" if below[column] < np.inf else f" >= {low[column]:g}"
+        wanted = "" if low[column] == -np.inf else wanted
+        raise ValueError(f"{op.hyper[column]} must be a finite number{wanted}, got {rows[row, column]}")
     return rows
 
 
@@ -241,15 +245,17 @@ def _run(
         named: dict[str, Any] = dict(zip(op.arguments, roles, strict=True)) | (values or {}) | signals
         named |= {} if offsets is None else {"offsets": offsets}
         getattr(reference, op.name.removeprefix("random_"))(**named, **({"groups": groups} if op.hyper else {}))
-        return
-    for part, backend in zip(parts, backends, strict=True):
-        _launch(op, backend, part, hyper, signals)
-    own.finish(lists)
+    else:
+        for part, backend in zip(parts, backends, strict=True):
+            _launch(op, backend, part, hyper, signals)
+        own.finish(lists)
     # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
     for role, tensors in zip(op.roles, roles, strict=True):
         if tensors is not None and role in op.writes and (role == "w" or table is None):
             torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+    if "w" in op.writes:
+        clear_weight_caches()
 
 
 def _check_groups(groups: Sequence[int] | None, tensors: int, rows: int) -> None:
@@ -343,7 +349,7 @@ def grad_norm(
         if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
     if not norms:
-        norms = [torch.zeros(outputs)]
+        norms = [torch.zeros(outputs, dtype=torch.float32)]
     norm = norms[0] if len(norms) == 1 else _join(norms)
     return norm if per_group else norm[0]
 
@@ -393,7 +399,7 @@ def grad_dots(grads: Tensors, extra: Tensors, *, table: Table | None = None) -> 
         dots.append(torch.empty(3, dtype=part.accumulator, device=part.device))
         _launch(op, backend, part, _hyper_rows(op, {}), {"norm": dots[-1]})
     if len(dots) < 2:
-        return dots[0] if dots else torch.zeros(3)
+        return dots[0] if dots else torch.zeros(3, dtype=torch.float32)
     dtype = torch.float64 if any(one.dtype == torch.float64 for one in dots) else torch.float32
     return torch.stack([one.to(dots[0].device, torch.float64) for one in dots]).sum(0).to(dtype)
 
@@ -424,7 +430,7 @@ def class_grad_norms(
     if len(lengths) > 1:
         raise ValueError(f"class_grads must hold lists of one length, got lengths {sorted(lengths)}")
     if not class_grads:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32)
     grads = [grad for one in class_grads for grad in one]
     groups = [k for k, one in enumerate(class_grads) for _ in one]
     norms = grad_norm(
@@ -471,7 +477,7 @@ def perturb_(
         grads: T ascent gradients ``g``; ``None``: that weight stays.
         backups: T tensors of the weights' dtypes, filled with the old weights; ``None``: they are not kept.
         norm: Norm of the ascent direction, one number, from :func:`grad_norm`. When it is not finite, nothing is perturbed.
-        rho: Radius, in units of the weights, >= 0.
+        rho: Radius, in units of the weights; negative: against the gradient, as to maximize.
         adaptive: ASAM's scaling.
         eta: ASAM's constant, >= 0.
         eps: Added to the norm, >= 0.

@@ -114,7 +114,7 @@ def class_grad_norms(
 ) -> Tensor:
     """The norm of each of K gradients."""
     norms = [grad_norm(grads, params, adaptive=adaptive, eta=eta) for grads in class_grads]
-    return torch.stack(norms) if norms else torch.zeros(0)
+    return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float32)
 
 
 def _numbers(like: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _normal(words: Tensor) -> Tensor:
     t = torch.where(central, w - 2.5, root - 3)
     q = torch.zeros_like(t)
     for near, far in zip(_CENTRAL, _TAIL, strict=True):
-        q = q * t + torch.where(central, torch.tensor(near), torch.tensor(far)).to(q)
+        q = q * t + torch.where(central, torch.full_like(q, near), torch.full_like(q, far))
     z = 1.41421356 * (q * x)
     return torch.where(words >> 31 != 0, -z, z)
 
@@ -324,14 +324,15 @@ def _beside(
     w: Tensor,
     lr: float,
     gradients: tuple[Tensor | None, Tensor | None],
+    maximize: bool,
     grad_scale: Tensor | None,
     mix: Tensor | None,
 ) -> Tensor | float:
-    """What the weights move by past the base optimizer: lr (c2 g + c3 extra)."""
+    """What the weights move by past the base optimizer: lr (c2 g + c3 extra), turned around to maximize."""
     if mix is None:
         return 0.0
     inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
-    return lr * _mixed(w, *gradients, mix, first=2) * inverse
+    return lr * _mixed(w, *gradients, mix, first=2) * (-inverse if maximize else inverse)
 
 
 @torch.no_grad()
@@ -370,7 +371,7 @@ def sgd_step_(
             buffer = d if first else at(momentum) * _wide(m) + (1 - at(dampening)) * d
             m.copy_(buffer)
             d = d + at(momentum) * buffer if at(nesterov) else buffer
-        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), grad_scale, mix)
+        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
         w.copy_(_wide(w) - at(lr) * d - beside)
         if step is not None:
             step += 1
@@ -418,7 +419,7 @@ def adam_step_(
         mean = _wide(m) + (1 - at(beta1)) * (d - _wide(m))
         square = at(beta2) * _wide(v) + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(_wide(vmax), square)
-        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), grad_scale, mix)
+        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
         move = at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps))
         w.copy_(old - move - beside)
         m.copy_(mean)

@@ -100,12 +100,21 @@ def step(groups, loss, labels, u, v, base, max_grad_norm=0.0):
     return at_w.mean().item()
 
 
+def minimizing(options):
+    """A base's options without ``maximize``, and the sign of the losses: to maximize f is to minimize -f."""
+    return {name: value for name, value in options.items() if name != "maximize"}, -1 if options.get("maximize") else 1
+
+
 def trajectory(groups_of, u, v, base, options, data, max_grad_norm=0.0):
     """The weights after running over ``data``, and the loss at w of each step."""
     model = network()
     groups = groups_of(model)
+    options, sign = minimizing(options)
     optimizer = base([{name: g[name] for name in g if name in ("params", "lr")} for g in groups], **options)
-    means = [step(groups, lambda _, x=x, y=y: losses(model, x, y), y, u, v, optimizer, max_grad_norm) for x, y in data]
+    means = []
+    for x, y in data:
+        mean = step(groups, lambda _, x=x, y=y: sign * losses(model, x, y), y, u, v, optimizer, max_grad_norm)
+        means.append(sign * mean)
     return flat(model), means
 
 

@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from .oracles import flat, losses
+from .oracles import flat, losses, minimizing
 
 PERTURBATION = ("rho", "adaptive", "eta", "perturb", "norm_eps")
 """What a group has for the method; the rest is for the base optimizer."""
@@ -39,6 +39,7 @@ class Problem:
         self.params = [param for group in self.groups for param in group["params"]]
         self.sizes = [param.numel() for param in self.params]
         bases = [{name: g[name] for name in g if name not in PERTURBATION} for g in self.groups]
+        options, self.sign = minimizing(options)
         self.base = base(bases, **options)
         self.first_lr = self.lr
         self.rho = self.option("rho", 0.0)
@@ -71,14 +72,14 @@ class Problem:
 
     def losses(self):
         with torch.no_grad():
-            return losses(self.model, self.x, self.y)
+            return self.sign * losses(self.model, self.x, self.y)
 
     def gradient(self, a=None, eps=None):
         """Gradient of sum_j a_j l_j at w + eps; without ``a`` of the mean loss."""
         if eps is not None:
             return self.at(eps, lambda: self.gradient(a))
         a = self.ones() / len(self.y) if a is None else a
-        total = (a * losses(self.model, self.x, self.y)).sum()
+        total = (a * self.sign * losses(self.model, self.x, self.y)).sum()
         parts = torch.autograd.grad(total, self.params, allow_unused=True)
         self.used = [part is not None for part in parts]
         return flat([torch.zeros_like(p) if part is None else part for p, part in zip(self.params, parts, strict=True)])
@@ -115,7 +116,7 @@ def method(direction):
                 torch.nn.utils.clip_grad_norm_(problem.params, max_grad_norm)
             problem.base.step()
             problem.assign(flat(problem.params) + problem.after)
-            means.append(problem.loss)
+            means.append(problem.sign * problem.loss)
         return flat(model), means
 
     return run

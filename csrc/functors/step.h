@@ -17,7 +17,7 @@ struct Direction {
       const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
       factor *= clip < A(1) ? clip : A(1);
     }
-    if (maximize != 0) factor = -factor;
+    if (maximize != 0) factor = -factor, inverse = -inverse;
   }
   LT_HD A operator()(A g, A extra) const { return mix.direction(g, extra) * factor; }
   /// A step of its own beside the base optimizer's: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).

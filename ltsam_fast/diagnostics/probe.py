@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ltsam_fast import ops
 from ltsam_fast.optim.by_class import added
 from ltsam_fast.shared import SharedBackward, Weighting
+from ltsam_fast.weight_caches import clear_weight_caches
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """Takes the network's output and the labels of a batch, gives the loss of each sample, shape (B,)."""
@@ -79,11 +80,13 @@ class Probe:
             with torch.no_grad():
                 for param, backup in zip(self.params, backups, strict=True):
                     param.copy_(backup)
+            clear_weight_caches()
 
     def losses(self, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields indices and losses of each batch of the samples at ``indices``."""
         device = self.params[0].device
         for batch in indices.split(self.batch_size):
+            clear_weight_caches()  # the weights may have moved, and the batch before may have needed no gradients
             x = self.x[batch.to(self.x.device)].to(device)
             losses = self.loss_fn(self.model(x if self.prepare is None else self.prepare(x)), self.y[batch].to(device))
             if losses.shape != batch.shape:

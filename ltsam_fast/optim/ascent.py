@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ltsam_fast import ops
 from ltsam_fast.optim.fused import local_of
@@ -47,7 +49,7 @@ class Climber(Worker):
             found_inf=found_inf,
         )
         options = {
-            "rho": self._hyper("rho"),
+            "rho": self._radii(),
             "adaptive": adaptive,
             "eta": eta,
             "eps": self._hyper("norm_eps"),
@@ -72,6 +74,14 @@ class Climber(Worker):
             )
 
         self._perturb(params, groups, perturb)
+
+    def _radii(self) -> tuple[Any, ...]:
+        """Each group's radius; negative where the base maximizes: then the worst weights nearby lie against the gradient."""
+        radii = self._hyper("rho")
+        if any(radius < 0 for radius in radii):
+            raise ValueError(f"rho must be a finite number >= 0 in every group, got {min(radii)}")
+        signs = map(_sign, self.param_groups)
+        return tuple(radius if sign > 0 else -radius for radius, sign in zip(radii, signs, strict=True))
 
     def _perturb(self, params: list[Tensor], groups: list[int], perturb: Callable[[list[Tensor]], None]) -> None:
         """Has ``perturb(backups)`` keep and perturb the weights, and takes note of it."""
@@ -140,14 +150,9 @@ class Climber(Worker):
     def _freeze_statistics(self) -> None:
         """Keeps running statistics of normalization layers from seeing the perturbed pass, if the model is known."""
         for module in self.model.modules() if self.model is not None else ():
-            # Batch norm without tracking normalizes by the batch and updates nothing. Instance norm looks at its buffers only.
-            for kind, name, value in (
-                (_BatchNorm, "track_running_stats", False),
-                (_InstanceNorm, "running_mean", None),
-                (_InstanceNorm, "running_var", None),
-            ):
+            for name, value in _statistics(module) if module.training else ():
                 # What is frozen already is another optimizer's to thaw: theirs may end before or after this one's step.
-                if isinstance(module, kind) and module.training and getattr(module, name) is not value:
+                if getattr(module, name) is not value:
                     self._thawed.append((module, name, getattr(module, name)))
                     setattr(module, name, value)
 
@@ -163,3 +168,24 @@ class Climber(Worker):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+
+
+def _sign(group: dict[str, Any]) -> int:
+    return -1 if group.get("maximize") else 1
+
+
+def _statistics(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of a module that stand for its running statistics, and what they are while those must not change."""
+    if isinstance(module, _BatchNorm):  # without tracking it normalizes by the batch and updates nothing
+        yield "track_running_stats", False
+    elif isinstance(module, _InstanceNorm):  # looks at its buffers only
+        yield "running_mean", None
+        yield "running_var", None
+    vectors = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    for name in vectors + [hook.name + end for hook in hooks for end in ("_u", "_v")]:
+        vector = getattr(module, name, None)  # power iteration changes it in place: let it have a copy
+        if vector is not None and not hasattr(vector, "stands_in"):
+            copy = vector.clone()
+            copy.stands_in = True
+            yield name, copy

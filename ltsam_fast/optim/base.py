@@ -79,9 +79,10 @@ class SharpnessAware(Phased):
         labels = self._check_targets(targets, len(closures))
         try:
             self._clear_gradients()
-            scaling = Scaling(scaler, self._parameters()[0])
+            params, _ = self._parameters()
+            scaling = Scaling(scaler, params)
             graphs = self._graphs if self._twice else None
-            parts = [Batch(*pair, graphs) for pair in zip(closures, labels, strict=True)]
+            parts = [Batch(*pair, params, graphs) for pair in zip(closures, labels, strict=True)]
             with contextlib.nullcontext() if graphs is None else graphs.reusable():
                 loss = self._whole_step(parts, scaling)
             self._clear_gradients()

@@ -12,6 +12,8 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ltsam_fast.optim.compiled import CompiledGraphs
+from ltsam_fast.optim.gradients import gradients_aside
+from ltsam_fast.weight_caches import clear_weight_caches
 
 Closure = Callable[..., Tensor]
 
@@ -27,8 +29,10 @@ class Batch:
     Attributes: ``size``, the number of samples (-1 until known), and ``total``, the sum of the losses seen at w.
     """
 
-    def __init__(self, closure: Closure, labels: Tensor | None, graphs: CompiledGraphs | None = None) -> None:
-        self.closure, self.labels, self._graphs = closure, labels, graphs
+    def __init__(
+        self, closure: Closure, labels: Tensor | None, params: list[Tensor], graphs: CompiledGraphs | None = None
+    ) -> None:
+        self.closure, self.labels, self._params, self._graphs = closure, labels, params, graphs
         self.size = -1 if labels is None else len(labels)
         self.total: Any = 0
 
@@ -42,7 +46,8 @@ class Batch:
         """
         if index is None and self.size >= 0 and _needs_index(self.closure):
             index = torch.arange(self.size, device=self.labels.device if self.labels is not None else None)
-        with torch.set_grad_enabled(graph):
+        clear_weight_caches()  # of an evaluation without gradients, too
+        with gradients_aside(self._params), torch.set_grad_enabled(graph):
             losses = self.closure() if index is None else self.closure(index)
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -77,9 +82,9 @@ class Scaling:
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         if self._scaler is not None and params:
-            self._scaler.scale(torch.zeros((), device=params[0].device))  # makes the scale, if this is its first use
+            self.found_inf = torch.zeros((), dtype=torch.float32, device=params[0].device)
+            self._scaler.scale(self.found_inf)  # makes the scale, if this is its first use
             self.grad_scale = self._scaler._get_scale_async()
-            self.found_inf = torch.zeros((), device=params[0].device)
 
     @property
     def signals(self) -> tuple[Tensor | None, Tensor | None]:

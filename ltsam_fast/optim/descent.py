@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ltsam_fast.optim.ascent import Climber
+from ltsam_fast.optim.ascent import Climber, _sign
 from ltsam_fast.optim.fused import FUSED, local_of
 from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items
+from ltsam_fast.weight_caches import clear_weight_caches
 
 
 @contextlib.contextmanager
@@ -131,7 +132,7 @@ class Descender(Climber):
             pairs = [
                 (g, torch.zeros_like(g) if e is None else e) for g, e in zip(grads, extra, strict=True) if g is not None
             ]
-            lrs = [float(self.param_groups[group]["lr"]) * unscale for group in groups]
+            lrs = [_sign(group) * float(group["lr"]) * unscale for group in map(self.param_groups.__getitem__, groups)]
             beside = [(-lr * (mix[2] * g + mix[3] * e)).to(g) for lr, (g, e) in zip(lrs, pairs, strict=True)]
             grads, extra = [(mix[0] * g + mix[1] * e).to(g) for g, e in pairs], None
         if self.max_grad_norm and norm is not None:
@@ -158,3 +159,4 @@ class Descender(Climber):
                 state.update(values)
         if beside:
             torch._foreach_add_(params, beside)
+        clear_weight_caches()

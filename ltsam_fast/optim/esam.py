@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.optim.ascent import _sign
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, check_takes_index, mean_loss
 from ltsam_fast.optim.checks import check_choice, check_seed, check_share
@@ -90,7 +91,7 @@ class ESAM(SharpnessAware):
         params, groups = super()._parameters(ascent)
         if ascent and self.granularity == "tensor":
             generator = torch.Generator().manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
-            drawn = (torch.rand(len(params), generator=generator) < self.beta).tolist()
+            drawn = (torch.rand(len(params), dtype=torch.float32, generator=generator) < self.beta).tolist()
             params = [param for param, one in zip(params, drawn, strict=True) if one]
             groups = [group for group, one in zip(groups, drawn, strict=True) if one]
         return params, groups
@@ -98,12 +99,15 @@ class ESAM(SharpnessAware):
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> dict[str, Any]:
-        options: dict[str, Any] = {"rho": tuple(rho / self.beta for rho in self._hyper("rho"))}
+        options: dict[str, Any] = {"rho": tuple(rho / self.beta for rho in self._radii())}
         if self.granularity == "element" and self.beta < 1:
             options |= {"chance": self.beta, "seed": self.seed, "step": self._taken}
         return options
 
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
+        signs = {_sign(group) for group in self.param_groups}
+        if len(signs) > 1:
+            raise ValueError("maximize must be the same in all groups for ESAM: it selects samples by their loss")
         if self.gamma < 1:
             check_takes_index(parts, "ESAM")
         before = self._backward_mean(parts, scaling)
@@ -112,7 +116,7 @@ class ESAM(SharpnessAware):
         indices: list[Tensor | None] = [None] * len(parts)
         if self.gamma < 1:
             for i, part in enumerate(parts):
-                rise = part.evaluate(at_w=False, graph=False) - before[i]
+                rise = (part.evaluate(at_w=False, graph=False) - before[i]) * min(signs)
                 indices[i] = rise.topk(math.ceil(self.gamma * part.size)).indices
         size = sum(part.size if index is None else len(index) for part, index in zip(parts, indices, strict=True))
         for part, index in zip(parts, indices, strict=True):

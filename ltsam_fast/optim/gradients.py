@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import _signal  # the functions behind signal's, without the enums, which cost 5 us a call
+import contextlib
+import itertools
 import operator
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -55,3 +58,17 @@ def _swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Te
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return before
+
+
+@contextlib.contextmanager
+def gradients_aside(params: list[Tensor]) -> Iterator[None]:
+    """Keeps gradients out of reach while a closure runs: it may begin with zero_grad(), as torch's documentation has it."""
+    kept = list(map(_grad, params))
+    if all(map(operator.is_, kept, itertools.repeat(None))):
+        yield
+        return
+    _swap_gradients(params, [None] * len(params))
+    try:
+        yield
+    finally:
+        _swap_gradients(params, kept)

@@ -72,7 +72,7 @@ class Phased(Descender):
         """``grad_scale`` and ``found_inf`` as torch.amp.GradScaler.step(), or the caller, set them."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
-            found_inf = None if grad_scale is None else torch.zeros((), device=grad_scale.device)
+            found_inf = None if grad_scale is None else torch.zeros((), dtype=torch.float32, device=grad_scale.device)
         return grad_scale, found_inf
 
     def _ends(self, closure: Any) -> bool:

@@ -149,7 +149,8 @@ class SparseSAM(SAM):
         params = self._candidates()
         device = params[0].device
         generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
-        chance = torch.rand(sum(p.numel() for p in params), generator=generator, device=device)
+        size = sum(p.numel() for p in params)
+        chance = torch.rand(size, dtype=torch.float32, generator=generator, device=device)
         count = self._count(chance)
         if not self._taken or any("frozen" not in self.state[param] for param in params):
             self._keep(masks.largest(chance, count))

@@ -136,11 +136,16 @@ class Stateful(Optimizer):
 
     def _constant(self, values: tuple[float, ...]) -> Tensor:
         """A small tensor for the ops, made once."""
-        param = self.param_groups[0]["params"][0]
+        param = self._first
         key = (values, param.device, torch.float64 if param.dtype == torch.float64 else torch.float32)
         if key not in self._constants:
             self._constants = {key: torch.tensor(values, device=param.device, dtype=key[2])}
         return self._constants[key]
+
+    @property
+    def _first(self) -> Tensor:
+        """The first parameter of all; the first groups may be empty."""
+        return next(param for group in self.param_groups for param in group["params"])
 
     @property
     def _taken(self) -> int:
@@ -149,9 +154,9 @@ class Stateful(Optimizer):
 
     def _skipped_steps(self) -> Tensor | None:
         """How many of them overflowed, where the device counts; ``None``: no step had a scaler."""
-        count, device = self.param_groups[0]["skipped"], self.param_groups[0]["params"][0].device
+        count = self.param_groups[0]["skipped"]
         if self._skipped is None and count:
-            self._skipped = torch.tensor(float(count), device=device)
+            self._skipped = torch.tensor(float(count), dtype=torch.float32, device=self._first.device)
         return self._skipped
 
     def _note_skipped(self) -> None:

@@ -305,7 +305,8 @@ def _dense(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor 
         return grad
     rows = layouts[0].rows(seeds.to(grad), grad)
     size = (grad / rows).abs_().max()
-    noise = torch.randn(grad.shape, generator=torch.Generator().manual_seed(grad.numel())).to(grad)
+    generator = torch.Generator().manual_seed(grad.numel())
+    noise = torch.randn(grad.shape, dtype=torch.float32, generator=generator).to(grad)
     return torch.where(missing, noise.mul_(rows).mul_(size), grad)
 
 
@@ -319,7 +320,7 @@ def _without_zeros(model: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     try:
         for param in zeros:
-            param.data.copy_(torch.randn(param.shape, generator=generator))
+            param.data.copy_(torch.randn(param.shape, dtype=torch.float32, generator=generator))
         yield
     finally:
         for param in zeros:

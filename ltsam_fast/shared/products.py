@@ -53,7 +53,9 @@ class Weighting:
             return None
         key = ("rows", layout, like.shape[0])
         if key not in self._known:
-            marks = torch.zeros(len(self.weights), device=like.device).index_fill_(0, self.members, 1.0)
+            marks = torch.zeros(len(self.weights), dtype=torch.float32, device=like.device).index_fill_(
+                0, self.members, 1.0
+            )
             # how many there are is known here, so the device is not waited for
             size = len(self.members) * (like.shape[0] // len(self.weights))
             self._known[key] = layout.rows(marks, like[:, :1]).flatten().topk(size, sorted=False).indices
