@@ -15,9 +15,9 @@ from ltsam_fast import diagnostics
 from .family import EACH, ROWS, closure_of
 from .methods import METHODS, on_cpu
 from .oracles import CLASSES, FEATURES, batches, flat, network, relative_error
+from .phases import PHASED, step_in_phases
 
 ALL = ("SAM", "FocalSAM", *EACH)
-PHASED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "GNM", "FriendlySAM", "SparseSAM", "GSAM", "WSAM")
 KINDS = {"sgd": SGD, "adamw": AdamW, "rmsprop": RMSprop}
 every = pytest.mark.parametrize("name", ALL)
 phased = pytest.mark.parametrize("name", PHASED)
@@ -27,18 +27,6 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def make(name, model, kind="sgd", params=None, /, **options):
     momentum = {"momentum": 0.9} if kind == "sgd" else {}
     return (METHODS | ROWS)[name].make(model, KINDS[kind], params, **{"lr": 0.02, **momentum, **options})
-
-
-def step_in_phases(opt, losses, scaler=None):
-    """The explicit phases, with one and the same loss before each."""
-    for number, phase in enumerate(opt._phases):
-        if not (number == 0 and phase == "first_step" and type(opt).__name__ == "GNM"):
-            loss = losses()
-            if getattr(opt, "mask", None) == "fisher" and number == 0:
-                opt.refresh_mask(loss)
-            loss.mean().backward()
-        getattr(opt, phase)()
-        opt.zero_grad()
 
 
 # --- autocast and parametrize.cached() keep what they made of the weights
