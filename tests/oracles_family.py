@@ -152,13 +152,14 @@ def cc_sam(p, class_counts, scope="head", head=None, noise_ratio=1e-6, flat_rati
     loss of the batch's samples of class k, for each tensor t of it
 
         r         = noise_ratio sqrt(|w_head| + 1e-12) / (sqrt(|G_kt|) sqrt(2) (max(n_k, 2) - 1)^(1/4) P^(1/4))
-        delta_kt  = r sqrt(P) G_kt / |G_kt|, and 0 if G_kt = 0
+        delta_kt  = r sqrt(P) G_kt / |G_kt|, and 0 if G_kt = 0; the other way where the group is maximized
     """
     if head is None:
         head = p.params if scope == "all" else p.groups[-1]["params"]
     inside = [any(param is one for one in head) for param in p.params]
     count = sum(size for size, own in zip(p.sizes, inside, strict=True) if own)
     norm = math.sqrt(sum(param.detach().square().sum().item() for param in head)) + 1e-12
+    sign = p.spread([-1.0 if group.get("maximize") else 1.0 for group in p.base.param_groups])
     direction = (1 - flat_ratio) * p.gradient()
     for k in p.y.unique().tolist():
         of_class = (p.y == k).double()
@@ -171,7 +172,7 @@ def cc_sam(p, class_counts, scope="head", head=None, noise_ratio=1e-6, flat_rati
                 delta.append(r * count**0.5 * part / size)
             else:
                 delta.append(0 * part)
-        direction = direction + flat_ratio * p.gradient(of_class / len(p.y), torch.cat(delta))
+        direction = direction + flat_ratio * p.gradient(of_class / len(p.y), sign * torch.cat(delta))
     return direction
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from ltsam_fast import models
 from ltsam_fast.diagnostics import class_grad_norms, class_sharpness, loss_slice, top_hessian_eigenvalue
@@ -330,6 +331,48 @@ def test_bad_input_is_named_and_nothing_changes(call, message, seed):
     model, x, y = problem(seed)
     with Unchanged(model), pytest.raises(ValueError, match=message):
         call(model, x, y)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model, reentrant):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        hidden = checkpoint(self.model[:3], x.clone().requires_grad_(), use_reentrant=self.reentrant)
+        return self.model[3](hidden)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_reentrant_checkpoints_are_looked_into_or_refused(exact, seed):
+    model, x, y = problem(seed)
+    plain, hidden = (Checkpointed(model, reentrant) for reentrant in (False, True))
+    norms = class_grad_norms(plain, CE, x, y, num_classes=4)
+    with Unchanged(hidden):
+        if exact:
+            with pytest.raises(ValueError, match="use_reentrant=True"):
+                class_grad_norms(hidden, CE, x, y, num_classes=4, exact=True)
+        else:
+            found = class_grad_norms(hidden, CE, x, y, num_classes=4)
+            torch.testing.assert_close(found.norms, norms.norms, equal_nan=True)
+    for shared in (False, True):
+        rises = [class_sharpness(m, CE, x, y, rho=0.3, num_classes=4, shared=shared) for m in (plain, hidden)]
+        torch.testing.assert_close(rises[1].perturbed, rises[0].perturbed, equal_nan=True)
+    with Unchanged(hidden), pytest.raises(ValueError, match="use_reentrant=True, which has no second derivative"):
+        top_hessian_eigenvalue(hidden, CE, x, y)
+
+
+def test_batch_norm_without_running_statistics_is_refused_by_name(seed):
+    _, x, y = problem(seed)
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 4)).double()
+    for call in (
+        lambda: class_grad_norms(model, CE, x, y, num_classes=4),
+        lambda: class_sharpness(model, CE, x, y, rho=0.1, num_classes=4),
+        lambda: top_hessian_eigenvalue(model, CE, x, y),
+        lambda: loss_slice(model, CE, x, y),
+    ):
+        with Unchanged(model), pytest.raises(ValueError, match=r"1 \(BatchNorm1d\) has track_running_stats=False"):
+            call()
 
 
 def test_plots(tmp_path, seed):

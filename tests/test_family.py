@@ -137,6 +137,8 @@ def test_a_closure_may_need_its_index(name):
         )
         results.append(flat(model))
     assert torch.equal(*results)
+    if name == "CCSAM":  # it evaluates whole batches only
+        return
     model = network()
     before = flat(model)
     with pytest.raises(ValueError, match="closure must take an index"):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, AdamW, RMSprop, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from .family import EACH, ROWS, closure_of
 from .methods import METHODS, focal_phases, sam_phases
@@ -121,7 +122,7 @@ def test_state_dict_hooks():
 def test_averaged_weights_are_of_unperturbed_ones(name):
     """Stochastic averages and exponential ones, and statistics made anew, as for a run that notes its weights itself."""
     torch.manual_seed(0)
-    alone = name in ("CCSAM", "MSAM")  # they evaluate single samples, which cannot be normalized by the batch
+    alone = name == "MSAM"  # it evaluates single samples, which cannot be normalized by the batch
     norm = nn.LayerNorm(8) if alone else nn.BatchNorm1d(8)
     model = nn.Sequential(nn.Linear(FEATURES, 8), norm, nn.Tanh(), nn.Linear(8, CLASSES)).double()
     opt = make(name, model, model=model)
@@ -188,6 +189,41 @@ def test_tied_weights_count_once(name):
             opt.step(closure_of(model, x, y), targets=y)
         results.append(flat(model))
     assert torch.equal(*results) and len(opt._parameters()[0]) == 2
+
+
+class Checkpointed(nn.Module):
+    """Layers in an activation checkpoint, behind others or the first ones, and a parameter of somebody else."""
+
+    def __init__(self, reentrant, begin):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.reentrant, self.begin = network(), reentrant, begin
+        self.foreign = nn.Parameter(torch.ones(CLASSES, dtype=torch.float64))
+
+    def forward(self, x):
+        x = self.net[: self.begin](x.clone().requires_grad_())
+        x = checkpoint(self.net[self.begin : 3], x, use_reentrant=self.reentrant)
+        return self.net[3:](x) * self.foreign
+
+
+SHARED = ("FocalSAM", "ImbSAM", "SSESAM", "CCSAM")
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+@pytest.mark.parametrize(("name", "shared"), [*((name, None) for name in ALL), *((name, "auto") for name in SHARED)])
+def test_weights_in_reentrant_checkpoints_count(name, shared, begin):
+    """torch.autograd.grad doesn't see them."""
+    results = []
+    for reentrant in (False, True):
+        model = Checkpointed(reentrant, begin)
+        params = [{"params": list(model.net.parameters())}]
+        more = {"model": model, "shared_backward": shared if reentrant else False} if shared else {}
+        opt = (METHODS | ROWS)[name].make(model, SGD, params, lr=0.05, momentum=0.9, **more)
+        for x, y in batches(steps=4):
+            opt.step(closure_of(model, x, y), targets=y)
+        results.append(flat(model))
+        assert all(param.grad is None for param in model.net.parameters())
+    assert relative_error(*results) < 1e-12
 
 
 @pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])

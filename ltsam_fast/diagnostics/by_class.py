@@ -49,7 +49,8 @@ def class_grad_norms(
 ) -> ClassGradNorms:
     r"""Returns the norm of each class's gradient, :math:`\|\nabla_w \frac{1}{n_c} \sum_{i: y_i = c} \ell_i(w)\|`.
 
-    Each sample goes forward and backward once, in batches of one class, in evaluation mode. Weights, their ``grad`` and
+    Each sample goes forward and backward once, in batches of one class, in evaluation mode, where the network must keep
+    samples apart. Weights, their ``grad`` and
     running statistics stay as they are. With many rare classes these batches are small: ``exact=True`` takes full batches of
     several classes, one backward for all of them, and each class's own rows in the products with the weights.
 
@@ -61,11 +62,12 @@ def class_grad_norms(
         num_classes: Number of classes C.
         batch_size: Samples per forward pass.
         prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
-        exact: Batches of several classes, with one backward. The network must keep samples apart in evaluation mode.
+        exact: Batches of several classes, with one backward.
 
     Raises:
-        ValueError: Labels are out of range or of another number than samples, ``loss_fn`` doesn't give one loss each, or with
-            ``exact`` the network mixes samples (:class:`ltsam_fast.shared.NotShared`, which names the module).
+        ValueError: Labels are out of range or of another number than samples, ``loss_fn`` doesn't give one loss each, batch
+            norm has no running statistics, or with ``exact`` the network mixes samples in another way
+            (:class:`ltsam_fast.shared.NotShared`, which names the module).
 
     Source: the class-conditional gradients of CC-SAM (Zhou et al., CVPR 2023).
 
@@ -126,7 +128,8 @@ def class_sharpness(
     .. math:: S_c = L_c(w + \epsilon_c) - L_c(w), \qquad \epsilon_c = \rho \, \nabla L_c(w) / \|\nabla L_c(w)\|
 
     with ``L_c`` the mean loss of class c. If shared, one perturbation serves all classes: that of the mean loss of all
-    samples, as SAM climbs. The weights are put back to the last bit, after an error too.
+    samples, as SAM climbs. Evaluation mode, where the network must keep samples apart. The weights are put back to the last
+    bit, after an error too.
 
     Args:
         model: The network; its weights with ``requires_grad`` are perturbed.
@@ -141,8 +144,8 @@ def class_sharpness(
         prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
 
     Raises:
-        ValueError: ``rho`` is negative or not finite, labels are out of range or of another number than samples, or
-            ``loss_fn`` doesn't give one loss each.
+        ValueError: ``rho`` is negative or not finite, labels are out of range or of another number than samples, batch norm has
+            no running statistics, or ``loss_fn`` doesn't give one loss each.
 
     Source: Foret et al. 2021 (SAM, arXiv 2010.01412), eq. 1 and 2; by class: Focal-SAM (arXiv 2505.01660), section 4.
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ltsam_fast.diagnostics.plots import curve, surface
 from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
 from ltsam_fast.extras import progress_bar
+from ltsam_fast.shared.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def top_hessian_eigenvalue(
         prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
 
     Raises:
-        ValueError: An argument is out of range, or there are no samples of these classes.
+        ValueError: An argument is out of range, there are no samples of these classes, or the network has an activation
+            checkpoint with ``use_reentrant=True``.
 
     Source: Yao et al. 2020 (PyHessian, arXiv 1912.07145), Alg. 2, with a criterion that bounds the error.
 
@@ -123,6 +125,11 @@ def top_hessian_eigenvalue(
 def _hessian_product(probe: Probe, v: Tensor) -> Tensor:
     total = torch.zeros_like(v)
     for _, losses in probe.losses(probe.chosen):
+        if Graph(losses, []).reentrant:
+            raise ValueError(
+                "model must not use torch.utils.checkpoint with use_reentrant=True, which has no second derivative: "
+                "set use_reentrant=False"
+            )
         loss = losses.sum() / len(probe.chosen)
         grads = torch.autograd.grad(loss, probe.params, create_graph=True, materialize_grads=True)
         slope = torch.cat([grad.flatten() for grad in grads]) @ v

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast import ops
 from ltsam_fast.optim.by_class import added
+from ltsam_fast.optim.gradients import Differentiable
 from ltsam_fast.shared import SharedBackward, Weighting
 from ltsam_fast.weight_caches import clear_weight_caches
 
@@ -22,8 +23,8 @@ Prepare = Callable[[Tensor], Tensor]
 class Probe:
     """What all diagnostics share.
 
-    The network is in evaluation mode while it is looked at, so samples don't mix and running statistics don't move; its
-    mode is put back afterwards. ``grad`` attributes are not touched.
+    The network is in evaluation mode while it is looked at, where it must keep samples apart: a batch may be of one class.
+    Running statistics don't move, its mode is put back afterwards, ``grad`` attributes are not touched.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class Probe:
         self.params = [param for param in model.parameters() if param.requires_grad]
         if not self.params:
             raise ValueError("model must have weights that require gradients, got none")
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is None:
+                raise ValueError(
+                    f"model must keep samples apart in evaluation mode, but {name} ({type(module).__name__}) has "
+                    "track_running_stats=False and normalizes by the batch: give it running statistics"
+                )
         self.model, self.loss_fn, self.x, self.y = model, loss_fn, x, y.cpu()
         self.batch_size, self.prepare = batch_size, prepare
         self.counts = self.y.bincount(minlength=self.num_classes)
@@ -113,7 +120,8 @@ class Probe:
         """Returns the gradient of the mean loss of the samples at ``indices``, one tensor for each weight."""
         total = [torch.zeros_like(param) for param in self.params]
         for _, losses in self.losses(indices):
-            grads = torch.autograd.grad(losses.sum() / len(indices), self.params, allow_unused=True)
+            share = torch.full_like(losses, 1 / len(indices))
+            grads = Differentiable(losses, self.params).gradients(share, retain_graph=False)
             for one, grad in zip(total, grads, strict=True):
                 if grad is not None:
                     one.add_(grad)
@@ -142,8 +150,8 @@ class Probe:
                 weightings.append(Weighting(share, mine))
             found = shared(losses, torch.ones_like(losses, requires_grad=False), weightings, native=False)
             if found is None:  # nothing is known of this structure yet: a backward for each class
-                grad = partial(torch.autograd.grad, losses, self.params, retain_graph=True, allow_unused=True)
-                found = [list(grad(grad_outputs=one.weights)) for one in weightings]
+                at_w = Differentiable(losses, self.params)
+                found = [at_w.gradients(one.weights) for one in weightings]
             for c, grads in zip(classes, found, strict=True):
                 sums[c] = added(grads, list(self.params), sums.get(c))
                 remaining[c] -= int((labels == c).sum())

@@ -39,6 +39,7 @@ def climb_by_class(
     grads: list[list[Tensor]],
     counts: list[float],
     noise_ratio: float,
+    signs: list[float],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
@@ -49,6 +50,7 @@ def climb_by_class(
         grads: K lists of T gradients, overwritten.
         counts: K numbers of training samples.
         noise_ratio: Factor of all radii.
+        signs: T factors: -1 where the loss is maximized, and its class's grows worse downhill.
         grad_scale: What the gradients are too large by.
         found_inf: Set when a gradient is not finite.
 
@@ -65,4 +67,5 @@ def climb_by_class(
     size = sum(param.numel() for param in params)
     radius = noise_ratio * weight_norm.sqrt() * size**0.25 / math.sqrt(2) * rare**-0.25
     scales = torch.where(norms > 0, radius.repeat_interleave(len(params)) * norms**-1.5, torch.zeros_like(norms))
-    ops.perturb_by_class_(params, grads, (scales * inverse).view(len(grads), len(params)))
+    factors = inverse * torch.tensor(signs, dtype=torch.float64, device=norms.device)
+    ops.perturb_by_class_(params, grads, scales.view(len(grads), len(params)) * factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.batch import Batch, Scaling, check_takes_index, mean_loss
+from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.by_class import added, climb_by_class, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
-from ltsam_fast.optim.gradients import Uninterrupted
+from ltsam_fast.optim.gradients import Differentiable, Uninterrupted, _same_items
+from ltsam_fast.optim.head import Head, owner_of
 from ltsam_fast.optim.sharing import Sharing
 from ltsam_fast.shared import Weighting
 
@@ -29,14 +31,23 @@ class CCSAM(Sharing):
             delta_kt = r_kt * sqrt(P) * G_kt / |G_kt|                           P scalars, of joint norm |w|, in the scope
         w <- base_step(w, grad of (1 - flat_ratio) * (1/B) sum_j l_j(w) + flat_ratio * (1/B) sum_j l_j(w + delta_{y_j}))
 
-    Two forwards and two backwards for the whole batch, the second ones class by class, and for each class in the batch a
-    backward through the scope alone. With ``scope="all"`` that is a whole backward, a gradient set is kept for each class, and
-    the cost grows with the number of classes in the batch. All norms are one pass, and so are all perturbations.
+    The loss of a sample is that of its place in the whole batch: the closure is always called with all samples, so batch norm
+    sees what it sees in training by SGD, and a class of one sample is no special case. With ``noise_ratio=0`` a step is the
+    base optimizer's.
+
+    Where samples stay apart from the head's input on (looked at in each step), its rows get the weights of their classes:
+    two forwards and two backwards, and for each class in the batch a backward through the head. That needs the head as a
+    module, given as ``head`` or found in ``model``, which the forward pass calls once, with one tensor that has the samples'
+    rows, outside of reentrant checkpoints and ``torch.compile``. All else takes a forward and a backward of the whole batch
+    for each class in it; so does ``scope="all"``, but with ``model`` for a network that keeps its samples apart. A gradient
+    set of the scope is kept for each class. All norms are one pass, and so are all perturbations.
+
+    Dropout is drawn anew in every forward pass: the perturbed losses see other masks than the plain ones, and where each class
+    has a pass each has a mask.
 
     ``shared_backward=True`` takes the gradients of all classes and the mean's from one sweep, see
     :class:`ltsam_fast.optim.sharing.Sharing`; it pays with ``scope="all"``.
 
-    The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
     Targets on the cpu are read without waiting for the device.
 
     Args:
@@ -49,7 +60,8 @@ class CCSAM(Sharing):
         head: The classifier's parameters or module; ``None``: those of the last parameter group.
         noise_ratio: Factor of all radii, >= 0.
         flat_ratio: Share of the perturbed loss, in [0, 1].
-        model: If given, running statistics of normalization layers see the unperturbed pass only.
+        model: If given, running statistics of normalization layers see the unperturbed pass only; else every forward pass
+            updates them.
         max_grad_norm: Clip the final gradient to this norm, inside the update; 0: do not.
         **base_kwargs: Options of ``base_optimizer``; and ``shared_backward`` (False, True or "auto", with ``model``): the
             gradients at w from one backward sweep, see :class:`ltsam_fast.optim.sharing.Sharing`.
@@ -59,7 +71,8 @@ class CCSAM(Sharing):
         TypeError: ``base_optimizer`` is not a class.
 
     Differences from the published code: a class of one sample gets the radius of two, a zero gradient no perturbation; the
-    head's second pass recomputes the features; labels are not mixed.
+    head's second pass recomputes the features; labels are not mixed. Where a group is maximized, its perturbation points the
+    other way.
 
     Source: Zhou et al., "Class-Conditional Sharpness-Aware Minimization for Deep Long-Tailed Recognition", CVPR 2023; the
     radius is the published code's, with the joint norm of the weights and each tensor's own norm of the gradient.
@@ -68,15 +81,13 @@ class CCSAM(Sharing):
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = CCSAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], lr=0.1)
     >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
-    >>> def closure(index=slice(None)):
-    ...     return torch.nn.functional.cross_entropy(model(x[index]), y[index], reduction="none")
-    >>> loss = opt.step(closure, targets=y)
+    >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
     """
 
     _takes_shards = False
     _twice = True
     _uncapturable = "it looks up the classes in the batch on the host"
-    _kept = (*Sharing._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
+    _kept = (*Sharing._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head", "_given")
 
     def __init__(
         self,
@@ -101,9 +112,14 @@ class CCSAM(Sharing):
         self.class_counts = torch.as_tensor(class_counts, dtype=torch.float64).tolist()
         self.scope, self.noise_ratio, self.flat_ratio = scope, noise_ratio, flat_ratio
         self._head: list[tuple[int, int]] | None = None
+        self._given = head if isinstance(head, torch.nn.Module) else None
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
         if head is not None:
             self._head = self._find(head)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._found: tuple[list[Tensor], Head | None] | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; its ``adaptive`` must be False."""
@@ -134,6 +150,13 @@ class CCSAM(Sharing):
         moving = [i for i, param in enumerate(params) if param.requires_grad]
         return [params[i] for i in moving], [of[i] for i in moving]
 
+    def _head_module(self, scope: list[Tensor]) -> Head | None:
+        if self._found is None or not _same_items(self._found[0], scope):
+            root = self._given if self.model is None else self.model
+            owner = owner_of(scope, root)
+            self._found = scope, None if owner is None else Head(owner, scope)
+        return self._found[1]
+
     @property
     def _classes(self) -> int:
         return len(self.class_counts)
@@ -158,41 +181,75 @@ class CCSAM(Sharing):
         return True
 
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
-        check_takes_index(parts, "CCSAM")
         scope, groups = self._scope()
         size = sum(part.size for part in parts)
         members = members_of([part.labels for part in parts])
         classes = sorted(members) if self.flat_ratio > 0 and scope else []
         grads: dict[int, list[Tensor]] = {}
+        rows: list[dict[int, Tensor]] = []  # the samples of each part's classes
+        head = self._head_module(scope) if classes else None
         for number, part in enumerate(parts):
             with self._local(last=not classes and part is parts[-1]):
-                losses = self._evaluate_for(part, scope) if classes else part.evaluate()
+                with head.watched() if head else contextlib.nullcontext():
+                    losses = self._evaluate_for(part, scope) if classes else part.evaluate()
+                if head and not head.keeps_apart(losses):
+                    head = None
                 mean = scaling(torch.full_like(losses, (1 - self.flat_ratio) / size))
                 shares = {}
+                rows.append({})
                 for k in classes:
                     if number in members[k]:
-                        chosen = torch.tensor(members[k][number], device=losses.device)
-                        share = torch.zeros_like(losses)
-                        share[chosen] = 1 / sum(map(len, members[k].values()))
+                        chosen = rows[-1][k] = torch.tensor(members[k][number], device=losses.device)
+                        share = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sum(map(len, members[k].values())))
                         shares[k] = scaling(share), chosen
                 if not self._share(losses, scope, mean, shares, grads):
+                    at_w = Differentiable(losses, scope, self._everything())
                     for k, (share, _) in shares.items():
-                        one = torch.autograd.grad(losses, scope, share, retain_graph=True, allow_unused=True)
-                        grads[k] = added(one, scope, grads.get(k))
+                        grads[k] = added(at_w.gradients(share), scope, grads.get(k))
                     torch.autograd.backward(losses, mean)
         if classes:
+            signs = [-1.0 if self.param_groups[group].get("maximize") else 1.0 for group in groups]
             counts = [self.class_counts[k] for k in classes]
-            climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, *scaling.signals)
-            self._perturb(scope, groups, lambda backups: ops.restore_(backups, scope))
-            for k in classes:
-                with Uninterrupted():
-                    ops.restore_(scope, grads[k])
-                for number, indices in members[k].items():
-                    part = parts[number]
-                    index = torch.tensor(indices, device=part.labels.device)  # type: ignore[union-attr]
-                    with self._local(last=k == classes[-1] and number == max(members[k])):
-                        losses = part.evaluate(index, at_w=False)
-                        share = torch.full_like(losses, self.flat_ratio / size)
-                        torch.autograd.backward(losses, scaling(share))
+            climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, signs, *scaling.signals)
+            if head:
+                self._freeze_statistics()
+                self._backward_by_row(parts, rows, head, grads, scaling)
+            else:
+                self._perturb(scope, groups, lambda backups: ops.restore_(backups, scope))
+                self._backward_by_class(parts, rows, scope, grads, scaling)
         self._descend(*scaling.signals)
         return mean_loss(parts)
+
+    def _backward_by_row(
+        self,
+        parts: list[Batch],
+        rows: list[dict[int, Tensor]],
+        head: Head,
+        grads: dict[int, list[Tensor]],
+        scaling: Scaling,
+    ) -> None:
+        """The gradient at the perturbed weights in one pass: nothing mixes samples from the head's input on."""
+        share = self.flat_ratio / sum(part.size for part in parts)
+        for part, of in zip(parts, rows, strict=True):
+            with self._local(last=part is parts[-1]), head.by_row(list(of.values()), [grads[k] for k in of]):
+                losses = part.evaluate(at_w=False)
+                torch.autograd.backward(losses, scaling(torch.full_like(losses, share)))
+
+    def _backward_by_class(
+        self,
+        parts: list[Batch],
+        rows: list[dict[int, Tensor]],
+        scope: list[Tensor],
+        grads: dict[int, list[Tensor]],
+        scaling: Scaling,
+    ) -> None:
+        """The same in a pass for each class, of the whole batch, whose samples may mix."""
+        share = self.flat_ratio / sum(part.size for part in parts)
+        passes = [(k, number) for k in grads for number, of in enumerate(rows) if k in of]
+        for k, number in passes:
+            with Uninterrupted():
+                ops.restore_(scope, grads[k])
+            with self._local(last=(k, number) == passes[-1]):
+                losses = parts[number].evaluate(at_w=False)
+                weights = torch.zeros_like(losses).index_fill_(0, rows[number][k], share)
+                torch.autograd.backward(losses, scaling(weights))

@@ -28,7 +28,8 @@ class ESAM(SharpnessAware):
     bytes moved per fp32 parameter with SGD and momentum, in three passes. The coordinates are drawn inside the perturbation,
     by a counter-based generator; the selection stays on the device.
 
-    The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
+    The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor. The
+    last pass is of the selected samples alone by definition: batch norm normalizes by these.
 
     Args:
         params: Parameters or groups, as for any torch optimizer.

@@ -1,4 +1,4 @@
-"""Gradients by the list, and sections that Ctrl-C does not cut in two."""
+"""Gradients by the list, of hidden weights too, and sections that Ctrl-C does not cut in two."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import itertools
 import operator
 import threading
 from collections.abc import Iterator
+
+
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ltsam_fast.shared.graph import Graph
 
 
 class Uninterrupted:
@@ -72,3 +78,30 @@ def gradients_aside(params: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         _swap_gradients(params, kept)
+
+
+class Differentiable:
+    """Losses whose gradients are wanted one weighting after the other, those of weights in reentrant checkpoints included.
+
+    ``torch.autograd.grad`` does not see what a ``torch.utils.checkpoint`` with ``use_reentrant=True`` runs; ``backward`` does.
+
+    Args:
+        losses: (B,), with their graph.
+        params: T weights.
+        others: Further weights that the losses may depend on: their ``grad`` stays as it is too.
+    """
+
+    def __init__(self, losses: Tensor, params: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
+        self._losses, self._params = losses, list(params)
+        self._all = list(dict.fromkeys((*self._params, *others))) if Graph(losses, []).reentrant else None
+
+    def gradients(self, weights: Tensor, retain_graph: bool = True) -> list[Tensor | None]:
+        """The gradients of ``sum_j weights_j losses_j``; None for a weight that they don't depend on."""
+        if self._all is None:
+            return list(torch.autograd.grad(self._losses, self._params, weights, retain_graph, allow_unused=True))
+        before = _swap_gradients(self._all, [None] * len(self._all))
+        try:
+            torch.autograd.backward(self._losses, weights, retain_graph)
+        finally:
+            found = _swap_gradients(self._all, before)
+        return found[: len(self._params)]

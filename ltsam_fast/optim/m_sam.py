@@ -26,7 +26,8 @@ class MSAM(SharpnessAware):
     Two forwards and two backwards for each micro-batch, which is two of each for the whole batch; per fp32 parameter with SGD
     and momentum 28 bytes moved for each micro-batch and 24 for the step.
 
-    The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
+    The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor. The
+    micro-batches are the method's definition: batch norm normalizes by each of them.
     Without ``targets`` it is first called without index and without gradients, to see how many samples there are.
 
     Args:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from ltsam_fast.optim.gradients import Differentiable
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -40,7 +42,9 @@ def from_bits(bits: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     return torch.cat([((one[:, None] >> places) & 1 == 0).flatten()[:n] for one, n in zip(bits, sizes, strict=True)])
 
 
-def fisher(losses: Tensor, params: Sequence[Tensor], scale: Tensor, samples: int) -> Tensor:
+def fisher(
+    losses: Tensor, params: Sequence[Tensor], scale: Tensor, samples: int, others: Iterable[Tensor] = ()
+) -> Tensor:
     """The diagonal of the empirical Fisher information, up to a factor: the sum of squared gradients of single samples.
 
     Args:
@@ -48,14 +52,15 @@ def fisher(losses: Tensor, params: Sequence[Tensor], scale: Tensor, samples: int
         params: T weights.
         scale: (B,), factors of the losses.
         samples: How many of the losses are used.
+        others: Further weights that the losses may depend on.
 
     Returns:
         (N,), fp32. Source: Mi et al. 2022, section 4.2.
     """
     scores = [torch.zeros_like(param, dtype=torch.float32, requires_grad=False) for param in params]
+    at_w = Differentiable(losses, params, others)
     for sample in torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[:samples]:
-        grads = torch.autograd.grad(losses, params, sample * scale, retain_graph=True, allow_unused=True)
-        for score, grad in zip(scores, grads, strict=True):
+        for score, grad in zip(scores, at_w.gradients(sample * scale), strict=True):
             if grad is not None:
                 score.addcmul_(grad.float(), grad.float())
     return joined(scores)

@@ -127,6 +127,10 @@ class Stateful(Optimizer):
                 groups += [index] * len(group["params"])
         return params, groups
 
+    def _everything(self) -> list[Tensor]:
+        """All weights that are known: a loss may depend on some that are not to be stepped."""
+        return [*self._parameters()[0], *(self.model.parameters() if self.model is not None else ())]
+
     def _table(self, op: str, use: str = "") -> Table:
         """The table of one op and use, kept from step to step."""
         key = op + use

@@ -61,7 +61,8 @@ class Watch:
         self._calls: list[tuple[nn.Module, list[Any]]] = []
         self._regions: dict[Any, set[nn.Module]] = {}
         self._hooks = [
-            module.register_forward_hook(self._hook(name, module), with_kwargs=True) for name, module in _eager(model)
+            module.register_forward_hook(self._hook(name, module), with_kwargs=True)
+            for name, module in eager_modules(model)
         ]
 
     def _hook(self, name: str, module: nn.Module) -> Any:
@@ -100,12 +101,12 @@ class Watch:
             hook.remove()
 
 
-def _eager(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def eager_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Names and modules, down to those that torch.compile took over: hooks would have them compiled again."""
     if getattr(module, "_compiled_call_impl", None) is None and not hasattr(module, "_orig_mod"):
         yield name, module
         for child, inner in module.named_children():
-            yield from _eager(inner, f"{name}.{child}" if name else child)
+            yield from eager_modules(inner, f"{name}.{child}" if name else child)
 
 
 def _is_data(value: Any) -> bool:
@@ -147,7 +148,7 @@ class Examination:
     """Two sweeps over the graph of one batch, which is kept, and what they show."""
 
     def __init__(self, model: nn.Module, graph: Graph, losses: Tensor, params: list[Tensor], watch: Watch) -> None:
-        if any(node.name() == "CheckpointFunctionBackward" for node in graph.nodes):
+        if graph.reentrant:
             raise NotShared(
                 "torch.utils.checkpoint with use_reentrant=True hides what it runs: use use_reentrant=False, "
                 "or shared_backward=False"

@@ -20,6 +20,7 @@ class Graph:
         parents: How many nodes have an edge to each.
         leaf: For each node the index of the parameter it accumulates, or -1.
         structure: Equal for graphs of the same nodes, edges and parameters; sizes don't matter.
+        reentrant: Whether a checkpoint with ``use_reentrant=True`` hides a part of the graph.
     """
 
     def __init__(self, losses: Tensor, params: list[Tensor]) -> None:
@@ -40,6 +41,7 @@ class Graph:
             names.append(node.name())
             self.leaf.append(index.get(id(node.variable), -1) if hasattr(node, "variable") else -1)
             waiting += edges[-1]
+        self.reentrant = "CheckpointFunctionBackward" in names
         children = [tuple(-1 if child is None else self.number[child] for child in below) for below in edges]
         self.structure = hash((tuple(names), tuple(children), tuple(self.leaf)))
         leads = self._leading(children)

@@ -1,0 +1,136 @@
+"""Rows with weights of their own: a module that computes each sample with the weights of the sample's class, in one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltsam_fast.shared.examine import eager_modules
+from ltsam_fast.shared.graph import Graph
+from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+
+
+def owner_of(params: Sequence[Tensor], root: nn.Module | None) -> nn.Module | None:
+    """The innermost module of ``root`` whose weights that require gradients are just ``params``, if there is one."""
+    wanted = {id(param) for param in params}
+    found = None
+    for _, module in eager_modules(root) if root is not None else ():
+        if {id(param) for param in module.parameters() if param.requires_grad} == wanted:
+            found = module
+    return found
+
+
+class Head:
+    """A module whose forward pass may take each row with other weights, where samples stay apart from its input on.
+
+    Args:
+        module: The module, called once in a forward pass, with one tensor, whose first dimension is the samples'.
+        params: Its weights that require gradients.
+    """
+
+    def __init__(self, module: nn.Module, params: list[Tensor]) -> None:
+        self.module, self.params = module, params
+        self._calls: list[tuple[Any, ...]] = []
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a forward pass: notes what the module is given and gives."""
+        self._calls = []
+
+        def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                if not args[0].requires_grad:  # of a frozen backbone, or the network's own input: to be looked at too
+                    return (args[0].detach().requires_grad_().clone(),), kwargs
+            return None
+
+        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._calls.append((*args, kwargs, output))
+
+        hooks = [
+            self.module.register_forward_pre_hook(before, with_kwargs=True),
+            self.module.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def keeps_apart(self, losses: Tensor) -> bool:
+        """Whether the watched pass gave each loss from its own row of the module's input, and used the weights there alone."""
+        calls, self._calls = self._calls, []
+        if len(calls) != 1 or len(calls[0]) != 3:
+            return False
+        x, keywords, out = calls[0]
+        if keywords or not isinstance(x, Tensor) or not isinstance(out, Tensor):
+            return False
+        if not x.requires_grad or not out.requires_grad or x.shape[:1] != losses.shape or out.shape[:1] != losses.shape:
+            return False
+        graph = Graph(losses, self.params)
+        elsewhere = graph.below(0, without=graph.number.get(out.grad_fn, -1))
+        if x.grad_fn in graph.number:
+            elsewhere |= graph.below(graph.number[x.grad_fn])
+        if any(graph.leaf[one] >= 0 for one in elsewhere) or graph.reentrant:
+            return False
+        seeds = distinct_seeds(len(losses))
+        grads = [
+            torch.autograd.grad(losses, x, some.to(losses), retain_graph=True, materialize_grads=True)[0]
+            for some in (torch.ones_like(seeds), seeds)
+        ]
+        return Layout(0, 1, -1) in Sample(grads[0]).layouts(grads[1], seeds)
+
+    @contextlib.contextmanager
+    def by_row(self, rows: Sequence[Tensor], weights: Sequence[list[Tensor]]) -> Iterator[None]:
+        """The module with ``weights[k]`` for the ``rows[k]`` of its input, in this forward pass and its backward.
+
+        Args:
+            rows: K int64 tensors, which have each row once.
+            weights: K values for each of ``params``, which get the gradients.
+        """
+        forward, own = self.module.forward, self.module.__dict__.get("forward")
+        places = {id(param): f"module.{name}" for name, param in self.module.named_parameters()}
+        bare = _Bare(self.module, forward)
+        back = torch.cat(list(rows)).argsort()
+
+        def by_row(x: Tensor) -> Tensor:
+            outputs = []
+            for some, values in zip(rows, weights, strict=True):
+                there = {places[id(p)]: _Instead.apply(p, v) for p, v in zip(self.params, values, strict=True)}
+                outputs.append(torch.func.functional_call(bare, there, (x.index_select(0, some),)))
+            return torch.cat(outputs).index_select(0, back)
+
+        self.module.forward = by_row
+        try:
+            yield
+        finally:
+            if own is None:
+                del self.module.forward
+            else:
+                self.module.forward = own
+
+
+class _Bare(nn.Module):
+    """A module without its hooks, which run once around all rows."""
+
+    def __init__(self, module: nn.Module, forward: Any) -> None:
+        super().__init__()
+        self.module, self._forward = module, forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self._forward(x)
+
+
+class _Instead(torch.autograd.Function):
+    """Another value in place of a weight, which gets the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None

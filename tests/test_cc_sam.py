@@ -1,0 +1,244 @@
+"""CC-SAM on networks that mix samples, and on such that don't: the same definition, whatever number of passes it takes."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ltsam_fast as lf
+
+from .oracles import flat, relative_error
+
+COUNTS = [90, 30, 5, 2]
+Y = torch.tensor([0, 0, 3, 0, 1, 1, 0, 2])
+
+
+class Centered(nn.Module):
+    """Mixes samples, and is of no known type."""
+
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Net(nn.Module):
+    """A body, batch norm, and a head, used in some way."""
+
+    def __init__(self, head=None, use="plain", norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm = nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6) if norm is None else norm
+        self.head = nn.Linear(6, 4) if head is None else head
+        self.use = use
+        self.double()
+
+    def forward(self, x):
+        features = torch.tanh(self.norm(self.body(x)))
+        if self.use == "functional":
+            return F.linear(features, self.head.weight, self.head.bias)
+        if self.use == "twice":
+            return self.head(features) + self.head(0.5 * features)
+        if self.use == "tied":
+            return self.head(features @ self.head.weight.t() @ self.head.weight)
+        if self.use == "checkpoint":
+            return checkpoint(self.head, features, use_reentrant=False)
+        if self.use == "reentrant":
+            return checkpoint(self.head, features, use_reentrant=True)
+        if self.use == "keyword":
+            return self.head(input=features)
+        if self.use == "centered behind":
+            return Centered()(self.head(features))
+        if self.use == "in place":
+            return self.head(features).mul_(2.0)
+        return self.head(features)
+
+
+class MLP(nn.Module):
+    """A head with batch norm in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+NETS = {
+    "batch norm": (Net, 2),
+    "layer norm": (lambda: Net(norm=nn.LayerNorm(6)), 2),
+    "unknown mixing": (lambda: Net(norm=Centered()), 2),
+    "mixing behind": (lambda: Net(use="centered behind"), 5),
+    "batch norm in the head": (lambda: Net(head=MLP()), 5),
+    "layers in the head": (lambda: Net(head=nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))), 2),
+    "weight norm": (lambda: Net(head=nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))), 2),
+    "functional": (lambda: Net(use="functional"), 5),
+    "twice": (lambda: Net(use="twice"), 5),
+    "tied": (lambda: Net(use="tied"), 5),
+    "checkpoint": (lambda: Net(use="checkpoint"), 2),
+    "reentrant": (lambda: Net(use="reentrant"), 5),
+    "keyword": (lambda: Net(use="keyword"), 5),
+    "in place": (lambda: Net(use="in place"), 2),
+}
+"""Networks, and the forward passes of a step whose batch has four classes."""
+
+
+def losses_of(model, x, y):
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def expected(model, scope, x, y, noise_ratio, flat_ratio=0.5, sign=1.0):
+    """The direction, as defined, with whole batches; in a copy, whose gradients it leaves."""
+    model = copy.deepcopy(model)
+    names = {id(param): name for name, param in model.named_parameters()}
+    params = list(model.parameters())
+    scope = [param for param, chosen in zip(params, scope, strict=True) if chosen]
+    for param in params:
+        param.requires_grad_()
+    assert names
+
+    def gradient(weights):
+        model.zero_grad()
+        (weights * losses_of(model, x, y)).sum().backward()
+        return {param: torch.zeros_like(param) if param.grad is None else param.grad.clone() for param in params}
+
+    total = gradient(torch.full((len(y),), (1 - flat_ratio) / len(y), dtype=x.dtype))
+    count = sum(param.numel() for param in scope)
+    norm = math.sqrt(sum(param.square().sum().item() for param in scope)) + 1e-12
+    for k in y.unique().tolist():
+        mine = (y == k).to(x)
+        at_w = gradient(mine / mine.sum())
+        before = {param: param.detach().clone() for param in scope}
+        with torch.no_grad():
+            for param in scope:
+                size = at_w[param].norm()
+                if size:
+                    n = max(COUNTS[k], 2) - 1
+                    radius = noise_ratio * math.sqrt(norm / size / 2) / n**0.25 * count**0.25
+                    param += sign * radius * at_w[param] / size
+        there = gradient(flat_ratio * mine / len(y))
+        with torch.no_grad():
+            for param in params:
+                total[param] += there[param]
+                if param in before:
+                    param.copy_(before[param])
+    return torch.cat([total[param].flatten() for param in params])
+
+
+def counted(model, x, y):
+    """A closure, which notes its calls."""
+    calls = []
+
+    def closure(*args):
+        calls.append(args)
+        return losses_of(model, x, y)
+
+    return closure, calls
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("given", ["module", "module, model", "parameters", "parameters, model", "group, model"])
+@pytest.mark.parametrize("name", NETS)
+def test_every_class_has_its_weights_and_all_share_the_batch(name, given, scope):
+    make, passes = NETS[name]
+    model, x = make(), torch.randn(8, 5, dtype=torch.float64)
+    head = list(model.head.parameters())
+    body = [param for param in model.parameters() if not any(param is one for one in head)]
+    more = {"model": model} if "model" in given else {}
+    if "group" not in given:
+        more["head"] = model.head if "module" in given else head
+    params = [{"params": body}, {"params": head}] if "group" in given else model.parameters()
+    chosen = [scope == "all" or any(param is one for one in head) for param in model.parameters()]
+    wanted = expected(model, chosen, x, Y, 0.3)
+    before, state = flat(model), copy.deepcopy(model)
+    opt = lf.CCSAM(params, torch.optim.SGD, class_counts=COUNTS, scope=scope, noise_ratio=0.3, lr=1.0, **more)
+    closure, calls = counted(model, x, Y)
+    loss = opt.step(closure, targets=Y)
+    assert relative_error(before - flat(model), wanted) < 1e-9
+    torch.testing.assert_close(loss, losses_of(state, x, Y).mean().detach())
+    assert not any(calls)
+    if scope == "head" and given != "parameters":
+        assert len(calls) == passes
+    elif scope == "all":
+        assert len(calls) == (2 if name == "layer norm" and "model" in given else 5)
+    if "model" in given and isinstance(model.norm, nn.BatchNorm1d):
+        assert model.norm.num_batches_tracked == 1
+        torch.testing.assert_close(model.norm.running_mean, state.norm.running_mean)
+        assert model.norm.track_running_stats
+    assert "forward" not in vars(model.head) and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_with_radius_0_a_step_is_the_base_optimizers(base, scope):
+    """On a network with batch norm, with micro-batches too."""
+    ours, theirs = Net(), Net()
+    opt = lf.CCSAM(
+        ours.parameters(), base, class_counts=COUNTS, head=ours.head, scope=scope, noise_ratio=0.0, lr=0.01, model=ours
+    )
+    plain = base(theirs.parameters(), lr=0.01)
+    torch.manual_seed(1)
+    for _ in range(4):
+        x = torch.randn(8, 5, dtype=torch.float64)
+        parts = [(x[:5], Y[:5]), (x[5:], Y[5:])]
+        opt.step([lambda a=a, b=b: losses_of(ours, a, b) for a, b in parts], targets=[b for _, b in parts])
+        plain.zero_grad()
+        sum(losses_of(theirs, *part).sum() / 8 for part in parts).backward()
+        plain.step()
+    assert relative_error(flat(ours), flat(theirs)) < 1e-12
+    torch.testing.assert_close(list(ours.buffers()), list(theirs.buffers()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["batch norm", "twice"])
+def test_maximizing_a_loss_is_minimizing_its_negative(name, frozen):
+    ends = []
+    for maximize in (False, True):
+        model = NETS[name][0]()
+        for param in (*model.body.parameters(), *model.norm.parameters()):
+            param.requires_grad_(not frozen)
+        opt = lf.CCSAM(
+            model.parameters(), torch.optim.SGD, class_counts=COUNTS, head=model.head, noise_ratio=0.3, lr=0.1,
+            momentum=0.9, maximize=maximize,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        for _ in range(5):
+            x = torch.randn(8, 5, dtype=torch.float64)
+            opt.step(lambda m=model, x=x, s=-1 if maximize else 1: s * losses_of(m, x, Y), targets=Y)
+        ends.append(flat(model))
+    assert relative_error(*ends) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["batch norm", "twice", "batch norm in the head"])
+def test_an_error_in_the_second_pass_leaves_everything_as_it_was(name):
+    model, x = NETS[name][0](), torch.randn(8, 5, dtype=torch.float64)
+    opt = lf.CCSAM(
+        model.parameters(), torch.optim.SGD, class_counts=COUNTS, head=model.head, noise_ratio=0.3, lr=0.1, model=model
+    )
+    before, calls = flat(model), []
+
+    def closure():
+        calls.append(None)
+        out = losses_of(model, x, Y)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return out
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure, targets=Y)
+    assert torch.equal(flat(model), before)
+    assert model.norm.track_running_stats and "forward" not in vars(model.head)
+    assert not model.head._forward_hooks and not model.head._forward_pre_hooks
+    again = copy.deepcopy(opt)
+    assert again.step(lambda: losses_of(again.model, x, Y), targets=Y).isfinite()
+
+
+def test_overflow_leaves_weights():
+    model, x = Net(), torch.randn(8, 5, dtype=torch.float64)
+    opt = lf.CCSAM(model.parameters(), torch.optim.SGD, class_counts=COUNTS, head=model.head, noise_ratio=0.3, lr=0.1)
+    before = flat(model)
+    opt.step(lambda: losses_of(model, x, Y) * torch.inf, targets=Y, scaler=torch.amp.GradScaler("cpu"))
+    assert torch.equal(flat(model), before)
