@@ -7,10 +7,7 @@ import contextlib
 import itertools
 import operator
 import threading
-from collections.abc import Iterator
-
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
