@@ -908,8 +908,8 @@ class ESAM(_Published, _Around):
     """ESAM as published: ``opt.paras = [inputs, targets, loss_fct, model, defined_backward]``, ``opt.step()``.
 
     At the end of a step each parameter tensor with a gradient is frozen with probability 1 - beta, by ``random.random()``,
-    until the next ascent, but never all. The samples whose loss rises more than the int(gamma B)-th most are kept, or the first if there is
-    none; with gamma >= 0.99 all are. Every pass updates running statistics.
+    until the next ascent, but never all of them. The samples whose loss rises more than the int(gamma B)-th most are kept, or
+    the first if there is none; with gamma >= 0.99 all are. Every pass updates running statistics.
 
     Args:
         params: Not looked at: the optimizer has the parameters.

@@ -216,10 +216,21 @@ class Stateful(Optimizer):
         if self._phase or self._climbed:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
 
+    def _base_state(self) -> dict[Any, Any]:
+        """The state without parameters that have buffers of the method only: torch's optimizers take those for theirs."""
+        return {
+            key: state
+            for key, state in self.state.items()
+            if not isinstance(state, dict) or not {*state} <= {*self._buffers}
+        }
+
     def __getstate__(self) -> dict[str, Any]:
         self._check_settled("copy or pickle")
         self._note_skipped()
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+        base = object.__new__(type(self.base_optimizer))
+        vars(base).update(vars(self.base_optimizer), state=self._base_state())
+        kept = {name: getattr(self, name) for name in self._kept} | {"base_optimizer": base}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -228,13 +239,7 @@ class Stateful(Optimizer):
                 group.setdefault(name, value)
         self._forget()
         self._skipped = None
-        # torch's optimizers take a state that is not empty for one of theirs.
-        theirs = {
-            key: state
-            for key, state in self.state.items()
-            if not isinstance(state, dict) or not {*state} <= {*self._buffers}
-        }
-        self.base_optimizer.__setstate__({"state": theirs, "param_groups": self.param_groups})
+        self.base_optimizer.__setstate__({"state": self._base_state(), "param_groups": self.param_groups})
         self.base_optimizer.state = self.state
         self._sharded = any(map(_is_sharded, self._parameters()[0]))
 
