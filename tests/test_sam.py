@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, RMSprop
 
 import ltsam_fast as lf
-from ltsam_fast import plain
+from ltsam_fast import compat, plain
 
 from . import oracles
 from .methods import BASES, METHODS, RHO, on_cpu
@@ -70,7 +70,7 @@ def test_reference_script_runs_unchanged(script, adaptive, backend):
             y, *oracles.sam_weights(), base,
         )  # fmt: skip
         scheduler.step()
-    assert relative_error(script(lf.SAM, network(), batches(), adaptive), flat(twin)) < 1e-9
+    assert relative_error(script(compat.SAM, network(), batches(), adaptive), flat(twin)) < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # the plain loop's
@@ -200,13 +200,15 @@ def test_a_per_sample_closure_ignores_gradients_that_are_left_over(base, left_ov
     model = network()
     opt = METHODS["SAM"].make(model, kind, model=model, **options)
     data = batches(steps=6)
+    calls = []
     for x, y in data:
         for p in model.parameters():
             if left_over != "none":
                 p.grad = torch.full_like(p, {"zeros": 0.0, "stale": 3.0, "infinite": float("inf")}[left_over])
-        opt.step(lambda x=x, y=y: losses(model, x, y))
+        opt.step(lambda x=x, y=y: calls.append(0) or losses(model, x, y))
     weights, _ = METHODS["SAM"].oracle(kind, options, data)
     assert relative_error(flat(model), weights) < 1e-9
+    assert len(calls) == 2 * len(data)
 
 
 def test_a_per_sample_closure_with_a_frozen_gradient_left_over():
@@ -223,7 +225,7 @@ def test_reference_closure_may_zero_gradients_and_return_what_it_likes():
     results = []
     for returned in ("loss", "detached", "number", "nothing"):
         model = network()
-        opt = METHODS["SAM"].make(model, SGD, lr=0.1, momentum=0.9)
+        opt = compat.SAM(model.parameters(), SGD, rho=RHO, lr=0.1, momentum=0.9)
         for x, y in batches(steps=3):
 
             def closure(x=x, y=y, model=model, opt=opt, returned=returned):
@@ -244,7 +246,7 @@ def test_reference_closure_may_zero_gradients_and_return_what_it_likes():
 @pytest.mark.parametrize("base", [SGD, Adam, RMSprop])
 def test_an_error_in_a_reference_closure_leaves_the_original_weights(base, error):
     model, (x, y) = network(), batches(steps=1)[0]
-    opt = lf.SAM(model.parameters(), base, rho=1.0, lr=0.1)
+    opt = compat.SAM(model.parameters(), base, rho=1.0, lr=0.1)
     before = flat(model)
 
     def closure():
@@ -261,7 +263,7 @@ def test_an_error_in_a_reference_closure_leaves_the_original_weights(base, error
 
 def test_a_closure_that_forgot_backward():
     model, (x, y) = network(), batches(steps=1)[0]
-    opt = lf.SAM(model.parameters(), SGD, lr=0.1)
+    opt = compat.SAM(model.parameters(), SGD, lr=0.1)
     before = flat(model)
     losses(model, x, y).mean().backward()
     with pytest.raises(ValueError, match="closure must call backward"):

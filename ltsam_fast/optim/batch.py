@@ -12,10 +12,12 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ltsam_fast.optim.compiled import CompiledGraphs
-from ltsam_fast.optim.gradients import gradients_aside
+from ltsam_fast.optim.gradients import _NONE, _grad, gradients_aside
 from ltsam_fast.weight_caches import clear_weight_caches
 
 Closure = Callable[..., Tensor]
+
+_PUBLISHED = "a closure that calls backward() itself, as in scripts for the published SAM, is for ltsam_fast.compat.SAM"
 
 
 def mean_loss(parts: list[Batch]) -> Tensor:
@@ -48,12 +50,20 @@ class Batch:
             index = torch.arange(self.size, device=self.labels.device if self.labels is not None else None)
         clear_weight_caches()  # of an evaluation without gradients, too
         with gradients_aside(self._params), torch.set_grad_enabled(graph):
-            losses = self.closure() if index is None else self.closure(index)
+            try:
+                losses = self.closure() if index is None else self.closure(index)
+            except RuntimeError as error:
+                if graph or "does not require grad" not in str(error):
+                    raise
+                raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
+            called_backward = {*map(type, map(_grad, self._params))} - {_NONE}
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'"
+                f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'; {_PUBLISHED}"
             )
+        if called_backward:
+            raise ValueError(f"closure must not call backward(): {_PUBLISHED}")
         if graph and not losses.requires_grad:
             raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
         if self._graphs is not None and at_w:
@@ -129,7 +139,7 @@ def check_takes_index(parts: list[Batch], method: str) -> None:
         except TypeError:
             raise ValueError(
                 f"closure must take an index, for {method} evaluates parts of the batch: "
-                "def closure(index=slice(None)), with the losses of x[index]"
+                f"def closure(index=slice(None)), with the losses of x[index]; {_PUBLISHED}"
             ) from None
         except ValueError:  # a callable without a signature
             continue

@@ -121,11 +121,9 @@ class CCSAM(Sharing):
         super()._forget()
         self._found: tuple[list[Tensor], Head | None] | None = None
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch does; its ``adaptive`` must be False."""
-        super().add_param_group(param_group)
-        if self.param_groups[-1]["adaptive"]:
-            self.param_groups.pop()
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["adaptive"]:
             raise ValueError("adaptive must be False for CCSAM: its perturbation is not scaled by the weights")
 
     def _find(self, head: Any) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class FriendlySAM(SAM):
     """
 
     _buffers = ("grad_mean",)
+    _published = MappingProxyType({"momentum": "grad_mean"})
     _kept = (*SAM._kept, "sigma", "lmbda")
 
     def __init__(

@@ -84,11 +84,9 @@ class GNM(SharpnessAware):
         self.dis_mul, self.clip, self.decay_every, self.seed = dis_mul, clip, decay_every, seed
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as torch does; its ``adaptive`` must be False."""
-        super().add_param_group(param_group)
-        if self.param_groups[-1]["adaptive"]:
-            self.param_groups.pop()
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["adaptive"]:
             raise ValueError("adaptive must be False for GNM: its noise does not look at the weights")
 
     def _halvings(self, epoch: int | None) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.optim.batch import Closure
-from ltsam_fast.optim.gradients import _gradients
 
 
 class SAM(SharpnessAware):
@@ -85,42 +82,6 @@ class SAM(SharpnessAware):
         if zero_grad:
             self._clear_gradients()
 
-    def step(  # type: ignore[override]
-        self,
-        closure: Closure | Sequence[Closure] | None = None,
-        targets: Tensor | Sequence[Tensor] | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> Tensor:
-        """One step: see :meth:`SharpnessAware.step`. ``targets`` are not looked at.
-
-        With gradients already there, and a closure that does forward *and* backward and returns a scalar, it means what it
-        means in the reference implementation: climb along those gradients, run the closure, come back and step.
-        """
-        if self._phase == 0 and callable(closure) and targets is None and scaler is None:
-            params, _ = self._parameters(ascent=True)
-            if any(grad is not None for grad in _gradients(params)):
-                loss = self._reference_step(closure)
-                if not _per_sample(loss):
-                    return loss
-        return super().step(closure, targets, scaler)
-
-    @torch.no_grad()
-    def _reference_step(self, closure: Closure) -> Tensor:
-        try:
-            self._climb()
-            self._clear_gradients()
-            with torch.enable_grad():
-                loss = closure()
-            if not _per_sample(loss) and all(grad is None for grad in _gradients(self._parameters()[0])):
-                raise ValueError("closure must call backward(), or return the per-sample losses, shape (B,)")
-            # Per-sample losses: this closure only runs the forward pass, and the gradients were left over from before.
-            self.restore() if _per_sample(loss) else self._descend()
-            return loss.detach() if isinstance(loss, Tensor) and not _per_sample(loss) else loss
-        except BaseException:
-            self.restore()
-            self._clear_gradients()
-            raise
-
     def _cotangents(self, labels: Any, losses: Tensor) -> tuple[None, Tensor]:
         return None, torch.ones_like(losses)
 
@@ -133,7 +94,3 @@ class TwoGradients(SAM):
     def _climb(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         super()._climb(grad_scale, found_inf)
         self._keep_gradients()
-
-
-def _per_sample(loss: Any) -> bool:
-    return isinstance(loss, Tensor) and loss.dim() == 1 and loss.requires_grad

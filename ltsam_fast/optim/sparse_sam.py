@@ -195,9 +195,8 @@ class SparseSAM(SAM):
                 now.copy_(torch.where(found_inf.bool(), before, now))
         self._masks = []
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which turns the masks into floating point."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if "frozen" in state:
-                state["frozen"] = state["frozen"].to(torch.uint8)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for one in self.state.values():  # torch's load_state_dict turns the masks into floating point
+            if "frozen" in one:
+                one["frozen"] = one["frozen"].to(torch.uint8)

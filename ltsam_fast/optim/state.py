@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch.optim import Optimizer
 
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Scaling
-from ltsam_fast.optim.checks import is_number
+from ltsam_fast.optim.checks import check_factor, is_number
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
+from ltsam_fast.optim.loading import completed
 from ltsam_fast.table import Table
 
 
@@ -27,6 +29,8 @@ class Stateful(Optimizer):
     """Options of a group that are not the base optimizer's."""
     _buffers: tuple[str, ...] = ()
     """Names of a parameter's state that is not the base optimizer's."""
+    _published: Mapping[str, str] = MappingProxyType({})
+    """What published classes call some of them."""
     _takes_shards = True
     """Whether FSDP2's parameters will do."""
     _uncapturable = ""
@@ -103,11 +107,11 @@ class Stateful(Optimizer):
         """Adds a group, as torch does; its ``rho``, ``eta`` and ``norm_eps`` must be finite and >= 0."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("rho", "eta", "norm_eps"):
-            if not is_number(group[name]) or not 0 <= group[name] < math.inf:
-                value = group[name]
-                self.param_groups.pop()
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if any(map(_is_sharded, group["params"])):
             if not self._takes_shards:
                 self.param_groups.pop()
@@ -116,6 +120,11 @@ class Stateful(Optimizer):
                     "samples or classes; use DistributedDataParallel"
                 )
             self._sharded = True
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError if an option of a group is out of its range."""
+        for name in ("rho", "eta", "norm_eps"):
+            check_factor(name, group[name])
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -183,16 +192,23 @@ class Stateful(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. A plain base optimizer's state is taken too; what it lacks keeps its present value."""
+        """As torch's. What a plain base optimizer's checkpoint lacks keeps its present value.
+
+        One of a published wrapper is taken too: its ``rho`` and ``adaptive`` count, what lives within a step is dropped, and
+        the base optimizer's state, if it is missing, starts afresh, with a warning.
+
+        Raises:
+            ValueError: It does not fit. Whatever is raised, the optimizer is as it was.
+        """
         self._check_settled("load_state_dict")
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):
-            groups = [
-                saved if "perturb" in saved else {**saved, **{name: group[name] for name in self._own}}
-                for saved, group in zip(groups, self.param_groups, strict=True)
-            ]
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        self._skipped = None
+        before = [(one, dict(vars(one))) for one in (self, self.base_optimizer)]
+        try:
+            super().load_state_dict(completed(self, state_dict))
+        except BaseException:
+            for one, attributes in before:
+                vars(one).clear()
+                vars(one).update(attributes)
+            raise
 
     def _create_buffers(self, params: list[Tensor]) -> None:
         """Makes the state that is not the base optimizer's, where it is missing."""
@@ -204,10 +220,21 @@ class Stateful(Optimizer):
         if self._phase or self._climbed:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
 
+    def _base_state(self) -> dict[Any, Any]:
+        """The state without parameters that have buffers of the method only: torch's optimizers take those for theirs."""
+        return {
+            key: state
+            for key, state in self.state.items()
+            if not isinstance(state, dict) or not {*state} <= {*self._buffers}
+        }
+
     def __getstate__(self) -> dict[str, Any]:
         self._check_settled("copy or pickle")
         self._note_skipped()
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}
+        base = object.__new__(type(self.base_optimizer))
+        vars(base).update(vars(self.base_optimizer), state=self._base_state())
+        kept = {name: getattr(self, name) for name in self._kept} | {"base_optimizer": base}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -216,7 +243,8 @@ class Stateful(Optimizer):
                 group.setdefault(name, value)
         self._forget()
         self._skipped = None
-        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        self.base_optimizer.__setstate__({"state": self._base_state(), "param_groups": self.param_groups})
+        self.base_optimizer.state = self.state
         self._sharded = any(map(_is_sharded, self._parameters()[0]))
 
 

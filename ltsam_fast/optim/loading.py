@@ -1,0 +1,139 @@
+"""Checkpoints of other classes: a plain base optimizer's, and those of the published wrappers.
+
+A published wrapper has ``rho`` and ``adaptive`` in its groups. Its state is what lives within a step (``old_p``, ``e_w``,
+``eps``, ``grad`` and the like); that of its base optimizer, under other names, is mostly missing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.state import Stateful
+
+_PLAIN = dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), False)
+
+
+def completed(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as ``optimizer`` loads it: options that it lacks are the present ones, state that is nobody's is dropped.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
+        raise ValueError(
+            f"state_dict must have state and param_groups, as state_dict() returns them, but lacks {missing}"
+        )
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:
+        return state_dict  # torch says so
+    foreign = any("perturb" not in saved for saved in saved_groups)
+    saved_groups = [_group(optimizer, saved, group) for saved, group in zip(saved_groups, groups, strict=True)]
+    groups = [{**saved, "params": group["params"]} for saved, group in zip(saved_groups, groups, strict=True)]
+    base, state = optimizer.base_optimizer, dict(state_dict["state"])
+    try:
+        names, loose, begun = _state_of(base, groups)
+    except Exception:  # a base that cannot be made, or stepped, like that: what it keeps is its secret
+        return {**state_dict, "param_groups": saved_groups}
+    kept, lost, stepped = {}, False, False
+    for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            entry, wanted = state.pop(key, {}), names[number, param.dim()]
+            if foreign:
+                entry = {optimizer._published.get(name, name): value for name, value in entry.items()}
+            _check(base, entry, wanted, param)
+            if foreign:
+                lost |= bool(entry and wanted) and entry.keys().isdisjoint(wanted)
+                entry = {name: entry[name] for name in entry if name in wanted or name in optimizer._buffers}
+                entry = {**begun.get(param, {}), **entry}
+                stepped |= not entry.keys().isdisjoint(optimizer._buffers)
+            if entry:
+                kept[key] = entry
+    if lost:
+        warnings.warn(
+            f"state_dict has no state of {type(base).__name__}, which the published classes do not save: its momentum, or what "
+            "else it keeps, starts afresh",
+            stacklevel=3,
+        )
+    if stepped:
+        saved_groups = [{**saved, "taken": max(1, saved["taken"])} for saved in saved_groups]
+    rest = {key: value for key, value in state.items() if not foreign or key in loose}
+    return {**state_dict, "state": {**rest, **kept}, "param_groups": saved_groups}
+
+
+def _group(optimizer: Stateful, saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A saved group with all options; those that it lacks have their present values."""
+    if "perturb" in saved:
+        return saved
+    # An option of a plain base of the same name (Adadelta's rho) is another thing. A wrapper's comes with ``adaptive``.
+    theirs = {} if "adaptive" in saved else optimizer._base_only
+    own = {name: saved[name] for name in optimizer._own if name in saved and name not in theirs}
+    own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
+    group = {**saved, **{name: now[name] for name in optimizer._own if name in now}, **own}
+    optimizer._check_group(group)
+    return group
+
+
+def _state_of(base: Optimizer, groups: list[dict[str, Any]]) -> tuple[dict[Any, Any], set[Any], dict[Any, Any]]:
+    """What a base optimizer keeps, seen in a step with small tensors.
+
+    Returns:
+        For each number of a group and number of dimensions the names of a parameter's state, each with whether it has the
+        parameter's shape; the keys of state that is no parameter's; and the state of parameters that is there before the first
+        step.
+    """
+    from ltsam_fast.optim.descent import no_hooks  # which imports, in the end, this module
+
+    small = {
+        (number, dim): torch.ones(tuple(range(2, 2 + dim)), dtype=torch.float32, requires_grad=True)
+        for number, group in enumerate(groups)
+        for dim in {param.dim() for param in group["params"]}
+    }
+    options = [
+        {name: float(v) if isinstance(v, Tensor) else v for name, v in g.items() if name != "params"} for g in groups
+    ]
+    options = [{**one, **{name: False for name in _PLAIN if name in one}} for one in options]
+    with torch.random.fork_rng(devices=[]), no_hooks():
+        probe = _made(
+            base, [{**one, "params": [p for (n, _), p in small.items() if n == i]} for i, one in enumerate(options)]
+        )
+        begun = _made(base, groups).state if probe.state else {}
+        for param in small.values():
+            param.grad = torch.ones_like(param)
+        probe.step()
+    names = {
+        key: {
+            name: isinstance(value, Tensor) and value.shape == param.shape and param.dim() > 0
+            for name, value in probe.state.get(param, {}).items()
+        }
+        for key, param in small.items()
+    }
+    return names, {key for key in probe.state if not isinstance(key, Tensor)}, begun
+
+
+def _made(base: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """Another optimizer of the base's class."""
+    named = inspect.signature(type(base)).parameters
+    groups = [{name: value for name, value in group.items() if name != "param_names"} for group in groups]
+    return type(base)(groups, **{name: value for name, value in base.defaults.items() if name in named})
+
+
+def _check(base: Optimizer, entry: dict[str, Any], wanted: dict[str, bool], param: Tensor) -> None:
+    """Raises ValueError if a parameter's state is incomplete or another parameter's."""
+    lacking = [name for name in wanted if name not in entry]
+    if lacking and len(lacking) < len(wanted):
+        raise ValueError(
+            f"state_dict must have all of a parameter's state in {type(base).__name__}, or nothing of it, but lacks {lacking}"
+        )
+    for name, like in wanted.items():
+        value = entry.get(name)
+        if like and isinstance(value, Tensor) and value.shape != param.shape:
+            raise ValueError(
+                f"state_dict has a {name} of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}"
+            )

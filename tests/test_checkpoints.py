@@ -1,0 +1,295 @@
+"""Checkpoints of other classes: the published wrappers', and what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
+
+import ltsam_fast as lf
+from ltsam_fast import compat
+
+from . import family, methods
+from .methods import BASES
+from .oracles import batches, flat, losses, network, relative_error
+
+EVERY = {**{name: methods.METHODS[name] for name in methods.EACH}, **{name: family.ROWS[name] for name in family.EACH}}
+each = pytest.mark.parametrize("name", EVERY)
+
+
+class Lion(torch.optim.Optimizer):
+    """Somebody's optimizer, whose state is made by its first step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                if param.grad.norm() > 0:
+                    param.sub_(group["lr"] * (0.9 * state["exp_avg"] + 0.1 * param.grad).sign())
+                state["exp_avg"].lerp_(param.grad, 0.01)
+
+
+KINDS = {
+    "momentum": (SGD, {"lr": 0.1, "momentum": 0.9}),
+    "plain": (SGD, {"lr": 0.1}),
+    "adam": (Adam, {"lr": 0.01}),
+    "adamw": (AdamW, {"lr": 0.01, "amsgrad": True}),
+    "rmsprop": (RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}),
+    "adagrad": (Adagrad, {"lr": 0.05, "initial_accumulator_value": 0.1}),
+    "adadelta": (Adadelta, {"lr": 0.5}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01}),
+    "adafactor": (torch.optim.Adafactor, {"lr": 0.01}),
+    "lion": (Lion, {"lr": 0.01}),
+}
+WITHIN = {
+    "davda54": ("old_p",),
+    "davda54, old": ("e_w",),
+    "focal": ("grad", "old_p"),
+    "imbsam": ("eps", "grad_normal"),
+    "gsam": ("old_g", "e_w"),
+    "wsam": ("grad", "e_w", "sharpness"),
+}
+
+
+def published(model, kind, options, within=("old_p",), rho=0.3, **more):
+    """What a published wrapper saves: its options in the groups, what lives within a step in the state."""
+    groups = kind(model.parameters(), **options).state_dict()["param_groups"]
+    state = {i: {name: p.detach().clone() for name in within} for i, p in enumerate(model.parameters()) if within}
+    return {"state": state, "param_groups": [{**group, "rho": rho, "adaptive": False, **more} for group in groups]}
+
+
+def everything(opt):
+    """All that a failed load must leave."""
+    tensors = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
+    return tensors, copy.deepcopy(opt.state_dict()), opt._taken
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@each
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_checkpoint_is_taken(name, kind):
+    """The radius counts, the rest of its state is dropped: steps are those of an optimizer made with it."""
+    base, options = KINDS[kind]
+    model, data = network(), batches(steps=4)
+    opt = EVERY[name].make(model, base, **{**options, "rho": 0.05})
+    family.drive(opt, model, data[:2])
+    saved = published(model, base, {**options, "lr": 0.02})
+    untouched = copy.deepcopy(saved)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        opt.load_state_dict(saved)
+    said = [str(one.message) for one in seen if "no state of" in str(one.message)]
+    assert len(said) == (0 if kind == "plain" else 1)
+    assert all(f"no state of {base.__name__}" in one and "\n" not in one for one in said)
+    assert [seen[0].filename] == [__file__] if said else True
+    assert same(saved, untouched)
+    assert opt.param_groups[0]["rho"] == 0.3 and opt.param_groups[0]["lr"] == 0.02
+    assert not any("old_p" in state for state in opt.state.values())
+    assert opt.state is opt.base_optimizer.state and opt.param_groups is opt.base_optimizer.param_groups
+
+    twin = copy.deepcopy(model)
+    other = EVERY[name].make(twin, base, **{**options, "rho": 0.3, "lr": 0.02})
+    for group in other.param_groups:
+        group["taken"] = opt._taken
+    for its, one in ((model, opt), (twin, other)):
+        family.drive(one, its, data[2:])
+    assert torch.equal(flat(model), flat(twin))
+
+
+@each
+@pytest.mark.parametrize("wrapper", WITHIN)
+def test_what_lives_within_a_step_is_dropped(name, wrapper):
+    model = network()
+    opt = EVERY[name].make(model, AdamW, lr=0.01)
+    with pytest.warns(UserWarning, match="no state of AdamW"):
+        opt.load_state_dict(published(model, AdamW, {"lr": 0.01}, WITHIN[wrapper]))
+    assert not opt.state
+    family.drive(opt, model, batches(steps=1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bases_state_is_kept_where_it_is_there(kind):
+    """Scripts that save ``optimizer.base_optimizer``, or whose wrapper shares the state."""
+    base, options = KINDS[kind]
+    model, data = network(), batches(steps=10)
+    plain = base(model.parameters(), **options)
+    for x, y in data[:5]:
+        plain.zero_grad()
+        losses(model, x, y).mean().backward()
+        plain.step()
+    saved = copy.deepcopy(plain.state_dict())
+    for group in saved["param_groups"]:
+        group |= {"rho": 0.0, "adaptive": False}
+    for i, p in enumerate(model.parameters()):
+        saved["state"].setdefault(i, {})["old_p"] = p.detach().clone()
+    twin = copy.deepcopy(model)
+    opt = lf.SAM(twin.parameters(), base, rho=0.5, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(saved)
+    family.drive(opt, twin, data[5:])
+    for x, y in data[5:]:
+        plain.zero_grad()
+        losses(model, x, y).mean().backward()
+        plain.step()
+    assert relative_error(flat(twin), flat(model)) < 1e-9
+
+
+def test_groups_their_radii_and_adaptive():
+    model = network()
+    parts = [{"params": list(model[0].parameters())}, {"params": [*model[2].parameters(), *model[4].parameters()]}]
+    saved = published(model, SGD, {"lr": 0.1})
+    ids = saved["param_groups"][0]["params"]
+    group = saved["param_groups"][0]
+    saved["param_groups"] = [{**group, "params": ids[:2]}, {**group, "params": ids[2:], "rho": 0.7, "adaptive": True}]
+    opt = lf.SAM([{**parts[0], "perturb": False}, parts[1]], SGD, rho=0.05, lr=0.5)
+    opt.load_state_dict(saved)
+    assert [(g["rho"], g["adaptive"], g["perturb"], g["lr"]) for g in opt.param_groups] == [
+        (0.3, False, False, 0.1),
+        (0.7, True, True, 0.1),
+    ]
+    with pytest.raises(ValueError, match="adaptive must be False for GNM"):
+        lf.GNM([{"params": p["params"]} for p in parts], SGD, lr=0.1).load_state_dict(saved)
+
+
+def test_numbers_of_numpy():
+    """Focal-SAM's linear schedule leaves np.float16 in the groups."""
+    np = pytest.importorskip("numpy")
+    model = network()
+    opt = lf.FocalSAM(model.parameters(), SGD, lr=0.1)
+    opt.load_state_dict(published(model, SGD, {"lr": 0.1}, rho=np.float16(0.25), adaptive=np.bool_(False)))
+    assert opt.param_groups[0]["rho"] == 0.25 and type(opt.param_groups[0]["rho"]) is float
+
+
+def test_a_published_wrapper_that_took_no_step_is_no_loss():
+    model = network()
+    opt = lf.SAM(model.parameters(), AdamW, lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.load_state_dict(published(model, AdamW, {"lr": 0.1}, within=()))
+    assert opt.param_groups[0]["rho"] == 0.3
+
+
+@pytest.mark.parametrize("cls", [lf.FriendlySAM, compat.FriendlySAM])
+def test_friendly_sams_mean_lives_on(cls):
+    """F-SAM's class calls it ``momentum``."""
+    model, (x, y) = network(), batches(steps=1)[0]
+    saved = published(model, SGD, {"lr": 0.1}, ("old_p", "momentum"))
+    opt = cls(model.parameters(), SGD, rho=0.05, sigma=1.0, lmbda=0.9, lr=0.1)
+    opt.load_state_dict(saved)
+    losses(model, x, y).mean().backward()
+    expected = [0.9 * p.detach() + 0.1 * p.grad for p in model.parameters()]
+    difference = flat([p.grad - p.detach() for p in model.parameters()])
+    before = flat(model)
+    opt.first_step(zero_grad=True)
+    assert relative_error(flat(model) - before, 0.3 * difference / difference.norm()) < 1e-9
+    assert relative_error(flat([opt.state[p]["grad_mean"] for p in model.parameters()]), flat(expected)) < 1e-12
+
+
+BROKEN = {
+    "groups": (
+        lambda s: s["param_groups"].append({**s["param_groups"][0], "params": []}),
+        ValueError,
+        "parameter groups",
+    ),
+    "parameters": (lambda s: s["param_groups"][0]["params"].pop(), ValueError, "match the size"),
+    "no state": (lambda s: s.pop("state"), ValueError, "state_dict must have state and param_groups.*lacks .'state'"),
+    "no groups": (lambda s: s.pop("param_groups"), ValueError, "state_dict must have.*lacks .'param_groups'"),
+    "a key": (lambda s: s["state"][3].pop("exp_avg"), ValueError, r"state_dict must have all.*lacks \['exp_avg'\]"),
+    "the step": (lambda s: s["state"][0].pop("step"), ValueError, r"state_dict must have all.*lacks \['step'\]"),
+    "a shape": (
+        lambda s: s["state"][0].update(exp_avg=torch.zeros(3, 3)),
+        ValueError,
+        r"exp_avg of shape \(3, 3\) for a parameter of shape \(17, 6\)",
+    ),
+    "rho": (lambda s: s["param_groups"][0].update(rho=-1.0), ValueError, "rho must be a finite number >= 0, got -1"),
+    "rho nan": (lambda s: s["param_groups"][0].update(rho=math.nan), ValueError, "rho must be a finite number >= 0"),
+    "rho text": (
+        lambda s: s["param_groups"][0].update(rho="1"),
+        ValueError,
+        "rho must be a finite number >= 0, got '1'",
+    ),
+}
+
+
+@each
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_load_that_fails_changes_nothing(name, what, own):
+    """Present checkpoints and published ones with base state."""
+    broken, error, message = BROKEN[what]
+    if own and what.startswith("rho"):
+        pytest.skip("present checkpoints may hold live numbers")
+    model, data = network(), batches(steps=4)
+    opt = EVERY[name].make(model, AdamW, lr=0.01)
+    family.drive(opt, model, data[:2])
+    saved = copy.deepcopy(opt.state_dict())
+    if not own:
+        for group in saved["param_groups"]:
+            del group["perturb"]
+    broken(saved)
+    opt.param_groups[0]["rho"] = 0.07
+    before = everything(opt)
+    identities = [(id(one.state), id(one.param_groups)) for one in (opt, opt.base_optimizer)]
+    with pytest.raises(error, match=message) as raised:
+        opt.load_state_dict(saved)
+    assert "\n" not in str(raised.value)
+    assert same(everything(opt), before)
+    assert identities == [(id(one.state), id(one.param_groups)) for one in (opt, opt.base_optimizer)]
+    twin = copy.deepcopy((model, opt))
+    for its, one in ((model, opt), twin):
+        family.drive(one, its, data[2:])
+    assert torch.equal(flat(model), flat(twin[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_does_not_draw_or_call_hooks(kind):
+    base, options = KINDS[kind]
+    model, calls = network(), []
+    opt = lf.SAM(model.parameters(), base, **options)
+    opt.register_step_pre_hook(lambda *_: calls.append(0))
+    torch.manual_seed(1)
+    opt.load_state_dict(base(model.parameters(), **options).state_dict())
+    number = torch.rand(())
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(()), number) and not calls
+
+
+@pytest.mark.parametrize("name", ["SparseSAM", "FriendlySAM", "LookSAM"])
+@pytest.mark.parametrize("base", ["adamw", "rmsprop"])
+def test_a_first_parameter_that_has_buffers_of_the_method_only(name, base):
+    """Copies and checkpoints of Adam look into the first parameter's state."""
+    kind, options = BASES[base]
+    options = {key: value for key, value in options.items() if key != "maximize"}
+    model = nn.ModuleList([nn.Linear(3, 2).double(), network()])
+    opt = family.ROWS[name].make(model, kind, **options)
+    opt.param_groups[0]["params"][0].requires_grad_(True)
+    family.drive(opt, model[1], batches(steps=4))
+    opt._create_buffers(opt.param_groups[0]["params"])
+    copy.deepcopy((model, opt))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    opt.load_state_dict(torch.load(file))
+    family.drive(opt, model[1], batches(steps=2))
