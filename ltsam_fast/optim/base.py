@@ -77,6 +77,7 @@ class SharpnessAware(Phased):
         if self._phase:
             self._enter("step")
         labels = self._check_targets(targets, len(closures))
+        self._check_join(scaler is not None and scaler.is_enabled())
         try:
             self._clear_gradients()
             scaling = Scaling(scaler, self._parameters()[0])

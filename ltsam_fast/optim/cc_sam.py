@@ -74,6 +74,7 @@ class CCSAM(Sharing):
     """
 
     _takes_shards = False
+    _counts_passes = True
     _twice = True
     _uncapturable = "it looks up the classes in the batch on the host"
     _kept = (*Sharing._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head")
@@ -157,12 +158,24 @@ class CCSAM(Sharing):
             grads[k] = added(one, scope, grads.get(k))
         return True
 
+    def _sizes_everywhere(self, sizes: dict[int, int], device: torch.device) -> dict[int, int]:
+        """The numbers of samples of each class in all workers' batches."""
+        sums = torch.zeros(self._classes, dtype=torch.long, device=device)
+        for k, size in sizes.items():
+            sums[k] = size
+        self._add_up([sums])
+        return {k: size for k, size in enumerate(sums.tolist()) if size}
+
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         check_takes_index(parts, "CCSAM")
         scope, groups = self._scope()
         size = sum(part.size for part in parts)
         members = members_of([part.labels for part in parts])
-        classes = sorted(members) if self.flat_ratio > 0 and scope else []
+        sizes = {k: sum(map(len, numbers.values())) for k, numbers in members.items()}
+        synced = self.ascent_sync and self._distributed and self.flat_ratio > 0 and bool(scope)
+        if synced:
+            sizes = self._sizes_everywhere(sizes, scope[0].device)
+        classes = sorted(sizes) if self.flat_ratio > 0 and scope else []
         grads: dict[int, list[Tensor]] = {}
         for number, part in enumerate(parts):
             with self._local(last=not classes and part is parts[-1]):
@@ -170,16 +183,19 @@ class CCSAM(Sharing):
                 mean = scaling(torch.full_like(losses, (1 - self.flat_ratio) / size))
                 shares = {}
                 for k in classes:
-                    if number in members[k]:
+                    if number in members.get(k, ()):
                         chosen = torch.tensor(members[k][number], device=losses.device)
                         share = torch.zeros_like(losses)
-                        share[chosen] = 1 / sum(map(len, members[k].values()))
+                        share[chosen] = 1 / sizes[k]
                         shares[k] = scaling(share), chosen
                 if not self._share(losses, scope, mean, shares, grads):
                     for k, (share, _) in shares.items():
                         one = torch.autograd.grad(losses, scope, share, retain_graph=True, allow_unused=True)
                         grads[k] = added(one, scope, grads.get(k))
                     torch.autograd.backward(losses, mean)
+        if synced:
+            self._add_up([grad for k in classes for grad in grads.setdefault(k, list(map(torch.zeros_like, scope)))])
+            classes = sorted(members)  # those of other workers are not evaluated here
         if classes:
             counts = [self.class_counts[k] for k in classes]
             climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, *scaling.signals)

@@ -54,6 +54,7 @@ class MSAM(SharpnessAware):
     >>> loss = opt.step(closure)
     """
 
+    _counts_passes = True
     _kept = (*SharpnessAware._kept, "m")
 
     def __init__(
@@ -72,12 +73,25 @@ class MSAM(SharpnessAware):
         self.m = m
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
+    def _check_climbs(self, number: int, device: torch.device) -> None:
+        """Raises ValueError on all workers unless they climb as often: else averages of different parts would meet."""
+        ends = torch.tensor([number, -number], device=device)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, self._process_group)
+        most, least = ends.tolist()
+        if most != -least:
+            raise ValueError(
+                f"ascent_sync must be False unless all workers have as many parts of m = {self.m} samples, "
+                f"got {-least} to {most}: leave it out, or give them batches of one size"
+            )
+
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         check_takes_index(parts, "MSAM")
         params, _ = self._parameters()
         for part in parts:
             if part.size < 0:
                 part.evaluate(at_w=False, graph=False)
+        if self.ascent_sync and self._distributed:
+            self._check_climbs(sum(-(-part.size // self.m) for part in parts), params[0].device)
         size = sum(part.size for part in parts)
         total: list[Tensor | None] = [None] * len(params)
         for part in parts:

@@ -106,6 +106,7 @@ class SAM(SharpnessAware):
 
     @torch.no_grad()
     def _reference_step(self, closure: Closure) -> Tensor:
+        self._check_join(scaled=False)
         try:
             self._climb()
             self._clear_gradients()

@@ -122,11 +122,10 @@ class SparseSAM(SAM):
         self._set_fisher_mask(losses, torch.ones_like(losses))
 
     def _set_fisher_mask(self, losses: Tensor, scale: Tensor) -> None:
-        self._keep(
-            masks.largest(
-                scores := masks.fisher(losses, self._candidates(), scale, self.num_samples), self._count(scores)
-            )
-        )
+        scores = masks.fisher(losses, self._candidates(), scale, self.num_samples)
+        if self.ascent_sync and self._distributed:
+            self._add_up([scores])
+        self._keep(masks.largest(scores, self._count(scores)))
 
     def _count(self, scores: Tensor) -> int:
         """Coordinates that climb."""
