@@ -478,6 +478,153 @@ def reloaded():
     return found
 
 
+ALL_METHODS = tuple(name for name in METHODS | ROWS if hasattr(lf, name))
+"""One row for each method."""
+ALWAYS_JOINED = ("GNM", "MSAM", "LookSAM", "GSAM", "WSAM")
+"""Methods that are the joined batch without ``ascent_sync``."""
+JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 4}}
+"""Options with which each sample of the joined batch counts as it does in its worker's share."""
+
+
+class Experts(nn.Module):
+    """Experts, of which a pass uses those that its samples ask for; for the last one nobody asks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.experts = nn.ModuleList([nn.Linear(FEATURES, 6) for _ in range(4)])
+        self.head = nn.Linear(6, CLASSES)
+        self.double()
+
+    def forward(self, x, who):
+        hidden = x.new_zeros(len(x), 6)
+        for k in who.unique().tolist():
+            index = (who == k).nonzero().flatten()
+            hidden = hidden.index_copy(0, index, self.experts[k](x[index]))
+        return self.head(torch.tanh(hidden))
+
+
+def asked(step, world, size):
+    """The experts of a joined batch's samples: each worker its own, all the same, another each, two in one share."""
+    sample = torch.arange(size)
+    rank = sample * world // size
+    return (rank % 3, 0 * rank, (rank + 1) % 3, torch.where(rank == 0, 2, sample % 2))[step % 4]
+
+
+def some_left_alone(model):
+    """One expert and the head's bias are not perturbed."""
+    alone = [*model.experts[0].parameters(), model.head.bias]
+    rest = [p for p in model.parameters() if all(p is not one for one in alone)]
+    return [{"params": alone, "perturb": False}, {"params": rest}]
+
+
+def train_experts(name, base, world, rank=None, group=None, kind="", wrap=None, **more):
+    """The weights after 8 steps of worker ``rank`` of ``world``, or of one process that has the joined batches.
+
+    With kind "parts" a batch comes in parts, with "overflow" two passes of worker 0 overflow, with "alone" some weights are
+    not perturbed; other kinds are an option of DDP.
+    """
+    module = model = Experts()
+    more = JOINED.get(name, {}) | ({} if name == "SGD" else more)
+    if rank is not None:
+        view = kind == "gradient_as_bucket_view"
+        model = DistributedDataParallel(
+            module, find_unused_parameters=True, process_group=group, gradient_as_bucket_view=view
+        )
+        model = wrap(model) if wrap else model
+    if name == "SGD":
+        opt = BASES[base][0](module.parameters(), **BASES[base][1])
+    else:
+        if kind == "alone":
+            options = BASES[base][1] | more | ({"head": module.head.parameters()} if name == "CCSAM" else {})
+            opt = (METHODS | ROWS)[name].make(module, BASES[base][0], some_left_alone(module), **options)
+            opt.model = model
+        else:
+            opt = make(name, module, base, model=model, **more)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=kind == "overflow")
+    for step, (x, y) in enumerate(batches(steps=8, size=24)):
+        who, first = asked(step, world, 24), torch.arange(24) < 24 // world
+        if rank is not None:
+            x, y, who, first = (one.chunk(world)[rank] for one in (x, y, who, first))
+        passes = []
+
+        def losses(x, y, who, first, step=step, passes=passes):
+            passes.append(step)
+            if kind == "redrawn" and opt._climbed:
+                who = (who + 1) % 3
+            found = F.cross_entropy(model(x, who), y, reduction="none")
+            spoilt = kind == "overflow" and (step, len(passes)) in ((2, 1), (5, 2))
+            return torch.where(first, found * torch.inf, found) if spoilt else found
+
+        if name == "SGD":
+            opt.zero_grad()
+            losses(x, y, who, first).mean().backward()
+            opt.step()
+            continue
+        sizes = [1, 3, len(y) - 4] if kind == "parts" else [len(y)]
+        pieces = list(zip(*(one.split(sizes) for one in (x, y, who, first)), strict=True))
+        closures = [
+            lambda index=slice(None), piece=piece: losses(*(one[index] for one in piece)) for piece in pieces
+        ]
+        opt.step(closures, [piece[1] for piece in pieces], scaler=scaler)
+        scaler.update(8.0) if kind == "overflow" else None
+    return flat(module)
+
+
+@functools.cache
+def joined_experts(name, base, world, kind="", **more):
+    return train_experts(name, base, world, kind=kind, **more)
+
+
+def of_experts(*args, **more):
+    return train_experts(*args, dist.get_world_size(), dist.get_rank(), **more)
+
+
+@job(2, 3)
+def experts():
+    """Parameters that only some workers use."""
+    return {
+        (name, base): of_experts(name, base, ascent_sync=name not in ALWAYS_JOINED)
+        for name in ALL_METHODS
+        for base in ("sgd", "rmsprop")
+    }
+
+
+@job(2, 3)
+def experts_at_radius_zero():
+    """Without ``ascent_sync``, and without a perturbation, all methods are the base optimizer under plain DDP."""
+    own = {"CCSAM": {"noise_ratio": 0.0}, "SSESAM": {"rho": 0.0, "tail_rho": 0.0}, "LookSAM": {"rho": 0.0, "alpha": 0.0}}
+    found = {name: of_experts(name, "sgd", **own.get(name, {"rho": 0.0})) for name in ALL_METHODS}
+    return found | {"SGD": of_experts("SGD", "sgd")}
+
+
+KINDS = ("parts", "overflow", "alone", "redrawn", "gradient_as_bucket_view")
+
+
+@job(2)
+def experts_otherwise():
+    return {
+        (name, kind): of_experts(name, "sgd", kind=kind, ascent_sync=name not in ALWAYS_JOINED)
+        for name in ALL_METHODS
+        for kind in KINDS
+    }
+
+
+@job(3)
+def experts_of_a_group():
+    """Two of three workers share the model, which is compiled."""
+    group = dist.new_group([0, 1])
+    wrap = functools.partial(torch.compile, backend="eager")
+    if dist.get_rank() == 2:
+        return None
+    return {
+        name: train_experts(
+            name, "sgd", 2, dist.get_rank(), group, wrap=wrap, ascent_sync=name not in ALWAYS_JOINED
+        )
+        for name in ALL_METHODS
+    }
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)

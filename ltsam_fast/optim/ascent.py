@@ -163,3 +163,6 @@ class Climber(Worker):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+        if self._finds_unused:
+            # DDP notes who has a gradient in local passes too, and fails where a noted one was cleared.
+            self.model.reducer._reset_state()  # type: ignore[union-attr, operator]

@@ -120,10 +120,11 @@ class SharpnessAware(Phased):
 
     def _put_aside(self, grads: list[Tensor | None]) -> None:
         """Keeps gradients at w for the step, and clears those in place; workers leave them there, to be averaged together."""
-        if self._distributed and not self._mixes:
+        kept = any(grad is not None for grad in grads)
+        if kept and self._distributed and not self._mixes:
             _swap_gradients(self._parameters()[0], grads)
             return
-        if any(grad is not None for grad in grads):
+        if kept:
             self._clean = grads
         self._clear_gradients()
 

@@ -105,10 +105,12 @@ class MSAM(SharpnessAware):
                     torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / len(losses))))
                 self._climb(*scaling.signals)
                 _swap_gradients(params, total)  # the next backward adds to what the others left
-                with self._local(last=part is parts[-1] and past == part.size):
+                with self._local(last=part is parts[-1] and past == part.size and not self._finds_unused):
                     losses = part.evaluate(numbers, at_w=False)
                     torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / size)))
                 total = _swap_gradients(params, [None] * len(params))
         _swap_gradients(params, total)
+        if self._finds_unused:  # DDP would take the gradients at w of other parts for some of the sum
+            self._average(params)
         self._descend(*scaling.signals)
         return mean_loss(parts)

@@ -23,6 +23,11 @@ class Worker(Stateful):
         return hasattr(self.model, "no_sync") and torch.distributed.is_initialized()
 
     @property
+    def _finds_unused(self) -> bool:
+        """Whether a worker may lack gradients that others have."""
+        return getattr(self.model, "find_unused_parameters", False) and self._distributed
+
+    @property
     def _process_group(self) -> Any:
         """The workers that share the model; ``None``: all."""
         return getattr(self.model, "process_group", None)
@@ -122,7 +127,7 @@ class Worker(Stateful):
         if not grads or any(grad.layout != torch.strided for grad in grads):  # the ops refuse sparse ones by name
             return
         torch._foreach_div_(grads, torch.distributed.get_world_size(self._process_group))
-        if not getattr(self.model, "find_unused_parameters", False):
+        if not self._finds_unused:
             self._add_up(grads)
             return
         owners = grads[0].new_ones(len(grads))
