@@ -37,7 +37,8 @@ class CCSAM(Sharing):
     :class:`ltsam_fast.optim.sharing.Sharing`; it pays with ``scope="all"``.
 
     The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
-    Targets on the cpu are read without waiting for the device.
+    Targets on the cpu are read without waiting for the device. With ``ascent_sync=True`` the mean loss of a class is that of
+    all workers' samples.
 
     Args:
         params: Parameters or groups, as for any torch optimizer.

@@ -29,6 +29,8 @@ class MSAM(SharpnessAware):
     The closure takes an index: ``closure(index)`` returns the losses of the samples with these numbers, a 1-D LongTensor.
     Without ``targets`` it is first called without index and without gradients, to see how many samples there are.
 
+    With ``ascent_sync=True`` the i-th micro-batches of all workers climb along their mean; all workers must have as many.
+
     Args:
         params: Parameters or groups, as for any torch optimizer.
         base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.

@@ -26,8 +26,8 @@ class SparseSAM(SAM):
 
     The mask is renewed every ``refresh_every`` steps, before the perturbation, from step 0 on. "fisher": the coordinates
     with the largest empirical Fisher information, the mean of the squared gradients of ``num_samples`` single samples of the
-    batch (a backward each). "dynamic": at random at first; then ``drop_rate`` of the perturbed coordinates, those with the
-    smallest gradients, are exchanged for as many others at random.
+    batch (a backward each; with ``ascent_sync=True`` of each worker's). "dynamic": at random at first; then ``drop_rate`` of
+    the perturbed coordinates, those with the smallest gradients, are exchanged for as many others at random.
 
     Two forwards and two backwards a step; 40 bytes moved per fp32 parameter with SGD and momentum, and a bit for the mask.
 

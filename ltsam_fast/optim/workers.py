@@ -119,6 +119,8 @@ class Worker(Stateful):
         A gradient that a worker lacks counts as zero there. With DDP's ``find_unused_parameters`` one that all workers lack
         stays lacking; the workers that lack any wait for the device to know which.
         """
+        if not self._finds_unused and all(param.grad is None for param in self._parameters()[0]):
+            return  # an error, which the climb names
         params = [param for param in params if param.requires_grad]
         lacking = [i for i, param in enumerate(params) if param.grad is None]
         for i in lacking:
