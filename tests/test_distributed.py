@@ -24,16 +24,23 @@ import ltsam_fast as lf
 
 from .oracles import batches, flat, network, relative_error
 from .workers import (
+    ALL_METHODS,
+    ALWAYS_JOINED,
     BASES,
     CHECKPOINTED,
     FEW,
+    IN_PHASES,
+    KINDS,
     LOCAL,
     MATRIX,
     MORE,
+    ONE_PASS_OPTIONS,
+    REFUSED_IN_JOIN,
     Odd,
     alone,
     checkpoint,
     folder_of,
+    joined_experts,
     make,
     results,
     shard,
@@ -169,6 +176,7 @@ def test_a_step_averages_once():
     found = results(2)[0]["reductions"]
     for name, synced, in_all in (("SAM", False, 1), ("SAM", True, 2), ("FocalSAM", False, 1), ("FocalSAM", True, 2)):
         assert found[name, synced]["by DDP"] == 1 and found[name, synced]["in all"] == in_all
+        assert found[name, synced]["whole"] == synced
     assert found["GNM", False]["by DDP"] == found["GNM", False]["in all"] == 1
     assert [found[name, "fsdp"] for name in ("SAM", "FocalSAM", "GNM")] == [2, 3, 1]  # one for each backward
 
@@ -178,6 +186,115 @@ def test_averaging_overlaps_the_backward(key):
     order = results(2)[0]["reductions"][key]["order"]
     last = len(order) - 1 - order[::-1].index("backward ends")
     assert "reduce" in order[last - 2 : last]
+
+
+def assert_together(found):
+    """The workers' weights are equal bit for bit."""
+    assert all(torch.equal(found[0], one) for one in found[1:])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("base", ["sgd", "rmsprop"])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_parameters_that_some_workers_use_are_the_joined_batch(name, base, world):
+    """Weight decay and momentum do not move what no worker uses."""
+    found = [one["experts"][name, base] for one in results(world)]
+    assert_together(found)
+    expected = joined_experts(name, base, world, ascent_sync=name not in ALWAYS_JOINED)
+    assert relative_error(found[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_parameters_that_some_workers_use_without_a_perturbation(name, world):
+    found = [one["experts_at_radius_zero"] for one in results(world)]
+    assert_together([one[name] for one in found])
+    assert relative_error(found[0][name], found[0]["SGD"]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_parameters_that_some_workers_use_otherwise(name, kind):
+    """Batches in parts, overflows, weights left alone, other experts at the perturbed weights, DDP's buckets as gradients."""
+    found = [one["experts_otherwise"][name, kind] for one in results(2)]
+    assert_together(found)
+    if kind == "parts" and name in ("MSAM", "SparseSAM"):  # these look at the parts
+        return
+    same = "" if kind in ("parts", "gradient_as_bucket_view") else kind
+    expected = joined_experts(name, "sgd", 2, same, ascent_sync=name not in ALWAYS_JOINED)
+    assert relative_error(found[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", IN_PHASES)
+def test_parameters_that_some_workers_use_in_the_phases(name):
+    found = [one["experts_in_phases"][name] for one in results(2)]
+    assert_together(found)
+    expected = joined_experts(name, "rmsprop", 2, "phases", ascent_sync=name not in ALWAYS_JOINED)
+    assert relative_error(found[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_a_group_of_the_workers_and_a_compiled_model(name):
+    found = [one["experts_of_a_group"][name] for one in results(3)[:2]]
+    assert_together(found)
+    expected = joined_experts(name, "sgd", 2, ascent_sync=name not in ALWAYS_JOINED)
+    assert relative_error(found[0], expected) < 1e-9
+
+
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_workers_with_more_batches_than_others(name):
+    """In DDP's join() a step is what it is for plain DDP, or refused before anything has changed."""
+    found = [one["joined_early"] for one in results(2)]
+    assert_together([one[name] for one in found])
+    said = found[0][name, "said"]
+    if said is None:
+        assert relative_error(found[0][name], found[0]["SGD"]) < 1e-9
+    else:
+        assert all(one[name, "said"] == said for one in found)
+        assert name in ("GSAM", "WSAM", "LookSAM", "CCSAM", "MSAM")
+        assert f"join() must not be enabled with {name}" in said and "join(enable=False)" in said
+        assert torch.equal(found[0][name], flat(network()))
+
+
+@pytest.mark.parametrize("name", ["ESAM", "FriendlySAM"])
+def test_a_pass_without_a_graph_and_unused_parameters_in_join(name):
+    assert_together([one["joined_early"][name, "together"] for one in results(2)])
+
+
+@pytest.mark.parametrize("kind", REFUSED_IN_JOIN)
+def test_reductions_of_the_methods_are_refused_in_join(kind):
+    found = [one["refused_in_join"][kind] for one in results(2)]
+    reason = {"compiled": "ascent_sync=True", "phases": "ascent_sync=True", "scaler of the phases": "scaler"}
+    for one in found:
+        assert f"model.join() must not be enabled with {reason.get(kind, kind)}: " in one["said"] and one["left alone"]
+    assert_together([one["after"] for one in found])
+
+
+@pytest.mark.parametrize("option", ONE_PASS_OPTIONS)
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_options_of_ddp_for_one_pass_are_refused(name, option):
+    for said in results(2)[0]["options_for_one_pass"][option, name]:
+        assert f"model must not be DistributedDataParallel with {option}=" in said and "leave it out" in said
+
+
+def test_parts_that_climb_along_their_average():
+    found = [one["synced_parts"] for one in results(2)]
+    assert_together([one["weights"] for one in found])
+    data = [
+        (x[order], y[order])
+        for x, y in batches(steps=FEW)
+        for order in [[*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]]
+    ]
+    model = network()
+    train(model, make("MSAM", model, "sgd", m=8), data)
+    assert relative_error(found[0]["weights"], flat(model)) < 1e-9
+    for one in found:
+        assert "ascent_sync must be False" in one["said"] and "got 1 to 2" in one["said"] and one["left alone"]
+
+
+@pytest.mark.parametrize("name", ALL_METHODS)
+def test_workers_stay_together_with_compressed_gradients(name):
+    assert_together([one["compressed"][name] for one in results(2)])
 
 
 @pytest.mark.parametrize("name, base", CHECKPOINTED)

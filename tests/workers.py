@@ -408,6 +408,7 @@ def reductions():
             numbers = sum(p.numel() for p in model.parameters())
             by_ddp = sum(index == 0 for index in buckets)
             found[name, synced] = {"by DDP": by_ddp, "in all": sum(calls) / numbers, "order": order}
+            found[name, synced]["whole"] = calls.count(numbers)
     for name in ("SAM", "FocalSAM", "GNM"):
         model = network()
         fully_shard(model, mesh=line())
@@ -475,6 +476,297 @@ def reloaded():
             checkpoint(model, opt, folder_of(name) / kind, load=True)
             train(model, opt, share(batches(steps=FEW))[begin:])
             found[name, base, kind] = whole(model)
+    return found
+
+
+ALL_METHODS = tuple(name for name in METHODS | ROWS if hasattr(lf, name))
+"""One row for each method."""
+ALWAYS_JOINED = ("GNM", "MSAM", "LookSAM", "GSAM", "WSAM")
+"""Methods that are the joined batch without ``ascent_sync``."""
+JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 4}}
+"""Options with which each sample of the joined batch counts as it does in its worker's share."""
+
+
+class Experts(nn.Module):
+    """Experts, of which a pass uses those that its samples ask for; for the last one nobody asks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.experts = nn.ModuleList([nn.Linear(FEATURES, 6) for _ in range(4)])
+        self.head = nn.Linear(6, CLASSES)
+        self.double()
+
+    def forward(self, x, who):
+        hidden = x.new_zeros(len(x), 6)
+        for k in who.unique().tolist():
+            index = (who == k).nonzero().flatten()
+            hidden = hidden.index_copy(0, index, self.experts[k](x[index]))
+        return self.head(torch.tanh(hidden))
+
+
+def asked(step, world, size):
+    """The experts of a joined batch's samples: each worker its own, all the same, another each, two in one share."""
+    sample = torch.arange(size)
+    rank = sample * world // size
+    return (rank % 3, 0 * rank, (rank + 1) % 3, torch.where(rank == 0, 2, sample % 2))[step % 4]
+
+
+def some_left_alone(model):
+    """One expert and the head's bias are not perturbed."""
+    alone = [*model.experts[0].parameters(), model.head.bias]
+    rest = [p for p in model.parameters() if all(p is not one for one in alone)]
+    return [{"params": alone, "perturb": False}, {"params": rest}]
+
+
+def train_experts(name, base, world, rank=None, group=None, kind="", wrap=None, **more):
+    """The weights after 8 steps of worker ``rank`` of ``world``, or of one process that has the joined batches.
+
+    Kinds: "parts": a batch comes in parts; "phases": those of the method; "overflow": two passes of worker 0 overflow;
+    "alone": some weights are not perturbed; "redrawn": other experts at perturbed weights; else an option of DDP.
+    """
+    module = model = Experts()
+    more = JOINED.get(name, {}) | ({} if name == "SGD" else more)
+    if rank is not None:
+        view = kind == "gradient_as_bucket_view"
+        model = DistributedDataParallel(
+            module, find_unused_parameters=True, process_group=group, gradient_as_bucket_view=view
+        )
+        model = wrap(model) if wrap else model
+    if name == "SGD":
+        opt = BASES[base][0](module.parameters(), **BASES[base][1])
+    else:
+        if kind == "alone":
+            opt = make(name, some_left_alone(module), base, **more)
+            opt.model = model
+        else:
+            opt = make(name, module, base, model=model, **more)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=kind == "overflow")
+    for step, (x, y) in enumerate(batches(steps=8, size=24)):
+        y = y.sort().values if step % 2 else y  # a worker has the head, another the tail
+        who, first = asked(step, world, 24), torch.arange(24) < 24 // world
+        if rank is not None:
+            x, y, who, first = (one.chunk(world)[rank] for one in (x, y, who, first))
+        passes = []
+
+        def losses(x, y, who, first, step=step, passes=passes):
+            passes.append(step)
+            if kind == "redrawn" and opt._climbed:
+                who = (who + 1) % 3
+            found = F.cross_entropy(model(x, who), y, reduction="none")
+            spoilt = kind == "overflow" and (step, len(passes)) in ((2, 1), (5, 2))
+            return torch.where(first, found * torch.inf, found) if spoilt else found
+
+        if name == "SGD":
+            opt.zero_grad()
+            losses(x, y, who, first).mean().backward()
+            opt.step()
+            continue
+        if kind == "phases":
+            for number, phase in enumerate(opt._phases):
+                local = rank is not None and number < len(opt._phases) - 1
+                with model.no_sync() if local else contextlib.nullcontext():
+                    if not (name == "GNM" and number == 0):
+                        losses(x, y, who, first).mean().backward()
+                getattr(opt, phase)(zero_grad=True)
+            continue
+        sizes = [1, 3, len(y) - 4] if kind == "parts" else [len(y)]
+        pieces = list(zip(*(one.split(sizes) for one in (x, y, who, first)), strict=True))
+        closures = [lambda index=slice(None), piece=piece: losses(*(one[index] for one in piece)) for piece in pieces]
+        opt.step(closures, [piece[1] for piece in pieces], scaler=scaler)
+        scaler.update(8.0) if kind == "overflow" else None
+    return flat(module)
+
+
+@functools.cache
+def joined_experts(name, base, world, kind="", **more):
+    return train_experts(name, base, world, kind=kind, **more)
+
+
+def of_experts(*args, **more):
+    return train_experts(*args, dist.get_world_size(), dist.get_rank(), **more)
+
+
+@job(2, 3)
+def experts():
+    """Parameters that only some workers use."""
+    return {
+        (name, base): of_experts(name, base, ascent_sync=name not in ALWAYS_JOINED)
+        for name in ALL_METHODS
+        for base in ("sgd", "rmsprop")
+    }
+
+
+@job(2, 3)
+def experts_at_radius_zero():
+    """Without ``ascent_sync``, and without a perturbation, all methods are the base optimizer under plain DDP."""
+    return {
+        name: of_experts(name, "sgd", **({} if name == "SGD" else at_radius_zero(name)))
+        for name in ("SGD", *ALL_METHODS)
+    }
+
+
+KINDS = ("parts", "overflow", "alone", "redrawn", "gradient_as_bucket_view")
+
+
+IN_PHASES = ("SAM", "FriendlySAM", "GSAM", "WSAM", "GNM")
+
+
+@job(2)
+def experts_in_phases():
+    return {
+        name: of_experts(name, "rmsprop", kind="phases", ascent_sync=name not in ALWAYS_JOINED) for name in IN_PHASES
+    }
+
+
+@job(2)
+def experts_otherwise():
+    return {
+        (name, kind): of_experts(name, "sgd", kind=kind, ascent_sync=name not in ALWAYS_JOINED)
+        for name in ALL_METHODS
+        for kind in KINDS
+    }
+
+
+@job(3)
+def experts_of_a_group():
+    """Two of three workers share the model, which is compiled."""
+    group = dist.new_group([0, 1])
+    wrap = functools.partial(torch.compile, backend="eager")
+    if dist.get_rank() == 2:
+        return None
+    return {
+        name: train_experts(name, "sgd", 2, dist.get_rank(), group, wrap=wrap, ascent_sync=name not in ALWAYS_JOINED)
+        for name in ALL_METHODS
+    }
+
+
+def at_radius_zero(name):
+    """Options without a perturbation. LookSAM would reuse what rounding leaves of it."""
+    own = {
+        "CCSAM": {"noise_ratio": 0.0},
+        "SSESAM": {"rho": 0.0, "tail_rho": 0.0},
+        "LookSAM": {"rho": 0.0, "alpha": 0.0},
+    }
+    return own.get(name, {"rho": 0.0})
+
+
+def error_of(call, *args, **options):
+    try:
+        call(*args, **options)
+    except ValueError as error:
+        return str(error)
+
+
+@job(2)
+def joined_early():
+    """Worker 1 has two batches more: what its steps become, or what is said, with the weights before and after."""
+    found = {}
+    data = share(batches(steps=6))[: 4 + 2 * dist.get_rank()]
+    for name in ("SGD", *ALL_METHODS):
+        model = DistributedDataParallel(network())
+        opt = SGD(model.parameters(), **BASES["sgd"][1])
+        opt = (
+            opt
+            if name == "SGD"
+            else make(name, model, "sgd", model=model, **JOINED.get(name, {}), **at_radius_zero(name))
+        )
+        with model.join():
+            for x, y in data:
+                if name == "SGD":
+                    opt.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    opt.step()
+                    continue
+                found[name, "said"] = error_of(train, model, opt, [(x, y)])
+        found[name] = flat(model)
+    for name, options in (("ESAM", {}), ("FriendlySAM", {"find_unused_parameters": True})):
+        model = DistributedDataParallel(network(), **options)
+        opt = make(name, model, "sgd", model=model)
+        with model.join():
+            train(model, opt, data)
+        found[name, "together"] = flat(model)
+    return found
+
+
+REFUSED_IN_JOIN = ("GSAM", "ascent_sync=True", "compiled", "phases", "scaler", "scaler of the phases")
+
+
+@job(2)
+def refused_in_join():
+    """What is said to both workers, whether their weights were left alone, and steps afterwards, out of it."""
+    found = {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    (x, y), *data = share(batches(steps=4))
+    for kind in REFUSED_IN_JOIN:
+        model = DistributedDataParallel(network())
+        synced = kind in ("ascent_sync=True", "compiled", "phases")
+        opt = make("GSAM" if kind == "GSAM" else "SAM", model, "sgd", model=model, ascent_sync=synced)
+        opt.model = torch.compile(model, backend="eager") if kind == "compiled" else model
+        before, scaled = flat(model), {"scaler": scaler} if "scaler" in kind else {}
+        with model.join():
+            if "phases" in kind:
+                with model.no_sync():
+                    F.cross_entropy(model(x), y).backward()
+                said = error_of(opt.first_step, **scaled)
+            else:
+                said = error_of(opt.step, closure_of(model, x, y), **scaled)
+        alone = torch.equal(flat(model), before)
+        with model.join(enable=False):
+            train(model, opt, data)
+        found[kind] = {"said": said, "left alone": alone, "after": flat(model)}
+    return found
+
+
+ONE_PASS_OPTIONS = ("static_graph", "mixed_precision", "delay_all_reduce_named_params")
+
+
+@job(2)
+def options_for_one_pass():
+    """What methods say of DDP's options that count on one pass a step."""
+    found = {}
+    for option in ONE_PASS_OPTIONS:
+        inner = network()
+        if option == "static_graph":
+            model = DistributedDataParallel(inner, static_graph=True)
+        elif option == "mixed_precision":  # on the CPU it cannot be made
+            model = DistributedDataParallel(inner)
+            model.mixed_precision = "bfloat16"
+        else:
+            late = list(inner.named_parameters())[:2]
+            hooked = {"param_to_hook_all_reduce": inner[2].weight}
+            model = DistributedDataParallel(inner, delay_all_reduce_named_params=late, **hooked)
+        for name in ALL_METHODS:
+            later = make(name, inner, "sgd")
+            found[option, name] = [
+                error_of(make, name, model, "sgd", model=model),
+                error_of(make, name, model, "sgd", model=torch.compile(model)),
+                error_of(setattr, later, "model", model),
+            ]
+    return found
+
+
+@job(2)
+def synced_parts():
+    """m-SAM's parts climb along their averages, if all workers have as many."""
+    model = DistributedDataParallel(network())
+    opt = make("MSAM", model, "sgd", model=model, m=4, ascent_sync=True)
+    train(model, opt, share(batches(steps=FEW)))
+    weights = flat(model)
+    x, y = (one[: 8 - 4 * dist.get_rank()] for one in batches(steps=1)[0])
+    said = error_of(opt.step, closure_of(model, x, y), y)
+    return {"weights": weights, "said": said, "left alone": torch.equal(flat(model), weights)}
+
+
+@job(2)
+def compressed():
+    """A communication hook that rounds to float16."""
+    found = {}
+    for name in ALL_METHODS:
+        model = DistributedDataParallel(network())
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        train(model, make(name, model, "sgd", model=model), share(batches(steps=4)))
+        found[name] = flat(model)
     return found
 
 

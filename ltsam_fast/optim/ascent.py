@@ -26,14 +26,14 @@ class Climber(Worker):
         """Perturbs the weights along their present gradients; anew, where they are perturbed. Without a gradient they stay."""
         again = bool(self._climbed)
         params, groups = (self._climbed, self._climbed_groups) if again else self._parameters(ascent=True)
+        if (self.ascent_sync or self._mixes) and self._distributed:
+            self._average(self._parameters()[0] if self._mixes else params)  # all of them are kept for the mixture
         grads = self._aligned(params, _gradients(params))
         if not again and _NONE in map(type, grads):
             kept = [i for i, grad in enumerate(grads) if grad is not None]
             if not kept and all(grad is None for grad in _gradients(self._parameters()[0])):
                 raise ValueError("no parameter has a gradient to climb along: call loss.backward() before this phase")
             params, groups, grads = ([items[i] for i in kept] for items in (params, groups, grads))  # type: ignore[assignment]
-        if (self.ascent_sync or self._mixes) and self._distributed:
-            self._average(grads)
         whole = grads
         shards, grads = local_of(params, self._sharded), local_of(grads, self._sharded)
         options = self._ascent(params, grads, grad_scale, found_inf)
@@ -168,6 +168,9 @@ class Climber(Worker):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+        if self._finds_unused:
+            # DDP notes who has a gradient in local passes too, and fails where a noted one was cleared.
+            self.model.reducer._reset_state()  # type: ignore[union-attr, operator]
 
 
 def _sign(group: dict[str, Any]) -> int:

@@ -28,8 +28,9 @@ class SharpnessAware(Phased):
 
     Under DistributedDataParallel give it as ``model``. Workers then climb along their own gradients and only the last pass of
     a step is averaged, once, as in the SAM paper; ``ascent_sync=True`` (any method's keyword) averages the ascent gradient
-    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. With the phases ``model.no_sync()`` is
-    the caller's business.
+    too. Methods that combine gradients of both passes (GSAM, WSAM, LookSAM) always do. A gradient that a worker lacks counts
+    as zero; with DDP's ``find_unused_parameters=True`` a weight that no worker uses is left out of the step. In DDP's
+    ``join()`` a step that has all-reduces of its own is refused. With the phases ``model.no_sync()`` is the caller's business.
 
     With FSDP2 every backward's gradients are averaged, and norms run over all shards once, replicas of them or not. Give the
     root as ``model`` here too: after an exception, or an evaluation, it may hold gathered copies of other weights, which the
@@ -77,6 +78,7 @@ class SharpnessAware(Phased):
         if self._phase:
             self._enter("step")
         labels = self._check_targets(targets, len(closures))
+        self._check_join(scaler is not None and scaler.is_enabled())
         try:
             self._clear_gradients()
             params, _ = self._parameters()
@@ -120,10 +122,11 @@ class SharpnessAware(Phased):
 
     def _put_aside(self, grads: list[Tensor | None]) -> None:
         """Keeps gradients at w for the step, and clears those in place; workers leave them there, to be averaged together."""
-        if self._distributed and not self._mixes:
+        kept = any(grad is not None for grad in grads)
+        if kept and self._distributed and not self._mixes:
             _swap_gradients(self._parameters()[0], grads)
             return
-        if any(grad is not None for grad in grads):
+        if kept:
             self._clean = grads
         self._clear_gradients()
 

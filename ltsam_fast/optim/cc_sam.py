@@ -48,7 +48,8 @@ class CCSAM(Sharing):
     ``shared_backward=True`` takes the gradients of all classes and the mean's from one sweep, see
     :class:`ltsam_fast.optim.sharing.Sharing`; it pays with ``scope="all"``.
 
-    Targets on the cpu are read without waiting for the device.
+    Targets on the cpu are read without waiting for the device. With ``ascent_sync=True`` the mean loss of a class is that of
+    all workers' samples.
 
     Args:
         params: Parameters or groups, as for any torch optimizer.
@@ -85,6 +86,7 @@ class CCSAM(Sharing):
     """
 
     _takes_shards = False
+    _counts_passes = True
     _twice = True
     _uncapturable = "it looks up the classes in the batch on the host"
     _kept = (*Sharing._kept, "class_counts", "scope", "noise_ratio", "flat_ratio", "_head", "_given")
@@ -178,11 +180,23 @@ class CCSAM(Sharing):
             grads[k] = added(one, scope, grads.get(k))
         return True
 
+    def _sizes_everywhere(self, sizes: dict[int, int], device: torch.device) -> dict[int, int]:
+        """The numbers of samples of each class in all workers' batches."""
+        sums = torch.zeros(self._classes, dtype=torch.long, device=device)
+        for k, size in sizes.items():
+            sums[k] = size
+        self._add_up([sums])
+        return {k: size for k, size in enumerate(sums.tolist()) if size}
+
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         scope, groups = self._scope()
         size = sum(part.size for part in parts)
         members = members_of([part.labels for part in parts])
-        classes = sorted(members) if self.flat_ratio > 0 and scope else []
+        sizes = {k: sum(map(len, numbers.values())) for k, numbers in members.items()}
+        synced = self.ascent_sync and self._distributed and self.flat_ratio > 0 and bool(scope)
+        if synced:
+            sizes = self._sizes_everywhere(sizes, scope[0].device)
+        classes = sorted(sizes) if self.flat_ratio > 0 and scope else []
         grads: dict[int, list[Tensor]] = {}
         rows: list[dict[int, Tensor]] = []  # the samples of each part's classes
         head = self._head_module(scope) if classes else None
@@ -196,15 +210,18 @@ class CCSAM(Sharing):
                 shares = {}
                 rows.append({})
                 for k in classes:
-                    if number in members[k]:
+                    if number in members.get(k, ()):
                         chosen = rows[-1][k] = torch.tensor(members[k][number], device=losses.device)
-                        share = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sum(map(len, members[k].values())))
+                        share = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
                         shares[k] = scaling(share), chosen
                 if not self._share(losses, scope, mean, shares, grads):
                     at_w = Differentiable(losses, scope, self._everything())
                     for k, (share, _) in shares.items():
                         grads[k] = added(at_w.gradients(share), scope, grads.get(k))
                     torch.autograd.backward(losses, mean)
+        if synced:
+            self._add_up([grad for k in classes for grad in grads.setdefault(k, list(map(torch.zeros_like, scope)))])
+            classes = sorted(members)  # those of other workers are not evaluated here
         if classes:
             signs = [-1.0 if self.param_groups[group].get("maximize") else 1.0 for group in groups]
             counts = [self.class_counts[k] for k in classes]

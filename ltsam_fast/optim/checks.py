@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ltsam_fast import ops
 
@@ -26,6 +27,25 @@ def check_factor(name: str, value: Any, below: float = math.inf) -> None:
     if not is_number(value) or not 0 <= value < below:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError unless ``model`` is a module or None, ValueError if DDP has an option that is for one pass a step."""
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+    ddp = getattr(model, "_orig_mod", model)  # torch.compile's module holds it there
+    if not isinstance(ddp, DistributedDataParallel):
+        return
+    for option, given, instead in (
+        ("static_graph", ddp.static_graph, "find_unused_parameters=True"),
+        ("mixed_precision", ddp.mixed_precision, "torch.autocast in the closure"),
+        ("delay_all_reduce_named_params", bool(ddp._delay_all_reduce_params), "DDP's buckets"),
+    ):
+        if given:
+            raise ValueError(
+                f"model must not be DistributedDataParallel with {option}={given}, which is for one pass a step: "
+                f"leave it out, and use {instead}"
+            )
 
 
 def check_share(name: str, value: Any) -> None:

@@ -38,8 +38,7 @@ class Descender(Climber):
         params, groups = self._parameters()
         grads = self._aligned(params, _gradients(params))
         if found_inf is not None and self._distributed:  # one worker's overflow is everybody's
-            group = getattr(self.model, "process_group", None)
-            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
+            torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, self._process_group)
         extra = self._clean and self._aligned(params, self._clean) or None
         if extra and self._mixes:  # a gradient of the last pass decides whether a weight moves
             extra = [None if grad is None else kept for grad, kept in zip(grads, extra, strict=True)]

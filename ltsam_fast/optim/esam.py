@@ -117,7 +117,8 @@ class ESAM(SharpnessAware):
         indices: list[Tensor | None] = [None] * len(parts)
         if self.gamma < 1:
             for i, part in enumerate(parts):
-                rise = (part.evaluate(at_w=False, graph=False) - before[i]) * min(signs)
+                with self._local():
+                    rise = (part.evaluate(at_w=False, graph=False) - before[i]) * min(signs)
                 indices[i] = rise.topk(math.ceil(self.gamma * part.size)).indices
         size = sum(part.size if index is None else len(index) for part, index in zip(parts, indices, strict=True))
         for part, index in zip(parts, indices, strict=True):

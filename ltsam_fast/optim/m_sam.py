@@ -30,6 +30,8 @@ class MSAM(SharpnessAware):
     micro-batches are the method's definition: batch norm normalizes by each of them.
     Without ``targets`` it is first called without index and without gradients, to see how many samples there are.
 
+    With ``ascent_sync=True`` the i-th micro-batches of all workers climb along their mean; all workers must have as many.
+
     Args:
         params: Parameters or groups, as for any torch optimizer.
         base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.
@@ -55,6 +57,7 @@ class MSAM(SharpnessAware):
     >>> loss = opt.step(closure)
     """
 
+    _counts_passes = True
     _kept = (*SharpnessAware._kept, "m")
 
     def __init__(
@@ -73,12 +76,25 @@ class MSAM(SharpnessAware):
         self.m = m
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
+    def _check_climbs(self, number: int, device: torch.device) -> None:
+        """Raises ValueError on all workers unless they climb as often: else averages of different parts would meet."""
+        ends = torch.tensor([number, -number], device=device)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, self._process_group)
+        most, least = ends.tolist()
+        if most != -least:
+            raise ValueError(
+                f"ascent_sync must be False unless all workers have as many parts of m = {self.m} samples, "
+                f"got {-least} to {most}: leave it out, or give them batches of one size"
+            )
+
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         check_takes_index(parts, "MSAM")
         params, _ = self._parameters()
         for part in parts:
             if part.size < 0:
                 part.evaluate(at_w=False, graph=False)
+        if self.ascent_sync and self._distributed:
+            self._check_climbs(sum(-(-part.size // self.m) for part in parts), params[0].device)
         size = sum(part.size for part in parts)
         total: list[Tensor | None] = [None] * len(params)
         for part in parts:
@@ -92,10 +108,12 @@ class MSAM(SharpnessAware):
                     torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / len(losses))))
                 self._climb(*scaling.signals)
                 _swap_gradients(params, total)  # the next backward adds to what the others left
-                with self._local(last=part is parts[-1] and past == part.size):
+                with self._local(last=part is parts[-1] and past == part.size and not self._finds_unused):
                     losses = part.evaluate(numbers, at_w=False)
                     torch.autograd.backward(losses, scaling(torch.full_like(losses, 1 / size)))
                 total = _swap_gradients(params, [None] * len(params))
         _swap_gradients(params, total)
+        if self._finds_unused:  # DDP would take the gradients at w of other parts for some of the sum
+            self._average(params)
         self._descend(*scaling.signals)
         return mean_loss(parts)

@@ -44,7 +44,9 @@ class Phased(Descender):
         scaling = self._scaling
         scaling.check_scaled(self)
         try:
-            work(*(scaling.signals if scaling.grad_scale is not None else self._signals()))
+            signals = scaling.signals if scaling.grad_scale is not None else self._signals()
+            self._check_join(signals[1] is not None)
+            work(*signals)
             self._phase = following
         except BaseException:
             if self._climbed:

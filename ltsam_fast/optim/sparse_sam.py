@@ -26,8 +26,8 @@ class SparseSAM(SAM):
 
     The mask is renewed every ``refresh_every`` steps, before the perturbation, from step 0 on. "fisher": the coordinates
     with the largest empirical Fisher information, the mean of the squared gradients of ``num_samples`` single samples of the
-    batch (a backward each). "dynamic": at random at first; then ``drop_rate`` of the perturbed coordinates, those with the
-    smallest gradients, are exchanged for as many others at random.
+    batch (a backward each; with ``ascent_sync=True`` of each worker's). "dynamic": at random at first; then ``drop_rate`` of
+    the perturbed coordinates, those with the smallest gradients, are exchanged for as many others at random.
 
     Two forwards and two backwards a step; 40 bytes moved per fp32 parameter with SGD and momentum, and a bit for the mask.
 
@@ -123,6 +123,8 @@ class SparseSAM(SAM):
 
     def _set_fisher_mask(self, losses: Tensor, scale: Tensor) -> None:
         scores = masks.fisher(losses, self._candidates(), scale, self.num_samples, self._everything())
+        if self.ascent_sync and self._distributed:
+            self._add_up([scores])
         self._keep(masks.largest(scores, self._count(scores)))
 
     def _count(self, scores: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Scaling
-from ltsam_fast.optim.checks import check_factor, is_number
+from ltsam_fast.optim.checks import check_factor, check_model, is_number
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.optim.loading import completed
@@ -37,9 +37,11 @@ class Stateful(Optimizer):
     """Why a CUDA graph cannot hold the step, if so."""
     _twice = False
     """Whether the losses at w are differentiated more than once."""
+    _counts_passes = False
+    """Whether the number of passes depends on the batch."""
     _mixes = False
     """Whether kept gradients are combined with the last pass's otherwise than by adding them."""
-    _kept: tuple[str, ...] = ("base_optimizer", "model", "max_grad_norm", "ascent_sync", "_base_only")
+    _kept: tuple[str, ...] = ("base_optimizer", "_model", "max_grad_norm", "ascent_sync", "_base_only")
     """Attributes that survive copying and pickling, besides those of torch."""
 
     def __init__(
@@ -58,8 +60,6 @@ class Stateful(Optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
         if not is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
-        if model is not None and not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
         own = {
             "rho": rho,
             "adaptive": adaptive,
@@ -83,6 +83,16 @@ class Stateful(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """What the closures evaluate, if it is known; trainers set it when they have wrapped it."""
+        return self._model
+
+    @model.setter
+    def model(self, model: torch.nn.Module | None) -> None:
+        check_model(model)
+        self._model = model
 
     def _forget(self) -> None:
         """Sets up what lives within a step only."""

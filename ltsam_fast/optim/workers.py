@@ -22,6 +22,31 @@ class Worker(Stateful):
         """Whether the model is one of several workers'."""
         return hasattr(self.model, "no_sync") and torch.distributed.is_initialized()
 
+    @property
+    def _finds_unused(self) -> bool:
+        """Whether a worker may lack gradients that others have."""
+        return getattr(self.model, "find_unused_parameters", False) and self._distributed
+
+    @property
+    def _process_group(self) -> Any:
+        """The workers that share the model; ``None``: all."""
+        return getattr(self.model, "process_group", None)
+
+    def _check_join(self, scaled: bool) -> None:
+        """Raises ValueError in DDP's join() if workers without further inputs could not follow the step.
+
+        They take part in DDP's own reductions only, and once for each forward pass of the others.
+        """
+        if not getattr(getattr(self.model, "_join_config", None), "enable", False):
+            return
+        reasons = {type(self).__name__: self._mixes or self._counts_passes, "ascent_sync=True": self.ascent_sync}
+        for reason, so in (reasons | {"scaler": scaled}).items():
+            if so:
+                raise ValueError(
+                    f"model.join() must not be enabled with {reason}: workers that have joined could not follow the step; "
+                    "give all workers as many batches, with model.join(enable=False)"
+                )
+
     def _local(self, last: bool = False) -> contextlib.AbstractContextManager[None]:
         """Keeps a pass, forward and backward, from averaging gradients over the workers, unless it is a step's last one."""
         if last or not self._distributed:
@@ -88,13 +113,44 @@ class Worker(Stateful):
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _average(self, grads: list[Tensor | None]) -> None:
-        """Averages gradients over the workers, in place; gradients that some lack must be lacking everywhere."""
-        group = getattr(self.model, "process_group", None)
-        there = [grad for grad in grads if grad is not None]
-        torch._foreach_div_(there, torch.distributed.get_world_size(group))
-        for work in [torch.distributed.all_reduce(grad, group=group, async_op=True) for grad in there]:
+    def _average(self, params: list[Tensor]) -> None:
+        """Averages the gradients of ``params`` over the workers, as DDP does.
+
+        A gradient that a worker lacks counts as zero there. With DDP's ``find_unused_parameters`` one that all workers lack
+        stays lacking; the workers that lack any wait for the device to know which.
+        """
+        if not self._finds_unused and all(param.grad is None for param in self._parameters()[0]):
+            return  # an error, which the climb names
+        params = [param for param in params if param.requires_grad]
+        lacking = [i for i, param in enumerate(params) if param.grad is None]
+        for i in lacking:
+            params[i].grad = torch.zeros_like(params[i], requires_grad=False)
+        grads = [param.grad for param in params if param.grad is not None]
+        if not grads or any(grad.layout != torch.strided for grad in grads):  # the ops refuse sparse ones by name
+            return
+        torch._foreach_div_(grads, torch.distributed.get_world_size(self._process_group))
+        if not self._finds_unused:
+            self._add_up(grads)
+            return
+        owners = grads[0].new_ones(len(grads))
+        for i in lacking:
+            owners[i] = 0
+        self._add_up([*grads, owners])
+        for i, count in enumerate(owners.tolist() if lacking else ()):
+            if not count:
+                params[i].grad = None
+
+    def _add_up(self, tensors: list[Tensor]) -> None:
+        """Sums dense tensors over the workers, in place: one all-reduce for each kind of them."""
+        kinds: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        joined = [torch.cat([tensor.flatten() for tensor in some]) for some in kinds.values()]
+        works = [torch.distributed.all_reduce(one, group=self._process_group, async_op=True) for one in joined]
+        for some, one, work in zip(kinds.values(), joined, works, strict=True):
             work.wait()  # type: ignore[union-attr]
+            sums = one.split([tensor.numel() for tensor in some])
+            torch._foreach_copy_(some, [total.view_as(tensor) for total, tensor in zip(sums, some, strict=True)])
 
 
 def _by_mesh(tensors: list[Tensor | None]) -> list[tuple[Any, list[int]]]:
