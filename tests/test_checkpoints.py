@@ -234,13 +234,12 @@ BROKEN = {
 
 
 @each
-@pytest.mark.parametrize("what", BROKEN)
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "what, own", [(what, own) for what in BROKEN for own in (True, False) if not (own and what.startswith("rho"))]
+)
 def test_a_load_that_fails_changes_nothing(name, what, own):
     """Present checkpoints and published ones with base state."""
     broken, error, message = BROKEN[what]
-    if own and what.startswith("rho"):
-        pytest.skip("present checkpoints may hold live numbers")
     model, data = network(), batches(steps=4)
     opt = EVERY[name].make(model, AdamW, lr=0.01)
     family.drive(opt, model, data[:2])

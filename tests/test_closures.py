@@ -71,7 +71,7 @@ def test_a_closure_that_calls_backward_is_refused(name, base, options, returned)
     assert torch.equal(flat(model), flat(twin))
 
 
-@pytest.mark.parametrize("name", ["CCSAM", "ESAM", "MSAM"])
+@pytest.mark.parametrize("name", ["ESAM", "MSAM"])
 def test_a_published_closure_without_an_index_is_refused_with_the_same_remedy(name):
     model, (x, y) = network(), batches(steps=1)[0]
     opt = EVERY[name].make(model, SGD, lr=0.1)
