@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam
+from torch.optim import SGD, Adam
 
 import ltsam_fast as lf
 
@@ -329,16 +329,6 @@ def test_weights_that_share_memory(name):
     with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] share memory"):
         opt.step(lambda: (first * second).square(), targets=torch.tensor([0, 1, 2, 3]))
     assert torch.equal(storage, torch.ones(6))
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_a_base_optimizer_that_wants_a_closure(name):
-    model, data = network(), batches(steps=1)
-    opt = METHODS[name].make(model, LBFGS, lr=0.1)
-    before = flat(model)
-    with pytest.raises(TypeError, match="closure"):
-        METHODS[name].drive("closure", opt, model, data)
-    assert torch.equal(flat(model), before)
 
 
 def test_counts_for_the_wrong_number_of_classes():

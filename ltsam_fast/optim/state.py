@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -68,14 +69,17 @@ class Stateful(Optimizer):
         self.model = model
         self.max_grad_norm = max_grad_norm
         self.ascent_sync = ascent_sync
+        if isinstance(base_optimizer, type):
+            _check_base(base_optimizer)
+        self.base_optimizer = base_optimizer(_with_options(params, own), **base_kwargs)
+        _check_base(type(self.base_optimizer))
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
-        defaults = base_optimizer([torch.zeros(1)], **base_kwargs).defaults
+        defaults = self.base_optimizer.defaults
         self._base_only = {name: defaults[name] for name in own if name in defaults}
         self._forget()
         self._skipped: Tensor | None = None
         self._sharded = False
-        super().__init__(params, own)
-        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        super().__init__(self.base_optimizer.param_groups, own)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
@@ -213,6 +217,30 @@ class Stateful(Optimizer):
         self._skipped = None
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
         self._sharded = any(map(_is_sharded, self._parameters()[0]))
+
+
+def _with_options(params: Any, own: dict[str, Any]) -> Any:
+    """The parameters in groups, each with the options ``own`` unless it has its own; what is no such thing is left to torch."""
+    if isinstance(params, Tensor):
+        return params
+    params = list(params)
+    if params and not isinstance(params[0], dict):
+        params = [{"params": params}]
+    return [{**own, **group} if isinstance(group, dict) else group for group in params]
+
+
+def _check_base(kind: type) -> None:
+    """Raises TypeError for what is no optimizer, ValueError for one that can't step with the gradients of a method."""
+    if not issubclass(kind, Optimizer):
+        raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {kind!r}")
+    if issubclass(kind, torch.optim.SparseAdam):
+        raise ValueError("base_optimizer must not be SparseAdam, which needs sparse gradients: use torch.optim.Adam")
+    try:
+        inspect.signature(kind.step).bind(None)
+    except TypeError:
+        raise ValueError(
+            f"base_optimizer must step without a closure, which {kind.__name__} needs: use torch.optim.SGD or AdamW"
+        ) from None
 
 
 def _is_sharded(param: Tensor) -> bool:
