@@ -80,8 +80,7 @@ class Descender(Climber):
             else:
                 self._base_step(params, groups, grads, extra, norm, mix, grad_scale, found_inf)
             self._let_go_of_copies()
-            for group in self.param_groups:
-                group["taken"] += 1
+            self._count_step()
             if found_inf is not None:
                 skipped = self._skipped_steps()
                 self._skipped = found_inf.detach().clone() if skipped is None else skipped.add_(found_inf)

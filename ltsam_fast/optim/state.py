@@ -155,6 +155,11 @@ class Stateful(Optimizer):
         """Steps taken so far."""
         return self.param_groups[0]["taken"]  # type: ignore[no-any-return]
 
+    def _count_step(self) -> None:
+        """Counts a step, a captured graph's too."""
+        for group in self.param_groups:
+            group["taken"] += 1
+
     def _skipped_steps(self) -> Tensor | None:
         """How many of them overflowed, where the device counts; ``None``: no step had a scaler."""
         count, device = self.param_groups[0]["skipped"], self.param_groups[0]["params"][0].device
