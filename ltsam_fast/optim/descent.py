@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ltsam_fast.optim.ascent import Climber
 from ltsam_fast.optim.fused import FUSED, local_of
-from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items
+from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items, check_all_dense
 
 
 @contextlib.contextmanager
@@ -121,6 +121,7 @@ class Descender(Climber):
         found_inf: Tensor | None,
     ) -> None:
         """The step of an optimizer that has no fused pass. With a scaler it waits for the device to know the overflow."""
+        check_all_dense(grads)
         self._put_back(self._climbed, self._climbed_from, self._table("restore_"))
         if found_inf is not None and bool(found_inf):
             return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.shared.graph import Graph
+from ltsam_fast.table import check_dense
 
 
 class Uninterrupted:
@@ -59,6 +60,13 @@ def _swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Te
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return before
+
+
+def check_all_dense(grads: Iterable[Tensor | None]) -> None:
+    """Raises ValueError for a sparse gradient, where no op would before torch does."""
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            check_dense(f"grads[{i}]", grad)
 
 
 class Differentiable:

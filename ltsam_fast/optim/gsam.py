@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.checks import check_factor, is_number, number
+from ltsam_fast.optim.checks import check_factor, number
 from ltsam_fast.optim.sam import TwoGradients
 
 
@@ -73,14 +72,11 @@ class GSAM(TwoGradients):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_factor("alpha", alpha)
-        check_factor("lr_min", lr_min)
         if (rho_min is None) != (rho_max is None):
             raise ValueError(f"rho_min and rho_max must both be given, or neither, got {rho_min!r} and {rho_max!r}")
-        for name, value in (("rho_min", rho_min), ("rho_max", rho_max)):
-            if value is not None:
-                check_factor(name, value)
-        self.alpha, self.rho_min, self.rho_max, self.lr_min = alpha, rho_min, rho_max, lr_min
+        self.alpha, self.lr_min = check_factor("alpha", alpha), check_factor("lr_min", lr_min)
+        self.rho_min = None if rho_min is None else check_factor("rho_min", rho_min)
+        self.rho_max = None if rho_max is None else check_factor("rho_max", rho_max)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
         self.defaults |= {"lr_max": None, "lr_seen": 0.0}
         for group in self.param_groups:
@@ -89,10 +85,15 @@ class GSAM(TwoGradients):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; its ``lr_max`` must be above ``lr_min``."""
         super().add_param_group(param_group)
-        top = self.param_groups[-1].get("lr_max")
-        if top is not None and (not is_number(top) or not self.lr_min < top < math.inf):
-            self.param_groups.pop()
-            raise ValueError(f"lr_max must be a finite number > lr_min = {self.lr_min}, got {top!r}")
+        group = self.param_groups[-1]
+        if (top := group.get("lr_max")) is not None:
+            try:
+                group["lr_max"] = check_factor("lr_max", top)
+                if group["lr_max"] <= self.lr_min:
+                    raise ValueError(f"lr_max must be > lr_min = {self.lr_min}, got {top!r}")
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def _hyper(self, name: str) -> Any:
         if name != "rho" or self.rho_min is None or self.rho_max is None:

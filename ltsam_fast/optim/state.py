@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Scaling
-from ltsam_fast.optim.checks import is_number
+from ltsam_fast.optim.checks import check_factor
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.table import Table
@@ -53,8 +52,6 @@ class Stateful(Optimizer):
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
-        if not is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
         if model is not None and not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
         own = {
@@ -67,7 +64,7 @@ class Stateful(Optimizer):
             "skipped": 0,
         }
         self.model = model
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = check_factor("max_grad_norm", max_grad_norm)
         self.ascent_sync = ascent_sync
         if isinstance(base_optimizer, type):
             _check_base(base_optimizer)
@@ -107,11 +104,11 @@ class Stateful(Optimizer):
         """Adds a group, as torch does; its ``rho``, ``eta`` and ``norm_eps`` must be finite and >= 0."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("rho", "eta", "norm_eps"):
-            if not is_number(group[name]) or not 0 <= group[name] < math.inf:
-                value = group[name]
-                self.param_groups.pop()
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        try:
+            group |= {name: check_factor(name, group[name]) for name in ("rho", "eta", "norm_eps")}
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if any(map(_is_sharded, group["params"])):
             if not self._takes_shards:
                 self.param_groups.pop()
