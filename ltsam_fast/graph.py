@@ -184,8 +184,7 @@ class GraphStep:
             own.copy_(given, non_blocking=True)
         kind.trace.refresh()
         kind.replay()  # type: ignore[misc]
-        for group in optimizer.param_groups:
-            group["taken"] += 1
+        optimizer._count_step()
         optimizer._opt_called = True
         optimizer._call_hooks(torch_optimizer._global_optimizer_post_hooks, optimizer._optimizer_step_post_hooks)
         return kind.loss.clone()  # type: ignore[union-attr]

@@ -115,6 +115,14 @@ class Staged(NamedTuple):
     copy: torch.Tensor
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raises ValueError for a sparse tensor."""
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"{name} is sparse ({tensor.layout}): only dense tensors are supported, e.g. build nn.Embedding with sparse=False"
+        )
+
+
 class Table:
     """The tensors of one op, T by R roles, as parts that native code can take."""
 
@@ -204,11 +212,7 @@ class Table:
                     continue
                 if not isinstance(tensor, torch.Tensor):
                     raise TypeError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor")
-                if tensor.layout != torch.strided:
-                    raise ValueError(
-                        f"{name} is sparse ({tensor.layout}): only dense tensors are supported, "
-                        "e.g. build nn.Embedding with sparse=False"
-                    )
+                check_dense(name, tensor)
                 if tensor.device.type not in DEVICE_TYPES.values():
                     raise ValueError(f"{name} is on device {tensor.device}: move it to cpu or cuda with .to()")
 

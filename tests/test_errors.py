@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam
+from torch.optim import SGD, Adagrad, Adam, RMSprop
 
 import ltsam_fast as lf
 
+from .family import EACH as FAMILY
+from .family import ROWS
 from .methods import BASES, EACH, INTERFACES, METHODS, RHO
 from .oracles import CLASSES, COUNTS, batches, flat, losses, network
 
@@ -331,18 +333,47 @@ def test_weights_that_share_memory(name):
     assert torch.equal(storage, torch.ones(6))
 
 
-@pytest.mark.parametrize("name", EACH)
-def test_a_base_optimizer_that_wants_a_closure(name):
-    model, data = network(), batches(steps=1)
-    opt = METHODS[name].make(model, LBFGS, lr=0.1)
-    before = flat(model)
-    with pytest.raises(TypeError, match="closure"):
-        METHODS[name].drive("closure", opt, model, data)
-    assert torch.equal(flat(model), before)
-
-
 def test_counts_for_the_wrong_number_of_classes():
     model, (x, y) = network(), batches(steps=1)[0]
     opt = lf.FocalSAM(model.parameters(), SGD, class_counts=COUNTS[:2], lr=0.1)
     with pytest.raises(ValueError, match=r"targets must lie in \[0, 2\), got 0\.\.\.3: give one class count per class"):
         opt.step(lambda: losses(model, x, y), targets=y)
+
+
+# --- gradients and parameters that don't qualify
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+@pytest.mark.parametrize("base", [SGD, Adagrad, RMSprop])
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM", *FAMILY])
+def test_sparse_gradients_are_named(name, base, mask, parts):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Flatten(), nn.Linear(12, 4)).double()
+    more = {"mask": mask} if name == "SparseSAM" else {"scope": "all"} if name == "CCSAM" else {}
+    opt = (METHODS | ROWS)[name].make(model, base, lr=0.1, **more)
+    x, y = torch.randint(0, 6, (8, 3)), torch.arange(8) % 4
+    before = flat(model)
+    closures = [lambda i=slice(None): losses(model, x[i], y[i])] * parts
+    with pytest.raises(ValueError, match=r"^grads\[\d+\] is sparse .*: only dense tensors are supported"):
+        opt.step(closures, targets=[y] * parts)
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM", *FAMILY])
+def test_lazy_modules_work_or_are_named(name):
+    model = nn.Sequential(nn.LazyLinear(5), nn.Tanh(), nn.Linear(5, 4))
+    opt = (METHODS | ROWS)[name].make(model, SGD, lr=0.1)
+    (x, y), *_ = batches(torch.float32)
+
+    def closure(i=slice(None)):
+        return losses(model, x[i], y[i])
+
+    if name == "GNM":
+        with pytest.raises(
+            ValueError, match="params must be initialized, got a lazy module's: run the model on a batch"
+        ):
+            opt.step(closure, targets=y)
+        model(x)
+    for _ in range(2):
+        assert opt.step(closure, targets=y).isfinite()

@@ -177,6 +177,18 @@ def test_replays_are_the_steps_themselves(method, base, tape):
     assert Tape.captures > 0
 
 
+class ByHand:
+    """Rates that rise and fall, with no note of it in the groups."""
+
+    def __init__(self, opt):
+        self.opt, self.count = opt, 0
+
+    def step(self):
+        self.count += 1
+        for group in self.opt.param_groups:
+            group["lr"] *= 1.3 if self.count < 8 else 0.7
+
+
 @pytest.mark.parametrize("method", ["FocalSAM", "GSAM", "GNM", "LookSAM"])
 @pytest.mark.parametrize(
     "schedule",
@@ -184,8 +196,9 @@ def test_replays_are_the_steps_themselves(method, base, tape):
         lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, 14),
         lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=15),
         lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda i: float(i < 9)),
+        ByHand,
     ],
-    ids=["cosine", "one cycle", "to zero"],
+    ids=["cosine", "one cycle", "to zero", "by hand"],
 )
 def test_schedules_reach_the_graph(method, schedule, tape):
     assert_same(train(method, "sgd", tape, schedule=schedule), train(method, "sgd", schedule=schedule))

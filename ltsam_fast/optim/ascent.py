@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
@@ -109,6 +110,8 @@ class Climber(Worker):
         dtypes = [param.dtype for param in params]  # after model.float() a backup in bfloat16 would round what it keeps
         if not _same_items(params, self._backed_up) or dtypes != self._backed_up_as:
             for param in params:
+                if is_lazy(param):  # only where noise comes before the first forward pass
+                    raise ValueError("params must be initialized, got a lazy module's: run the model on a batch first")
                 if param not in self._backups or self._backups[param].dtype != param.dtype:
                     (shard,) = local_of([param], self._sharded)
                     self._backups[param] = torch.empty_like(shard, requires_grad=False)  # type: ignore[arg-type]

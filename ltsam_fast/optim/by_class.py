@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.optim.gradients import check_all_dense
 
 
 def members_of(labels: Sequence[Any]) -> dict[int, dict[int, list[int]]]:
@@ -23,6 +24,7 @@ def members_of(labels: Sequence[Any]) -> dict[int, dict[int, list[int]]]:
 
 def added(found: Sequence[Tensor | None], params: list[Tensor], so_far: list[Tensor] | None) -> list[Tensor]:
     """Gradients in memory of their own, added to what there is so far."""
+    check_all_dense(found)
     if so_far is None:
         so_far = [torch.empty_like(param, requires_grad=False) for param in params]
         for mine, grad in zip(so_far, found, strict=True):

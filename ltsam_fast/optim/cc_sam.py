@@ -109,10 +109,10 @@ class CCSAM(Sharing):
     ) -> None:
         ops.focal_weights(class_counts)  # checks the counts
         check_choice("scope", scope, ("head", "all"))
-        check_factor("noise_ratio", noise_ratio)
-        check_factor("flat_ratio", flat_ratio, below=math.nextafter(1.0, 2.0))
+        self.noise_ratio = check_factor("noise_ratio", noise_ratio)
+        self.flat_ratio = check_factor("flat_ratio", flat_ratio, below=math.nextafter(1.0, 2.0))
         self.class_counts = torch.as_tensor(class_counts, dtype=torch.float64).tolist()
-        self.scope, self.noise_ratio, self.flat_ratio = scope, noise_ratio, flat_ratio
+        self.scope = scope
         self._head: list[tuple[int, int]] | None = None
         self._given = head if isinstance(head, torch.nn.Module) else None
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)

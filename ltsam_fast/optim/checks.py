@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -12,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ltsam_fast import ops
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a plain number."""
-    return isinstance(value, (int, float))
+def _plain(value: Any) -> Any:
+    """A real number, numpy's too, as one of Python's, which every checkpoint takes; NaN for what is none, truth values too."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        return math.nan
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def number(value: Any) -> float:
@@ -22,11 +26,13 @@ def number(value: Any) -> float:
     return value if isinstance(value, float) else float(value)
 
 
-def check_factor(name: str, value: Any, below: float = math.inf) -> None:
-    """Raises ValueError unless ``value`` is a number in [0, below)."""
-    if not is_number(value) or not 0 <= value < below:
+def check_factor(name: str, value: Any, below: float = math.inf) -> float:
+    """The number ``value``; raises ValueError unless it is one in [0, below)."""
+    found = _plain(value)
+    if not 0 <= found < below:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return found  # type: ignore[no-any-return]
 
 
 def check_model(model: Any) -> None:
@@ -48,22 +54,28 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_share(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is a number in (0, 1]."""
-    if not is_number(value) or not 0 < value <= 1:
+def check_share(name: str, value: Any) -> float:
+    """The number ``value``; raises ValueError unless it is one in (0, 1]."""
+    found = _plain(value)
+    if not 0 < found <= 1:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+    return found  # type: ignore[no-any-return]
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises ValueError unless ``value`` is an integer >= 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """The integer ``value``; raises ValueError unless it is one >= ``least``."""
+    found = _plain(value)
+    if not isinstance(found, int) or found < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return found
 
 
-def check_seed(seed: Any) -> None:
-    """Raises ValueError unless ``seed`` is an integer that the generators take."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**53:
+def check_seed(seed: Any) -> int:
+    """The integer ``seed``; raises ValueError unless it is one that the generators take."""
+    found = _plain(seed)
+    if not isinstance(found, int) or not 0 <= found < 2**53:
         raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+    return found
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -80,7 +92,8 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     Raises:
         ValueError: ``class_counts`` or ``eta`` is negative or not finite, or a tail class does not exist.
     """
-    if not isinstance(eta, (int, float)) or not 0 <= eta < math.inf:
+    found = _plain(eta)
+    if not 0 <= found < math.inf:
         raise ValueError(f"eta must be a finite number of samples >= 0, got {eta!r}")
     if class_counts is None and tail_classes is None:
         return None
@@ -89,7 +102,7 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
         ops.focal_weights(class_counts)  # checks the counts
         counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
         if tail_classes is None:
-            return counts < eta
+            return counts < found
         classes = len(counts)
     chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
     last = int(chosen.max()) if len(chosen) else -1

@@ -12,7 +12,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ltsam_fast.optim.ascent import Climber, _sign
 from ltsam_fast.optim.fused import FUSED, local_of
-from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items
+from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items, check_all_dense
 from ltsam_fast.weight_caches import clear_weight_caches
 
 
@@ -80,8 +80,7 @@ class Descender(Climber):
             else:
                 self._base_step(params, groups, grads, extra, norm, mix, grad_scale, found_inf)
             self._let_go_of_copies()
-            for group in self.param_groups:
-                group["taken"] += 1
+            self._count_step()
             if found_inf is not None:
                 skipped = self._skipped_steps()
                 self._skipped = found_inf.detach().clone() if skipped is None else skipped.add_(found_inf)
@@ -122,6 +121,7 @@ class Descender(Climber):
         found_inf: Tensor | None,
     ) -> None:
         """The step of an optimizer that has no fused pass. With a scaler it waits for the device to know the overflow."""
+        check_all_dense(grads)
         self._put_back(self._climbed, self._climbed_from, self._table("restore_"))
         if found_inf is not None and bool(found_inf):
             return

@@ -81,11 +81,9 @@ class ESAM(SharpnessAware):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_share("beta", beta)
-        check_share("gamma", gamma)
+        self.beta, self.gamma = check_share("beta", beta), check_share("gamma", gamma)
         check_choice("granularity", granularity, ("element", "tensor"))
-        check_seed(seed)
-        self.beta, self.gamma, self.granularity, self.seed = beta, gamma, granularity, seed
+        self.granularity, self.seed = granularity, check_seed(seed)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:

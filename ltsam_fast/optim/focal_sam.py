@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ltsam_fast import ops
+from ltsam_fast.optim.checks import check_factor
 from ltsam_fast.optim.class_wise import ClassWise
 
 
@@ -72,8 +73,8 @@ class FocalSAM(ClassWise):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
+        gamma, lam = check_factor("gamma", gamma), check_factor("lam", lam)
+        v = None if class_counts is None else ops.focal_weights(class_counts, gamma, lam)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
-        # With counts of 1 and 0 gamma and lam are checked even where the caller weighs the losses.
-        v = ops.focal_weights([1, 0] if class_counts is None else class_counts, gamma, lam)
-        if class_counts is not None:
+        if v is not None:
             self._weigh(1 - v, v)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ltsam_fast import ops
 from ltsam_fast.optim.checks import check_factor
 from ltsam_fast.optim.fused import local_of
+from ltsam_fast.optim.gradients import check_all_dense
 from ltsam_fast.optim.sam import SAM
 
 
@@ -70,9 +71,8 @@ class FriendlySAM(SAM):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_factor("sigma", sigma)
-        check_factor("lmbda", lmbda, below=1.0)
-        self.sigma, self.lmbda = sigma, lmbda
+        self.sigma = check_factor("sigma", sigma)
+        self.lmbda = check_factor("lmbda", lmbda, below=1.0)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     def _forget(self) -> None:
@@ -91,6 +91,7 @@ class FriendlySAM(SAM):
         means = [self.state[param].get("grad_mean") if self._taken else None for param in params]
         means = local_of(means, self._sharded)
         beginning = [i for i, mean in enumerate(means) if mean is None]
+        check_all_dense(grads[i] for i in beginning)
         for i in beginning:  # climbs without a mean, which then is the gradient
             scale = torch.ones(()) if grad_scale is None else 1 / grad_scale
             mean = self.state[params[i]]["grad_mean"] = torch.zeros_like(params[i], requires_grad=False)

@@ -43,7 +43,7 @@ class GNM(SharpnessAware):
 
     Raises:
         ValueError: ``rho``, ``dis_mul`` or ``clip`` is negative or not finite, ``decay_every`` is not positive, or
-            ``adaptive`` is set.
+            ``adaptive`` is set. From the first step: a lazy module's weights are not there yet.
         TypeError: ``base_optimizer`` is not a class.
 
     Differences from the published code: parameters without a gradient come back too; epoch 0 does not have twice the noise
@@ -76,12 +76,9 @@ class GNM(SharpnessAware):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_factor("dis_mul", dis_mul)
-        check_factor("clip", clip)
-        if decay_every is not None:
-            check_count("decay_every", decay_every)
-        check_seed(seed)
-        self.dis_mul, self.clip, self.decay_every, self.seed = dis_mul, clip, decay_every, seed
+        self.dis_mul, self.clip = check_factor("dis_mul", dis_mul), check_factor("clip", clip)
+        self.decay_every = None if decay_every is None else check_count("decay_every", decay_every)
+        self.seed = check_seed(seed)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     def _check_group(self, group: dict[str, Any]) -> None:

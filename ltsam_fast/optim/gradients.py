@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.shared.graph import Graph
+from ltsam_fast.table import check_dense
 
 
 class Uninterrupted:
@@ -75,6 +76,13 @@ def gradients_aside(params: list[Tensor]) -> Iterator[None]:
         yield
     finally:
         _swap_gradients(params, kept)
+
+
+def check_all_dense(grads: Iterable[Tensor | None]) -> None:
+    """Raises ValueError for a sparse gradient, where no op would before torch does."""
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            check_dense(f"grads[{i}]", grad)
 
 
 class Differentiable:

@@ -75,7 +75,7 @@ class ImbSAM(ClassWise):
         **base_kwargs: Any,
     ) -> None:
         tail = tail_of(class_counts, eta, tail_classes)
-        check_factor("tail_weight", tail_weight)
+        tail_weight = check_factor("tail_weight", tail_weight)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
         if tail is not None:
-            self._weigh(~tail, tail * float(tail_weight), open_ended=class_counts is None)
+            self._weigh(~tail, tail * tail_weight, open_ended=class_counts is None)

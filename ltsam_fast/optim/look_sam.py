@@ -70,9 +70,7 @@ class LookSAM(SharpnessAware):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_count("k", k)
-        check_factor("alpha", alpha)
-        self.k, self.alpha = k, alpha
+        self.k, self.alpha = check_count("k", k), check_factor("alpha", alpha)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     @property

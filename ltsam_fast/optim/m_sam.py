@@ -72,8 +72,7 @@ class MSAM(SharpnessAware):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_count("m", m)
-        self.m = m
+        self.m = check_count("m", m)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     def _check_climbs(self, number: int, device: torch.device) -> None:

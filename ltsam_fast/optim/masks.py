@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.gradients import Differentiable
+from ltsam_fast.optim.gradients import Differentiable, check_all_dense
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ def fisher(
     scores = [torch.zeros_like(param, dtype=torch.float32, requires_grad=False) for param in params]
     at_w = Differentiable(losses, params, others)
     for sample in torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[:samples]:
-        for score, grad in zip(scores, at_w.gradients(sample * scale), strict=True):
+        check_all_dense(grads := at_w.gradients(sample * scale))
+        for score, grad in zip(scores, grads, strict=True):
             if grad is not None:
                 score.addcmul_(grad.float(), grad.float())
     return joined(scores)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ltsam_fast.optim import masks
 from ltsam_fast.optim.batch import Batch, Scaling
 from ltsam_fast.optim.checks import check_choice, check_count, check_factor, check_seed
-from ltsam_fast.optim.gradients import _gradients
+from ltsam_fast.optim.gradients import _gradients, check_all_dense
 from ltsam_fast.optim.sam import SAM
 
 
@@ -51,8 +51,10 @@ class SparseSAM(SAM):
         ValueError: A number is out of its range, or ``mask`` is neither "fisher" nor "dynamic".
         TypeError: ``base_optimizer`` is not a class.
 
-    Differences from the published code: the first mask is there before the first step; samples for "fisher" come from the
-    batch at hand, so that running statistics are not moved. With the phases a "fisher" mask needs ``refresh_mask(losses)``.
+    Differences from the published code: the first mask is there before the first step; a "dynamic" mask keeps its size, where
+    the published one drops more coordinates than there are to take in at its default sparsity, and shrinks; samples for
+    "fisher" come from the batch at hand, so that running statistics are not moved. With the phases a "fisher" mask needs
+    ``refresh_mask(losses)``.
 
     Source: Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022
     (arXiv 2210.05177), Algorithms 1-3.
@@ -89,16 +91,14 @@ class SparseSAM(SAM):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_factor("sparsity", sparsity, below=1.0)
+        self.sparsity = check_factor("sparsity", sparsity, below=1.0)
         check_choice("mask", mask, ("fisher", "dynamic"))
-        check_count("refresh_every", refresh_every)
-        check_factor("drop_rate", drop_rate, below=1.0)
-        if total_steps is not None:
-            check_count("total_steps", total_steps)
-        check_count("num_samples", num_samples)
-        check_seed(seed)
-        self.sparsity, self.mask, self.refresh_every, self.drop_rate = sparsity, mask, refresh_every, drop_rate
-        self.total_steps, self.num_samples, self.seed = total_steps, num_samples, seed
+        self.mask = mask
+        self.refresh_every = check_count("refresh_every", refresh_every)
+        self.drop_rate = check_factor("drop_rate", drop_rate, below=1.0)
+        self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
+        self.num_samples = check_count("num_samples", num_samples)
+        self.seed = check_seed(seed)
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     def _forget(self) -> None:
@@ -146,6 +146,7 @@ class SparseSAM(SAM):
 
     def _set_dynamic_mask(self) -> None:
         params = self._candidates()
+        check_all_dense(_gradients(params))
         device = params[0].device
         generator = torch.Generator(device).manual_seed(self.seed + 0x9E3779B9 * int(self._taken))
         size = sum(p.numel() for p in params)

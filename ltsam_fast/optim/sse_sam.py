@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
-from ltsam_fast.optim.checks import check_factor, tail_of
+from ltsam_fast.optim.checks import check_count, check_factor, tail_of
 from ltsam_fast.optim.class_wise import ClassWise
 from ltsam_fast.optim.gradients import _swap_gradients
 
@@ -76,11 +76,8 @@ class SSESAM(ClassWise):
         **base_kwargs: Any,
     ) -> None:
         tail = tail_of(class_counts, eta, None)
-        if tail_rho is not None:
-            check_factor("tail_rho", tail_rho)
-        if switch_step is not None and (not isinstance(switch_step, int) or switch_step < 0):
-            raise ValueError(f"switch_step must be a number of steps >= 0 or None, got {switch_step!r}")
-        self.tail_rho, self.switch_step = tail_rho, switch_step
+        self.tail_rho = None if tail_rho is None else check_factor("tail_rho", tail_rho)
+        self.switch_step = None if switch_step is None else check_count("switch_step", switch_step, least=0)
         self._climbing_for_head = False
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
         if tail is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ltsam_fast import ops
 from ltsam_fast.optim.batch import Scaling
-from ltsam_fast.optim.checks import check_factor, check_model, is_number
+from ltsam_fast.optim.checks import check_factor, check_model
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.optim.loading import completed
@@ -58,8 +58,6 @@ class Stateful(Optimizer):
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
-        if not is_number(max_grad_norm) or not 0 <= max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm must be a finite number >= 0 (0: no clipping), got {max_grad_norm!r}")
         own = {
             "rho": rho,
             "adaptive": adaptive,
@@ -70,16 +68,19 @@ class Stateful(Optimizer):
             "skipped": 0,
         }
         self.model = model
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = check_factor("max_grad_norm", max_grad_norm)
         self.ascent_sync = ascent_sync
+        if isinstance(base_optimizer, type):
+            _check_base(base_optimizer)
+        self.base_optimizer = base_optimizer(_with_options(params, own), **base_kwargs)
+        _check_base(type(self.base_optimizer))
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
-        defaults = base_optimizer([torch.zeros(1)], **base_kwargs).defaults
+        defaults = self.base_optimizer.defaults
         self._base_only = {name: defaults[name] for name in own if name in defaults}
         self._forget()
         self._skipped: Tensor | None = None
         self._sharded = False
-        super().__init__(params, own)
-        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        super().__init__(self.base_optimizer.param_groups, own)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
@@ -132,9 +133,8 @@ class Stateful(Optimizer):
             self._sharded = True
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError if an option of a group is out of its range."""
-        for name in ("rho", "eta", "norm_eps"):
-            check_factor(name, group[name])
+        """Makes a group's options plain numbers; raises ValueError if one is out of its range."""
+        group |= {name: check_factor(name, group[name]) for name in ("rho", "eta", "norm_eps")}
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -174,6 +174,11 @@ class Stateful(Optimizer):
     def _taken(self) -> int:
         """Steps taken so far."""
         return self.param_groups[0]["taken"]  # type: ignore[no-any-return]
+
+    def _count_step(self) -> None:
+        """Counts a step, a captured graph's too."""
+        for group in self.param_groups:
+            group["taken"] += 1
 
     def _skipped_steps(self) -> Tensor | None:
         """How many of them overflowed, where the device counts; ``None``: no step had a scaler."""
@@ -256,6 +261,30 @@ class Stateful(Optimizer):
         self.base_optimizer.__setstate__({"state": self._base_state(), "param_groups": self.param_groups})
         self.base_optimizer.state = self.state
         self._sharded = any(map(_is_sharded, self._parameters()[0]))
+
+
+def _with_options(params: Any, own: dict[str, Any]) -> Any:
+    """The parameters in groups, each with the options ``own`` unless it has its own; what is no such thing is left to torch."""
+    if isinstance(params, Tensor):
+        return params
+    params = list(params)
+    if params and not isinstance(params[0], dict):
+        params = [{"params": params}]
+    return [{**own, **group} if isinstance(group, dict) else group for group in params]
+
+
+def _check_base(kind: type) -> None:
+    """Raises TypeError for what is no optimizer, ValueError for one that can't step with the gradients of a method."""
+    if not issubclass(kind, Optimizer):
+        raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {kind!r}")
+    if issubclass(kind, torch.optim.SparseAdam):
+        raise ValueError("base_optimizer must not be SparseAdam, which needs sparse gradients: use torch.optim.Adam")
+    try:
+        inspect.signature(kind.step).bind(None)
+    except TypeError:
+        raise ValueError(
+            f"base_optimizer must step without a closure, which {kind.__name__} needs: use torch.optim.SGD or AdamW"
+        ) from None
 
 
 def _is_sharded(param: Tensor) -> bool:

@@ -33,7 +33,8 @@ class WSAM(TwoGradients):
         gamma: Weight of the sharpness, in [0, 1).
         decouple: The sharpness takes a step of its own, past the base optimizer's momentum and scaling.
         model: If given, running statistics of normalization layers see the unperturbed pass only.
-        max_grad_norm: Clip the gradient that the base optimizer gets to this norm, inside the update; 0: do not.
+        max_grad_norm: Clip the gradient that the base optimizer gets to this norm, inside the update; 0: do not. Where the
+            sharpness is decoupled, its own step is not clipped; ports of this method may clip both gradients.
         **base_kwargs: Options of ``base_optimizer``.
 
     Raises:
@@ -65,8 +66,7 @@ class WSAM(TwoGradients):
         max_grad_norm: float = 0.0,
         **base_kwargs: Any,
     ) -> None:
-        check_factor("gamma", gamma, below=1.0)
-        self.gamma, self.decouple = gamma, decouple
+        self.gamma, self.decouple = check_factor("gamma", gamma, below=1.0), decouple
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
     def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor:

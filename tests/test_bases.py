@@ -1,0 +1,136 @@
+"""Every optimizer of torch as the base of every method: made once, of the user's own parameters."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import nn, optim
+
+import ltsam_fast as lf
+
+from .family import EACH, ROWS, closure_of
+from .methods import METHODS
+from .oracles import batches, flat, network, relative_error
+
+ALL = ("SAM", "FocalSAM", *EACH)
+REFUSED = ("LBFGS", "SparseAdam")
+BASES = sorted(
+    name
+    for name, kind in vars(optim).items()
+    if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and name not in (*REFUSED, "Optimizer")
+)
+MORE = {"SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9}, "Adadelta": {"lr": 0.5}}
+DATA = batches(steps=3)
+
+
+def weights(model):
+    """Two groups of matrices: Muon takes no others."""
+    first, *others = [param for param in model.parameters() if param.dim() == 2]
+    return [{"params": [first], "rho": 0.05, "lr": 0.02}, {"params": others}]
+
+
+def make(name, model, base, params, **options):
+    row = (METHODS | ROWS)[name]
+    return row.make(model, base, params, **options)
+
+
+def expected(name, base, options):
+    if name in METHODS:
+        return dataclasses.replace(METHODS[name], groups=weights).oracle(base, options, DATA)[0]
+    return ROWS[name].expected(base, options, DATA, weights)[0]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", ALL)
+def test_steps_agree_with_the_oracle(name, base):
+    kind, options = getattr(optim, base), {"lr": 0.01, **MORE.get(base, {})}
+    model = network()
+    opt = make(name, model, kind, weights(model), **options)
+    start = flat(model)
+    for x, y in DATA:
+        opt.step(closure_of(model, x, y), targets=y)
+    wanted = expected(name, kind, options)
+    # Muon orthogonalizes in bfloat16, where a last bit may make a difference.
+    assert relative_error(flat(model) - start, wanted - start) < (2e-2 if base == "Muon" else 1e-7)
+    assert opt.base_optimizer.param_groups is opt.param_groups and len(opt.param_groups) == 2
+    assert sum(len(group["params"]) for group in opt.param_groups) == 3
+
+
+@pytest.mark.parametrize("form", ["generator", "named", "named groups", "groups of generators", "list"])
+@pytest.mark.parametrize("base", BASES)
+def test_parameters_in_every_form(base, form):
+    kind, ends = getattr(optim, base), []
+    for wanted in ("list", form):
+        model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 4, bias=False)).double()
+        with torch.no_grad():
+            for number, param in enumerate(model.parameters()):
+                param.copy_(torch.linspace(-1, 1 + number, param.numel()).view_as(param))
+        params = {
+            "generator": lambda m=model: m.parameters(),
+            "named": lambda m=model: m.named_parameters(),
+            "named groups": lambda m=model: [{"params": m[i].named_parameters(f"{i}")} for i in (0, 2)],
+            "groups of generators": lambda m=model: [{"params": m[i].parameters()} for i in (0, 2)],
+            "list": lambda m=model: list(m.parameters()),
+        }[wanted]()
+        opt = lf.SAM(params, kind, rho=0.1, lr=0.01)
+        for x, y in DATA:
+            opt.step(closure_of(model, x, y))
+        ends.append(flat(model))
+        if wanted.startswith("named"):
+            assert sum((group["param_names"] for group in opt.param_groups), []) == ["0.weight", "2.weight"]
+            opt.load_state_dict(opt.state_dict())
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bases_that_cannot_step_with_gradients_alone_are_refused_by_name(name):
+    class Wanting(optim.SGD):
+        def step(self, closure):
+            return super().step(closure)
+
+    model = network()
+    for groups in (None, [{"params": [param]} for param in model.parameters()]):
+        for base, message in (
+            (optim.LBFGS, "base_optimizer must step without a closure, which LBFGS needs: use"),
+            (Wanting, "base_optimizer must step without a closure, which Wanting needs: use"),
+            (optim.SparseAdam, "base_optimizer must not be SparseAdam, which needs sparse gradients: use"),
+            (functools.partial(Wanting, momentum=0.9), "which Wanting needs"),
+            (lambda params, **options: optim.SparseAdam(params, **options), "must not be SparseAdam"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                make(name, model, base, groups, lr=0.1)
+        for base in (optim.SGD(model.parameters(), lr=0.1), 3, nn.Linear, int):
+            with pytest.raises(TypeError, match=r"base_optimizer must be a class such as torch\.optim\.SGD, got"):
+                make(name, model, base, groups)
+
+
+def test_what_a_base_refuses_is_said_before_anything_changes():
+    model = network()
+    groups = [{"params": list(model.parameters()), "rho": 0.2}]
+    for base, options, error, message in (
+        (optim.Muon, {}, ValueError, "Muon only supports 2D parameters"),
+        (optim.SGD, {"lr": -1.0}, ValueError, "Invalid learning rate"),
+        (optim.SGD, {"colour": 1}, TypeError, "colour"),
+        (optim.SGD, {"lr": 0.1, "rho": -1.0}, None, ""),
+        (optim.SGD, {"lr": 0.1, "max_grad_norm": -1.0}, ValueError, "max_grad_norm"),
+    ):
+        if error is None:  # the group's own radius counts
+            assert lf.SAM(groups, base, **options).param_groups[0]["rho"] == 0.2
+            continue
+        with pytest.raises(error, match=message):
+            lf.SAM(groups, base, **options)
+    assert list(groups[0]) == ["params", "rho"]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("base", [optim.Adadelta, functools.partial(optim.Adadelta, rho=0.7)], ids=["0.9", "0.7"])
+def test_options_of_one_name_do_not_meet(name, base):
+    model = network()
+    opt = make(name, model, base, weights(model), lr=0.5)
+    assert [group["rho"] for group in opt.param_groups] == [0.05, 0.1]
+    for x, y in DATA:
+        opt.step(closure_of(model, x, y), targets=y)
+    assert [group["rho"] for group in opt.param_groups] == [0.05, 0.1]
+    wanted = expected(name, base, {"lr": 0.5})
+    assert relative_error(flat(model), wanted) < 1e-9
