@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ltsam_fast as lf
 from ltsam_fast import data, models, optim
@@ -25,8 +26,10 @@ pytest.importorskip("rich", reason="rich is not installed")
 from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, loop, read_file, train
 from ltsam_fast.train.config import differing
 from ltsam_fast.train.log import Silent
-from ltsam_fast.train.losses import LOSSES
+from ltsam_fast.train.losses import LOSSES, one_noise, reweight
 from ltsam_fast.train.methods import accepted
+from ltsam_fast.train.run import prepare
+from ltsam_fast.train.workers import workers
 
 from .networks import smooth
 
@@ -126,6 +129,50 @@ def test_resumes_exactly_with_augmentation_scaler_and_state(more, tmp_path, monk
     scalers = [last(tmp_path / name)["scaler"] for name in ("at_once", "stopped")]
     assert scalers[0] == scalers[1]
     assert not overflows or scalers[0]["scale"] < 2.0**50
+
+
+def before_a_step(method, loss):
+    """A run with reweighted classes before its first step, and a batch of it."""
+    settings = {"method": method, "loss": loss, "drw_start": 0, "batch_size": 32, "momentum": 0.0, "imbalance": 20.0}
+    config = build({**settings, "tensorboard": False})
+    with workers("cpu") as at:
+        run = prepare(config, at)
+    reweight(run.loss, config, run.counts, 0)
+    run.network.train()
+    batch = torch.randperm(len(run.train), generator=torch.Generator().manual_seed(1))[:32]
+    return run, run.plain(run.train.pixels[batch]), run.train.labels[batch]
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [*((method, "ce") for method in METHODS), *(("sgd", loss) for loss in LOSSES)]
+)
+def test_weights_of_the_classes_divide_by_their_sum_over_the_batch(method, loss):
+    """As in the code that deferred reweighting is from: criterion(weight=w) with torch's mean."""
+    mine, x, y = before_a_step(method, loss)
+    shown = loop.take_step(mine, x, y)
+    other, *_ = before_a_step(method, loss)
+    weight = other.loss.weight.float()
+    assert weight.max() > 5 * weight.min()
+    if method == "sgd":
+        other.loss.reduction = "mean"
+        with one_noise(other.loss):
+            published = other.loss(other.network(x), y)
+        published.backward()
+        other.optimizer.step()
+        assert loss != "ce" or published.item() == pytest.approx(
+            F.cross_entropy(before_a_step(method, loss)[0].network(x), y, weight).item(), rel=1e-6
+        )
+    else:
+        scale = len(y) / weight[y].sum()
+
+        def closure(index=slice(None)):
+            return scale * F.cross_entropy(other.network(x[index]), y[index], weight, reduction="none")
+
+        published = other.optimizer.step(closure, y)
+    assert shown.item() == pytest.approx(published.item(), rel=1e-6)
+    moved = zip(mine.network.parameters(), other.network.parameters(), strict=True)
+    for one, two in moved:
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -245,7 +292,7 @@ assert before == 0 or threads() < before, "the default group's threads, which ma
 def test_two_processes_equal_one_and_resume_exactly(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models._OWN, "smooth", smooth)
     arguments = ["--method", "focal_sam", "--set", "ascent_sync=true", "--imbalance", 1, "--batch-size", 20]
-    arguments += ["--schedule", "constant", "--no-tensorboard", "--model", "smooth"]
+    arguments += ["--schedule", "constant", "--no-tensorboard", "--model", "smooth", "--drw-start", 1]
     two, parts = ["--epochs", 2, "--out", tmp_path / "two"], ["--out", tmp_path / "parts", "--epochs"]
     calls = [["train", *map(str, (*arguments, *more))] for more in (two, [*parts, 1], [*parts, 2, "--resume"])]
     (tmp_path / "calls.py").write_text(TWO_PROCESSES.format(calls=calls, root=str(Path(__file__).parents[1])))
