@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import ltsam_fast as lf
 from ltsam_fast import plain
 from ltsam_fast.data import LongTailed, digits, shot_split
-from ltsam_fast.models import small_cnn
+from ltsam_fast.models import create
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
 MANY, FEW = 60, 10
@@ -29,6 +29,11 @@ GROUPS = ("all", "many", "medium", "few")
 BASE: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 
 Step = Callable[[Tensor, Tensor], object]
+
+
+def network() -> nn.Sequential:
+    """A new network for the digits."""
+    return create("small_cnn", 10, (1, 8, 8))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def accuracies(model: nn.Module, data: LongTailed) -> dict[str, float]:
 def train(method: str, data: LongTailed, epochs: int, seed: int, advance: Callable[[], object]) -> dict[str, float]:
     """Trains one network from ``seed`` with a cosine schedule; returns its :func:`accuracies` and ``step_ms``, a median."""
     torch.manual_seed(seed)
-    model = small_cnn()
+    model = network()
     setting = Setting(model, data.class_counts, epochs * -(-len(data.train_y) // BATCH))
     optimizer, step = _trainer(method, setting)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -147,7 +152,7 @@ def _phases(optimizer: Any, counts: list[int] | None, model: nn.Module, x: Tenso
         F.cross_entropy(model(x), y).backward()
         timed(optimizer.second_step, True)
     else:
-        sharp = 0.5 * (1 - torch.tensor(counts) / sum(counts))[y] ** 3
+        sharp = 0.5 * (1 - torch.tensor(counts, dtype=losses.dtype) / sum(counts))[y] ** 3
         ((1 - sharp) * losses).mean().backward(retain_graph=True)
         timed(optimizer.first_step)
         (sharp * losses).mean().backward()
@@ -164,7 +169,7 @@ def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
     for name, fused, loop in (("SAM", lf.SAM, plain.SAM), ("Focal-SAM", lf.FocalSAM, plain.FocalSAM)):
         for kind, cls in (("fused", fused), ("plain", loop)):
             torch.manual_seed(0)
-            model = small_cnn()
+            model = network()
             counts = data.class_counts if name == "Focal-SAM" else None
             runs[name, kind] = (cls(model.parameters(), torch.optim.SGD, rho=0.1, **BASE), counts, model)
     times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in runs}

@@ -9,6 +9,9 @@ What holds for all, with training counts :math:`n_c`, their sum n and :math:`\pi
   this package want from a closure. ``"sum"`` adds these up. ``"mean"`` divides the sum by the sum of the samples' weights, as
   torch does, which without weights is B.
 * ``weight``: C weights >= 0, or ``None``; :meth:`Loss.set_weight` changes them during training.
+* ``batch``, an argument of the call: the labels of all samples of the step. With ``reduction="none"`` the losses are then
+  scaled so that their mean over the step is what ``"mean"`` gives for the whole batch: how published code trains with weights.
+  Without it the mean divides by B, and a step's length varies with the classes in the batch.
 * ``label_smoothing``: in [0, 1], with torch's meaning, applied to the adjusted logits.
 * Logits in float32, bfloat16, float16 (also those of ``torch.autocast``) give float32 losses, float64 gives float64. Constants
   are buffers in float64: they move with ``.to(device)``, stay float64 under ``.half()`` and are part of the ``state_dict``.
@@ -21,13 +24,21 @@ Any of them can be the closure's loss:
 >>> criterion = lf.losses.LogitAdjusted([50, 10, 2], reduction="none")
 >>> opt = lf.FocalSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, class_counts=[50, 10, 2])
 >>> loss = opt.step(lambda: criterion(model(x), y), targets=y)
+
+With weights, here those of deferred reweighting, the loop of any method:
+
+>>> def losses(index=slice(None)):
+...     return criterion(model(x[index]), y[index], batch=y)
+>>> for epoch in range(2):
+...     criterion.set_weight(deferred_reweighting(epoch, [50, 10, 2], start=1))
+...     loss = opt.step(losses, targets=y)
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +77,13 @@ def _sampled(class_counts: Any, why: str) -> Tensor:
             f"class_counts[{empty}] is 0, but a class without samples has {why}: leave the class out or count it as 1"
         )
     return counts
+
+
+def _mean_of(weight: Tensor, batch: Tensor | Sequence[Tensor]) -> Tensor:
+    """The mean weight of a batch, labels or a sequence of labels."""
+    labels = batch if isinstance(batch, Tensor) else torch.cat(list(batch))
+    ops.check_targets(labels, len(labels), len(weight))
+    return weight[labels.to(weight.device, torch.int64)].mean()
 
 
 class Loss(nn.Module):
@@ -130,25 +148,33 @@ class Loss(nn.Module):
         like = next((buffer for buffer in self.buffers() if buffer is not None), values)
         self.weight = values.to(like.device)
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, targets: Tensor, *, batch: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """The loss.
 
         Args:
             logits: (B, C), floating point, contiguous or not.
             targets: (B,), integers in [0, C).
+            batch: With ``reduction="none"``: the labels of the whole batch that these samples are of, or a sequence with those
+                of its parts. The losses are divided by their mean weight. Under DDP the labels of all workers give the joined
+                batch's mean; each worker's own give the mean of the workers' means, as in published code.
 
         Returns:
             (B,) with ``reduction="none"``, else 0-d; float32, or float64 for float64 logits.
 
         Raises:
-            ValueError: Shapes do not fit, C is another than that of ``class_counts``, or a target is out of range (on cpu).
+            ValueError: Shapes do not fit, C is another than that of ``class_counts``, a target is out of range (on cpu), or
+                ``batch`` is given with another reduction.
             TypeError: The logits' dtype is not supported.
         """
+        if batch is not None and self.reduction != "none":
+            raise ValueError(f"batch must be None with reduction={self.reduction!r}, it is for reduction='none'")
         losses = self._losses(logits, targets)
         if self.reduction == "none":
-            return losses
-        if self.reduction == "sum" or self.weight is None:
-            return losses.sum() if self.reduction == "sum" else losses.mean()
+            return losses if batch is None or self.weight is None else losses / _mean_of(self.weight.to(losses), batch)
+        if self.reduction == "sum":
+            return losses.sum()
+        if self.weight is None:
+            return losses.mean()
         return losses.sum() / self.weight.to(losses)[targets.to(losses.device, torch.int64)].sum()
 
     def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
@@ -364,6 +390,9 @@ class ClassBalanced(Loss):
 
     .. math:: \ell = w_y \, \mathrm{CE}(z_c, y), \qquad w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \quad \sum_c w_c = C
 
+    Difference from the authors' code: ``"mean"`` divides by the sum of the samples' weights, as torch and LDAM's code do;
+    theirs by B, which is the plain mean of what ``"none"`` gives.
+
     Args:
         class_counts: C training counts > 0.
         beta: In [0, 1); 0 weighs all classes alike.
@@ -391,6 +420,9 @@ class Focal(Loss):
     .. math:: \ell = w_y (1 - p)^\gamma (-\ln p), \qquad p = \mathrm{softmax}(z)_y
 
     ``"mean"`` is over samples, or weights, as everywhere here; it is not normalized by the number of positives.
+
+    Differences from LDAM's code: with weights, p is the softmax's, as in the paper; there p = exp(-w_y CE), so that the weight
+    changes the focus too, and the mean divides by B.
 
     Args:
         class_counts: C training counts; only C is looked at, to check the logits.
@@ -521,7 +553,9 @@ def deferred_reweighting(epoch: int, class_counts: Any, start: int = 160, beta: 
         beta: In [0, 1).
 
     Returns:
-        Shape (C,), float64, summing to C; for :meth:`Loss.set_weight` or, as ``.float()``, for torch's own losses.
+        Shape (C,), float64, summing to C; for :meth:`Loss.set_weight`, and then ``batch=y`` when the loss is called. As in the
+        published code, the mean of a closure's losses must divide by the sum of the batch's weights: those of torch's own, with
+        ``w = weights.float()`` and ``reduction="none"``, are divided by ``w[y].mean()``, y being the whole batch.
 
     Raises:
         ValueError: An argument is not as described; at any epoch, not only from ``start`` on.

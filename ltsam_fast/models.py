@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -299,8 +300,20 @@ def names() -> tuple[str, ...]:
     return tuple(_OWN)
 
 
+@contextlib.contextmanager
+def _float32() -> Iterator[None]:
+    """New tensors are float32, and random weights the same ones, whatever torch's default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@_float32()
 def create(name: str, num_classes: int, image_shape: tuple[int, int, int], *, cosine_head: bool = False) -> nn.Module:
-    """Returns a new network by its name.
+    """Returns a new network by its name, in float32 as :class:`ltsam_fast.data.Augment`'s images are.
 
     Args:
         name: One of :func:`names`, or ``"timm/<name>"`` or ``"torchvision/<name>"`` where that package is installed.

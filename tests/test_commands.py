@@ -229,6 +229,99 @@ def test_finished_cells_are_not_trained_again(tmp_path, capsys):
     one_line(capsys, "compare", "lr was 0.05, is 0.07")
 
 
+def swap(one, other):
+    aside = one.with_name("aside")
+    for old, new in ((one, aside), (other, one), (aside, other)):
+        old.rename(new)
+
+
+def swap_labels(root):
+    path = root / "list" / "ImageNet_LT_train.txt"
+    text = path.read_text()
+    path.write_text(
+        text.replace("/0.JPEG 0", "/0.JPEG x").replace("/0.JPEG 1", "/0.JPEG 0").replace("JPEG x", "JPEG 1")
+    )
+
+
+def change_a_pixel(root):
+    path = root / "tree" / "train" / "b" / "3.png"
+    picture = Image.open(path)
+    picture.putpixel((3, 2), tuple(255 - value for value in picture.getpixel((3, 2))))
+    picture.save(path)
+
+
+OTHER_IMAGES = {
+    "two classes' folders": (
+        "tree",
+        lambda root: swap(*(root / "tree" / split / c for split in ["train"] for c in "ab")),
+    ),
+    "two classes' test images": ("tree", lambda root: swap(root / "tree/test/a", root / "tree/test/b")),
+    "two images": ("tree", lambda root: swap(root / "tree/train/a/0.png", root / "tree/train/b/0.png")),
+    "a pixel": ("tree", change_a_pixel),
+    "two labels": ("list", swap_labels),
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), OTHER_IMAGES.values(), ids=OTHER_IMAGES)
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_run_goes_on_with_its_own_images_only(kind, change, cache, sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for one in ("tree", "list"):
+        shutil.copytree(sources / one, one)
+    for split in ("train", "test"):  # as many images in two classes: their counts don't tell
+        shutil.copytree(f"tree/{split}/a", f"tree/{split}/b", dirs_exist_ok=True)
+        for path in (tmp_path / f"tree/{split}/b").iterdir():
+            save(path, pixels(np.random.default_rng(len(str(path))), 1, 16)[0])
+    data_of = {"tree": ("--data", "tree"), "list": KINDS["list"][0][:-2]}[kind] + ("--cache", "cached") * cache
+    settings = (*data_of, *SMALL[:2], *SMALL[4:], "--schedule", "constant", "--lr", 0.01)
+    grid = (*settings, "--epochs", 1, "--methods", "sgd", "--seeds", 0, "--out", "grid")
+    more = ("train", "--out", "run", "--resume", "--epochs", 2, "--quiet")
+    assert run("train", *settings, "--epochs", 1, "--out", "run", "--quiet") == 0
+    assert run("compare", *grid) == 0
+    written = {path: path.read_bytes() for path in tmp_path.glob("*/**/last.pt")}
+    assert len(written) == 2
+
+    state = torch.load("run/last.pt", weights_only=True)
+    shutil.copytree("run", "old")
+    torch.save({name: value for name, value in state.items() if name != "data"}, "old/last.pt")
+    capsys.readouterr()
+    for command in (("diagnose", "old", "--per-class", 3), ("train", "--out", "old", *more[3:])):
+        assert run(*command) == 0
+        one_line(capsys, command[0], "warning: old")
+    assert run("train", "--out", "old", "--resume", "--epochs", 3, "--quiet") == 0  # it has a hash from now on
+    assert not capsys.readouterr().err
+
+    change(tmp_path)
+    split = "test" if change is OTHER_IMAGES["two classes' test images"][1] else "train"
+    for command in (more, ("compare", *grid), ("compare", *grid, "--methods", "sgd,sam"), ("diagnose", "run")):
+        assert run(*command) == 2
+        one_line(capsys, command[0], f"the {split} images, their order or their labels are not those of the run in")
+    assert written == {path: path.read_bytes() for path in tmp_path.glob("*/**/last.pt") if "old" not in path.parts}
+    assert run("diagnose", "run", "--per-class", 3, "--iterations", 1, *data_of[:2]) == 0  # these were asked for
+    one_line(capsys, "diagnose", f"warning: data: the {split} images")
+    change(tmp_path)
+    assert run(*more) == 0
+
+
+def test_a_hash_of_many_images_looks_at_each_of_them(monkeypatch):
+    from ltsam_fast.data import images
+
+    def digest(**changes):
+        return images.Images(**{"pixels": pixels, "labels": labels, "classes": ("a", "b"), **changes}).digest
+
+    pixels = torch.randint(256, (60, 3, 9, 8), dtype=torch.uint8)
+    labels = torch.arange(60) % 2
+    for limit in (1 << 30, 2000, 1):
+        monkeypatch.setattr(images, "_HASHED_BYTES", limit)
+        assert digest() == digest(pixels=pixels.clone().to(memory_format=torch.channels_last))
+        others = [digest(labels=1 - labels), digest(classes=("b", "a")), digest(pixels=pixels.flip(0))]
+        for index in range(60):
+            other = pixels.clone()
+            other[index, index % 3, 4, index % 8] += 1
+            others.append(digest(pixels=other))
+        assert len({digest(), *others}) == 64
+
+
 def test_a_cell_that_fails_does_not_take_the_others_with_it(tmp_path, capsys, monkeypatch):
     def failing(config, *rest, **named):
         if (config.method, config.seed) == ("sam", 0):
@@ -274,9 +367,11 @@ def test_a_grid_that_is_wrong_is_told_before_anything_is_trained(arguments, name
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run with reweighted classes and logits that are cosines."""
+    """A run with reweighted classes and logits that are cosines; of this seed the largest eigenvalues are positive."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(build({"method": "sam", "loss": "ldam", "epochs": 2, "drw_start": 1, "tensorboard": False}), folder)
+    train(
+        build({"method": "sam", "loss": "ldam", "epochs": 2, "drw_start": 1, "seed": 3, "tensorboard": False}), folder
+    )
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import math
 import pickle
@@ -520,6 +521,30 @@ def test_deferred_reweighting():
     torch.testing.assert_close(criterion(z, y), before * weights[y])
     criterion.set_weight(None)
     assert torch.equal(criterion(z, y), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_labels_of_the_batch_make_the_mean_of_parts_the_weighted_mean(name, generator):
+    z, y, n = draw(generator, name, 9, 4)
+    make = functools.partial(getattr(losses, name), n, **OPTIONS.get(name, {}))
+    every, mean = make(reduction="none").eval(), make(reduction="mean").eval()
+    if name != "ClassBalanced":
+        assert torch.equal(every(z, y, batch=y), every(z, y))  # nothing to divide by
+        for criterion in (every, mean):
+            criterion.set_weight(torch.tensor([0.1, 0.2, 3.0, 0.7]))
+    wanted = mean(z, y)
+    for batch in (y, [y[:2], y[2:]], y.int()):
+        parts = [
+            every(z[part], y[part], batch=batch) for part in (slice(2), torch.tensor([5, 4, 2, 3]), slice(6, None))
+        ]
+        torch.testing.assert_close(torch.cat(parts).mean(), wanted)
+    torch.testing.assert_close(every(z.float(), y, batch=y).mean(), wanted.float())
+    if name == "CrossEntropy":
+        torch.testing.assert_close(wanted, F.cross_entropy(z, y, every.weight))
+    with pytest.raises(ValueError, match="batch must be None with reduction='mean'"):
+        mean(z, y, batch=y)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 4\), got 0...4"):
+        every(z[:1], y[:1], batch=torch.tensor([0, 4]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -98,8 +98,7 @@ def test_vit_defaults():
 def test_the_demo_uses_small_cnn():
     from ltsam_fast import demo
 
-    assert demo.small_cnn is models.small_cnn
-    assert parameters(models.small_cnn()) == 160 + 4640 + 512 * 36 + 36 + 370
+    assert parameters(demo.network()) == parameters(models.small_cnn()) == 160 + 4640 + 512 * 36 + 36 + 370
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
 import re
 import shutil
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -262,6 +264,167 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, random, mode):
     assert torch.equal(load(tmp_path).pixels[1], expected)
 
 
+def tiff(pixels, photometric=1, sample_format=1, bits=None, byte_order="<"):
+    """A TIFF of grey values in one strip, as Pillow does not write them all."""
+    strip = pixels.tobytes() if isinstance(pixels, np.ndarray) else pixels
+    bits = bits or 8 * pixels.itemsize
+    tags = {
+        256: 8,
+        257: 8,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: 8,
+        279: len(strip),
+        339: sample_format,
+    }
+    content = struct.pack(byte_order + "2sHI", b"II" if byte_order == "<" else b"MM", 42, 8 + len(strip)) + strip
+    content += struct.pack(byte_order + "H", len(tags))
+    for tag, value in tags.items():
+        content += struct.pack(byte_order + "HHIHH", tag, 3, 1, value, 0)
+    return content + struct.pack("I", 0)
+
+
+def saved(pixels, kind):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def packed_12_bits(values):
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    words = (pairs[:, 0] << 12) | pairs[:, 1]
+    return np.stack([words >> 16, words >> 8 & 255, words & 255], 1).astype(np.uint8).tobytes()
+
+
+GREY = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+"""16 bits; in 8 they are GREY / 257."""
+WIDE = {
+    "16 bits.png": saved(GREY, "PNG"),
+    "16 bits.tif": saved(GREY, "TIFF"),
+    "16 bits.pgm": saved(GREY, "PPM"),
+    "text.pgm": b"P2 8 8 65535 " + " ".join(map(str, GREY.flatten())).encode(),
+    "4095.pgm": b"P5 8 8 4095 " + (GREY >> 4).astype(">u2").tobytes(),
+    "big-endian.tif": tiff(GREY.astype(">u2"), byte_order=">"),
+    "white is zero.tif": tiff(65535 - GREY, photometric=0),
+    "12 bits.tif": tiff(packed_12_bits(GREY >> 4), bits=12),
+}
+NARROW = {
+    "float.tif": saved(GREY.astype(np.float32) / 65535, "TIFF"),
+    "32 bits.tif": saved(GREY.astype(np.int32), "TIFF"),
+    "unsigned 32 bits.tif": tiff(GREY.astype("<u4")),
+    "signed 16 bits.tif": tiff(GREY.view(np.int16), sample_format=2),
+    "signed 8 bits.tif": tiff(GREY.astype(np.uint8).view(np.int8), sample_format=2),
+    "float.pfm": saved(GREY.astype(np.float32), "PPM"),
+}
+
+
+def both_ways(tmp_path, content, name):
+    """What loads files of this content, from a tree and from a list, without and with a cache."""
+    for label, folder in enumerate(("tree/a", "tree/b")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_bytes(content)
+        with (tmp_path / "list.txt").open("a") as lines:
+            lines.write(f"{folder}/{name} {label}\n")
+    for source in ("tree", "list.txt"):
+        for more in ({}, {"cache": tmp_path / "cache"}, {"size": 8}):
+            if source == "list.txt" or not name.endswith(".pfm"):
+                yield functools.partial(load, tmp_path / source, **more)
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_grey_of_more_than_8_bits_is_scaled(tmp_path, name):
+    exact = torch.from_numpy(GREY.astype(np.float64)) / 257
+    for loads in both_ways(tmp_path, WIDE[name], name):
+        for channel in loads().pixels[1].double():
+            assert (channel - exact).abs().max() <= 0.57  # rounded, of 12 bits with 16 for 65535 / 4095
+
+
+def png_16(pixels):
+    """A PNG with 16 bits for each of its 2 to 4 channels, which Pillow does not write."""
+    height, width, channels = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_are_scaled(tmp_path, channels, random):
+    pixels = random.integers(0, 65536, (8, 8, channels), dtype=np.uint16)
+    exact = torch.from_numpy(pixels / 257).permute(2, 0, 1)
+    for loads in both_ways(tmp_path, png_16(pixels), "0.png"):
+        found = loads().pixels[1].double()
+        assert (found - (exact[:1] if channels == 2 else exact[:3])).abs().max() <= 1  # Pillow takes the high bytes
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_pixels_without_a_largest_value_are_refused(tmp_path, name):
+    for loads in both_ways(tmp_path, NARROW[name], name):
+        with pytest.raises(
+            DataError, match=rf"a/{re.escape(name)}: no scale to 8 bits .* save it as grey of 8 or 16 bits"
+        ):
+            loads()
+
+
+def test_a_premultiplied_grey_is_read(tmp_path):
+    grey_and_alpha = np.stack([np.full((8, 8), 100, np.uint8), np.full((8, 8), 255, np.uint8)], 2)
+    content = saved(grey_and_alpha, "TIFF").replace(
+        struct.pack("<HHIHH", 338, 3, 1, 2, 0), struct.pack("<HHIHH", 338, 3, 1, 1, 0)
+    )
+    assert Image.open(io.BytesIO(content)).mode == "La"
+    for loads in both_ways(tmp_path, content, "0.tif"):
+        assert (loads().pixels == 100).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+def test_exif_orientation_is_applied(tmp_path, random, kind, orientation):
+    picture, exif = Image.fromarray(draw(random)), Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, {"tif": "TIFF"}.get(kind, kind), exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    turned = [x, x, x.flip(2), x.flip(1, 2), x.flip(1), x.mT, x.mT.flip(2), x.mT.flip(1, 2), x.mT.flip(1), x][
+        orientation
+    ]
+    for loads in both_ways(tmp_path, file.getvalue(), f"0.{kind}"):
+        if loads.keywords.get("size") is None:
+            assert torch.equal(loads().pixels[1], turned)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_exif_that_is_broken_turns_nothing(tmp_path, random):
+    picture = Image.fromarray(draw(random, 32, 32))
+    for index, broken in enumerate((b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0")):
+        for name in ("a", "b"):
+            (tmp_path / str(index) / name).mkdir(parents=True)
+            picture.save(tmp_path / str(index) / name / "0.jpg", exif=broken)
+        expected = channels_first(np.array(Image.open(tmp_path / str(index) / "a/0.jpg")))
+        assert torch.equal(load(tmp_path / str(index)).pixels[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["gif", "tif"])
+def test_of_several_frames_the_first_one_counts(tmp_path, random, kind):
+    frames = [Image.fromarray(draw(random)).convert("P") for _ in range(3)]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        frames[0].save(tmp_path / name / f"0.{kind}", save_all=True, append_images=frames[1:])
+    assert torch.equal(load(tmp_path).pixels[0], channels_first(np.array(frames[0].convert("RGB"))))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "ppm", "tif", "webp"])
+def test_a_file_that_is_cut_off_is_named(tmp_path, random, kind):
+    file = io.BytesIO()
+    Image.fromarray(draw(random, 64, 64)).save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(kind, kind))
+    for loads in both_ways(tmp_path, file.getvalue()[: len(file.getvalue()) * 9 // 10], f"0.{kind}"):
+        with pytest.raises(DataError, match=rf"a/0\.{kind}: not a readable image"):
+            loads()
+
+
 def test_size_resizes_the_shorter_side_and_cuts_out_the_centre(tmp_path):
     """Of 80 x 40 pixels the middle half is left, whatever lies beside it."""
     bands = np.zeros((40, 80, 3), np.uint8)
@@ -334,6 +497,40 @@ def test_a_bad_line_is_named_with_its_number(text_list, line, message):
     with pytest.raises(DataError, match=rf"Tiny_LT_train\.txt, line 5: .*{message}") as caught:
         load(path, images=images, classes=70000)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_a_name_in_a_list_may_hold_whatever_a_file_system_allows(tmp_path, random, newline, start):
+    names = [f"a{sign}b{sign}.png" for sign in "\x0b\x0c\x1c\x1d\x1e\x85\xa0\u2028\u2029\u3000\ufeff \r"]
+    names.append("\x85leading.png")
+    pixels = [draw(random) for _ in names]
+    for name, image in zip(names, pixels, strict=True):
+        save(tmp_path / name, image)
+    lines = newline.join(f"{name} {index % 2}" for index, name in enumerate(names))
+    (tmp_path / "list.txt").write_bytes(f"{start}{lines}{newline}{newline}".encode())
+    got = load(tmp_path / "list.txt")
+    assert got.labels.tolist() == [index % 2 for index in range(len(names))]
+    assert torch.equal(got.pixels, torch.stack([channels_first(image) for image in pixels]))
+
+
+def test_tabs_and_blanks_around_path_and_label(text_list):
+    path, images, _ = text_list
+    wanted = load(path, images=images).labels
+    path.write_text(
+        "".join(f" \t{line.rpartition(' ')[0]} \t {line[-1]}\t \n" for line in path.read_text().splitlines())
+    )
+    assert torch.equal(load(path, images=images).labels, wanted)
+
+
+@pytest.mark.parametrize("line", [b"x\xff.png 1", "train 1".encode("utf-16"), b"x" * 5000 + b".png 1", b"x\0.png 1"])
+def test_a_line_that_can_be_no_path_is_named_with_its_number(text_list, line):
+    path, images, _ = text_list
+    path.write_bytes(path.read_bytes() + b"\n" + line)
+    with pytest.raises(
+        DataError, match=r"Tiny_LT_train\.txt, line 8: (not a text file in UTF-8|no such file|expected)"
+    ):
+        load(path, images=images)
 
 
 # Whatever can't be read

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ltsam_fast as lf
-from ltsam_fast import data, models, optim
+from ltsam_fast import data, demo, diagnostics, models, optim
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
@@ -25,11 +26,14 @@ pytest.importorskip("rich", reason="rich is not installed")
 from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, loop, read_file, train
 from ltsam_fast.train.config import differing
 from ltsam_fast.train.log import Silent
-from ltsam_fast.train.losses import LOSSES
+from ltsam_fast.train.losses import LOSSES, one_noise, reweight
 from ltsam_fast.train.methods import accepted
+from ltsam_fast.train.run import prepare
+from ltsam_fast.train.workers import workers
 
 from .networks import smooth
 
+CE = torch.nn.CrossEntropyLoss(reduction="none")
 QUICK = {"epochs": 2, "tensorboard": False}
 
 
@@ -126,6 +130,122 @@ def test_resumes_exactly_with_augmentation_scaler_and_state(more, tmp_path, monk
     scalers = [last(tmp_path / name)["scaler"] for name in ("at_once", "stopped")]
     assert scalers[0] == scalers[1]
     assert not overflows or scalers[0]["scale"] < 2.0**50
+
+
+def before_a_step(method, loss):
+    """A run with reweighted classes before its first step, and a batch of it."""
+    settings = {"method": method, "loss": loss, "drw_start": 0, "batch_size": 32, "momentum": 0.0, "imbalance": 20.0}
+    config = build({**settings, "tensorboard": False})
+    with workers("cpu") as at:
+        run = prepare(config, at)
+    reweight(run.loss, config, run.counts, 0)
+    run.network.train()
+    batch = torch.randperm(len(run.train), generator=torch.Generator().manual_seed(1))[:32]
+    return run, run.plain(run.train.pixels[batch]), run.train.labels[batch]
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [*((method, "ce") for method in METHODS), *(("sgd", loss) for loss in LOSSES)]
+)
+def test_weights_of_the_classes_divide_by_their_sum_over_the_batch(method, loss):
+    """As in the code that deferred reweighting is from: criterion(weight=w) with torch's mean."""
+    mine, x, y = before_a_step(method, loss)
+    shown = loop.take_step(mine, x, y)
+    other, *_ = before_a_step(method, loss)
+    weight = other.loss.weight.float()
+    assert weight.max() > 5 * weight.min()
+    if method == "sgd":
+        other.loss.reduction = "mean"
+        with one_noise(other.loss):
+            published = other.loss(other.network(x), y)
+        published.backward()
+        other.optimizer.step()
+        assert loss != "ce" or published.item() == pytest.approx(
+            F.cross_entropy(before_a_step(method, loss)[0].network(x), y, weight).item(), rel=1e-6
+        )
+    else:
+        scale = len(y) / weight[y].sum()
+
+        def closure(index=slice(None)):
+            return scale * F.cross_entropy(other.network(x[index]), y[index], weight, reduction="none")
+
+        published = other.optimizer.step(closure, y)
+    assert shown.item() == pytest.approx(published.item(), rel=1e-6)
+    moved = zip(mine.network.parameters(), other.network.parameters(), strict=True)
+    for one, two in moved:
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def with_default_dtype(request):
+    """Calls a function as usual, and with another default dtype; returns both results."""
+
+    def both(function):
+        results, before = [function()], torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(request.param)
+            results.append(function())
+            assert torch.get_default_dtype() == request.param
+        finally:
+            torch.set_default_dtype(before)
+        return results
+
+    return both
+
+
+def same(one, other):
+    """Equal to the last bit, and of the same dtypes."""
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"), [*((method, "ce") for method in METHODS), *(("sgd", loss) for loss in LOSSES)]
+)
+def test_no_run_depends_on_the_default_dtype(method, loss, with_default_dtype, tmp_path):
+    settings = {"method": method, "loss": loss, "epochs": 1, "imbalance": 30.0, "drw_start": 0, "tensorboard": False}
+    folders = iter((tmp_path / "usual", tmp_path / "other"))
+
+    def weights():
+        folder = next(folders)
+        return [row["train_loss"] for row in train(build(settings), folder)], last(folder)["model"]
+
+    same(*with_default_dtype(weights))
+
+
+@pytest.mark.parametrize("name", models.names()[:1] + models.names()[-2:])
+def test_no_part_depends_on_the_default_dtype(name, with_default_dtype):
+    def parts():
+        torch.manual_seed(0)
+        counts = [9, 4, 2]
+        criteria = [cls(counts, reduction="none") for _, cls in LOSSES.values()]
+        pixels = torch.arange(6 * 64 * 3).view(6, 3, 8, 8).mul(7).to(torch.uint8)
+        images, y = data.Images(pixels[:, :1], torch.arange(6) % 3, tuple("abc")), torch.arange(6) % 3
+        network = models.create(name, 3, (3, 8, 8), cosine_head=True).eval()
+        prepare = data.Augment((0.4,) * 3, (0.2,) * 3, crop_padding=1, flip=True)
+        asked = {"num_classes": 3, "prepare": prepare.for_testing(data.Images(pixels, y, tuple("abc")))}
+        weights = lf.losses.deferred_reweighting(9, counts, 3)
+        criteria[0].set_weight([0.5, 1, 2])
+        generator = torch.Generator().manual_seed(0)
+        logits = network(prepare(pixels, generator))
+        return [
+            vars(data.digits()),
+            vars(data.Augment.for_training(images)),
+            weights,
+            [[dict(criterion.named_buffers()), criterion(logits, y, batch=y)] for criterion in criteria],
+            [vars(diagnostics.class_grad_norms(network, criteria[1], pixels, y, **asked))],
+            [vars(diagnostics.class_sharpness(network, criteria[1], pixels, y, rho=0.1, **asked))],
+            [vars(diagnostics.loss_slice(network, CE, pixels, y, steps=3, generator=generator, prepare=prepare))],
+            [vars(diagnostics.top_hessian_eigenvalue(network, CE, pixels, y, iterations=3, prepare=asked["prepare"]))],
+            {
+                key: value
+                for key, value in demo.train("sam", data.digits(), 1, 0, lambda: None).items()
+                if key != "step_ms"
+            },
+        ]
+
+    one, other = with_default_dtype(parts)
+    for mine, others in zip(one, other, strict=True):
+        same(mine, others)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -245,7 +365,7 @@ assert before == 0 or threads() < before, "the default group's threads, which ma
 def test_two_processes_equal_one_and_resume_exactly(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(models._OWN, "smooth", smooth)
     arguments = ["--method", "focal_sam", "--set", "ascent_sync=true", "--imbalance", 1, "--batch-size", 20]
-    arguments += ["--schedule", "constant", "--no-tensorboard", "--model", "smooth"]
+    arguments += ["--schedule", "constant", "--no-tensorboard", "--model", "smooth", "--drw-start", 1]
     two, parts = ["--epochs", 2, "--out", tmp_path / "two"], ["--out", tmp_path / "parts", "--epochs"]
     calls = [["train", *map(str, (*arguments, *more))] for more in (two, [*parts, 1], [*parts, 2, "--resume"])]
     (tmp_path / "calls.py").write_text(TWO_PROCESSES.format(calls=calls, root=str(Path(__file__).parents[1])))

@@ -24,7 +24,12 @@ _BLOCK = 1024
 """Images decoded before the next ones are handed to the threads; what waits in memory is one block."""
 _CHECKED_BYTES = 1 << 30
 """How much of a cache is compared with its checksums: all of it up to 1 GiB, evenly spaced images beyond."""
-_VERSION = 1
+_VERSION = 2
+"""Of what is done to an image: raised where other pixels come out."""
+_16_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")
+"""Formats whose grey values of more than 8 bits have a known largest one."""
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+"""Tags of a TIFF."""
 
 Pixels = np.ndarray[Any, Any]
 
@@ -125,14 +130,38 @@ def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
                 image.draft(
                     "RGB", (2 * size, 2 * size)
                 )  # JPEGs are decoded at a half, a quarter, ... where that is enough
-            picture = image.convert("RGB")
+            needed("PIL.ImageOps", "pillow").exif_transpose(image, in_place=True)
+            picture = _with_8_bits(image_module, image, path).convert("RGB")
             if size is not None:
                 picture = _resized(picture, size, image_module.Resampling.BILINEAR)
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # each format's decoder has errors of its own
         raise DataError(f"{path}: not a readable image: {' '.join(str(error).split())}") from error
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
+
+
+def _with_8_bits(image_module: Any, image: Any, path: Path) -> Any:
+    """The image, its greys of 16 bits scaled to 8; Pillow's convert() would cut off all above 255."""
+    mode, tags = image.mode, getattr(image, "tag_v2", {})
+    wide = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))  # as Pillow opens 16 bits
+    if (
+        (wide and image.format not in _16_BITS)
+        or (mode in ("I", "F") and not wide)
+        or set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}  # signed
+    ):
+        raise DataError(
+            f"{path}: no scale to 8 bits is known for its pixels (mode {mode!r}): save it as grey of 8 or 16 bits, or as RGB"
+        )
+    if not wide:
+        return image.convert("LA") if mode == "La" else image  # from La to RGB there is no way but this
+    top = 2 ** tags.get(_BITS, (16,))[0] - 1
+    values = np.asarray(image).astype(np.int64)
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        values = top - values
+    return image_module.fromarray(((255 * values + top // 2) // top).astype(np.uint8))
 
 
 def _resized(picture: Any, size: int, resampling: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import stat
@@ -12,6 +13,8 @@ from pathlib import Path
 from ltsam_fast.data.images import DataError
 
 SPLITS = ("train", "val", "test")
+_LINE = re.compile(r"(.*[^ \t])[ \t]+([0-9]{1,9})", re.DOTALL)
+"""A path, in which any character may be, and a label."""
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -89,15 +92,15 @@ def text_list(source: Path, split: str, images: Path | None, classes: int | None
     root = path.parent if images is None else images
     result = FileList([], [], ())
     for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
+        if not line:
             continue
-        parts = line.rsplit(maxsplit=1)  # a path may hold spaces
-        if len(parts) != 2 or not re.fullmatch("[0-9]{1,9}", parts[1]):
-            raise DataError(f"{path}, line {number}: expected 'path label', got {line.strip()[:80]!r}")
-        image = root / parts[0].strip()
-        if not image.is_file():
-            raise DataError(f"{path}, line {number}: no such file: {image}")
-        label = int(parts[1])
+        parts = _LINE.fullmatch(line)
+        if parts is None:
+            raise DataError(f"{path}, line {number}: expected 'path label', got {line[:80]!r}")
+        image = root / parts[1]
+        if not os.path.isfile(image):  # False for what can be no path, too
+            raise DataError(f"{path}, line {number}: no such file: {str(image)!r}")
+        label = int(parts[2])
         if classes is not None and label >= classes:
             raise DataError(f"{path}, line {number}: the label must lie in [0, {classes}), got {label}")
         result.paths.append(image)
@@ -118,13 +121,17 @@ def lists(folder: Path, split: str) -> list[Path]:
     return sorted(path for path in folder.glob("*.txt") if split in _words(path))
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[str]:
+    """The lines without the blanks around them; only a newline ends one, for names hold what str.splitlines() splits at."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file: {error}") from error
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        try:
+            yield line.strip(b" \t\r").decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {number}: not a text file in UTF-8: {error}") from error
 
 
 def _taken_as_it_is(source: Path, split: str) -> Path:

@@ -43,6 +43,11 @@ def load(
 
     A folder or a list of one split is taken as it is for ``split="train"``; any other split must be in its name.
 
+    Image files become RGB, 8 bits: grey and palettes are spelled out, grey of 16 bits is scaled, transparency is left out (as
+    by torchvision's ``ImageFolder``), of several frames the first one counts. Unlike there, images are turned the way that
+    their EXIF orientation says, with and without ``cache``. Pixels without a known largest value (32 bits, floating point,
+    signed) are an error.
+
     Args:
         source: See above.
         split: ``"train"``, ``"test"``, ``"val"`` or the name of another folder.

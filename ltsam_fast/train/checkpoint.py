@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import random
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ltsam_fast.data import Images
 from ltsam_fast.train.config import ConfigError
 
+_LOG = logging.getLogger("ltsam_fast")
 NAME = "last.pt"
 VERSION = 1
 
@@ -64,6 +67,23 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ConfigError(f"checkpoint {path} is not one of ltsam_fast train, version {VERSION}")
     return state
+
+
+def check_images(state: dict[str, Any], images: tuple[Images, Images], source: str | Path) -> None:
+    """Raises ConfigError unless ``images``, for training and test, are those of the run in ``source``.
+
+    Checkpoints of earlier versions hold no hash of them: that is a warning.
+    """
+    saved = state.get("data")
+    if saved is None:
+        _LOG.warning("%s: an older version wrote it, without a hash of the images: they are not checked", source)
+        return
+    for split, found in zip(("train", "test"), images, strict=True):
+        if saved[split] != found.digest:
+            raise ConfigError(
+                f"data: the {split} images, their order or their labels are not those of the run in {source}: "
+                f"bring those back, or begin another run"
+            )
 
 
 def seed_all(seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     command, *arguments = argv
     rank, size = place()
     who = f" (process {rank})" if size > 1 else ""
+    warnings, log = logging.StreamHandler(sys.stderr), logging.getLogger("ltsam_fast")
+    warnings.setFormatter(logging.Formatter(f"ltsam_fast {command}{who}: warning: %(message)s"))
+    log.addHandler(warnings)
     try:
         return COMMANDS[command](arguments)
     except KeyboardInterrupt:
@@ -46,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
         message, code = str(error), WRONG
         if error.name in ("rich", "yaml", "tomli", "matplotlib"):
             message = f"needs {error.name}: pip install 'ltsam_fast[train]'"
+    finally:
+        log.removeHandler(warnings)
     print(f"ltsam_fast {command}{who}: {' '.join(message.split())}", file=sys.stderr)
     return code
 

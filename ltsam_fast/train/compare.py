@@ -107,14 +107,14 @@ def compare(
         The rows of the table, and a line for each cell that failed.
 
     Raises:
-        ConfigError: A setting does not fit, or a cell's folder has a run of other settings.
+        ConfigError: A setting does not fit, or a cell's folder has a run of other settings or images.
         DataError: Something is wrong with the data.
     """
     out = Path(out)
     check_folder(out)
-    earlier = [finished(cell.config, cell.folder) for cell in cells]
-    images = load_images(cells[0].config) if None in earlier else None
-    if images is not None:
+    images = load_images(cells[0].config)
+    earlier = [finished(cell.config, cell.folder, images) for cell in cells]
+    if None in earlier:
         for cell in cells:
             check(cell.config, images[0])
     histories: dict[tuple[str, str], list[list[dict[str, Any]]]] = {}

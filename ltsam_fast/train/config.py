@@ -133,6 +133,8 @@ class Config:
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+IMAGES = ("data", "test_data", "format", "images", "size", "classes", "imbalance", "profile", "data_seed")
+"""Settings that choose the images."""
 FREE = ("device", "threads", "tensorboard", "cache")
 """Settings that a resumed run may change."""
 
@@ -170,7 +172,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
             try:
                 import tomllib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from torch import nn
 from ltsam_fast import data, diagnostics
 from ltsam_fast.losses import Loss
 from ltsam_fast.train import checkpoint
-from ltsam_fast.train.config import Config, ConfigError, build
+from ltsam_fast.train.config import IMAGES, Config, ConfigError, build
 from ltsam_fast.train.loop import check_folder
 from ltsam_fast.train.losses import criterion
 from ltsam_fast.train.run import load_images, network_of
 from ltsam_fast.train.workers import device_of
 
 EIGENVALUE_CLASSES = ("many", "few")
+_LOG = logging.getLogger("ltsam_fast")
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,14 @@ def diagnose(
 
     Raises:
         ConfigError: The checkpoint can't be read, a setting does not fit, or the data has other classes or images of another
-            size than the run's.
+            size than the run's, or other images than the run's though ``changes`` has no setting of the data.
         DataError: Something is wrong with the data.
     """
     folder = Path(out) if out is not None else _folder_of(Path(source)) / "diagnostics"
     state = checkpoint.read(source)
     check_folder(folder)
     report("reading images")
-    subject = _subject(state, split, per_class, changes)
+    subject = _subject(source, state, split, per_class, changes)
     what, asked, names = subject.arguments(), subject.asked, subject.images.classes
     if rho is None:
         rho = subject.config.options.get("rho", 0.05)
@@ -117,7 +119,7 @@ def diagnose(
     return found
 
 
-def _subject(state: dict[str, Any], split: str, per_class: int, changes: dict[str, Any]) -> Subject:
+def _subject(source: str | Path, state: dict[str, Any], split: str, per_class: int, changes: dict[str, Any]) -> Subject:
     before = build(state["config"])
     other_loss = changes.get("loss", before.loss) != before.loss
     kept = {**state["config"], "loss_options": {}} if other_loss else state["config"]
@@ -139,6 +141,12 @@ def _subject(state: dict[str, Any], split: str, per_class: int, changes: dict[st
     except RuntimeError as error:
         shape = " x ".join(map(str, train.pixels.shape[1:]))
         raise ConfigError(f"data {config.data}: images of {shape} do not fit the run's {config.model}") from error
+    try:
+        checkpoint.check_images(state, (train, test), source)
+    except ConfigError as error:
+        if not changes.keys() & set(IMAGES):
+            raise
+        _LOG.warning("%s", error)  # others were asked for
     images = _first_of_each({"train": train, "test": test}[split], per_class)
     asked = {"batch_size": 256, "prepare": data.Augment.for_testing(train)}
     return Subject(

@@ -51,12 +51,16 @@ def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
 
 
 def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
-    """One step of the method on one batch; returns its mean loss at w, on the device."""
+    """One step of the method on one batch, in each process on its share; returns the share's mean loss at w, on the device.
+
+    Weights of the classes divide by their sum over the whole batch, as in the code that deferred reweighting is from.
+    """
+    batch = None if run.loss.weight is None else run.at.joined(y)
 
     def closure(index: Any = slice(None)) -> Tensor:
         with run.autocast():
             logits = run.forward(x[index])
-        return run.loss(logits, y[index])
+        return run.loss(logits, y[index], batch=batch)
 
     with one_noise(run.loss):
         if isinstance(run.optimizer, SharpnessAware):
@@ -138,7 +142,8 @@ def train(
         ``eval_seconds``.
 
     Raises:
-        ConfigError: A setting does not fit, or the folder has a run that is not to be resumed, or one of other settings.
+        ConfigError: A setting does not fit, or the folder has a run that is not to be resumed, or one of other settings, or of
+            other images: a checkpoint holds a hash of them, see :attr:`ltsam_fast.data.Images.digest`.
         DataError: Something is wrong with the data.
         Diverged: The loss is not finite; the checkpoint is that of the epoch before.
 
@@ -160,7 +165,7 @@ def train(
             )
         run = prepare(config, at, images)
         if state is not None:
-            _restore(run, state)
+            _restore(run, state, out)
         reporter = (report if at.rank == 0 else None) or Silent()
         logs = Logs(out, run.history, config.tensorboard) if at.rank == 0 else None
         if state is None:
@@ -221,10 +226,15 @@ def check_folder(out: Path) -> None:
         raise ConfigError(f"out {out}: can't write to {there}")
 
 
-def finished(config: Config, out: str | Path) -> list[dict[str, Any]] | None:
-    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`."""
+def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Images]) -> list[dict[str, Any]] | None:
+    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`, whose errors these are."""
     state = _earlier(config, Path(out), resume=True)
-    return state["history"] if state is not None and state["epoch"] >= config.epochs else None
+    if state is None:
+        return None
+    done = state["epoch"] >= config.epochs
+    if done or "data" in state:  # of a run that goes on train() warns
+        checkpoint.check_images(state, images, out)
+    return state["history"] if done else None
 
 
 def _earlier(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
@@ -257,6 +267,7 @@ def _save(run: Run, out: Path) -> None:
         "epoch": run.epoch,
         "classes": list(run.train.classes),
         "class_counts": run.counts,
+        "data": {"train": run.train.digest, "test": run.test.digest},
         "model": run.network.state_dict(),
         "loss": run.loss.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -269,12 +280,13 @@ def _save(run: Run, out: Path) -> None:
     checkpoint.write(out / checkpoint.NAME, state)
 
 
-def _restore(run: Run, state: dict[str, Any]) -> None:
+def _restore(run: Run, state: dict[str, Any], out: Path) -> None:
     """Takes up a checkpoint, the random numbers last."""
     if len(state["random"]) != run.at.size:
         raise ConfigError(f"the run had {len(state['random'])} processes, not {run.at.size}: start it with as many")
     if state["class_counts"] != run.counts or state["classes"] != list(run.train.classes):
         raise ConfigError(f"data: class counts were {state['class_counts']}, now they are {run.counts}")
+    checkpoint.check_images(state, (run.train, run.test), out)
     run.network.load_state_dict(state["model"])
     run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])

@@ -30,6 +30,14 @@ class Workers:
             dist.all_reduce(values)
         return values
 
+    def joined(self, share: Tensor) -> Tensor:
+        """The shares of all processes, equally many rows each, in order."""
+        if self.size == 1:
+            return share
+        parts = [torch.empty_like(share) for _ in range(self.size)]
+        dist.all_gather(parts, share)
+        return torch.cat(parts)
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Gives every process what the first one has."""
         if self.size > 1:
