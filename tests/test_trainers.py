@@ -599,7 +599,7 @@ def copied_losses(net, x, y):
         return losses(copy.deepcopy(net), x, y)
 
 
-def shown_by_lightning(make_optimizer, folder, data, batch=BATCH, more=None, **settings):
+def shown_by_lightning(make_optimizer, folder, data, batch=BATCH, **settings):
     """What Lightning shows of each batch, and what is true: (loss in outputs, logged in the step, mean loss at w)."""
     shown = []
 
@@ -660,7 +660,9 @@ def test_lightning_shows_the_loss_in_every_precision(precision, micro, seed, tmp
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         own = {"plugins": [Scaled("16-mixed", "cpu", scaler)]} if precision == "scaler" else {"precision": precision}
         data = make_data(seed)
-        return shown_by_lightning(make_optimizer, tmp_path, data, BATCH // micro, accumulate_grad_batches=micro, **own)[0]
+        return shown_by_lightning(make_optimizer, tmp_path, data, BATCH // micro, accumulate_grad_batches=micro, **own)[
+            0
+        ]
 
     ours = shown(lambda net: lf.SAM(net.parameters(), torch.optim.SGD, rho=0.5, lr=0.0))
     assert_equal(ours, shown(lambda net: torch.optim.SGD(net.parameters(), lr=0.0)), 1e-6)
@@ -773,7 +775,11 @@ def nothing(*_, **__):
     [
         ("on_after_backward", nothing, "but Hooked does: .*on_train_batch_end comes after every step"),
         ("on_before_optimizer_step", nothing, "but Hooked does: .*on_train_batch_start comes before every step"),
-        ("configure_gradient_clipping", nothing, "clip with the Trainer's gradient_clip_val or the optimizer's max_grad_norm"),
+        (
+            "configure_gradient_clipping",
+            nothing,
+            "clip with the Trainer's gradient_clip_val or the optimizer's max_grad_norm",
+        ),
         ("backward", nothing, "belongs in training_losses"),
     ],
 )
@@ -792,7 +798,10 @@ def test_lightning_refuses_callbacks_that_need_gradients(name, kind, tmp_path):
     pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-    callback = {"callback": type("Watch", (Callback,), {name: nothing}), "lambda": lambda: LambdaCallback(**{name: nothing})}
+    callback = {
+        "callback": type("Watch", (Callback,), {name: nothing}),
+        "lambda": lambda: LambdaCallback(**{name: nothing}),
+    }
     module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
     if kind == "instance":
         setattr(module, name, nothing)
@@ -940,7 +949,7 @@ def test_what_cannot_be_copied_is_refused(trainer, tmp_path):
                 step(batch)
         return net
 
-    with pytest.raises(TypeError, match=r"got (tuple|Locked), which can't be copied .*: give it __deepcopy__"):
+    with pytest.raises(TypeError, match=r"got (tuple|Locked), which can't be .*: give what is in it __deepcopy__"):
         run(2)
     assert not torch.equal(weights(run(1)), weights(Net()))  # nothing is kept: nothing is copied
 
@@ -951,7 +960,9 @@ def test_a_mean_in_place_of_losses_is_refused(trainer, tmp_path):
     if trainer == "lightning":
         module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
         module.training_losses = lambda batch, batch_idx: losses(module.net, *batch).mean()
-        with pytest.raises(ValueError, match=r"training_losses\(\) must return the per-sample losses, shape \(B,\), got \(\)"):
+        with pytest.raises(
+            ValueError, match=r"training_losses\(\) must return the per-sample losses, shape \(B,\), got \(\)"
+        ):
             lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
     elif trainer == "accelerate":
         from accelerate import Accelerator
@@ -965,7 +976,9 @@ def test_a_mean_in_place_of_losses_is_refused(trainer, tmp_path):
             step([one[:BATCH] for one in make_data(0)])
     else:
         made = hugging_face_trainer(
-            tmp_path, method=lf.SAM, compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs["logits"].mean()
+            tmp_path,
+            method=lf.SAM,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs["logits"].mean(),
         )
         with pytest.raises(ValueError, match="compute_loss_func must return the per-sample losses"):
             made.train()
@@ -990,7 +1003,13 @@ def classifier(count=3, problem=None, **more):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     kind = more.pop("kind", "BertForSequenceClassification")
-    size = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    size = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": "LMHead" in kind}
     config = transformers.BertConfig(**size, **none, num_labels=count, problem_type=problem)
     return getattr(transformers, kind)(config)
@@ -1046,6 +1065,7 @@ def test_hugging_face_takes_the_models_own_loss(method, problem, micro, seed, tm
         model = classifier(count, None if inferred else kind)
         more = {} if own else {"method": getattr(lf, method), "method_options": options}
         trainer = classified(tmp_path, model, labels, own, arguments, **more)
+        trainer.loss_is_scaled_for_ga = False  # BERT takes num_items_in_batch and does not look at it
         trainer.train()
         moved.append(weights(model) - weights(classifier(count)))
         logged.append(float(trainer.state.log_history[0]["loss"]))
@@ -1083,9 +1103,19 @@ def own_mean(self, model, inputs, return_outputs=False, num_items_in_batch=None)
     ("make", "labels", "more", "message"),
     [
         (Weighing, None, {}, r"compute_loss_func must be given, .*: the model's own loss is .*, not their mean"),
-        (lambda: classifier(kind="BertForTokenClassification"), (BATCH, 6), {}, r"must be given, .* got logits of shape \(8, 6, 3\)"),
+        (
+            lambda: classifier(kind="BertForTokenClassification"),
+            (BATCH, 6),
+            {},
+            r"must be given, .* got logits of shape \(\d, 6, 3\)",
+        ),
         (lambda: classifier(kind="BertLMHeadModel"), (BATCH, 6), {}, r"compute_loss_func must be given"),
-        (classifier, None, {"methods": {"compute_loss": own_mean}}, "compute_loss must not be overridden, but Made does"),
+        (
+            classifier,
+            None,
+            {"methods": {"compute_loss": own_mean}},
+            "compute_loss must not be overridden, but Made does",
+        ),
         (classifier, None, {"methods": {"training_step": without_super}}, r"training_step\(\) must call super"),
         (
             lambda: classifier(1, "regression"),

@@ -40,7 +40,7 @@ class SharpnessAwareTrainer(Trainer):
     The losses are the model's own, by sample: for ``outputs.logits``, shape (B, C), and the labels, named by
     ``args.label_names``, what ``problem_type`` says, or what transformers infers without it: cross entropy (with
     ``label_smoothing_factor``), the mean squared error or the binary cross entropy over the C outputs. Where the model returns
-    a ``loss``, it must be their mean: the first batch of a training is checked, before any step.
+    a ``loss``, it must be their mean: every pass of a training's first step is checked, before anything changes.
 
     For any other loss, such as one of tokens or with class weights, give ``compute_loss_func(outputs, labels,
     num_items_in_batch)``, which must return the per-sample losses, shape (B,), whatever ``num_items_in_batch`` is (``None``
@@ -85,7 +85,7 @@ class SharpnessAwareTrainer(Trainer):
         self._taken = False
         """Whether training_step has taken the step that the Trainer is about to ask for."""
         self._compared = False
-        """Whether the losses are known to be the model's own."""
+        """Whether the losses are known to be the model's own: after the first step."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Makes the optimizer, of ``method`` around the one that ``args.optim`` names."""
@@ -113,20 +113,21 @@ class SharpnessAwareTrainer(Trainer):
         if self._taking is None or self._taking.method.model is not model:
             self._taking = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
         loss = self._taking(dict(self._prepare_inputs(inputs)))
-        self._taken = loss is not None
+        if loss is not None:
+            self._taken = self._compared = True
         return torch.zeros((), device=self.args.device) if loss is None else loss.to(self.args.device)
 
     def _check_hooks(self) -> None:
         if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
             raise ValueError(
-                f"compute_loss must not be overridden, but {type(self).__name__} does: its mean tells nothing of single samples; "
+                f"compute_loss must not be overridden, but {type(self).__name__} does: its mean has no samples; "
                 "give compute_loss_func(outputs, labels, num_items_in_batch), which returns the per-sample losses, shape (B,)"
             )
         for one in self.callback_handler.callbacks:
             hook = getattr(one.on_pre_optimizer_step, "__func__", None)
             if hook is not TrainerCallback.on_pre_optimizer_step:
                 raise ValueError(
-                    f"on_pre_optimizer_step() must not be overridden, but {type(one).__name__} does: the step's gradients exist "
+                    f"on_pre_optimizer_step() must not be overridden, but {type(one).__name__} does: gradients exist "
                     "inside the optimizer's update only; on_step_begin comes before every step, on_step_end after it"
                 )
 
@@ -159,10 +160,11 @@ class SharpnessAwareTrainer(Trainer):
             losses = self._losses_of(outputs, labels)
         if own and outputs.get("loss") is not None:
             mean, theirs = losses.detach().mean(), outputs["loss"].detach().mean()
-            tolerance = torch.finfo(theirs.dtype).eps ** 0.5
+            tolerance = max(1e-5, 4 * torch.finfo(theirs.dtype).eps)  # what rounding may do
             if not torch.isclose(mean.to(theirs), theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
-                raise ValueError(f"{_GIVE}: the model's own loss is {float(theirs):.6g}, not their mean, {float(mean):.6g}")
-        self._compared = True
+                raise ValueError(
+                    f"{_GIVE}: the model's own loss is {float(theirs):.6g}, not their mean, {float(mean):.6g}"
+                )
         return losses
 
     def _losses_of(self, outputs: Any, labels: Tensor) -> Tensor:

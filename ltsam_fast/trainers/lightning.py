@@ -64,6 +64,8 @@ class SharpnessAwareModule(LightningModule):
     """
 
     training_loss: Tensor | None = None
+    _seen: list[Tensor]
+    """The per-sample losses of the step's batches at the unperturbed weights."""
     _parts: Parts | None = None
     _in_pass = False
     _stepping = False
@@ -93,7 +95,9 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(method, SharpnessAware):
             return self.training_losses(batch, batch_idx).mean()
         self._check(method)
-        if self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0:  # an interrupted step may have left some
+        if (
+            self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0
+        ):  # an interrupted step may have left some
             self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
         self._parts.add((batch, batch_idx), last=self._stepping)
         self._known = (
@@ -124,7 +128,8 @@ class SharpnessAwareModule(LightningModule):
     def _take(self, closure: Any = None) -> None:
         """What optimizer.step() is while a step is taken: Lightning's closure, and the method's passes."""
         trainer, method = self.trainer, self._method
-        model, shown = trainer.model, None
+        model = trainer.model
+        shown: Any = None
         self._stepping = True
         try:
             with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():  # type: ignore[operator]
@@ -152,8 +157,8 @@ class SharpnessAwareModule(LightningModule):
             for name, remedy in _REFUSED[parent].items():
                 if _overrides(owner, name, parent):
                     raise ValueError(
-                        f"{name}() must not be overridden, but {type(owner).__name__} does: {type(method).__name__}'s gradients "
-                        f"exist inside its update only; {remedy}"
+                        f"{name}() must not be overridden, but {type(owner).__name__} does: gradients exist "
+                        f"inside {type(method).__name__}'s update only; {remedy}"
                     )
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
