@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.trainers.parts import Parts, labels_of
+from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of
 
 _ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Single devices and DDP."""
@@ -26,7 +26,8 @@ _ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 class AcceleratedStep:
     r"""Takes the optimizer's steps, in place of ``accelerator.backward(loss)``, ``optimizer.step()`` and ``zero_grad()``.
 
-    Micro-batches are kept until ``accelerator.sync_gradients``: one perturbation for the whole step, weighted by samples.
+    Micro-batches are kept until ``accelerator.sync_gradients``: one perturbation for the whole step, weighted by samples. All
+    but the last are copied, for a loader may use its memory again: an accumulated step takes its samples' memory once more.
     Mixed precision's GradScaler is taken from the accelerator; ``accelerator.optimizer_step_was_skipped`` tells of an
     overflow, as do schedulers from ``prepare``. Gradients are clipped inside the update, by the optimizer's
     ``max_grad_norm``: ``accelerator.clip_grad_norm_`` finds none to clip.
@@ -76,16 +77,21 @@ class AcceleratedStep:
             raise ValueError(f"distributed_type must be NO, MULTI_CPU or MULTI_GPU, got {accelerator.distributed_type}")
         self.accelerator, self.optimizer = accelerator, optimizer
         self.method: SharpnessAware = optimizer.optimizer
-        self._parts = Parts(losses, targets)
+        self._parts = Parts(lambda batch: check_per_sample(losses(batch), "losses"), targets)
         self.method.model = model
 
     def __call__(self, batch: Any) -> Tensor | None:
         """Keeps the batch, and takes the step if it is time to.
 
         Returns:
-            The mean loss at the unperturbed weights over the batches of the step, 0-d, detached; ``None`` without a step.
+            The mean loss at the unperturbed weights (GNM: at the noisy ones) over the batches of the step, 0-d, detached;
+            ``None`` without a step.
+
+        Raises:
+            TypeError: A batch that has to be kept can't be copied.
+            ValueError: ``losses`` returned something else than losses of shape (B,).
         """
-        self._parts.add(batch)
+        self._parts.add(batch, last=self.accelerator.sync_gradients)
         if not self.accelerator.sync_gradients:
             return None
         scaler = self.optimizer.scaler

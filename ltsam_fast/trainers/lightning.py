@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.lightning needs Lightning: pip install 'ltsam_fast[lightning]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.trainers.parts import Parts, labels_of, set_clipping
+from ltsam_fast.optim.gnm import GNM
+from ltsam_fast.optim.m_sam import MSAM
+from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of, set_clipping
 
 
 class SharpnessAwareModule(LightningModule):
@@ -27,13 +31,23 @@ class SharpnessAwareModule(LightningModule):
     ``precision`` with its GradScaler, schedulers, checkpoints, DDP (``optimizer.model`` becomes the wrapped model: see
     :class:`~ltsam_fast.optim.base.SharpnessAware`). Any other torch optimizer trains with the mean of the losses.
 
-    ``on_before_optimizer_step`` comes before the passes, so there are no gradients to look at yet, and the ``loss`` in
-    ``outputs`` is a placeholder: ``training_loss`` is the mean loss of the last step at the unperturbed weights, 0-d, to be
-    logged in ``on_train_batch_end``, say. ``training_losses`` runs in every pass, so what it logs is the last pass's.
+    What Lightning shows and uses is the mean loss at the unperturbed weights, as with any optimizer: the ``loss`` in
+    ``outputs``, and what ``training_losses`` logs, once a batch. ``training_loss`` is that of the last step's batches
+    together, 0-d. Other things that ``training_losses`` does, such as updating metrics, happen in every pass.
+
+    Gradient accumulation costs more here than elsewhere: every micro-batch but the last of a step is copied, for a loader may
+    use its memory again, and each has a forward without gradients, for its loss must be known before the step. GNM and m-SAM,
+    which have no pass with the whole batch at the unperturbed weights, and ``on_before_backward`` cost that forward too.
+
+    ``on_before_zero_grad``, ``on_before_backward`` (with a loss that has no graph), ``optimizer_zero_grad`` and
+    ``optimizer_step`` are called as ever; a step's gradients are gone when it is over. Hooks that need them are refused.
 
     Raises:
-        ValueError: At a step, for strategies other than a single device and DDP, for clipping by value, for a
-            ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, and for manual optimization.
+        ValueError: Before a step, for strategies other than a single device and DDP, for clipping by value, for a
+            ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, for manual optimization, for
+            ``on_after_backward`` and ``on_before_optimizer_step``, the callbacks' too, and for ``backward`` and
+            ``configure_gradient_clipping`` of one's own.
+        TypeError: A batch that has to be kept can't be copied.
 
     >>> import ltsam_fast as lf
     >>> class Classifier(SharpnessAwareModule):  # was: LightningModule
@@ -50,8 +64,20 @@ class SharpnessAwareModule(LightningModule):
     """
 
     training_loss: Tensor | None = None
+    _seen: list[Tensor]
+    """The per-sample losses of the step's batches at the unperturbed weights."""
     _parts: Parts | None = None
     _in_pass = False
+    _stepping = False
+    _known = False
+    """Whether the loss of the present batch is known, and what is to be logged of it is logged."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets an optimizer_step of one's own take the step by ``optimizer.step(closure)``, as Lightning's does."""
+        super().__init_subclass__(**kwargs)
+        owner = next(one for one in cls.__mro__ if "optimizer_step" in vars(one))
+        if owner is cls or not issubclass(owner, SharpnessAwareModule):
+            cls.optimizer_step = _with_passes(vars(owner)["optimizer_step"])  # type: ignore[method-assign]
 
     def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
         """The per-sample losses, shape (B,), of a batch or of some of its samples; the forward pass alone."""
@@ -65,63 +91,97 @@ class SharpnessAwareModule(LightningModule):
         """Keeps the batch for the optimizer; in the optimizer's passes, the losses."""
         if self._in_pass:
             return self.training_losses(batch, batch_idx)
-        if not isinstance(self._method, SharpnessAware):
+        method, trainer = self._method, self.trainer
+        if not isinstance(method, SharpnessAware):
             return self.training_losses(batch, batch_idx).mean()
-        if not self.automatic_optimization:
-            raise ValueError("automatic_optimization must be True: the optimizer's passes are run by optimizer_step()")
-        if self._parts is None:
-            self._parts = Parts(self._losses, lambda part: self.training_targets(part[0]))
-        self._parts.add((batch, batch_idx))
-        return torch.zeros((), device=self.device)
+        self._check(method)
+        if (
+            self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0
+        ):  # an interrupted step may have left some
+            self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
+        self._parts.add((batch, batch_idx), last=self._stepping)
+        self._known = (
+            trainer.accumulate_grad_batches > 1
+            or not self._stepping
+            or isinstance(method, (GNM, MSAM))
+            or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())
+        )
+        return self._look(batch, batch_idx) if self._known else torch.zeros((), device=self.device)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; in the optimizer's passes, only once a batch, at the unperturbed weights."""
+        if not (self._in_pass and self._known):
+            super().log(*args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Leaves the backward passes to the optimizer, if it has several."""
         if not isinstance(self._method, SharpnessAware):
             super().backward(loss, *args, **kwargs)
 
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
-        """Begins a step, with the batch that training_step has just kept; an interrupted one may have left others."""
-        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-        if self._parts is not None:
-            self._parts.begin_with_last()
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        """Clips, unless the optimizer does so inside its update."""
-        if not isinstance(self._method, SharpnessAware):
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Takes one step of the method over the batches kept."""
-        trainer, method = self.trainer, self._method
-        if not isinstance(method, SharpnessAware):
+        if not isinstance(self._method, SharpnessAware):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
-        self._check(method)
+        self._take(optimizer_closure)
+
+    def _take(self, closure: Any = None) -> None:
+        """What optimizer.step() is while a step is taken: Lightning's closure, and the method's passes."""
+        trainer, method = self.trainer, self._method
         model = trainer.model
-        with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():  # type: ignore[operator]
-            optimizer_closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
-        for owner in trainer.callbacks:  # type: ignore[attr-defined]
-            owner.on_before_optimizer_step(trainer, self, method)
-        self.on_before_optimizer_step(method)
+        shown: Any = None
+        self._stepping = True
+        try:
+            with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():  # type: ignore[operator]
+                if closure is not None:
+                    shown = closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
+        finally:
+            self._stepping = False
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        assert self._parts is not None  # training_step was just called
-        self.training_loss = self._parts.step(method, scaler)
+        assert self._parts is not None  # training_step was called
+        known = self._known
+        self._parts.step(method, scaler)
+        self.training_loss = torch.cat(self._seen).detach().mean()
+        if not known:
+            shown.data = self.training_loss  # this is the loss in Lightning's outputs
         if scaler is not None:
             scaler.update()
 
     def _check(self, method: SharpnessAware) -> None:
         trainer = self.trainer
+        if not self.automatic_optimization:
+            raise ValueError("automatic_optimization must be True: the optimizer's passes are run by optimizer_step()")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(f"strategy must be a single device or DDP, got {type(trainer.strategy).__name__}")
+        for owner, parent in self._owners():
+            for name, remedy in _REFUSED[parent].items():
+                if _overrides(owner, name, parent):
+                    raise ValueError(
+                        f"{name}() must not be overridden, but {type(owner).__name__} does: gradients exist "
+                        f"inside {type(method).__name__}'s update only; {remedy}"
+                    )
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
                 "gradient_clip_algorithm must be 'norm', which is done inside the update, got "
                 f"{trainer.gradient_clip_algorithm!r}"
             )
         set_clipping(method, trainer.gradient_clip_val or 0.0, "gradient_clip_val")
-        method.model = trainer.model  # type: ignore[arg-type]
+        method.model = trainer.model  # type: ignore[assignment]
+
+    def _owners(self) -> list[tuple[Any, type]]:
+        """Whose hooks Lightning calls, and the class that has them to be overridden."""
+        return [(self, SharpnessAwareModule), *((one, Callback) for one in self.trainer.callbacks)]  # type: ignore[attr-defined]
+
+    def _look(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean loss before the step; buffers and random numbers stay as they were."""
+        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
+        kind = self.device.type
+        with torch.no_grad(), torch.random.fork_rng([] if kind == "cpu" else [self.device], device_type=kind):
+            losses = check_per_sample(self.training_losses(batch, batch_idx), "training_losses()")
+            for buffer, value in before:
+                buffer.copy_(value)
+        self._seen.append(losses)
+        return losses.mean()
 
     @property
     def _method(self) -> Any:
@@ -130,6 +190,42 @@ class SharpnessAwareModule(LightningModule):
     def _losses(self, part: tuple[Any, int]) -> Tensor:
         self._in_pass = True
         try:
-            return self.trainer.strategy.training_step(*part)  # type: ignore[return-value]
+            losses = check_per_sample(self.trainer.strategy.training_step(*part), "training_losses()")
         finally:
             self._in_pass = False
+        if not self._known:  # a step's first pass is at the unperturbed weights
+            self._known = True
+            self._seen.append(losses.detach())
+        return losses
+
+
+_NO_GRADIENTS = {
+    "on_after_backward": "on_train_batch_end comes after every step",
+    "on_before_optimizer_step": "on_train_batch_start comes before every step, on_train_batch_end after it",
+}
+_REFUSED = {
+    SharpnessAwareModule: {
+        "backward": "what the loss needs belongs in training_losses",
+        "configure_gradient_clipping": "clip with the Trainer's gradient_clip_val or the optimizer's max_grad_norm",
+        **_NO_GRADIENTS,
+    },
+    Callback: _NO_GRADIENTS,
+}
+"""Hooks that need the gradients, and what to do instead."""
+
+
+def _with_passes(own: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(own)
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if isinstance(self._method, SharpnessAware):
+            optimizer.step = self._take
+        try:
+            own(self, epoch, batch_idx, optimizer, optimizer_closure)
+        finally:
+            vars(optimizer).pop("step", None)
+
+    return optimizer_step
+
+
+def _overrides(owner: Any, name: str, parent: type) -> bool:
+    return getattr(getattr(owner, name), "__func__", None) is not getattr(parent, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from ltsam_fast.optim.base import SharpnessAware
@@ -41,6 +43,47 @@ def select(batch: Any, index: Tensor | None) -> Any:
     return tree_map_only(Tensor, lambda one: one[index.to(one.device)] if one.dim() else one, batch)
 
 
+class _Cloning(TorchFunctionMode):
+    """deepcopy() clones tensors: torch's own copies all the memory that a view is part of, and refuses what has a graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **kwargs or {})
+        tensor, memo = args
+        memo[id(tensor)] = copied = tensor.clone()
+        return copied
+
+
+def copy_of(batch: Any) -> Any:
+    """A copy of a batch with all that it holds, for a loader may use its memory again.
+
+    Raises:
+        TypeError: Something in the batch can't be copied.
+
+    >>> x = torch.zeros(2)
+    >>> kept = copy_of({"x": (x,)})
+    >>> _ = x.fill_(1)
+    >>> kept
+    {'x': (tensor([0., 0.]),)}
+    """
+    try:
+        with _Cloning():
+            return copy.deepcopy(batch)
+    except Exception as error:
+        raise TypeError(
+            f"batch must be copied to be kept for accumulated gradients, got {type(batch).__name__}, which can't be "
+            f"({error}): give what is in it __deepcopy__(), or do not accumulate"
+        ) from error
+
+
+def check_per_sample(losses: Any, source: str) -> Tensor:
+    """Returns the losses; raises ValueError, with their ``source``, unless their shape is (B,)."""
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"{source} must return the per-sample losses, shape (B,), got {got}: use reduction='none'")
+    return losses
+
+
 class Parts:
     """The micro-batches of one optimizer step.
 
@@ -53,13 +96,9 @@ class Parts:
         self.losses, self.targets = losses, targets
         self._batches: list[Any] = []
 
-    def add(self, batch: Any) -> None:
-        """Keeps a micro-batch for the step to come."""
-        self._batches.append(batch)
-
-    def begin_with_last(self) -> None:
-        """Forgets all micro-batches but the last one kept."""
-        self._batches = self._batches[-1:]
+    def add(self, batch: Any, last: bool) -> None:
+        """Keeps a micro-batch for the step to come: the ``last`` one as it is, others as copies: loaders may overwrite them."""
+        self._batches.append(batch if last else copy_of(batch))
 
     def step(self, optimizer: SharpnessAware, scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Takes one step over the micro-batches kept, and forgets them, whatever happens.
