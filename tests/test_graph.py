@@ -3,7 +3,11 @@
 import contextlib
 import copy
 import functools
+import gc
+import types
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -528,6 +532,240 @@ def test_triton_reads_what_a_trace_keeps(method):
         return model.state_dict()
 
     assert_same(steps(True), steps(False))
+
+
+class FakeCuda:
+    """What graph_step asks of torch.cuda, with torch's behaviour where a capture fails: no device is needed."""
+
+    class Graph:
+        """A CUDAGraph."""
+
+        replayed = 0
+
+        def replay(self):
+            self.replayed += 1
+
+    def __init__(self):
+        self.streams = [0]
+        self.devices = []
+        self.waits = []
+        self.pools = {}  # how often each is in use; one whose graphs are all gone must not be used again
+        self.stuck = set()  # pools of captures that could not be ended
+        self.invalid = False
+        self.Stream, self.CUDAGraph = self.make_stream, self.Graph
+
+    def make_stream(self, device):
+        cuda, number = self, 1 + len(self.waits)
+        stream = types.SimpleNamespace(wait_stream=lambda other: cuda.waits.append((stream.number, other.number)))
+        stream.number = number
+        return stream
+
+    def current_stream(self, device):
+        stream = types.SimpleNamespace(wait_stream=lambda other: self.waits.append((stream.number, other.number)))
+        stream.number = self.streams[-1]
+        return stream
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before = list(self.streams)
+        self.streams.append(stream.number)
+        try:
+            yield
+        finally:
+            self.streams = before
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.devices.append(device)
+        try:
+            yield
+        finally:
+            self.devices.pop()
+
+    def graph_pool_handle(self):
+        return object()
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert self.devices, "torch.cuda.graph waits for the current device"
+        assert self.pools.get(pool, 1) > 0, "use_count > 0"
+        assert pool not in self.stuck, "already recording to mempool_id"
+        self.streams.append(stream.number)  # as graph does: by hand
+        self.invalid = False
+        try:
+            yield
+        finally:
+            if self.invalid:
+                self.stuck.add(pool)
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.streams.pop()
+        self.pools[pool] = self.pools.get(pool, 0) + 1
+        weakref.finalize(graph, self.leave, pool)
+
+    def leave(self, pool):
+        self.pools[pool] -= 1
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(graph.torch, "cuda", fake)
+    return fake
+
+
+def test_graphs_share_memory_as_long_as_one_is_left(cuda):
+    machine = graph.Machine("cuda:1")
+    replays = [machine.capture(lambda: torch.ones(()))[0] for _ in range(3)]
+    assert list(cuda.pools.values()) == [3]
+    del replays[:]
+    gc.collect()
+    replay, _ = machine.capture(lambda: torch.ones(()))
+    assert sorted(cuda.pools.values()) == [0, 1]
+    replay()
+
+
+def test_a_failed_capture_leaves_streams_and_devices(cuda):
+    machine = graph.Machine("cuda:1")
+
+    def fails():
+        cuda.invalid = True
+        raise ValueError("the cause")
+
+    with pytest.raises(RuntimeError, match="previous error during capture") as raised:
+        machine.capture(fails)
+    assert cuda.streams == [0] and not cuda.devices
+    assert (
+        graph._what_failed(raised.value) == "the cause, then: operation failed due to a previous error during capture"
+    )
+    waits = len(cuda.waits)
+    with pytest.raises(ValueError, match="oh"), machine.aside():
+        assert cuda.streams != [0]
+        raise ValueError("oh")
+    assert cuda.streams == [0] and len(cuda.waits) == waits + 2
+
+
+def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
+    """Coming back fails too while a capture is invalid; batch norm learns on, no gradient stays, and the cause is told."""
+    model = network()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    tape(model, optimizer)
+    failing, restore = [False], optimizer.restore
+
+    def look(grad):
+        if failing[0] and optimizer._climbed:
+            monkeypatch.setattr(optimizer, "restore", come_back)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def come_back():
+        if optimizer._climbed:
+            raise RuntimeError("the capture is invalid")
+        restore()
+
+    model[0].weight.register_hook(look)  # when the other layers have their gradients
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
+    machines = [step._machine]
+    for i, (x, y) in enumerate(batches(8)):
+        failing[0] = i == 1
+        if failing[0]:
+            weights = copy.deepcopy(model.state_dict())
+            with pytest.raises(
+                RuntimeError, match=r"cannot be captured .*: operation not permitted .*, then: the capture is"
+            ):
+                step(x, y)
+            assert_same(model.state_dict(), weights)
+            assert model[1].track_running_stats and all(param.grad is None for param in model.parameters())
+            assert step._machine is not machines[0]
+            monkeypatch.setattr(optimizer, "restore", restore)
+        else:
+            step(x, y)
+    assert Tape.captures == 2
+    twin = network()
+    other = lf.SAM(twin.parameters(), torch.optim.SGD, lr=0.1, model=twin)
+    for i, (x, y) in enumerate(batches(8)):
+        if i != 1:
+            other.step(lambda: losses_of(twin(x), y))  # noqa: B023
+    assert_same(model.state_dict(), twin.state_dict())
+
+
+def test_a_trace_does_not_hand_out_more_than_there_is():
+    trace = live.Trace(torch.zeros(24, dtype=torch.uint8))
+    place = trace.on(np.array([[1.0, 2.0]]))
+    assert place.dtype == torch.float64 and place.shape == (1, 2)
+    with pytest.raises(RuntimeError, match="reads more than the 24 bytes"):
+        trace.on(np.array([1, 2]))
+
+
+def on_a_gpu(monkeypatch, stream=1, capturing=False):
+    """Has ops take tensors for a GPU's; returns what the stream is, to be changed."""
+    now = types.SimpleNamespace(stream=stream, capturing=capturing)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    current = lambda device=None: types.SimpleNamespace(cuda_stream=now.stream)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    return now
+
+
+def test_each_stream_and_each_capture_has_scratch_memory_of_its_own(monkeypatch):
+    now = on_a_gpu(monkeypatch)
+    lists = ([torch.zeros(3)], None, None)
+    op = ops.OPS["grad_norm"]
+    table = ops._table_for(op, lists)
+    assert ops._table_for(op, lists) is table
+    now.stream = 2
+    assert ops._table_for(op, lists) is not table
+    now.stream, now.capturing = 1, True
+    captured = ops._table_for(op, lists)
+    assert captured is not table and ops._table_for(op, lists) is not captured
+    now.capturing = False
+    assert ops._table_for(op, lists) is table
+
+
+def test_triton_refuses_graphs_of_somebodys_own(monkeypatch):
+    if reason := backend.why_not("triton"):
+        pytest.skip(f"triton: {reason}")
+    from ltsam_fast.kernels.table import launch
+
+    on_a_gpu(monkeypatch, capturing=True)
+    part = types.SimpleNamespace(device=torch.device("cuda"), cache={})
+    with pytest.raises(RuntimeError, match=r"backend must not be 'triton' in a CUDA graph of your own.*lf.graph_step"):
+        launch(None, part, np.zeros((1, 1)), (), 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_graph_has_tables_of_its_own(layout, tape):
+    """What it points to stays, whatever other steps make of the optimizer's tables since."""
+    model = network()
+    if layout == "transposed":
+        model[0].weight = torch.nn.Parameter(torch.randn(4, 8).T)
+    optimizer = lf.FocalSAM(model.parameters(), torch.optim.SGD, class_counts=COUNTS, lr=0.1, momentum=0.9)
+    tape(model, optimizer)
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
+    for x, y in batches(2):
+        step(x, y)
+    parts = {id(part) for table in optimizer._tables.values() for part in table.parts}
+    x, y = next(batches(1))
+    step(x, y)
+    assert parts == {id(part) for table in optimizer._tables.values() for part in table.parts}
+    (kind,) = next(iter(step._kinds.values()))
+    taped = {id(args[0]._scratch) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "_scratch")}
+    assert taped.isdisjoint(id(part._scratch) for table in optimizer._tables.values() for part in table.parts)
+
+
+def test_constants_are_kept_and_a_graph_holds_its_own(tape):
+    model = network()
+    optimizer = lf.FriendlySAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    tape(model, optimizer)
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
+    for x, y in batches(4):
+        step(x, y)
+    held = list(optimizer._constants.values())
+    one, other = optimizer._constant((1.0, 2.0)), optimizer._constant((3.0, 4.0))
+    assert optimizer._constant((1.0, 2.0)) is one and optimizer._constant((3.0, 4.0)) is other
+    for i in range(100):
+        optimizer._constant((float(i), 0.0))
+    assert len(optimizer._constants) == 64 and (1.0, 2.0) not in {key[0] for key in optimizer._constants}
+    kind = next(kind for kinds in step._kinds.values() for kind in kinds if kind.replay)
+    assert {id(one) for one in held} <= {id(one) for one in kind.alive}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
