@@ -142,17 +142,20 @@ def accumulator(part):
 
 
 def on_device(part, name, make, key=None):
-    """The array that ``make`` returns, on the part's device: uploaded when a tensor has moved or ``key`` changed."""
+    """The array that ``make`` returns, on the part's device: uploaded when a tensor has moved or ``key`` changed.
+
+    While a step is traced nothing is kept: each launch in a graph reads memory of its own, which nobody else lets go of.
+    """
+    if trace := recording():
+        return _upload(part, trace.on(np.array(make(), order="C")))
     kept = part.cache.get(name)
     if kept is None or kept[0] != key:
-        kept = part.cache[name] = (key, _upload(part, make()))
+        kept = part.cache[name] = (key, _upload(part, np.array(make(), order="C")))
     return kept[1]
 
 
 def _upload(part, array):
-    array = np.ascontiguousarray(array)
-    if trace := recording():
-        array = trace.on(part.device, array)
+    """An array, which must be nobody else's to change: it may be copied later. A tensor is there already."""
     if isinstance(array, torch.Tensor):
         return array
     host = torch.from_numpy(array)
@@ -175,11 +178,16 @@ def _launches(part, array_roles):
     for index, like in enumerate(first):
         chosen = items[kind[tensor] == index]
         if len(chosen):
-            yield tuple(TYPES[code] if code >= 0 else None for code in kinds[like]), _upload(part, chosen)
+            yield tuple(TYPES[code] if code >= 0 else None for code in kinds[like]), chosen
 
 
 def launch(kernel, part, hyper, signals, array_roles, **constants):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
+    if part.device.type == "cuda" and not recording() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend must not be 'triton' in a CUDA graph of your own, which would read tables that are gone: "
+            "use lf.graph_step(), or backend 'cuda'"
+        )
     if "launches" not in part.cache:
         part.cache["launches"] = list(_launches(part, array_roles))
     pointers = on_device(part, "pointers", lambda: part.pointers)
@@ -187,7 +195,8 @@ def launch(kernel, part, hyper, signals, array_roles, **constants):
         rows = hyper
     else:
         rows = on_device(part, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
-    for types, items in part.cache["launches"]:
+    for number, (types, chosen) in enumerate(part.cache["launches"]):
+        items = on_device(part, f"items {number}", lambda chosen=chosen: chosen)
         kernel[(len(items),)](
             items,
             pointers,

@@ -52,7 +52,7 @@ def backends() -> list[str]:
 
 
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
-    """Returns a context in which every op runs on this backend.
+    """Returns a context in which every op runs on this backend; a loss's backward runs where its forward did.
 
     Args:
         name: One of :data:`NAMES`.
@@ -67,11 +67,17 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     reason = why_not(name)
     if reason is not None:
         raise ValueError(f"use_backend({name!r}): {reason}. {_remedy()}")
-    return _using(name)
+    return using(name)
+
+
+def wish() -> str | None:
+    """Returns what :func:`use_backend` asks for here. Autograd's threads do not know: a node must keep it for its backward."""
+    return _wish.get()
 
 
 @contextlib.contextmanager
-def _using(name: str) -> Iterator[None]:
+def using(name: str | None) -> Iterator[None]:
+    """A context with this :func:`wish`."""
     token = _wish.set(name)
     try:
         yield

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +19,7 @@ from ltsam_fast.backend import backend_for
 from ltsam_fast.live import Trace, live_options
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.descent import no_hooks
-from ltsam_fast.optim.fused import FUSED
+from ltsam_fast.optim.fused import FUSED, Update
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -68,7 +72,8 @@ def graph_step(
 class _Kind:
     """Steps that launch the same kernels on the same memory."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, structure: tuple[Any, ...], trace: Trace) -> None:
+        self.structure = structure
         self.trace = trace
         self.seen = 0
         self.batch: list[Tensor] = []
@@ -97,7 +102,7 @@ class GraphStep:
         self._machine = Machine(device)
         self._check_batch(example_batch)
         self._expected = [(one.dim(), one.dtype) for one in example_batch]
-        self._kinds: dict[Any, list[_Kind]] = {}
+        self._kinds: dict[tuple[torch.Size, ...], list[_Kind]] = {}
         self._addresses: tuple[int, ...] = ()
         # What is loaded lies elsewhere than what the graphs update.
         optimizer.register_load_state_dict_post_hook(lambda _: self._kinds.clear())
@@ -108,11 +113,13 @@ class GraphStep:
         if (addresses := self._lie_at()) != self._addresses:
             self._kinds.clear()
             self._addresses = addresses
-        kinds = self._kinds.setdefault((tuple(one.shape for one in batch), self._structure()), [])
-        kind = next((kind for kind in kinds if kind.trace.holds()), None)
-        if kind is None or kind.seen < self.warmup:
-            return self._eager(batch, kinds, kind)
-        if kind.replay is None:
+        kinds = self._kinds.setdefault(tuple(one.shape for one in batch), [])
+        structure = self._structure()
+        kind = next((kind for kind in kinds if kind.structure == structure and kind.trace.holds()), None)
+        if kind is None or kind.replay is None:
+            begins = self.optimizer._begins_anew()  # such a step does what others of its kind do not
+            if kind is None or begins or kind.seen < self.warmup:
+                return self._eager(batch, kinds, structure, kind, int(not begins))
             self._capture(kind, batch)
         return self._replay(kind, batch)
 
@@ -135,47 +142,59 @@ class GraphStep:
         # A cast weight that outlives the pass would be the unperturbed one.
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
-    def _eager(self, batch: Sequence[Tensor], kinds: list[_Kind], kind: _Kind | None) -> Tensor:
+    def _eager(
+        self, batch: Sequence[Tensor], kinds: list[_Kind], structure: tuple[Any, ...], kind: _Kind | None, counts: int
+    ) -> Tensor:
         """An ordinary step, which shows what it decides by numbers that may change."""
         trace = Trace()
         with self._machine.aside(), live_options(self.optimizer.param_groups, trace), trace.recording():
             loss = self._step([one.to(self.device, non_blocking=True) for one in batch])
         if kind is None:
-            kinds.append(kind := _Kind(trace))
+            if len(kinds) == _KINDS and not any(one.replay for one in kinds):
+                warnings.warn(
+                    f"graph_step has seen {_KINDS} kinds of steps, none of them often enough to be captured: something in the "
+                    "optimizer's options or in the loss changes with every step",
+                    stacklevel=3,
+                )
+            kinds.append(kind := _Kind(structure, trace))
             del kinds[:-_KINDS]
         kind.trace = trace
-        kind.seen += 1
+        kind.seen += counts
         return loss
 
     def _capture(self, kind: _Kind, batch: Sequence[Tensor]) -> None:
-        groups = self.optimizer.param_groups
+        optimizer, groups = self.optimizer, self.optimizer.param_groups
         taken = [group["taken"] for group in groups]
-        kind.batch = [one.to(self.device, copy=True) for one in batch]
-        kind.trace = trace = Trace(capturing=True)
-        for parts in self._parts():
-            for part in parts:  # what a backend uploaded before would be its own to let go of
-                part.cache.clear()
+        # What the host fills must lie outside the graph's memory: there a replay writes over it.
+        batch = [one.to(self.device, copy=True) for one in batch]
+        trace = Trace(self._machine.space(kind.trace.asked))
+        # Tables of its own, with scratch memory and copies of its own, which live as long as the graph.
+        tables, optimizer._tables = optimizer._tables, {}
+        update, optimizer._update = optimizer._update, Update()
         try:
-            own = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+            own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
             # Hooks are called at each replay: they must not be captured.
             with no_hooks(*own), live_options(groups, trace), trace.recording():
-                kind.replay, kind.loss = self._machine.capture(lambda: self._step(kind.batch))
+                kind.replay, kind.loss = self._machine.capture(lambda: self._step(batch))
         except Exception as error:
-            self.optimizer._forget()  # nothing ran, so no weight is perturbed, whatever the host believes
+            # Nothing ran, so no weight is perturbed, whatever the host believes. Coming back may have failed half-way.
+            optimizer._thaw_statistics()
+            optimizer._clear_gradients()
+            optimizer._forget()
+            kind.seen = 0
+            self._machine = Machine(self.device)  # a stream and memory that the failed capture has not seen
             raise RuntimeError(
-                f"{type(self.optimizer).__name__}'s step with this model and loss cannot be captured in a CUDA graph, "
-                f"call optimizer.step() instead: {error}"
+                f"{type(optimizer).__name__}'s step with this model and loss cannot be captured in a CUDA graph, "
+                f"call optimizer.step() instead: {_what_failed(error)}"
             ) from error
         finally:
+            optimizer._tables, optimizer._update = tables, update
             for group, count in zip(groups, taken, strict=True):  # replays count
                 group["taken"] = count
+        kind.trace, kind.batch = trace, batch
         trace.refresh(everything=True)
         # A graph knows addresses only: what lies there must stay, though the optimizer may let go of it.
-        kind.alive = self._parts() + list(self.optimizer._backups.values())
-
-    def _parts(self) -> list[Any]:
-        tables = (*self.optimizer._tables.values(), self.optimizer._update._table)
-        return [list(table.parts) for table in tables if table]
+        kind.alive = [*optimizer._backups.values(), *optimizer._constants.values(), optimizer._skipped]
 
     def _replay(self, kind: _Kind, batch: Sequence[Tensor]) -> Tensor:
         optimizer = self.optimizer
@@ -207,6 +226,7 @@ class GraphStep:
         fixed += [value for group in optimizer.param_groups for value in group.values()]
         return (
             tuple(module.training for module in self.model.modules()),
+            tuple(_facts(self.loss_fn)),
             tuple(param.requires_grad for param in optimizer._parameters()[0]),
             tuple(value for value in fixed if value is None or isinstance(value, (bool, str))),
             tuple(value for value in fixed[: len(optimizer._kept)] if isinstance(value, (int, float))),
@@ -217,6 +237,52 @@ _KINDS = 32
 """Kinds of steps of one batch size that are told apart; a method that never repeats itself would make ever more."""
 
 
+def _what_failed(error: BaseException) -> str:
+    """What went wrong first, and last: after a capture that failed cleaning up fails too."""
+    messages = [str(error)]
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+        messages.append(str(error))
+    return ", then: ".join(dict.fromkeys((messages[-1], messages[0])))
+
+
+def _facts(value: Any, depth: int = 3) -> Iterator[Any]:
+    """What a loss depends on, as far as that can be seen: a graph reads these tensors, and was made with these numbers.
+
+    Looked at are modules, tensors and plain values; also those that a function refers to, that a partial or a method is bound
+    to, and that a callable object has.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        yield value
+    elif isinstance(value, Tensor):
+        yield value.data_ptr(), value.dtype, value.shape
+    elif isinstance(value, torch.nn.Module):
+        for module in value.modules():
+            tensors = (*module._buffers.values(), *module._parameters.values())
+            for one in (*vars(module).values(), *tensors):
+                yield from _facts(one, 0)
+    elif depth:
+        for one in _parts(value):
+            yield from _facts(one, depth - 1)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What a callable is made of."""
+    if isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        if str(value.__module__).partition(".")[0] not in ("torch", "ltsam_fast"):
+            yield from (value.__globals__.get(name) for name in value.__code__.co_names)
+            yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # it is empty yet
+                    yield cell.cell_contents
+    elif callable(value) and not isinstance(value, type):
+        yield from getattr(value, "__dict__", {}).values()
+
+
 class Machine:
     """What is asked of CUDA."""
 
@@ -225,23 +291,35 @@ class Machine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Work on the stream that graphs are captured on, where autograd then finds its nodes."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def space(self, size: int) -> Tensor:
+        """Bytes outside the graphs' memory."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Captures ``work``; returns what replays it, and its result, which every replay overwrites."""
+        if not self._graphs:  # memory of graphs that are gone is not theirs any more
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Graphs run one after the other, so they may share memory. Other threads (a loader's) may go on using CUDA.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            result = work()
+        # torch.cuda.graph waits for the current device, and leaves its stream current if the capture cannot be ended.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            # Graphs run one after the other, so they may share memory. Other threads (a loader's) may go on using CUDA.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                result = work()
+        self._graphs.add(graph)
         return graph.replay, result
 
 

@@ -95,12 +95,18 @@ class Watched(NamedTuple):
 class Trace:
     """What one run of a step read and decided.
 
-    While it is being :meth:`recorded <recording>` the ops ask :meth:`watch` and :meth:`on` for their hyperparameters;
-    :meth:`refresh` brings those up to date before a replay, with one copy to the device, and only if one changed.
+    While it is being :meth:`recorded <recording>` the ops ask :meth:`watch` and :meth:`on` for what kernels read of the host's;
+    :meth:`refresh` brings it up to date before a replay, with one copy for each array that changed.
+
+    Args:
+        space: Bytes on the device for all that, when a graph is captured. It is taken before the capture, outside the graph's
+            pool: a replay writes over whatever else lies in the pool. A trace that only looks on counts in ``asked`` how many
+            bytes such a step takes.
     """
 
-    def __init__(self, capturing: bool = False) -> None:
-        self.capturing = capturing
+    def __init__(self, space: Tensor | None = None) -> None:
+        self.asked = 0
+        self._space = space
         self.held: dict[tuple[int, str], Any] = {}
         """What the options are while live numbers stand in for them."""
         self._guards: list[tuple[Callable[..., Any], tuple[Any, ...], Any]] = []
@@ -124,11 +130,17 @@ class Trace:
             self._watched.append(Watched(columns, check, rows))
         return rows
 
-    def on(self, device: torch.device, array: NDArray[Any]) -> Any:
-        """An array where kernels read it, in memory that stays its own. On the CPU that is the array itself."""
-        if device.type == "cpu" or not self.capturing:
+    def on(self, array: NDArray[Any]) -> Any:
+        """An array of 8-byte numbers where a captured kernel reads it; else the array itself."""
+        begin, self.asked = self.asked, self.asked + array.nbytes
+        if self._space is None:
             return array
-        place = torch.empty(array.shape, dtype=torch.from_numpy(array[:0]).dtype, device=device)
+        if self.asked > len(self._space):
+            raise RuntimeError(
+                f"the captured step reads more than the {len(self._space)} bytes that the step before it read"
+            )
+        dtype = torch.float64 if array.dtype == np.float64 else torch.int64
+        place = self._space[begin : self.asked].view(dtype).view(array.shape)
         self._placed.append((array, place))
         return place
 
@@ -142,8 +154,9 @@ class Trace:
                 changed.add(id(watched.rows))
         for array, place in self._placed:
             if everything or id(array) in changed:
+                host = torch.from_numpy(array)
                 # Pinned memory from torch's own cache, which does not give it away before the copy has been made.
-                place.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+                place.copy_(host.pin_memory() if place.is_cuda else host, non_blocking=True)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:

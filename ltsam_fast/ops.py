@@ -168,13 +168,22 @@ def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
     return rows
 
 
-_TABLES: dict[tuple[str, int, int, int], Table] = {}
+_TABLES: dict[tuple[Any, ...], Table] = {}
 
 
 def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
     """A table to reuse. Any would do, for bind() checks everything: a good guess only saves building it anew."""
     first = lists[0] or ()
-    key = (op.name, len(first), id(first[0]) if len(first) else 0, threading.get_ident())  # native code drops the GIL
+    lead = first[0] if len(first) else None
+    stream = 0
+    if isinstance(lead, Tensor) and lead.is_cuda:
+        if (
+            torch.cuda.is_current_stream_capturing()
+        ):  # a graph keeps the scratch memory that it saw, these tables may not
+            return Table(op)
+        stream = torch.cuda.current_stream(lead.device).cuda_stream
+    # Native code drops the GIL, and what runs on two streams at once must not share scratch memory.
+    key = (op.name, len(first), id(lead), threading.get_ident(), stream)
     table = _TABLES.get(key)
     if table is None:
         if len(_TABLES) >= _KEPT:
@@ -213,9 +222,7 @@ def _launch(
         addresses[_SLOTS[name]] = value.data_ptr()
     trace = recording()
     with torch.cuda.device(part.device) if part.device.type == "cuda" else _HERE:
-        getattr(backend, op.name)(
-            part, trace.on(part.device, hyper) if trace else hyper, tuple(addresses), part.where()
-        )
+        getattr(backend, op.name)(part, trace.on(hyper) if trace else hyper, tuple(addresses), part.where())
     return seen
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import reference
-from ltsam_fast.backend import backend_for
+from ltsam_fast.backend import backend_for, using, wish
 from ltsam_fast.table import DTYPES
 
 ADDRESSES = (
@@ -148,6 +148,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1], *inputs[:8])
     ctx.mark_non_differentiable(output[1])
     ctx.numbers = inputs[8]
+    ctx.wish = wish()
 
 
 def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -158,7 +159,8 @@ def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, 
         grad = reference._cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)
     else:
         run = backward if _traced(cotangent) or torch._C._are_functorch_transforms_active() else _backward
-        grad = run(cotangent, state, logits, targets, *vectors, ctx.numbers)
+        with using(ctx.wish):
+            grad = run(cotangent, state, logits, targets, *vectors, ctx.numbers)
     return grad, *[None] * 8
 
 

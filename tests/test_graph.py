@@ -3,7 +3,11 @@
 import contextlib
 import copy
 import functools
+import gc
+import types
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,24 +38,39 @@ BASES = {
 }
 
 
+def storages(tree):
+    """The memory of all tensors, by its address."""
+    found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return {storage.data_ptr(): storage for storage in found if storage.nbytes()}
+
+
 class Recorder(TorchDispatchMode):
-    """Notes every torch operation, and keeps its results where they are."""
+    """Notes every torch operation, keeps its results where they are, and notes what memory was taken for them."""
 
     def __init__(self, tape):
         super().__init__()
         self.tape = tape
+        self.pool = {}
+        self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Labels on the CPU are looked at, those on a GPU are not.
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+        # Labels on the CPU are looked at, those on a GPU are not. What torch.tensor() makes there is uploaded.
+        looks = func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        if looks or func is torch.ops.aten.lift_fresh.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         result = func(*args, **(kwargs or {}))
         self.tape.append((func, args, kwargs or {}, result))
+        self.seen |= {address for address in storages((args, kwargs)) if address not in self.pool}
+        self.pool |= {address: one for address, one in storages(result).items() if address not in self.seen}
         return result
 
 
 class Tape:
-    """CUDA's graphs on the CPU: what is captured runs only when it is replayed, on the same memory."""
+    """CUDA's graphs on the CPU: what is captured runs only when it is replayed, on the same memory.
+
+    A replay begins by writing over all memory that was taken during the capture: there CUDA's allocator lets what a step needs
+    later lie where something else lay before.
+    """
 
     device_type = "cpu"
     captures = 0
@@ -59,6 +78,9 @@ class Tape:
 
     def __init__(self, device):
         self.aside = contextlib.nullcontext
+
+    def space(self, size):
+        return torch.zeros(size, dtype=torch.uint8)
 
     def capture(self, work):
         tape = []
@@ -70,13 +92,21 @@ class Tape:
         def native(name, part, hyper, signals, where):
             part = copy.copy(part)
             part.pointers = part.pointers.copy()
+            assert isinstance(hyper, torch.Tensor), "a graph would hold these numbers for ever"
+            hyper = hyper.numpy()  # the same memory: what lies there when it is replayed
             tape.append((originals[name], (part, hyper, signals, where), {}, None))
             originals[name](part, hyper, signals, where)
 
+        originals["cross_entropy"] = core.cross_entropy
+
+        def loss(*arguments):
+            tape.append((originals["cross_entropy"], arguments, {}, None))
+            originals["cross_entropy"](*arguments)
+
         try:
             for name in originals:
-                setattr(core, name, functools.partial(native, name))
-            with Recorder(tape):
+                setattr(core, name, loss if name == "cross_entropy" else functools.partial(native, name))
+            with Recorder(tape) as recorder:
                 result = work()
         finally:
             for name, original in originals.items():
@@ -84,11 +114,13 @@ class Tape:
             with torch.no_grad():
                 for tensor, old in before:
                     tensor.copy_(old)
-        return functools.partial(self.replay, tape), result
+        return functools.partial(self.replay, tape, recorder.pool), result
 
     @staticmethod
     @torch.no_grad()
-    def replay(tape):
+    def replay(tape, pool):
+        for storage in pool.values():
+            storage.fill_(255)  # NaN, or an address that is none
         for func, args, kwargs, kept in tape:
             result = func(*args, **kwargs)
             if "empty" in str(func):
@@ -110,6 +142,7 @@ def tape(monkeypatch):
         def state():
             found = [*model.parameters(), *model.buffers()]
             found += [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
+            found += [optimizer._skipped] if optimizer._skipped is not None else []
             return found + ([scaler._scale, scaler._growth_tracker] if scaler and scaler._scale is not None else [])
 
         monkeypatch.setattr(Tape, "state", staticmethod(state))
@@ -220,14 +253,21 @@ def test_clipping(tape):
     assert_same(train("SAM", "sgd", tape, max_grad_norm=0.1), train("SAM", "sgd", max_grad_norm=0.1))
 
 
-@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "GNM"])
-def test_overflows_skip_the_step(method, tape):
+@pytest.mark.parametrize("spoil", [(1, 7, 8), (0, 1, 2), (0, 1, 2, 3, 9)], ids=str)
+@pytest.mark.parametrize("method", METHODS | {"fisher": {}})
+def test_overflows_skip_the_step(method, spoil, tape, monkeypatch):
+    """At the start too, where a method begins what it keeps."""
+    if method == "fisher":
+        method = "SparseSAM"
+        monkeypatch.setitem(METHODS, method, {"mask": "fisher", "refresh_every": 100})
+
     def scaler():
         return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
 
-    one = train(method, "adamw", tape, scaler=scaler(), spoil=(1, 7, 8))
-    assert_same(one, train(method, "adamw", scaler=scaler(), spoil=(1, 7, 8)))
-    assert {float(state["step"]) for state in one[2]["state"].values()} == {11.0}
+    one = train(method, "adamw", tape, scaler=scaler(), spoil=spoil)
+    assert_same(one, train(method, "adamw", scaler=scaler(), spoil=spoil))
+    assert {float(state["step"]) for state in one[2]["state"].values()} == {14.0 - len(spoil)}
+    assert Tape.captures > 0
 
 
 def test_options_changed_by_hand(tape):
@@ -309,6 +349,87 @@ def test_what_cannot_be_captured_leaves_the_weights(tape):
     optimizer.step(lambda: losses_of(model(x2), y2))
 
 
+class Weighed:
+    """A loss of somebody's own, an object that is called."""
+
+    def __init__(self):
+        self.weight, self.smoothing = None, 0.0
+
+    def __call__(self, outputs, targets):
+        return F.cross_entropy(outputs, targets, self.weight, reduction="none", label_smoothing=self.smoothing)
+
+    forward = __call__
+
+
+def change_losses():
+    """Losses as users have them, each with something that changes it."""
+    counts = {"class_counts": COUNTS, "reduction": "none"}
+    weights = lf.losses.deferred_reweighting(1, COUNTS, 0)
+
+    def weighed(how):
+        ldam = lf.losses.LDAM(**counts, s=2.0)
+        return how(ldam), lambda: ldam.set_weight(weights)
+
+    yield "a module", weighed(lambda ldam: ldam)
+    yield "a lambda", weighed(lambda ldam: lambda outputs, targets: ldam(outputs, targets))
+    yield "a method", weighed(lambda ldam: ldam.forward)
+    yield "a partial", weighed(lambda ldam: functools.partial(lambda scale, z, y: scale * ldam(z, y), 0.5))
+    nested = torch.nn.ModuleDict({"loss": lf.losses.LogitAdjusted(**counts, weight=weights)})
+    yield "in a module", (lambda z, y: nested["loss"](z, y), lambda: nested["loss"].set_weight(None))
+    cloud = lf.losses.GCL(**counts, s=2.0)
+    yield "a flag", (cloud, cloud.eval)
+    focal = lf.losses.Focal(**counts)
+    yield "a number", (focal, lambda: setattr(focal, "gamma", 2.0))
+    for name, value in (("weight", weights.float()), ("smoothing", 0.2)):
+        own = Weighed()
+        yield f"an object's {name}", (own, lambda own=own, name=name, value=value: setattr(own, name, value))
+        own = Weighed()
+        yield f"a method's {name}", (own.forward, lambda own=own, name=name, value=value: setattr(own, name, value))
+    rebound = functools.partial(F.cross_entropy, reduction="none")
+    yield "a keyword", (rebound, lambda: rebound.keywords.update(weight=weights.float()))
+    factor = 1.0
+
+    def scaled(outputs, targets):
+        return factor * losses_of(outputs, targets)
+
+    def change():
+        nonlocal factor
+        factor = 3.0
+
+    yield "a variable", (scaled, change)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in change_losses()])
+def test_a_changed_loss_is_another_step(name, tape):
+    def run(captured):
+        loss, change = dict(change_losses())[name]
+        model = network()
+        optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+        if captured:
+            tape(torch.nn.ModuleList([model, *([loss] if isinstance(loss, torch.nn.Module) else [])]), optimizer)
+            step = lf.graph_step(model, loss, optimizer, next(batches(1)), warmup=2)
+        seen = []
+        for i, (x, y) in enumerate(batches(12)):
+            if i == 6:
+                change()
+            seen.append(step(x, y) if captured else optimizer.step(lambda: loss(model(x), y)))  # noqa: B023
+        return torch.stack(seen), model.state_dict()
+
+    assert_same(run(True), run(False))
+    assert Tape.captures == 2
+
+
+def test_a_loss_that_always_changes_is_not_captured_and_said_so(tape):
+    model, loss = network(), Weighed()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    step = lf.graph_step(model, loss, optimizer, next(batches(1)), warmup=1)
+    with pytest.warns(UserWarning, match="32 kinds of steps, none of them often enough") as seen:
+        for i, (x, y) in enumerate(batches(40)):
+            loss.smoothing = i / 100
+            step(x, y)
+    assert Tape.captures == 0 and seen[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -373,33 +494,291 @@ def test_live_numbers_follow_and_guard():
     assert type(copy.deepcopy(half)) is float
 
 
-@pytest.mark.parametrize("method", ["FocalSAM", "GNM", "ESAM"])
-def test_triton_reads_what_a_trace_keeps(method, monkeypatch):
+class Filled(live.Trace):
+    """A trace whose arrays are there at once, and which remembers what they were when a kernel was launched."""
+
+    def __init__(self, space):
+        super().__init__(space)
+        self.launched = []
+
+    def on(self, array):
+        place = super().on(array)
+        place.copy_(torch.from_numpy(array))
+        self.launched.append((place, place.clone()))
+        return place
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_triton_reads_what_a_trace_keeps(method):
+    """Tables and numbers lie in the trace's memory, as they were at the launch, though a table may be bound again since."""
     if reason := backend.why_not("triton"):
         pytest.skip(f"triton: {reason}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def steps(trace):
-        model = network()
+    def steps(traced):
+        model = network().to(device)
         groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[3].parameters()}]
         optimizer = getattr(lf, method)(groups, torch.optim.AdamW, lr=0.1, **METHODS[method])
         with lf.use_backend("triton"):
-            for x, y in batches(3):
+            for x, y in batches(2):
+                x, y = x.to(device), y.to(device)
                 closure = lambda index=slice(None): losses_of(model(x[index]), y[index])  # noqa: B023, E731
-                if trace is None:
-                    optimizer.step(closure, targets=y)
-                    continue
+                trace = live.Trace()
+                if traced:
+                    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                    with live.live_options(optimizer.param_groups, trace), trace.recording():
+                        optimizer.step(closure, targets=y)
+                    model.load_state_dict(before[0])
+                    optimizer.load_state_dict(before[1])
+                    trace = Filled(torch.zeros(trace.asked, dtype=torch.uint8, device=device))
                 with live.live_options(optimizer.param_groups, trace), trace.recording():
                     optimizer.step(closure, targets=y)
+                if traced:
+                    assert len(trace.launched) >= 6
+                    for group in optimizer.param_groups:
+                        group["taken"] -= 1
+                    trace.refresh(everything=True)
+                    for group in optimizer.param_groups:
+                        group["taken"] += 1
+                    for place, then in trace.launched:
+                        assert torch.equal(place.view(torch.int64), then.view(torch.int64))
         return model.state_dict()
 
-    def on(self, device, array):
-        placed.append(torch.from_numpy(array.copy()))
-        return placed[-1]
+    assert_same(steps(True), steps(False))
 
-    plain, placed = steps(None), []
-    monkeypatch.setattr(live.Trace, "on", on)
-    assert_same(steps(live.Trace(capturing=True)), plain)
-    assert placed
+
+class FakeCuda:
+    """What graph_step asks of torch.cuda, with torch's behaviour where a capture fails: no device is needed."""
+
+    class Graph:
+        """A CUDAGraph."""
+
+        replayed = 0
+
+        def replay(self):
+            self.replayed += 1
+
+    def __init__(self):
+        self.streams = [0]
+        self.devices = []
+        self.waits = []
+        self.pools = {}  # how often each is in use; one whose graphs are all gone must not be used again
+        self.stuck = set()  # pools of captures that could not be ended
+        self.invalid = False
+        self.Stream, self.CUDAGraph = self.make_stream, self.Graph
+
+    def make_stream(self, device):
+        cuda, number = self, 1 + len(self.waits)
+        stream = types.SimpleNamespace(wait_stream=lambda other: cuda.waits.append((stream.number, other.number)))
+        stream.number = number
+        return stream
+
+    def current_stream(self, device):
+        stream = types.SimpleNamespace(wait_stream=lambda other: self.waits.append((stream.number, other.number)))
+        stream.number = self.streams[-1]
+        return stream
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before = list(self.streams)
+        self.streams.append(stream.number)
+        try:
+            yield
+        finally:
+            self.streams = before
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.devices.append(device)
+        try:
+            yield
+        finally:
+            self.devices.pop()
+
+    def graph_pool_handle(self):
+        return object()
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert self.devices, "torch.cuda.graph waits for the current device"
+        assert self.pools.get(pool, 1) > 0, "use_count > 0"
+        assert pool not in self.stuck, "already recording to mempool_id"
+        self.streams.append(stream.number)  # as graph does: by hand
+        self.invalid = False
+        try:
+            yield
+        finally:
+            if self.invalid:
+                self.stuck.add(pool)
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.streams.pop()
+        self.pools[pool] = self.pools.get(pool, 0) + 1
+        weakref.finalize(graph, self.leave, pool)
+
+    def leave(self, pool):
+        self.pools[pool] -= 1
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(graph.torch, "cuda", fake)
+    return fake
+
+
+def test_graphs_share_memory_as_long_as_one_is_left(cuda):
+    machine = graph.Machine("cuda:1")
+    replays = [machine.capture(lambda: torch.ones(()))[0] for _ in range(3)]
+    assert list(cuda.pools.values()) == [3]
+    del replays[:]
+    gc.collect()
+    replay, _ = machine.capture(lambda: torch.ones(()))
+    assert sorted(cuda.pools.values()) == [0, 1]
+    replay()
+
+
+def test_a_failed_capture_leaves_streams_and_devices(cuda):
+    machine = graph.Machine("cuda:1")
+
+    def fails():
+        cuda.invalid = True
+        raise ValueError("the cause")
+
+    with pytest.raises(RuntimeError, match="previous error during capture") as raised:
+        machine.capture(fails)
+    assert cuda.streams == [0] and not cuda.devices
+    assert (
+        graph._what_failed(raised.value) == "the cause, then: operation failed due to a previous error during capture"
+    )
+    waits = len(cuda.waits)
+    with pytest.raises(ValueError, match="oh"), machine.aside():
+        assert cuda.streams != [0]
+        raise ValueError("oh")
+    assert cuda.streams == [0] and len(cuda.waits) == waits + 2
+
+
+def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
+    """Coming back fails too while a capture is invalid; batch norm learns on, no gradient stays, and the cause is told."""
+    model = network()
+    optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    tape(model, optimizer)
+    failing, restore = [False], optimizer.restore
+
+    def look(grad):
+        if failing[0] and optimizer._climbed:
+            monkeypatch.setattr(optimizer, "restore", come_back)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def come_back():
+        if optimizer._climbed:
+            raise RuntimeError("the capture is invalid")
+        restore()
+
+    model[0].weight.register_hook(look)  # when the other layers have their gradients
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
+    machines = [step._machine]
+    for i, (x, y) in enumerate(batches(8)):
+        failing[0] = i == 1
+        if failing[0]:
+            weights = copy.deepcopy(model.state_dict())
+            with pytest.raises(
+                RuntimeError, match=r"cannot be captured .*: operation not permitted .*, then: the capture is"
+            ):
+                step(x, y)
+            assert_same(model.state_dict(), weights)
+            assert model[1].track_running_stats and all(param.grad is None for param in model.parameters())
+            assert step._machine is not machines[0]
+            monkeypatch.setattr(optimizer, "restore", restore)
+        else:
+            step(x, y)
+    assert Tape.captures == 2
+    twin = network()
+    other = lf.SAM(twin.parameters(), torch.optim.SGD, lr=0.1, model=twin)
+    for i, (x, y) in enumerate(batches(8)):
+        if i != 1:
+            other.step(lambda: losses_of(twin(x), y))  # noqa: B023
+    assert_same(model.state_dict(), twin.state_dict())
+
+
+def test_a_trace_does_not_hand_out_more_than_there_is():
+    trace = live.Trace(torch.zeros(24, dtype=torch.uint8))
+    place = trace.on(np.array([[1.0, 2.0]]))
+    assert place.dtype == torch.float64 and place.shape == (1, 2)
+    with pytest.raises(RuntimeError, match="reads more than the 24 bytes"):
+        trace.on(np.array([1, 2]))
+
+
+def on_a_gpu(monkeypatch, stream=1, capturing=False):
+    """Has ops take tensors for a GPU's; returns what the stream is, to be changed."""
+    now = types.SimpleNamespace(stream=stream, capturing=capturing)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    current = lambda device=None: types.SimpleNamespace(cuda_stream=now.stream)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    return now
+
+
+def test_each_stream_and_each_capture_has_scratch_memory_of_its_own(monkeypatch):
+    now = on_a_gpu(monkeypatch)
+    lists = ([torch.zeros(3)], None, None)
+    op = ops.OPS["grad_norm"]
+    table = ops._table_for(op, lists)
+    assert ops._table_for(op, lists) is table
+    now.stream = 2
+    assert ops._table_for(op, lists) is not table
+    now.stream, now.capturing = 1, True
+    captured = ops._table_for(op, lists)
+    assert captured is not table and ops._table_for(op, lists) is not captured
+    now.capturing = False
+    assert ops._table_for(op, lists) is table
+
+
+def test_triton_refuses_graphs_of_somebodys_own(monkeypatch):
+    if reason := backend.why_not("triton"):
+        pytest.skip(f"triton: {reason}")
+    from ltsam_fast.kernels.table import launch
+
+    on_a_gpu(monkeypatch, capturing=True)
+    part = types.SimpleNamespace(device=torch.device("cuda"), cache={})
+    with pytest.raises(RuntimeError, match=r"backend must not be 'triton' in a CUDA graph of your own.*lf.graph_step"):
+        launch(None, part, np.zeros((1, 1)), (), 2)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_graph_has_tables_of_its_own(layout, tape):
+    """What it points to stays, whatever other steps make of the optimizer's tables since."""
+    model = network()
+    if layout == "transposed":
+        model[0].weight = torch.nn.Parameter(torch.randn(4, 8).T)
+    optimizer = lf.FocalSAM(model.parameters(), torch.optim.SGD, class_counts=COUNTS, lr=0.1, momentum=0.9)
+    tape(model, optimizer)
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
+    for x, y in batches(2):
+        step(x, y)
+    parts = {id(part) for table in optimizer._tables.values() for part in table.parts}
+    x, y = next(batches(1))
+    step(x, y)
+    assert parts == {id(part) for table in optimizer._tables.values() for part in table.parts}
+    (kind,) = next(iter(step._kinds.values()))
+    taped = {id(args[0]._scratch) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "_scratch")}
+    assert taped.isdisjoint(id(part._scratch) for table in optimizer._tables.values() for part in table.parts)
+
+
+def test_constants_are_kept_and_a_graph_holds_its_own(tape):
+    model = network()
+    optimizer = lf.FriendlySAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    tape(model, optimizer)
+    step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
+    for x, y in batches(4):
+        step(x, y)
+    held = list(optimizer._constants.values())
+    one, other = optimizer._constant((1.0, 2.0)), optimizer._constant((3.0, 4.0))
+    assert optimizer._constant((1.0, 2.0)) is one and optimizer._constant((3.0, 4.0)) is other
+    for i in range(100):
+        optimizer._constant((float(i), 0.0))
+    assert len(optimizer._constants) == 64 and (1.0, 2.0) not in {key[0] for key in optimizer._constants}
+    kind = next(kind for kinds in step._kinds.values() for kind in kinds if kind.replay)
+    assert {id(one) for one in held} <= {id(one) for one in kind.alive}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

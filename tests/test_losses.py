@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import functools
 import io
@@ -305,6 +306,58 @@ def test_compiles(name, fullgraph, generator):
         torch.testing.assert_close(
             torch.autograd.grad(compiled(one, y), one), torch.autograd.grad(again(other, y), other)
         )
+
+
+class Reentrant(torch.autograd.Function):
+    """Its backward does ``work`` from within as many backwards as it is told."""
+
+    @staticmethod
+    def forward(ctx, x, depth, work):
+        ctx.depth, ctx.work = depth, work
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        within_backwards(ctx.depth - 1, ctx.work)
+        return cotangent, None, None
+
+
+def within_backwards(depth, work):
+    if depth == 0:
+        return work()
+    with torch.enable_grad():
+        Reentrant.apply(torch.zeros((), requires_grad=True), depth, work).backward()
+
+
+def in_thread(work):
+    """Does ``work`` in a new thread, as autograd does on a GPU."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+@pytest.mark.parametrize("how", ["in a thread", "deep", "compiled"])
+def test_a_backward_runs_where_its_forward_did(how, backend, device, generator, monkeypatch):
+    """In autograd's threads too, which do not know of use_backend(): a GPU's, on the CPU those for more than 60 levels."""
+    if backend == "torch":
+        pytest.skip("torch: its backward is autograd's own")
+    ran = []
+    launch = operators.launch
+
+    def noted(module, *args, **named):
+        ran.append(module)
+        launch(module, *args, **named)
+
+    monkeypatch.setattr(operators, "launch", noted)
+    z = torch.randn(5, 4, generator=generator).to(device).requires_grad_()
+    y = torch.tensor([0, 1, 2, 3, 0], device=device)
+    loss = lambda z: losses.CrossEntropy()(z, y)  # noqa: E731
+    if how == "in a thread":
+        in_thread(loss(z).backward)
+    elif how == "deep":
+        within_backwards(70, loss(z).backward)
+    else:  # torch itself brings the context of the call to such a graph's backward
+        torch.compile(loss, backend="aot_eager")(z).backward()
+    assert ran == [lf.backend.backend_for(z.device)] * 2
 
 
 def test_function_transforms(generator):

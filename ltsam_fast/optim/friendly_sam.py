@@ -80,11 +80,16 @@ class FriendlySAM(SAM):
         self._begun: tuple[Tensor, list[Tensor]] | None = None
         self._means: list[tuple[Tensor, Tensor]] = []  # those that this step changed, and what they were
 
+    def _begins_anew(self) -> bool:
+        if self._begun is not None and not bool(self._begun[0]):
+            self._begun = None
+        return self._begun is not None
+
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> dict[str, Any]:
-        if self._begun is not None and bool(self._begun[0]):  # means that began in a step that overflowed: begin again
-            for param in self._begun[1]:
+        if self._begins_anew():  # with means that began in a step that overflowed
+            for param in self._begun[1]:  # type: ignore[index]
                 self.state[param].pop("grad_mean", None)
         self._begun = None
         # Before the first step a mean is zeros that a checkpoint asked for.

@@ -175,9 +175,13 @@ class SparseSAM(SAM):
     def _due(self) -> bool:
         if self._taken % self.refresh_every == 0 or any("frozen" not in self.state[p] for p in self._candidates()):
             return True  # at a weight that was thawed, too
+        return self._begins_anew()
+
+    def _begins_anew(self) -> bool:
+        """Whether the first mask of all was made from gradients that overflowed."""
         if self._begun is not None and not bool(self._begun):
             self._begun = None
-        return self._begun is not None  # the first mask of all was made from gradients that overflowed
+        return self._begun is not None
 
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None

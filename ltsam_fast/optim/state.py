@@ -19,6 +19,8 @@ from ltsam_fast.optim.fused import Update
 from ltsam_fast.optim.loading import completed
 from ltsam_fast.table import Table
 
+_CONSTANTS = 64
+
 
 class Stateful(Optimizer):
     """A torch optimizer that shares groups and state with its base optimizer."""
@@ -158,12 +160,18 @@ class Stateful(Optimizer):
         return self._tables[key]
 
     def _constant(self, values: tuple[float, ...]) -> Tensor:
-        """A small tensor for the ops, made once."""
+        """A small tensor for the ops, made once: that waits for the device."""
         param = self._first
         key = (values, param.device, torch.float64 if param.dtype == torch.float64 else torch.float32)
         if key not in self._constants:
-            self._constants = {key: torch.tensor(values, device=param.device, dtype=key[2])}
+            if len(self._constants) == _CONSTANTS:  # their numbers change all the time
+                del self._constants[next(iter(self._constants))]
+            self._constants[key] = torch.tensor(values, device=param.device, dtype=key[2])
         return self._constants[key]
+
+    def _begins_anew(self) -> bool:
+        """Whether the next step begins something that the last one began and overflowed. Waits for the device to know that."""
+        return False
 
     @property
     def _first(self) -> Tensor:
