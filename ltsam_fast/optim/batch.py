@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ltsam_fast.optim.compiled import CompiledGraphs
-from ltsam_fast.optim.gradients import _NONE, _grad, gradients_aside
+from ltsam_fast.optim.gradients import gradients_aside
 from ltsam_fast.weight_caches import clear_weight_caches
 
 Closure = Callable[..., Tensor]
@@ -56,14 +56,11 @@ class Batch:
                 if graph or "does not require grad" not in str(error):
                     raise
                 raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
-            called_backward = {*map(type, map(_grad, self._params))} - {_NONE}
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'; {_PUBLISHED}"
             )
-        if called_backward:
-            raise ValueError(f"closure must not call backward(): {_PUBLISHED}")
         if graph and not losses.requires_grad:
             raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
         if self._graphs is not None and at_w:

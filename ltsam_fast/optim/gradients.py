@@ -68,14 +68,14 @@ def _swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Te
 def gradients_aside(params: list[Tensor]) -> Iterator[None]:
     """Keeps gradients out of reach while a closure runs: it may begin with zero_grad(), as torch's documentation has it."""
     kept = list(map(_grad, params))
-    if all(map(operator.is_, kept, itertools.repeat(None))):
-        yield
-        return
-    _swap_gradients(params, [None] * len(params))
+    empty = all(map(operator.is_, kept, itertools.repeat(None)))
+    if not empty:
+        _swap_gradients(params, [None] * len(params))
     try:
         yield
-    finally:
-        _swap_gradients(params, kept)
+    finally:  # what the closure left, such as by another optimizer's step, is not this step's
+        if not empty or {*map(type, map(_grad, params))} - {_NONE}:
+            _swap_gradients(params, kept)
 
 
 def check_all_dense(grads: Iterable[Tensor | None]) -> None:
