@@ -264,7 +264,7 @@ class ASAM(_Around, ltsam_fast.SAM):
     Source: SamsungLabs/ASAM, asam.py.
     """
 
-    _phases = ("ascent_step", "descent_step")
+    phases = ("ascent_step", "descent_step")
     _kept = (*ltsam_fast.SAM._kept, "_scaled")
 
     def __init__(self, optimizer: Optimizer, model: torch.nn.Module, rho: float = 0.5, eta: float = 0.01) -> None:
@@ -390,7 +390,7 @@ class SSESAM(_Around):
     Source: Zemdalk/SSE-SAM, ssesam.py (MIT).
     """
 
-    _phases = (
+    phases = (
         "compute_and_add_epsilon", "compute_grad_sum_and_restore_p", "compute_and_add_epsilon",
         "compute_grad_sum_and_restore_p", "update",
     )  # fmt: skip
@@ -925,7 +925,7 @@ class ESAM(_Published, _Around):
     Source: dydjw9/Efficient_SAM, utils/Esam.py.
     """
 
-    _phases = ("first_step", "second_step")
+    phases = ("first_step", "second_step")
     _kept = (*SharpnessAware._kept, "beta", "gamma", "_frozen")
 
     paras: Any = None

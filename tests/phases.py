@@ -5,7 +5,7 @@ PHASED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "GNM", "FriendlySAM", "SparseSA
 
 def step_in_phases(opt, losses):
     """One step, with one and the same loss before each phase; ``losses()`` gives the per-sample losses."""
-    for number, phase in enumerate(opt._phases):
+    for number, phase in enumerate(opt.phases):
         if number or type(opt).__name__ != "GNM":  # whose first phase needs no gradient
             loss = losses()
             if number == 0 and getattr(opt, "mask", None) == "fisher":

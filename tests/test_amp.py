@@ -75,7 +75,7 @@ class Run:
             optimizer.first_step(zero_grad=True, **first)
             self.backward(x, y, ones, spoil[0])
             last = optimizer.second_step
-        elif "third_step" in optimizer._phases:
+        elif "third_step" in optimizer.phases:
             u, v = (w.float()[y] for w in (optimizer.clean_weights, optimizer.class_weights))
             self.backward(x, y, u, spoil[0])
             optimizer.first_step(**first)
@@ -226,7 +226,7 @@ def test_phases_with_a_scaler(method, base, passes):
     run, skipping = Run(method, base), Run(method, base, scaled=False)
     if method == "GNM":
         passes = (True,)
-    elif "third_step" not in run.optimizer._phases:
+    elif "third_step" not in run.optimizer.phases:
         passes = (passes[0], passes[1] or passes[2])
     for i, (x, y) in enumerate(data()):
         scale = run.scaler.get_scale()

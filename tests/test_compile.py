@@ -108,14 +108,14 @@ def test_phases_in_a_compiled_function_break_once_each(name):
 
         run = torch.compile(one_phase, backend="eager") if compiled else one_phase
         for step, (x, y) in enumerate(batches(steps=4)):
-            for phase in opt._phases:
+            for phase in opt.phases:
                 loss = F.cross_entropy(model(x), y)
                 loss.backward()
                 with torch._dynamo.config.patch(error_on_recompile=step > 1):
                     run(loss.detach(), getattr(opt, phase))
         results.append(flat(model))
     assert torch.equal(*results)
-    assert breaks() >= 1 and graphs() <= 2 * len(opt._phases)
+    assert breaks() >= 1 and graphs() <= 2 * len(opt.phases)
 
 
 @pytest.mark.parametrize("name", ["FocalSAM", "CCSAM", "SparseSAM"])

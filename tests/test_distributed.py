@@ -329,7 +329,7 @@ def bereft(rank, folder):
     before, start = flat(model), time.monotonic()
 
     def closure():
-        if rank == 1 and opt._climbed:
+        if rank == 1 and opt.is_perturbed:
             os._exit(3)
         return F.cross_entropy(model(x), y, reduction="none")
 

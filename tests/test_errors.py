@@ -203,10 +203,10 @@ def test_phases_out_of_order(name):
     model, twin = network(), network()
     opt, other = (method.make(m, SGD, lr=0.1, momentum=0.9) for m in (model, twin))
     for x, y in data:
-        for phase in opt._phases:
+        for phase in opt.phases:
             losses(model, x, y).mean().backward()
             before = flat(model)
-            for wrong in (*opt._phases, "step"):
+            for wrong in (*opt.phases, "step"):
                 if wrong == phase or (wrong == "step" and phase == "first_step"):
                     continue
                 arguments = (lambda x=x, y=y: losses(model, x, y), y) if wrong == "step" else ()
@@ -300,7 +300,7 @@ def test_tensors_that_are_not_supported(name, interface, kind, error, message, b
         return model.losses(y) + head(x)[:, 0].square()
 
     def phases():
-        for phase in opt._phases:
+        for phase in opt.phases:
             closure().sum().backward()
             getattr(opt, phase)()
 

@@ -180,7 +180,7 @@ def test_parameters_without_a_gradient_in_a_pass(name, base):
             assert torch.equal(before[key], after[key]), f"{key} has no gradient and must stay"
         assert bool(after[key].isfinite().all())
     assert not torch.equal(before["body.weight"], after["body.weight"])
-    assert not opt._climbed
+    assert not opt.is_perturbed
 
 
 @each

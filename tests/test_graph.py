@@ -665,12 +665,12 @@ def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
     failing, restore = [False], optimizer.restore
 
     def look(grad):
-        if failing[0] and optimizer._climbed:
+        if failing[0] and optimizer.is_perturbed:
             monkeypatch.setattr(optimizer, "restore", come_back)
             raise RuntimeError("operation not permitted when stream is capturing")
 
     def come_back():
-        if optimizer._climbed:
+        if optimizer.is_perturbed:
             raise RuntimeError("the capture is invalid")
         restore()
 

@@ -139,7 +139,7 @@ def test_same_bits_on_every_run(name, interface, backend):
             ):  # matmul may differ between numbers of threads, the passes may not
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
             grads = [p.grad.clone() for p in model.parameters()]
-            for phase in opt._phases:
+            for phase in opt.phases:
                 for p, g in zip(model.parameters(), grads, strict=True):
                     p.grad = g * (1 + v.mean())
                 getattr(opt, phase)()
@@ -156,11 +156,11 @@ def test_backward_through_overwritten_weights_is_noticed(name, base, backend):
     """The passes write past autograd, which must know all the same."""
     method, (kind, options), model = METHODS[name], BASES[base], network()
     opt = method.make(model, kind, **options)
-    for phase in opt._phases:
+    for phase in opt.phases:
         losses(model, *batches(steps=1)[0]).mean().backward()
         outdated = losses(model, *batches(steps=1)[0]).mean()
         getattr(opt, phase)()
-        if opt._climbed or phase == opt._phases[-1]:
+        if opt.is_perturbed or phase == opt.phases[-1]:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 outdated.backward()
 
@@ -432,8 +432,8 @@ def test_between_phases_there_is_no_state_to_save(name):
     opt = method.make(model, lr=0.1, momentum=0.9)
     method.drive("closure", opt, model, batches(steps=2))
     saved, before = opt.state_dict(), flat(model)
-    for stop in range(1, len(opt._phases)):
-        for phase in opt._phases[:stop]:
+    for stop in range(1, len(opt.phases)):
+        for phase in opt.phases[:stop]:
             losses(model, *batches(steps=1)[0]).mean().backward()
             getattr(opt, phase)()
         for attempt in (
@@ -697,7 +697,7 @@ def test_two_optimizers_of_one_model_share_its_statistics(name):
         method.cls(half, SGD, rho=RHO, lr=0.01, model=model, **method.options) for half in (params[:4], params[4:])
     )
     for x, y in images(3):  # interleaved phases
-        for one, two in zip(first._phases, second._phases, strict=True):
+        for one, two in zip(first.phases, second.phases, strict=True):
             losses(model, x, y).mean().backward()
             grads = [p.grad.clone() for p in params]
             getattr(first, one)()
@@ -706,7 +706,7 @@ def test_two_optimizers_of_one_model_share_its_statistics(name):
             getattr(second, two)()
             model.zero_grad()
     assert flags(model) == before
-    clean = len(first._phases) - 1
+    clean = len(first.phases) - 1
     assert model.head[1].num_batches_tracked == 3 * clean
 
     def inner():  # a step within a step
@@ -882,9 +882,9 @@ def test_gradients_need_not_lie_like_their_weights(name, base, backend):
         torch.manual_seed(0)
         w = nn.Parameter(torch.randn(5, 3))
         opt = method.cls([w], kind, rho=RHO, **options)
-        for number in range(3 * len(opt._phases)):
+        for number in range(3 * len(opt.phases)):
             w.grad = lay_out(torch.randn(5, 3, generator=torch.Generator().manual_seed(number)))
-            getattr(opt, opt._phases[number % len(opt._phases)])()
+            getattr(opt, opt.phases[number % len(opt.phases)])()
         results.append(w.detach())
     assert relative_error(results[1], results[0]) < 1e-6 and relative_error(results[2], results[0]) < 1e-6
 
@@ -1026,7 +1026,7 @@ def test_ctrl_c_within_the_passes(name, op, after, interface, backend, monkeypat
     now = flat(model)
     if base is SGD:
         assert torch.equal(now, before) or torch.equal(now, whole)
-    assert opt._phase in (0, 1) and not opt._climbed
+    assert opt._phase in (0, 1) and not opt.is_perturbed
     opt.restore()
     assert torch.equal(flat(model), now)
     model.zero_grad()
@@ -1042,7 +1042,7 @@ def test_restore_starts_over(name, backend):
     opt.restore()
     method.drive("phases", opt, model, data[:2])
     before = flat(model)
-    for phase in opt._phases[:-1]:
+    for phase in opt.phases[:-1]:
         losses(model, *data[2]).mean().backward()
         getattr(opt, phase)()
     assert not torch.equal(flat(model), before)

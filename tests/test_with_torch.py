@@ -96,7 +96,7 @@ def test_hooks_run_once_a_step(name, base, interface, scaled):
             if interface == "closure":
                 opt.step(closure_of(model, x, y), targets=y, scaler=scaler)
             else:
-                for number, phase in enumerate(opt._phases):
+                for number, phase in enumerate(opt.phases):
                     scaler.scale(F.cross_entropy(model(x), y)).backward()
                     getattr(opt, phase)(**({"scaler": scaler} if number == 0 else {}))
             scaler.update()
@@ -131,7 +131,7 @@ def test_averaged_weights_are_of_unperturbed_ones(name):
     noted, data = [], batches(steps=6)
     for x, y in data:
         opt.step(closure_of(model, x, y), targets=y)
-        assert not opt._climbed
+        assert not opt.is_perturbed
         mean.update_parameters(model), running.update_parameters(model)
         noted.append(flat(model))
     assert relative_error(flat(mean.module), torch.stack(noted).mean(0)) < 1e-12
@@ -303,14 +303,14 @@ def test_micro_batches_under_a_scaler(name, interface, number):
             pieces = list(zip(x.split(2), y.split(2), strict=True))
 
             def loss(i, x, y, model=model, opt=opt, bad=bad):
-                infinite = bad and i == number and opt._climbed
+                infinite = bad and i == number and opt.is_perturbed
                 return F.cross_entropy(model(x), y, reduction="none") * (float("inf") if infinite else 1.0)
 
             if interface == "closure":
                 closures = [lambda i=i, piece=piece, loss=loss: loss(i, *piece) for i, piece in enumerate(pieces)]
                 opt.step(closures, targets=[y for _, y in pieces], scaler=scaler)
             else:
-                for turn, phase in enumerate(opt._phases):
+                for turn, phase in enumerate(opt.phases):
                     for i, piece in enumerate(pieces):
                         scaler.scale(loss(i, *piece).sum() / 16).backward()
                     getattr(opt, phase)(**({"scaler": scaler} if turn == 0 else {}))

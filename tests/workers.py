@@ -273,7 +273,7 @@ def interrupted():
 
         def failing(closure=closure):
             losses = closure()
-            if opt._climbed:
+            if opt.is_perturbed:
                 raise KeyboardInterrupt
             return losses
 
@@ -359,7 +359,7 @@ def overflow():
 
         def closure(x=x, y=y, bad=bad):
             losses = F.cross_entropy(model(x), y, reduction="none")
-            return losses * float("inf") if bad and not opt._climbed else losses
+            return losses * float("inf") if bad and not opt.is_perturbed else losses
 
         opt.step(closure, targets=y, scaler=scaler)
         scaler.update(8.0)
@@ -551,7 +551,7 @@ def train_experts(name, base, world, rank=None, group=None, kind="", wrap=None, 
 
         def losses(x, y, who, first, step=step, passes=passes):
             passes.append(step)
-            if kind == "redrawn" and opt._climbed:
+            if kind == "redrawn" and opt.is_perturbed:
                 who = (who + 1) % 3
             found = F.cross_entropy(model(x, who), y, reduction="none")
             spoilt = kind == "overflow" and (step, len(passes)) in ((2, 1), (5, 2))
@@ -563,8 +563,8 @@ def train_experts(name, base, world, rank=None, group=None, kind="", wrap=None, 
             opt.step()
             continue
         if kind == "phases":
-            for number, phase in enumerate(opt._phases):
-                local = rank is not None and number < len(opt._phases) - 1
+            for number, phase in enumerate(opt.phases):
+                local = rank is not None and number < len(opt.phases) - 1
                 with model.no_sync() if local else contextlib.nullcontext():
                     if not (name == "GNM" and number == 0):
                         losses(x, y, who, first).mean().backward()

@@ -27,7 +27,7 @@ class ClassWise(Sharing):
     weights are frozen. See :class:`ltsam_fast.optim.sharing.Sharing`.
     """
 
-    _phases = ("first_step", "second_step", "third_step")
+    phases = ("first_step", "second_step", "third_step")
     _kept = (*Sharing._kept, "clean_weights", "class_weights", "_used", "_open", "_pilot")
 
     clean_weights: Tensor | None = None

@@ -58,7 +58,7 @@ class GNM(SharpnessAware):
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
     """
 
-    _phases = ("first_step", "second_step")
+    phases = ("first_step", "second_step")
     _kept = (*SharpnessAware._kept, "dis_mul", "clip", "decay_every", "seed")
 
     def __init__(

@@ -19,10 +19,10 @@ class Phased(Descender):
 
     def _enter(self, phase: str) -> None:
         """Checks that ``phase`` is next."""
-        expected = self._phases[self._phase]
+        expected = self.phases[self._phase]
         if phase != expected:
             raise ValueError(
-                f"{phase}() was called where {expected}() is next: call {', '.join(f'{name}()' for name in self._phases)} "
+                f"{phase}() was called where {expected}() is next: call {', '.join(f'{name}()' for name in self.phases)} "
                 "in this order, each after its backward(), or restore() to start over"
             )
 
@@ -37,7 +37,7 @@ class Phased(Descender):
         If it fails, by Ctrl-C too, weights that climbed come back.
         """
         self._enter(phase)
-        following = (self._phase + 1) % len(self._phases)
+        following = (self._phase + 1) % len(self.phases)
         if self._phase == 0:
             self._scaling = Scaling(scaler, self._parameters()[0])
             self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
@@ -65,7 +65,7 @@ class Phased(Descender):
         """Where torch wraps step(): keeps that and the phases out of torch.compile's graphs, which break there once."""
         super()._patch_step_function()  # type: ignore[misc]
         cls = type(self)
-        for name in ("step", *self._phases):
+        for name in ("step", *self.phases):
             function = getattr(cls, name)
             if not hasattr(function, "_torchdynamo_disable"):
                 setattr(cls, name, torch.compiler.disable(function))
@@ -81,7 +81,7 @@ class Phased(Descender):
         """Whether step(closure) is one of torch's own: a GradScaler takes the last phase, or a checkpoint wants state."""
         if closure is not None:
             return False
-        return self._phase == len(self._phases) - 1 if self._phase else self._asks_for_state()
+        return self._phase == len(self.phases) - 1 if self._phase else self._asks_for_state()
 
     def _asks_for_state(self) -> bool:
         """Whether torch.distributed.checkpoint calls step() with learning rate 0 and gradients of zeros, to see the state."""
@@ -105,7 +105,7 @@ class Phased(Descender):
             return self._create_state()
         self._within_step = True  # torch calls the hooks around it
         try:
-            return getattr(self, self._phases[-1])()
+            return getattr(self, self.phases[-1])()
         finally:
             self._within_step = False
 

@@ -51,7 +51,7 @@ class SAM(SharpnessAware):
     torch.Size([])
     """
 
-    _phases = ("first_step", "second_step")
+    phases = ("first_step", "second_step")
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> None:

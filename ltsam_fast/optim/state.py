@@ -25,7 +25,7 @@ _CONSTANTS = 64
 class Stateful(Optimizer):
     """A torch optimizer that shares groups and state with its base optimizer."""
 
-    _phases: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
     """Names of the explicit phases, in the order in which they are to be called."""
     _own: tuple[str, ...] = ("rho", "adaptive", "eta", "norm_eps", "perturb", "taken", "skipped")
     """Options of a group that are not the base optimizer's."""
@@ -86,6 +86,11 @@ class Stateful(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether weights are perturbed now: between two phases, or while a closure is evaluated at w + eps."""
+        return bool(self._climbed)
 
     @property
     def model(self) -> torch.nn.Module | None:
