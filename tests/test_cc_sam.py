@@ -71,7 +71,8 @@ NETS = {
     "batch norm": (Net, 2),
     "layer norm": (lambda: Net(norm=nn.LayerNorm(6)), 2),
     "unknown mixing": (lambda: Net(norm=Centered()), 2),
-    "mixing behind": (lambda: Net(use="centered behind"), 5),
+    # A bias would have a gradient of nothing but rounding, along which CC-SAM's radius is huge.
+    "mixing behind": (lambda: Net(head=nn.Linear(6, 4, bias=False), use="centered behind"), 5),
     "batch norm in the head": (lambda: Net(head=MLP()), 5),
     "layers in the head": (lambda: Net(head=nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))), 2),
     "weight norm": (lambda: Net(head=nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))), 2),
@@ -242,3 +243,29 @@ def test_overflow_leaves_weights():
     before = flat(model)
     opt.step(lambda: losses_of(model, x, Y) * torch.inf, targets=Y, scaler=torch.amp.GradScaler("cpu"))
     assert torch.equal(flat(model), before)
+
+
+def test_the_head_is_the_last_group_that_has_parameters():
+    x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for empty in ([], [{"params": []}]):
+        model = Net()
+        groups = [{"params": list(model.body.parameters())}, {"params": list(model.head.parameters())}, *empty]
+        opt = lf.CCSAM(groups, torch.optim.SGD, class_counts=COUNTS, noise_ratio=0.3, lr=1.0, model=model)
+        opt.step(lambda model=model: losses_of(model, x, Y), targets=Y)
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_groups_that_are_not_to_be_perturbed_are_not(scope):
+    """With none left a step is the base's."""
+    x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model, twin = Net(), Net()
+    groups = [{"params": list(model.parameters()), "perturb": False}]
+    opt = lf.CCSAM(groups, torch.optim.SGD, class_counts=COUNTS, scope=scope, noise_ratio=0.3, lr=0.1, head=model.head)
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.1)
+    opt.step(lambda: losses_of(model, x, Y), targets=Y)
+    losses_of(twin, x, Y).mean().backward()
+    sgd.step()
+    assert relative_error(flat(model), flat(twin)) < 1e-12

@@ -140,15 +140,13 @@ class CCSAM(Sharing):
         return [places[id(p)] for p in wanted]
 
     def _scope(self) -> tuple[list[Tensor], list[int]]:
-        groups = self.param_groups
-        if self.scope == "all":
-            params, of = self._parameters(ascent=True)
-        elif self._head is None:
-            params, of = list(groups[-1]["params"]), [len(groups) - 1] * len(groups[-1]["params"])
-        else:
-            params, of = [groups[g]["params"][i] for g, i in self._head], [g for g, _ in self._head]
-        moving = [i for i, param in enumerate(params) if param.requires_grad]
-        return [params[i] for i in moving], [of[i] for i in moving]
+        places = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+        if self.scope == "head":
+            last = places[-1][0]  # the last group that has parameters
+            places = self._head or [(g, i) for g, i in places if g == last]
+        params = [self.param_groups[g]["params"][i] for g, i in places]
+        moving = [n for n, (g, _) in enumerate(places) if params[n].requires_grad and self.param_groups[g]["perturb"]]
+        return [params[n] for n in moving], [places[n][0] for n in moving]
 
     def _head_module(self, scope: list[Tensor]) -> Head | None:
         if self._found is None or not _same_items(self._found[0], scope):
@@ -190,13 +188,14 @@ class CCSAM(Sharing):
 
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
         scope, groups = self._scope()
+        flat_ratio = self.flat_ratio if scope else 0.0  # with nothing to perturb all of the loss is plain
         size = sum(part.size for part in parts)
         members = members_of([part.labels for part in parts])
         sizes = {k: sum(map(len, numbers.values())) for k, numbers in members.items()}
-        synced = self.ascent_sync and self._distributed and self.flat_ratio > 0 and bool(scope)
+        synced = self.ascent_sync and self._distributed and flat_ratio > 0
         if synced:
             sizes = self._sizes_everywhere(sizes, scope[0].device)
-        classes = sorted(sizes) if self.flat_ratio > 0 and scope else []
+        classes = sorted(sizes) if flat_ratio > 0 else []
         grads: dict[int, list[Tensor]] = {}
         rows: list[dict[int, Tensor]] = []  # the samples of each part's classes
         head = self._head_module(scope) if classes else None
@@ -206,7 +205,7 @@ class CCSAM(Sharing):
                     losses = self._evaluate_for(part, scope) if classes else part.evaluate()
                 if head and not head.keeps_apart(losses):
                     head = None
-                mean = scaling(torch.full_like(losses, (1 - self.flat_ratio) / size))
+                mean = scaling(torch.full_like(losses, (1 - flat_ratio) / size))
                 shares = {}
                 rows.append({})
                 for k in classes:
