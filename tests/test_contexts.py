@@ -224,6 +224,22 @@ def test_a_group_without_parameters(name, kind, empty, how, backend):
     assert torch.equal(*results)
 
 
+@kinds
+@every
+def test_with_no_group_to_perturb_a_step_is_the_bases(name, kind):
+    if name == "ESAM":
+        pytest.skip("ESAM descends with the samples that it selects")
+    model, twin = network(), network()
+    opt = make(name, model, kind, [{"params": list(model.parameters()), "perturb": False}])
+    base = KINDS[kind](twin.parameters(), lr=0.02, **({"momentum": 0.9} if kind == "sgd" else {}))
+    for x, y in batches(steps=4):
+        opt.step(closure_of(model, x, y), targets=y)
+        base.zero_grad()
+        closure_of(twin, x, y)().mean().backward()
+        base.step()
+    assert relative_error(flat(model), flat(twin)) < 1e-12
+
+
 # --- torch's default dtype
 
 

@@ -173,7 +173,10 @@ class SparseSAM(SAM):
 
     @property
     def _due(self) -> bool:
-        if self._taken % self.refresh_every == 0 or any("frozen" not in self.state[p] for p in self._candidates()):
+        params = self._candidates()
+        if not params:
+            return False
+        if self._taken % self.refresh_every == 0 or any("frozen" not in self.state[param] for param in params):
             return True  # at a weight that was thawed, too
         return self._begins_anew()
 
