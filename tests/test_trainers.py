@@ -1,11 +1,15 @@
 """Lightning, Hugging Face's Trainer and Accelerate take the steps that a plain loop takes; the examples run and learn."""
 
+import collections
+import copy
+import dataclasses
 import datetime
 import importlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 import types
 import warnings
 
@@ -589,20 +593,395 @@ def test_lightning_refuses_manual_optimization(tmp_path):
         lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
 
 
-def test_lightning_hooks_fire_once_a_step(seed, tmp_path):
+def copied_losses(net, x, y):
+    """The losses that a forward of ``net`` would give now; it is left as it is."""
+    with torch.no_grad():
+        return losses(copy.deepcopy(net), x, y)
+
+
+def shown_by_lightning(make_optimizer, folder, data, batch=BATCH, **settings):
+    """What Lightning shows of each batch, and what is true: (loss in outputs, logged in the step, mean loss at w)."""
+    shown = []
+
+    def training_losses(batch, batch_idx):
+        found = losses(module.net, *batch)
+        module.log("loss", found.mean(), on_step=True, on_epoch=True)
+        return found
+
+    def before(batch, batch_idx):
+        with module.trainer.precision_plugin.forward_context():
+            true.append(copied_losses(module.net, *batch).mean())
+
+    true, module = [], lightning_module(make_optimizer)
+    module.training_losses, module.on_train_batch_start = training_losses, before
+    module.on_train_batch_end = lambda outputs, batch, batch_idx: shown.append(
+        (outputs["loss"], module.trainer.callback_metrics["loss_step"])
+    )
+    trainer = lightning_trainer(folder, **settings)
+    trainer.fit(module, DataLoader(TensorDataset(*data), batch_size=batch))
+    outputs, logged = (torch.stack(one) for one in zip(*shown, strict=True))
+    return outputs, logged, torch.stack(true), trainer.callback_metrics["loss_epoch"], module
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_lightning_shows_the_loss_at_w(method, micro, seed, tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    if method in ("CCSAM", "MSAM", "ESAM"):  # a part may be one sample, of which batch norm makes nothing
+        monkeypatch.setitem(globals(), "Net", Unnormalized)
+    data = make_data(seed)
+
+    def make_optimizer(net):
+        if method is None:
+            return torch.optim.SGD(net.parameters(), lr=0.1)
+        return optimizer_of(net, method, METHODS[method], rho=1.0)
+
+    outputs, logged, true, epoch, module = shown_by_lightning(
+        make_optimizer, tmp_path, data, BATCH // micro, accumulate_grad_batches=micro
+    )
+    assert_equal(outputs * micro, true, 1e-6)
+    assert_equal(logged, true, 1e-6)
+    assert_equal(epoch, true.mean(), 1e-6)
+    if method is not None:
+        assert_equal(module.training_loss, true[-micro:].mean(), 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "scaler"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_lightning_shows_the_loss_in_every_precision(precision, micro, seed, tmp_path):
+    pytest.importorskip("lightning")
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Scaled(MixedPrecision):
+        def autocast_context_manager(self):
+            return torch.autocast("cpu", enabled=False)
+
+    def shown(make_optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        own = {"plugins": [Scaled("16-mixed", "cpu", scaler)]} if precision == "scaler" else {"precision": precision}
+        data = make_data(seed)
+        return shown_by_lightning(make_optimizer, tmp_path, data, BATCH // micro, accumulate_grad_batches=micro, **own)[
+            0
+        ]
+
+    ours = shown(lambda net: lf.SAM(net.parameters(), torch.optim.SGD, rho=0.5, lr=0.0))
+    assert_equal(ours, shown(lambda net: torch.optim.SGD(net.parameters(), lr=0.0)), 1e-6)
+
+
+def test_lightning_finds_the_rate_of_sgd(seed, tmp_path):
+    pytest.importorskip("lightning")
+    from lightning.pytorch.tuner import Tuner
+
+    def found(make_optimizer):
+        module = lightning_module(lambda net: make_optimizer(net.parameters(), lr=module.lr))
+        module.lr = 0.1
+        trainer = lightning_trainer(tmp_path, accumulate_grad_batches=2)
+        loader = DataLoader(TensorDataset(*make_data(seed)), batch_size=BATCH // 4)
+        found = Tuner(trainer).lr_find(module, loader, num_training=20, min_lr=1e-4, max_lr=1.0)
+        return torch.tensor(found.results["loss"]), module.lr
+
+    ours, rate = found(lambda params, lr: lf.SAM(params, torch.optim.SGD, rho=0.0, lr=lr))
+    theirs, right = found(torch.optim.SGD)
+    assert_equal(ours, theirs, 1e-4)
+    assert rate == right
+
+
+@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "GNM"])
+def test_lightning_looks_without_a_trace(method, seed, tmp_path, monkeypatch):
+    """The forward for the loss: running statistics and random numbers are as without it."""
+    pytest.importorskip("lightning")
+
+    class Dropping(Net):
+        def __init__(self):
+            super().__init__()
+            self.layers.append(torch.nn.Dropout(0.5))
+            torch.manual_seed(1)
+
+    monkeypatch.setitem(globals(), "Net", Dropping)
+
+    def fit(look):
+        module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
+        if not look:
+            module._look = lambda batch, batch_idx: module._seen.append(torch.zeros(1)) or torch.zeros(())
+        lightning_trainer(tmp_path, accumulate_grad_batches=2).fit(
+            module, DataLoader(TensorDataset(*make_data(seed)), batch_size=BATCH // 2)
+        )
+        return [*module.net.state_dict().values(), torch.rand(3)]
+
+    for one, other in zip(fit(True), fit(False), strict=True):
+        assert_equal(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("own", ["super", "step", "closure, then step"])
+def test_lightning_hooks_fire_as_documented(method, own, seed, tmp_path):
+    """Those that need no gradients; own ways to zero them and to take the step, too. The steps are those without hooks."""
     pytest.importorskip("lightning")
     from lightning.pytorch.callbacks import Callback
 
-    fired = []
+    fired = {name: [] for name in ("callback", "zero", "backward", "zero_grad", "step")}
 
     class Watch(Callback):
-        def on_before_optimizer_step(self, trainer, module, optimizer):
-            fired.append(type(optimizer).__name__)
+        def on_before_zero_grad(self, trainer, module, optimizer):
+            fired["callback"].append(type(optimizer).__name__)
 
+    class Mixin:
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            fired["step"].append(1)
+            if own == "super":
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            elif own == "step":
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+                optimizer.step()
+
+    def fit(hooks):
+        module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
+        if hooks:
+
+            class Hooked(Mixin, type(module)):
+                def on_before_zero_grad(self, optimizer):
+                    fired["zero"].append(1)
+
+                def on_before_backward(self, loss):
+                    fired["backward"].append(float(loss))
+
+                def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+                    fired["zero_grad"].append(1)
+                    optimizer.zero_grad(set_to_none=False)
+
+            module = Hooked()
+        trainer = lightning_trainer(tmp_path, accumulate_grad_batches=2, callbacks=[Watch()] if hooks else [])
+        trainer.fit(module, DataLoader(TensorDataset(*make_data(seed)), batch_size=BATCH))
+        assert trainer.global_step == STEPS // 2
+        return weights(module.net)
+
+    assert_equal(fit(True), fit(False))
+    counts = {name: len(calls) for name, calls in fired.items()}
+    half = STEPS // 2
+    assert counts == {"callback": half, "zero": half, "backward": STEPS, "zero_grad": half, "step": half}
+    first = losses(Net(), *(one[:BATCH] for one in make_data(seed))).mean()
+    assert fired["backward"][0] == pytest.approx(first.item() / 2, rel=1e-5)
+
+
+def nothing(*_, **__):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "hook", "message"),
+    [
+        ("on_after_backward", nothing, "but Hooked does: .*on_train_batch_end comes after every step"),
+        ("on_before_optimizer_step", nothing, "but Hooked does: .*on_train_batch_start comes before every step"),
+        (
+            "configure_gradient_clipping",
+            nothing,
+            "clip with the Trainer's gradient_clip_val or the optimizer's max_grad_norm",
+        ),
+        ("backward", nothing, "belongs in training_losses"),
+    ],
+)
+def test_lightning_refuses_hooks_that_need_gradients(method, name, hook, message, tmp_path):
+    pytest.importorskip("lightning")
+    module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
+    module = type("Hooked", (type(module),), {name: hook})()
+    with pytest.raises(ValueError, match=rf"{name}\(\) must.*{message}"):
+        lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
+    assert_equal(weights(module.net), weights(Net()))
+
+
+@pytest.mark.parametrize("name", ["on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("kind", ["callback", "lambda", "instance"])
+def test_lightning_refuses_callbacks_that_need_gradients(name, kind, tmp_path):
+    pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import Callback, LambdaCallback
+
+    callback = {
+        "callback": type("Watch", (Callback,), {name: nothing}),
+        "lambda": lambda: LambdaCallback(**{name: nothing}),
+    }
     module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
-    trainer = lightning_trainer(tmp_path, accumulate_grad_batches=2, callbacks=[Watch()])
-    trainer.fit(module, DataLoader(TensorDataset(*make_data(seed)), batch_size=BATCH))
-    assert fired == ["SAM"] * (STEPS // 2) and trainer.global_step == STEPS // 2
+    if kind == "instance":
+        setattr(module, name, nothing)
+    callbacks = [] if kind == "instance" else [callback[kind]()]
+    trainer = lightning_trainer(tmp_path, accumulate_grad_batches=2, callbacks=callbacks)
+    with pytest.raises(ValueError, match=rf"{name}\(\) must not be overridden"):
+        trainer.fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
+    assert_equal(weights(module.net), weights(Net()))
+
+
+def test_lightning_clips_as_the_hook_says_with_an_ordinary_optimizer(tmp_path):
+    pytest.importorskip("lightning")
+    module = lightning_module(lambda net: torch.optim.SGD(net.parameters(), lr=1.0))
+    module.configure_gradient_clipping = lambda optimizer, *rest, **more: module.clip_gradients(
+        optimizer, gradient_clip_val=1e-3, gradient_clip_algorithm="norm"
+    )
+    lightning_trainer(tmp_path, limit_train_batches=1).fit(
+        module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH)
+    )
+    moved = torch.cat([(p - q).flatten() for p, q in zip(module.net.parameters(), Net().parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+Pair = collections.namedtuple("Pair", "x y")  # noqa: PYI024
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Reusing:
+    """A loader whose batches are all in the same memory."""
+
+    def __init__(self, data, batch, reuse, wrap=lambda x, y: (x, y)):
+        self.parts, self.reuse, self.wrap = list(zip(*(one.split(batch) for one in data), strict=True)), reuse, wrap
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __iter__(self):
+        x, y = (torch.empty_like(one) for one in self.parts[0])
+        for a, b in self.parts:
+            yield self.wrap(x.copy_(a), y.copy_(b)) if self.reuse else self.wrap(a.clone(), b.clone())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("trainer", ["lightning", "accelerate"])
+def test_a_loader_may_use_its_memory_again(trainer, method, seed, tmp_path, monkeypatch):
+    pytest.importorskip(MODULES[trainer][0])
+    monkeypatch.setitem(globals(), "Net", Unnormalized)
+
+    def run(reuse):
+        loader = Reusing(make_data(seed), BATCH // 4, reuse)
+        if trainer == "lightning":
+            module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
+            lightning_trainer(tmp_path, accumulate_grad_batches=4).fit(module, loader)
+            return weights(module.net)
+        from accelerate import Accelerator
+
+        from ltsam_fast.trainers.accelerate import AcceleratedStep
+
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        net = Net()
+        net, optimizer = accelerator.prepare(net, optimizer_of(net, method, METHODS[method]))
+        step = AcceleratedStep(accelerator, net, optimizer, lambda batch: losses(net, *batch))
+        for batch in loader:
+            with accelerator.accumulate(net):
+                step(batch)
+        return weights(net)
+
+    assert_equal(run(True), run(False))
+
+
+def encoding(x, y):
+    transformers = pytest.importorskip("transformers")
+    return transformers.BatchEncoding({"x": x, "y": y})
+
+
+def output(x, y):
+    pytest.importorskip("transformers")
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    return SequenceClassifierOutput(loss=y, logits=x)
+
+
+def attributes(x, y):
+    return types.SimpleNamespace(pair=(x, {"y": y}), name="a", nothing=None)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "x_of"),
+    [
+        (lambda x, y: (x, y), lambda one: one[0]),
+        (lambda x, y: [{"x": (x, [y, "text", None, 3])}], lambda one: one[0]["x"][0]),
+        (lambda x, y: collections.OrderedDict(x=x, y=y), lambda one: one["x"]),
+        (Pair, lambda one: one.x),
+        (Data, lambda one: one.x),
+        (encoding, lambda one: one["x"]),
+        (output, lambda one: one.logits),
+        (attributes, lambda one: one.pair[0]),
+        (lambda x, y: {"x": x.numpy(), "y": y}, lambda one: torch.as_tensor(one["x"])),
+        (lambda x, y: (x * torch.ones((), requires_grad=True), y), lambda one: one[0]),
+    ],
+)
+def test_what_is_kept_is_a_copy(wrap, x_of):
+    from ltsam_fast.trainers.parts import copy_of
+
+    memory = torch.zeros(1000)
+    batch = wrap(memory[:4], torch.zeros(4))
+    kept = copy_of(batch)
+    assert type(kept) is type(batch)
+    x = x_of(kept)
+    memory.fill_(1)
+    assert x.tolist() == [0.0] * 4
+    assert x.untyped_storage().nbytes() == 16  # not all the memory that the view is part of
+
+
+@pytest.mark.parametrize("trainer", ["lightning", "accelerate"])
+def test_what_cannot_be_copied_is_refused(trainer, tmp_path):
+    pytest.importorskip(MODULES[trainer][0])
+
+    class Locked:
+        def __init__(self, x, y):
+            self.x, self.y, self.lock = x, y, threading.Lock()
+
+    def run(micro):
+        loader = Reusing(make_data(0), BATCH // micro, True, Locked)
+        if trainer == "lightning":
+            module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
+            module.training_losses = lambda batch, batch_idx: losses(module.net, batch.x, batch.y)
+            lightning_trainer(tmp_path, accumulate_grad_batches=micro).fit(module, loader)
+            return module.net
+        from accelerate import Accelerator
+
+        from ltsam_fast.trainers.accelerate import AcceleratedStep
+
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro)
+        net = Net()
+        net, optimizer = accelerator.prepare(net, optimizer_of(net, "SAM", {}))
+        step = AcceleratedStep(accelerator, net, optimizer, lambda batch: losses(net, batch.x, batch.y))
+        for batch in loader:
+            with accelerator.accumulate(net):
+                step(batch)
+        return net
+
+    with pytest.raises(TypeError, match=r"got (tuple|Locked), which can't be .*: give what is in it __deepcopy__"):
+        run(2)
+    assert not torch.equal(weights(run(1)), weights(Net()))  # nothing is kept: nothing is copied
+
+
+@each_trainer
+def test_a_mean_in_place_of_losses_is_refused(trainer, tmp_path):
+    pytest.importorskip(MODULES[trainer][0])
+    if trainer == "lightning":
+        module = lightning_module(lambda net: optimizer_of(net, "SAM", {}))
+        module.training_losses = lambda batch, batch_idx: losses(module.net, *batch).mean()
+        with pytest.raises(
+            ValueError, match=r"training_losses\(\) must return the per-sample losses, shape \(B,\), got \(\)"
+        ):
+            lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
+    elif trainer == "accelerate":
+        from accelerate import Accelerator
+
+        from ltsam_fast.trainers.accelerate import AcceleratedStep
+
+        accelerator, net = Accelerator(cpu=True), Net()
+        net, optimizer = accelerator.prepare(net, optimizer_of(net, "SAM", {}))
+        step = AcceleratedStep(accelerator, net, optimizer, lambda batch: losses(net, *batch).mean())
+        with pytest.raises(ValueError, match=r"losses must return the per-sample losses, shape \(B,\), got \(\)"):
+            step([one[:BATCH] for one in make_data(0)])
+    else:
+        made = hugging_face_trainer(
+            tmp_path,
+            method=lf.SAM,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs["logits"].mean(),
+        )
+        with pytest.raises(ValueError, match="compute_loss_func must return the per-sample losses"):
+            made.train()
 
 
 def test_accelerate_refuses(tmp_path):
@@ -618,6 +997,163 @@ def test_accelerate_refuses(tmp_path):
     plain_sgd = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=0.1))
     with pytest.raises(TypeError, match="got SGD"):
         AcceleratedStep(accelerator, net, plain_sgd, lambda batch: losses(net, *batch))
+
+
+def classifier(count=3, problem=None, **more):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    kind = more.pop("kind", "BertForSequenceClassification")
+    size = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": "LMHead" in kind}
+    config = transformers.BertConfig(**size, **none, num_labels=count, problem_type=problem)
+    return getattr(transformers, kind)(config)
+
+
+def labels_for(problem, count, generator):
+    if problem == "regression":
+        return torch.randn(BATCH, generator=generator) if count == 1 else torch.randn(BATCH, count, generator=generator)
+    if problem == "multi_label_classification":
+        return torch.randint(0, 2, (BATCH, count), generator=generator).float()
+    return torch.arange(BATCH) % count
+
+
+def classified(folder, model, labels, own=None, arguments=(), **more):
+    """A trainer over sequences, one batch a micro-batch; Hugging Face's own for ``own`` = True."""
+    transformers = pytest.importorskip("transformers")
+    from ltsam_fast.trainers.hugging_face import SharpnessAwareTrainer
+
+    tokens = torch.randint(0, 20, (len(labels), 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": one, "labels": label} for one, label in zip(tokens, labels, strict=True)]
+    settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    settings |= {"per_device_train_batch_size": BATCH, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0}
+    args = transformers.TrainingArguments(folder, **settings | {"logging_steps": 1} | dict(arguments))
+    if own:
+        return transformers.Trainer(model=model, args=args, train_dataset=data, **more)
+    made = type("Made", (SharpnessAwareTrainer,), more.pop("methods", {}))
+    return made(model=model, args=args, train_dataset=data, **{"method": lf.SAM, "method_options": {"rho": 0.0}} | more)
+
+
+PROBLEMS = {
+    "single": (3, "single_label_classification", False),
+    "single, inferred": (3, "single_label_classification", True),
+    "multi": (3, "multi_label_classification", False),
+    "multi, inferred": (3, "multi_label_classification", True),
+    "regression": (1, "regression", False),
+    "regression, inferred": (1, "regression", True),
+    "regression of several": (3, "regression", False),
+}
+NO_CLASSES = [name for name in METHODS if "class_counts" not in METHODS[name]]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("method", NO_CLASSES)
+def test_hugging_face_takes_the_models_own_loss(method, problem, micro, seed, tmp_path):
+    """At radius 0 it is Hugging Face's Trainer with SGD, bar ESAM's choice of samples and SSAM's masks."""
+    count, kind, inferred = PROBLEMS[problem]
+    labels = labels_for(kind, count, torch.Generator().manual_seed(seed))
+    arguments = {"per_device_train_batch_size": BATCH // micro, "gradient_accumulation_steps": micro}
+    options = {"rho": 0.0, **METHODS[method]} | ({"gamma": 1.0} if method == "ESAM" else {})
+    moved, logged = [], []
+    for own in (True, False):
+        model = classifier(count, None if inferred else kind)
+        more = {} if own else {"method": getattr(lf, method), "method_options": options}
+        trainer = classified(tmp_path, model, labels, own, arguments, **more)
+        trainer.loss_is_scaled_for_ga = False  # BERT takes num_items_in_batch and does not look at it
+        trainer.train()
+        moved.append(weights(model) - weights(classifier(count)))
+        logged.append(float(trainer.state.log_history[0]["loss"]))
+    if method not in ("GSAM", "WSAM"):
+        assert_equal(*moved, 1e-5)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+
+
+class Weighing(torch.nn.Module):
+    """A classifier whose own loss is with class weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = classifier()
+
+    def forward(self, input_ids, labels=None):
+        logits = self.net(input_ids=input_ids).logits
+        weight = torch.tensor([1.0, 1.0, 1.5])
+        return {"logits": logits} | ({} if labels is None else {"loss": F.cross_entropy(logits, labels, weight)})
+
+
+def without_super(self, model, inputs, num_items_in_batch=None):
+    loss = self.compute_loss(model, inputs)
+    self.accelerator.backward(loss)
+    return loss.detach()
+
+
+def own_mean(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    outputs = model(**inputs)
+    return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("make", "labels", "more", "message"),
+    [
+        (Weighing, None, {}, r"compute_loss_func must be given, .*: the model's own loss is .*, not their mean"),
+        (
+            lambda: classifier(kind="BertForTokenClassification"),
+            (BATCH, 6),
+            {},
+            r"must be given, .* got logits of shape \(\d, 6, 3\)",
+        ),
+        (lambda: classifier(kind="BertLMHeadModel"), (BATCH, 6), {}, r"compute_loss_func must be given"),
+        (
+            classifier,
+            None,
+            {"methods": {"compute_loss": own_mean}},
+            "compute_loss must not be overridden, but Made does",
+        ),
+        (classifier, None, {"methods": {"training_step": without_super}}, r"training_step\(\) must call super"),
+        (
+            lambda: classifier(1, "regression"),
+            "float",
+            {"arguments": {"label_smoothing_factor": 0.1}},
+            "label_smoothing_factor must be 0 with problem_type 'regression', got 0.1",
+        ),
+    ],
+)
+def test_hugging_face_refuses_what_it_would_not_train(method, make, labels, more, message, tmp_path):
+    model = make()
+    if isinstance(labels, tuple):
+        labels = torch.randint(0, 3, labels)
+    elif labels == "float":
+        labels = torch.randn(BATCH)
+    else:
+        labels = torch.arange(BATCH) % 3
+    if method not in NO_CLASSES and (labels.dim() > 1 or labels.is_floating_point()):
+        message = "targets must"  # which come first
+    options = {"method": getattr(lf, method), "method_options": METHODS[method]}
+    with pytest.raises(ValueError, match=message):
+        classified(tmp_path, model, labels, **more, **options).train()
+    assert_equal(weights(model), weights(make()))
+
+
+def test_hugging_face_refuses_callbacks_before_the_step(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    callback = type("Watch", (transformers.TrainerCallback,), {"on_pre_optimizer_step": nothing})
+    with pytest.raises(ValueError, match=r"on_pre_optimizer_step\(\) must not be overridden, but Watch does"):
+        classified(tmp_path, classifier(), torch.arange(BATCH) % 3, callbacks=[callback()]).train()
+
+
+def test_hugging_face_trains_as_ever_with_an_ordinary_optimizer(tmp_path):
+    """Whatever it overrides."""
+    methods = {"compute_loss": own_mean, "training_step": without_super}
+    model = classifier()
+    classified(tmp_path, model, torch.arange(BATCH) % 3, method=None, method_options=None, methods=methods).train()
+    assert not torch.equal(weights(model), weights(classifier()))
 
 
 def hugging_face_trainer(folder, net=None, arguments=(), **more):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.hugging_face needs transformers: pip install 'ltsam_fast[hugging-face]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.trainers.accelerate import AcceleratedStep
-from ltsam_fast.trainers.parts import set_clipping
+from ltsam_fast.trainers.parts import check_per_sample, set_clipping
 
 
 class SharpnessAwareTrainer(Trainer):
@@ -36,9 +37,17 @@ class SharpnessAwareTrainer(Trainer):
     ``max_grad_norm`` (1.0 by default, as ever; clipped inside the update, so no ``grad_norm`` is logged), ``fp16`` with its
     GradScaler, ``bf16``, schedulers, checkpoints, DDP, ``label_smoothing_factor``.
 
-    The losses are the cross entropy of ``outputs.logits``, shape (B, C), and the labels, named by ``args.label_names``.
-    ``compute_loss_func(outputs, labels, num_items_in_batch)``, if given, must return the per-sample losses, shape (B,);
-    in evaluation the Trainer takes their mean.
+    The losses are the model's own, by sample: for ``outputs.logits``, shape (B, C), and the labels, named by
+    ``args.label_names``, what ``problem_type`` says, or what transformers infers without it: cross entropy (with
+    ``label_smoothing_factor``), the mean squared error or the binary cross entropy over the C outputs. Where the model returns
+    a ``loss``, it must be their mean: every pass of a training's first step is checked, before anything changes.
+
+    For any other loss, such as one of tokens or with class weights, give ``compute_loss_func(outputs, labels,
+    num_items_in_batch)``, which must return the per-sample losses, shape (B,), whatever ``num_items_in_batch`` is (``None``
+    in training); in evaluation the Trainer takes their mean. ``compute_loss`` must not be overridden: its mean has no samples.
+
+    All micro-batches of an accumulated step but the last are copied, for a loader may use its memory again. Callbacks'
+    ``on_optimizer_step`` finds no gradients.
 
     Args:
         *args: The Trainer's.
@@ -49,8 +58,10 @@ class SharpnessAwareTrainer(Trainer):
 
     Raises:
         TypeError: ``method`` is no class of the package.
-        ValueError: ``method`` together with ``optimizers`` or ``optimizer_cls_and_kwargs``; when training, a ``max_grad_norm``
-            that contradicts the optimizer's, a model that is sharded, or labels that cannot be found.
+        ValueError: ``method`` together with ``optimizers`` or ``optimizer_cls_and_kwargs``; when training, before any step, a
+            ``max_grad_norm`` that contradicts the optimizer's, a model that is sharded, labels that cannot be found, a loss
+            that is not known by sample, a ``compute_loss`` of one's own, callbacks with ``on_pre_optimizer_step``, or a
+            ``training_step`` that does not call this one.
     """
 
     def __init__(
@@ -67,7 +78,14 @@ class SharpnessAwareTrainer(Trainer):
         if method is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
             raise ValueError("method must be None where optimizers or optimizer_cls_and_kwargs are given")
         self.method, self.method_options = method, method_options or {}
+        self._begin()
+
+    def _begin(self) -> None:
         self._taking: AcceleratedStep | None = None
+        self._taken = False
+        """Whether training_step has taken the step that the Trainer is about to ask for."""
+        self._compared = False
+        """Whether the losses are known to be the model's own: after the first step."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Makes the optimizer, of ``method`` around the one that ``args.optim`` names."""
@@ -81,9 +99,10 @@ class SharpnessAwareTrainer(Trainer):
         """Makes the scheduler. By now the optimizer is the accelerator's: ``training_step`` takes its steps."""
         method = getattr(self.optimizer, "optimizer", None)
         if isinstance(method, SharpnessAware):
+            self._check_hooks()
             set_clipping(method, self.args.max_grad_norm or 0.0, "max_grad_norm")
-            self.optimizer.step = types.MethodType(_taken_already, self.optimizer)
-        self._taking = None
+            self.optimizer.step = types.MethodType(lambda *_: self._check_taken(), self.optimizer)
+        self._begin()
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -94,7 +113,31 @@ class SharpnessAwareTrainer(Trainer):
         if self._taking is None or self._taking.method.model is not model:
             self._taking = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
         loss = self._taking(dict(self._prepare_inputs(inputs)))
+        if loss is not None:
+            self._taken = self._compared = True
         return torch.zeros((), device=self.args.device) if loss is None else loss.to(self.args.device)
+
+    def _check_hooks(self) -> None:
+        if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
+            raise ValueError(
+                f"compute_loss must not be overridden, but {type(self).__name__} does: its mean has no samples; "
+                "give compute_loss_func(outputs, labels, num_items_in_batch), which returns the per-sample losses, shape (B,)"
+            )
+        for one in self.callback_handler.callbacks:
+            hook = getattr(one.on_pre_optimizer_step, "__func__", None)
+            if hook is not TrainerCallback.on_pre_optimizer_step:
+                raise ValueError(
+                    f"on_pre_optimizer_step() must not be overridden, but {type(one).__name__} does: gradients exist "
+                    "inside the optimizer's update only; on_step_begin comes before every step, on_step_end after it"
+                )
+
+    def _check_taken(self) -> None:
+        """In place of the accelerated optimizer's step(): training_step has taken it."""
+        if not self._taken:
+            raise ValueError(
+                "training_step() must call super().training_step(model, inputs, num_items_in_batch), which takes the steps"
+            )
+        self._taken = False
 
     def _labels(self, inputs: dict[str, Any]) -> Tensor:
         name = self.label_names[0] if len(self.label_names) == 1 else None
@@ -105,13 +148,46 @@ class SharpnessAwareTrainer(Trainer):
         return inputs[name]  # type: ignore[index]
 
     def _losses(self, inputs: dict[str, Any]) -> Tensor:
-        labels = self._labels(inputs)
+        labels, model = self._labels(inputs), self.optimizer.optimizer.model
+        own = self.compute_loss_func is None and self.label_smoother is None and not self._compared
+        if not (own and _takes(self.model, self.label_names[0])):
+            inputs = {name: one for name, one in inputs.items() if one is not labels}
         with self.compute_loss_context_manager():
-            outputs = self.optimizer.optimizer.model(**{name: one for name, one in inputs.items() if one is not labels})
+            outputs = model(**inputs)
             if self.compute_loss_func is not None:
-                return self.compute_loss_func(outputs, labels, num_items_in_batch=None)
-            smoothing = self.args.label_smoothing_factor
-            return F.cross_entropy(outputs["logits"], labels, reduction="none", label_smoothing=smoothing)
+                losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+                return check_per_sample(losses, "compute_loss_func")
+            losses = self._losses_of(outputs, labels)
+        if own and outputs.get("loss") is not None:
+            mean, theirs = losses.detach().mean(), outputs["loss"].detach().mean()
+            tolerance = max(1e-5, 4 * torch.finfo(theirs.dtype).eps)  # what rounding may do
+            if not torch.isclose(mean.to(theirs), theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
+                raise ValueError(
+                    f"{_GIVE}: the model's own loss is {float(theirs):.6g}, not their mean, {float(mean):.6g}"
+                )
+        return losses
+
+    def _losses_of(self, outputs: Any, labels: Tensor) -> Tensor:
+        """The per-sample losses whose mean transformers' classifiers return."""
+        logits = outputs.get("logits") if isinstance(outputs, dict) else None
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            got = type(outputs).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise ValueError(f"{_GIVE} where the model does not return logits of shape (B, C), got {got}")
+        config = getattr(self.model, "config", None)
+        problem, count = getattr(config, "problem_type", None), getattr(config, "num_labels", None)
+        if problem is None and count is not None:
+            single = labels.dtype in (torch.long, torch.int)
+            problem = "regression" if count == 1 else "single_label" if single else "multi_label_classification"
+        if problem in ("regression", "multi_label_classification"):
+            if self.label_smoother is not None:
+                raise ValueError(
+                    f"label_smoothing_factor must be 0 with problem_type {problem!r}, got {self.args.label_smoothing_factor!r}"
+                )
+            loss = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+            return loss(logits, labels.view_as(logits), reduction="none").mean(1)
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        classes = labels if labels.is_floating_point() else labels.flatten()
+        return F.cross_entropy(logits, classes, reduction="none", label_smoothing=smoothing)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return None if self._taking is not None else super()._clip_grad_norm(model)
@@ -120,5 +196,9 @@ class SharpnessAwareTrainer(Trainer):
         return None if self._taking is not None else super()._get_grad_norm(model, grad_norm=grad_norm)
 
 
-def _taken_already(optimizer: Any, closure: Any = None) -> None:
-    """In place of the accelerated optimizer's step(): training_step has taken it."""
+_GIVE = "compute_loss_func must be given, with the per-sample losses, shape (B,)"
+
+
+def _takes(model: Any, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,15 +39,14 @@ class SharpnessAwareModule(LightningModule):
     use its memory again, and each has a forward without gradients, for its loss must be known before the step. GNM and m-SAM,
     which have no pass with the whole batch at the unperturbed weights, and ``on_before_backward`` cost that forward too.
 
-    ``on_before_zero_grad``, ``on_before_backward`` (with a loss that has no graph), ``optimizer_zero_grad`` and an
-    ``optimizer_step`` that calls ``super().optimizer_step(...)`` are called as ever; gradients are gone by then. Hooks that
-    need a step's gradients are refused: they exist inside the update only.
+    ``on_before_zero_grad``, ``on_before_backward`` (with a loss that has no graph), ``optimizer_zero_grad`` and
+    ``optimizer_step`` are called as ever; a step's gradients are gone when it is over. Hooks that need them are refused.
 
     Raises:
         ValueError: Before a step, for strategies other than a single device and DDP, for clipping by value, for a
             ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, for manual optimization, for
-            ``on_after_backward`` and ``on_before_optimizer_step``, the callbacks' too, for ``backward`` and
-            ``configure_gradient_clipping`` of one's own, and for an ``optimizer_step`` that calls ``optimizer.step()``.
+            ``on_after_backward`` and ``on_before_optimizer_step``, the callbacks' too, and for ``backward`` and
+            ``configure_gradient_clipping`` of one's own.
         TypeError: A batch that has to be kept can't be copied.
 
     >>> import ltsam_fast as lf
@@ -63,11 +64,20 @@ class SharpnessAwareModule(LightningModule):
     """
 
     training_loss: Tensor | None = None
+    _seen: list[Tensor]
+    """The per-sample losses of the step's batches at the unperturbed weights."""
     _parts: Parts | None = None
     _in_pass = False
     _stepping = False
     _known = False
     """Whether the loss of the present batch is known, and what is to be logged of it is logged."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Lets an optimizer_step of one's own take the step by ``optimizer.step(closure)``, as Lightning's does."""
+        super().__init_subclass__(**kwargs)
+        owner = next(one for one in cls.__mro__ if "optimizer_step" in vars(one))
+        if owner is cls or not issubclass(owner, SharpnessAwareModule):
+            cls.optimizer_step = _with_passes(vars(owner)["optimizer_step"])  # type: ignore[method-assign]
 
     def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
         """The per-sample losses, shape (B,), of a batch or of some of its samples; the forward pass alone."""
@@ -85,11 +95,14 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(method, SharpnessAware):
             return self.training_losses(batch, batch_idx).mean()
         self._check(method)
-        if self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0:  # an interrupted step may have left some
+        if (
+            self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0
+        ):  # an interrupted step may have left some
             self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
         self._parts.add((batch, batch_idx), last=self._stepping)
         self._known = (
             trainer.accumulate_grad_batches > 1
+            or not self._stepping
             or isinstance(method, (GNM, MSAM))
             or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())
         )
@@ -105,32 +118,27 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(self._method, SharpnessAware):
             super().backward(loss, *args, **kwargs)
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        """Clips, unless the optimizer does so inside its update."""
-        if isinstance(self._method, SharpnessAware):  # only optimizer.step() leads here
-            raise ValueError(
-                "optimizer_step() must call super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure), which "
-                "runs the passes, in place of optimizer.step()"
-            )
-        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Takes one step of the method over the batches kept."""
-        trainer, method = self.trainer, self._method
-        if not isinstance(method, SharpnessAware):
+        if not isinstance(self._method, SharpnessAware):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
+        self._take(optimizer_closure)
+
+    def _take(self, closure: Any = None) -> None:
+        """What optimizer.step() is while a step is taken: Lightning's closure, and the method's passes."""
+        trainer, method = self.trainer, self._method
         model = trainer.model
+        shown: Any = None
         self._stepping = True
         try:
             with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():  # type: ignore[operator]
-                shown = optimizer_closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
+                if closure is not None:
+                    shown = closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
         finally:
             self._stepping = False
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        assert self._parts is not None  # training_step was just called
+        assert self._parts is not None  # training_step was called
         known = self._known
         self._parts.step(method, scaler)
         self.training_loss = torch.cat(self._seen).detach().mean()
@@ -149,8 +157,8 @@ class SharpnessAwareModule(LightningModule):
             for name, remedy in _REFUSED[parent].items():
                 if _overrides(owner, name, parent):
                     raise ValueError(
-                        f"{name}() must not be overridden, but {type(owner).__name__} does: {type(method).__name__}'s gradients "
-                        f"exist inside its update only; {remedy}"
+                        f"{name}() must not be overridden, but {type(owner).__name__} does: gradients exist "
+                        f"inside {type(method).__name__}'s update only; {remedy}"
                     )
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
@@ -204,6 +212,19 @@ _REFUSED = {
     Callback: _NO_GRADIENTS,
 }
 """Hooks that need the gradients, and what to do instead."""
+
+
+def _with_passes(own: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(own)
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if isinstance(self._method, SharpnessAware):
+            optimizer.step = self._take
+        try:
+            own(self, epoch, batch_idx, optimizer, optimizer_closure)
+        finally:
+            vars(optimizer).pop("step", None)
+
+    return optimizer_step
 
 
 def _overrides(owner: Any, name: str, parent: type) -> bool:

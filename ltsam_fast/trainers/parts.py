@@ -71,8 +71,8 @@ def copy_of(batch: Any) -> Any:
             return copy.deepcopy(batch)
     except Exception as error:
         raise TypeError(
-            f"batch must be of tensors, arrays and containers to be kept for accumulated gradients, got {type(batch).__name__}, "
-            f"which can't be copied ({error}): give it __deepcopy__(), or do not accumulate"
+            f"batch must be copied to be kept for accumulated gradients, got {type(batch).__name__}, which can't be "
+            f"({error}): give what is in it __deepcopy__(), or do not accumulate"
         ) from error
 
 
@@ -97,7 +97,7 @@ class Parts:
         self._batches: list[Any] = []
 
     def add(self, batch: Any, last: bool) -> None:
-        """Keeps a micro-batch for the step to come: the ``last`` one as it is, others, which a loader may overwrite, as copies."""
+        """Keeps a micro-batch for the step to come: the ``last`` one as it is, others as copies: loaders may overwrite them."""
         self._batches.append(batch if last else copy_of(batch))
 
     def step(self, optimizer: SharpnessAware, scaler: torch.amp.GradScaler | None = None) -> Tensor:
