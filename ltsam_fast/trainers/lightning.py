@@ -92,12 +92,10 @@ class SharpnessAwareModule(LightningModule):
         if self._in_pass:
             return self.training_losses(batch, batch_idx)
         method, trainer = self._method, self.trainer
-        if not isinstance(method, SharpnessAware):
+        if not isinstance(method, SharpnessAware) or trainer.fit_loop._skip_backward:
             return self.training_losses(batch, batch_idx).mean()
         self._check(method)
-        if (
-            self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0
-        ):  # an interrupted step may have left some
+        if self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0:  # an interrupted step left some
             self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
         self._parts.add((batch, batch_idx), last=self._stepping)
         self._known = (
@@ -137,6 +135,8 @@ class SharpnessAwareModule(LightningModule):
                     shown = closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
         finally:
             self._stepping = False
+        if trainer.fit_loop._skip_backward:  # weight averaging ends with forwards, for batch norm
+            return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         assert self._parts is not None  # training_step was called
         known = self._known
