@@ -149,7 +149,8 @@ class Loss(nn.Module):
             return losses
         if self.reduction == "sum" or self.weight is None:
             return losses.sum() if self.reduction == "sum" else losses.mean()
-        return losses.sum() / self.weight.to(losses)[targets.to(losses.device, torch.int64)].sum()
+        labels = targets.to(losses.device, torch.int64, non_blocking=True)
+        return losses.sum() / self.weight.to(losses, non_blocking=True)[labels].sum()
 
     def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
         if self.classes is not None and isinstance(logits, Tensor) and tuple(logits.shape[1:]) != (self.classes,):
