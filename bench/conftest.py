@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from bench.measure import Roof, interleaved
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a time limit's; in a shell's background job it starts out ignored
 
 
 @pytest.fixture(scope="session")

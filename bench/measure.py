@@ -101,7 +101,7 @@ class WholeStep:
         self.grads = make(0.01)
         groups = [{"params": self.params[:-2]}, {"params": self.params[-2:]}]
         self.optimizer = getattr(lf, method)(groups, torch.optim.SGD, rho=0.05, **options, **BASE)
-        self.targets = torch.tensor([0, 1] * 4)
+        self.targets = torch.tensor([0, 1] * 4, device=DEVICE)
         self.backend = backend
         self.elements = sum(p.numel() for p in self.params)
 

@@ -1,59 +1,107 @@
 #!/usr/bin/env bash
-# bench/run_gpu.sh OUTDIR: everything to be done on a GPU machine, in under ten minutes: build, GPU tests, memory and race
-# checks of the kernels, counters, benchmarks, table and charts. Needs torch, pytest, pytest-benchmark, pybind11 and ninja; no
-# network. Eight files in OUTDIR: info, tests, memcheck, racecheck and ncu (.txt), bench.json, report.md, report.png.
+# bench/run_gpu.sh OUTDIR [steps|tests|bench|checks]...: what is to be done on a GPU machine, each part within 8 minutes; without a
+# part all four, in this order. Each begins with the build. Needs torch, pytest, pytest-benchmark, pybind11 and ninja (with
+# pytest-xdist the tests take less time); no network.
 #
-# Without a GPU it runs the same commands, Triton in its interpreter and CUDA compiled only, with a few quick benchmarks: so
-# that a typing error is found before a GPU is paid for.
+#   steps   whole training steps, eager and as CUDA graphs         OUTDIR/steps/bench.json, report.md
+#   tests   the GPU's tests                                        OUTDIR/tests.txt
+#   bench   optimizer work and losses                              OUTDIR/bench/bench.json, report.md, report.png
+#   checks  memory and races of our kernels, graphs, counters      OUTDIR/memcheck.txt, racecheck.txt, graphs.txt, ncu.txt
+#
+# A step that takes too long is interrupted as by Ctrl-C, so that what it has found until then is written. The logs of steps that
+# failed stay. LTSAM_LIMIT=SECONDS is a lower limit for each step.
+#
+# Without a GPU it runs the same commands, Triton in its interpreter and CUDA compiled only, the GPU's tests up to where they need
+# one, and a few quick benchmarks: so that a typing error is found before a GPU is paid for.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bench/run_gpu.sh OUTDIR}" && cd "$1" && pwd)
-cd "$(dirname "$0")/.."
+usage="usage: bench/run_gpu.sh OUTDIR [steps|tests|bench|checks]..."
+out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
+shift
+parts=("${@:-all}")
+[[ ${parts[0]} == all ]] && parts=(steps tests bench checks)
+for part in "${parts[@]}"; do
+    [[ $part =~ ^(steps|tests|bench|checks)$ ]] || { echo "$usage, got $part" >&2; exit 2; }
+done
+cd "$(dirname "$0")/.." || exit
 failed=()
 
 # step NAME SECONDS COMMAND...: output goes to OUTDIR/NAME.txt, its end to the terminal; a failure is reported at the end.
 step() {
-    local name=$1 seconds=$2 log="$out/$1.txt" begin=$SECONDS
+    local name=$1 seconds=$2 log="$out/$1.txt" begin=$SECONDS status
     shift 2
+    ((seconds > ${LTSAM_LIMIT:-seconds})) && seconds=$LTSAM_LIMIT
     echo "== $name: $*"
-    timeout "$seconds" "$@" >"$log" 2>&1
-    local status=$?
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" >"$log" 2>&1
+    status=$?
     tail -n 12 "$log"
-    ((status == 0)) || failed+=("$name (exit $status)")
+    ((status == 0)) || failed+=("$name (exit $status after $((SECONDS - begin)) s of $seconds)")
     echo "== $name: exit $status after $((SECONDS - begin)) s"
+    return $status
+}
+finish() {
+    ((${#failed[@]} == 0)) || printf 'failed: %s\n' "${failed[@]}"
+    exit $((${#failed[@]} > 0))
 }
 python_has() { python3 -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"; }
 
 gpu=1
 python3 -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || gpu=0
 workers=()
-python_has xdist && workers=(-n 4)
+python_has xdist && workers=(-n "$(($(nproc) < 14 ? $(nproc) : 14))") # Triton compiles hundreds of kernels
 
+tests=(tests/test_graph.py tests/test_ops.py tests/test_every_backend.py tests/test_random.py tests/test_losses.py)
+chosen="cuda or triton or gpu"
 if ((gpu)); then
     export LTSAM_REQUIRE=cpu,cuda
-    tests=(tests/test_ops.py tests/test_every_backend.py tests/test_random.py tests/test_losses.py tests/test_graph.py -k "cuda or triton or gpu")
-    benches=(bench)
+    LTSAM_CUDA_ARCHS=${LTSAM_CUDA_ARCHS:-$(python3 -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")}
+    export LTSAM_CUDA_ARCHS
+    steps=(bench/test_end2end.py bench/test_shared.py)
+    benches=(bench/test_steps.py bench/test_losses.py bench/test_precision.py)
 else
     echo "== no GPU: a dry run on the CPU"
-    tests=(tests/test_graph.py tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits")
-    benches=(bench -k "test_step and resnet32 or growth or family and resnet32 and GNM or losses and 10")
+    steps=(bench/test_end2end.py -k resnet32)
+    benches=(bench/test_steps.py bench/test_losses.py -k "test_step and resnet32 or growth or family and resnet32 and GNM or losses and 10")
 fi
 
-step build 180 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
-step info 60 python3 -m ltsam_fast info
-step tests 200 python3 -m pytest -q "${workers[@]}" "${tests[@]}"
-if ((gpu)) && command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck; do
-        LTSAM_BACKEND=cuda step $tool 90 compute-sanitizer --tool $tool --error-exitcode 1 python3 -m bench.sanitize
-    done
-else
-    step memcheck 60 python3 -m bench.sanitize
-fi
-if ((gpu)) && command -v ncu >/dev/null; then
-    LTSAM_BACKEND=cuda step ncu 60 ncu --clock-control none --kernel-name regex:map_kernel --launch-count 12 \
-        --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active \
-        python3 -m bench.sanitize large
-fi
-step bench 280 python3 -m pytest -q "${benches[@]}" --benchmark-json="$out/bench.json"
-step report 60 python3 -m bench.report "$out/bench.json" "$out"
-rm -f "$out"/{build,bench,report}.txt
-((${#failed[@]} == 0)) || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }
+run_steps() { benchmark steps 300 "${steps[@]}"; }
+run_bench() { benchmark bench 300 "${benches[@]}"; }
+benchmark() {
+    local name=$1 seconds=$2
+    shift 2
+    mkdir -p "$out/$name"
+    step "$name" "$seconds" python3 -m pytest -q "$@" --benchmark-json="$out/$name/bench.json" && rm "$out/$name.txt"
+    step "report-$name" 20 python3 -m bench.report "$out/$name/bench.json" "$out/$name" && rm "$out/report-$name.txt"
+}
+run_tests() {
+    if ((gpu)); then
+        step tests 320 python3 -m pytest -q "${workers[@]}" "${tests[@]}" -k "$chosen"
+    else
+        step tests 120 python3 -m pytest -q "${workers[@]}" -p tests.fake_gpu "${tests[@]}" -k "$chosen"
+        step kernels 200 python3 -m pytest -q "${workers[@]}" tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits"
+    fi
+}
+run_checks() {
+    if ((gpu)) && command -v compute-sanitizer >/dev/null; then
+        # Only our kernels, and memory from cudaMalloc itself: in a block that torch divides a write behind a tensor is not seen.
+        local check=(compute-sanitizer --error-exitcode 1 --report-api-errors no --kernel-name kns=_ZN2lt)
+        for tool in memcheck racecheck; do
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 LTSAM_BACKEND=cuda step $tool 90 "${check[@]}" --tool $tool python3 -m bench.sanitize
+        done
+        LTSAM_BACKEND=cuda step graphs 70 "${check[@]}" --tool memcheck python3 -m bench.sanitize graphs
+    else
+        step memcheck 90 python3 -m bench.sanitize
+        step graphs 70 python3 -m bench.sanitize graphs
+    fi
+    if ((gpu)) && command -v ncu >/dev/null; then
+        LTSAM_BACKEND=cuda step ncu 60 ncu --clock-control none --launch-count 16 \
+            --kernel-name 'regex:^(map|reduce|cross_entropy)_kernel' \
+            --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active \
+            python3 -m bench.sanitize large
+    fi
+}
+
+step build 120 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e . || finish
+rm "$out/build.txt"
+step info 20 python3 -m ltsam_fast info || finish
+for part in "${parts[@]}"; do run_"$part"; done
+finish

@@ -1,4 +1,8 @@
-"""A small call of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view; "large", for counters."""
+"""A small call of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view.
+
+With "large": passes over a tensor that no cache holds, for counters. With "graphs": steps as CUDA graphs, and whether they
+end where ordinary steps do.
+"""
 
 import sys
 
@@ -15,8 +19,36 @@ def large(device: str) -> None:
         for phase in (optimizer.first_step, optimizer.second_step, optimizer.third_step):
             param.grad = torch.randn_like(param)
             phase()
+    logits = torch.randn(2**14 if device == "cuda" else 4, 1000, device=device, requires_grad=True)
+    lf.ops.adjusted_cross_entropy(logits, torch.arange(len(logits), device=device) % 1000).sum().backward()
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def graphs(device: str) -> None:
+    """Five steps of graph_step, four of them replays with changing learning rates, end where ordinary steps do."""
+    counts = [40, 20, 5]
+    for method, options in ((lf.SAM, {}), (lf.FocalSAM, {"class_counts": counts}), (lf.ESAM, {})):
+        ends = []
+        for captured in (False, True):
+            torch.manual_seed(0)
+            layers = torch.nn.Linear(4, 33), torch.nn.BatchNorm1d(33), torch.nn.Tanh(), torch.nn.Linear(33, 3)
+            model = torch.nn.Sequential(*layers).to(device)
+            optimizer = method(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, **options)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            criterion = lf.losses.LDAM(counts, reduction="none").to(device)
+            x, y = torch.randn(5, 9, 4, device=device), torch.randint(0, 3, (5, 9), device=device)
+            step = lf.graph_step(model, criterion, optimizer, (x[0], y[0]), warmup=1) if captured else None
+            for inputs, targets in zip(x, y, strict=True):
+                if step:
+                    step(inputs, targets)
+                else:
+                    every = torch.arange(9, device=device)
+                    optimizer.step(lambda at=every: criterion(model(inputs[at]), targets[at]), targets=targets)  # noqa: B023
+                schedule.step()
+            ends.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+        print(f"{method.__name__}: {float((ends[1] - ends[0]).norm() / ends[0].norm()):.1e} apart")
 
 
 def main() -> None:
@@ -24,6 +56,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if sys.argv[1:] == ["large"]:
         large(device)
+        return
+    if sys.argv[1:] == ["graphs"]:
+        print("graphs need a GPU") if device == "cpu" else graphs(device)
         return
     for base, options in ((torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.1})):
         params = [torch.randn(n, device=device).requires_grad_() for n in (0, 1, 7, 4097, 40001, 0)]

@@ -82,6 +82,19 @@ class Training:
     def __call__(self):
         return timed(self.run)
 
+    def weights(self):
+        """All weights, one after the other."""
+        return torch.nn.utils.parameters_to_vector(self.model.parameters()).detach()
+
+
+def assert_together(trainings, start):
+    """No figure for a wrong result: the same steps from the same weights must have led to about the same place."""
+    reference, *others = (training.weights() - start for training in trainings)
+    for training, moved in zip(trainings[1:], others, strict=True):
+        apart = float((moved - reference).norm() / reference.norm())
+        limit = 0.05 if training.autocast is None else 0.3  # 16 bits round the gradients of the two losses apart
+        assert apart < limit, f"weights are {apart:.3f} of their way apart, but should be less than {limit}"
+
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_step(benchmark, network, request):
@@ -91,8 +104,11 @@ def test_training_step(benchmark, network, request):
     implementations = ["reference", "fused", *(["graph"] if DEVICE == "cuda" else [])]
     names = [(method, one) for method in ("SGD", "SAM", "FocalSAM") for one in implementations]
     trainings = [Training(network, *name, small=benchmark.disabled) for name in names]
+    start = trainings[0].weights().clone()
     for training in trainings * (5 if DEVICE == "cuda" else 1):  # graphs are captured in the fourth step
         training()
+    for first in range(0, len(trainings), len(implementations)):
+        assert_together(trainings[first : first + len(implementations)], start)
     rounds = 1 if benchmark.disabled else 20 if DEVICE == "cuda" else 5
     times = dict(zip(names, map(statistics.median, interleaved(trainings, rounds)), strict=True))
     benchmark.pedantic(trainings[-1], rounds=1)

@@ -50,11 +50,11 @@ def _focused(nll, GAMMA: tl.constexpr, DETACH: tl.constexpr):
     return factor, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "seed"])  # a last batch, or another run, is not worth a compilation
 def cross_entropy_kernel(
     logits: tl.int64, targets: tl.int64, scale: tl.int64, shift: tl.int64, margin: tl.int64, spread: tl.int64,
     draw: tl.int64, weight: tl.int64, weight_sum: tl.int64, losses: tl.int64, state: tl.int64, cotangent_0: tl.int64,
-    cotangent_1: tl.int64, grad_0: tl.int64, grad_1: tl.int64, rows, classes, seed,
+    cotangent_1: tl.int64, grad_0: tl.int64, grad_1: tl.int64, rows, classes, seed: tl.int64,
     SCALES: tl.constexpr, SHIFTS: tl.constexpr, MARGINS: tl.constexpr, SPREADS: tl.constexpr, WEIGHS: tl.constexpr,
     SMOOTHING: tl.constexpr, GAMMA: tl.constexpr, DETACH: tl.constexpr, BY_LABEL: tl.constexpr,
     FORWARD: tl.constexpr, KEEPS: tl.constexpr, GRADS: tl.constexpr,

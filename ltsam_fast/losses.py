@@ -83,7 +83,7 @@ def _mean_of(weight: Tensor, batch: Tensor | Sequence[Tensor]) -> Tensor:
     """The mean weight of a batch, labels or a sequence of labels."""
     labels = batch if isinstance(batch, Tensor) else torch.cat(list(batch))
     ops.check_targets(labels, len(labels), len(weight))
-    return weight[labels.to(weight.device, torch.int64)].mean()
+    return weight[labels.to(weight.device, torch.int64, non_blocking=True)].mean()
 
 
 class Loss(nn.Module):
@@ -170,12 +170,15 @@ class Loss(nn.Module):
             raise ValueError(f"batch must be None with reduction={self.reduction!r}, it is for reduction='none'")
         losses = self._losses(logits, targets)
         if self.reduction == "none":
-            return losses if batch is None or self.weight is None else losses / _mean_of(self.weight.to(losses), batch)
+            if batch is None or self.weight is None:
+                return losses
+            return losses / _mean_of(self.weight.to(losses, non_blocking=True), batch)
         if self.reduction == "sum":
             return losses.sum()
         if self.weight is None:
             return losses.mean()
-        return losses.sum() / self.weight.to(losses)[targets.to(losses.device, torch.int64)].sum()
+        labels = targets.to(losses.device, torch.int64, non_blocking=True)
+        return losses.sum() / self.weight.to(losses, non_blocking=True)[labels].sum()
 
     def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
         if self.classes is not None and isinstance(logits, Tensor) and tuple(logits.shape[1:]) != (self.classes,):

@@ -1060,7 +1060,7 @@ def _class_vector(name: str, vector: Any, logits: Tensor) -> Tensor | None:
         raise ValueError(f"{name} must be a tensor of shape ({classes},), one number per class, got {got}")
     if vector.requires_grad:
         raise ValueError(f"{name} requires a gradient, but none flows to it: give {name}.detach()")
-    return vector.to(logits.device, accumulator(logits)).contiguous()
+    return vector.to(logits.device, accumulator(logits), non_blocking=True).contiguous()
 
 
 def _check_logits(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
@@ -1072,7 +1072,7 @@ def _check_logits(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
     _check_labels(targets, logits.shape[0])
-    return logits, targets.to(logits.device, torch.int64).contiguous()
+    return logits, targets.to(logits.device, torch.int64, non_blocking=True).contiguous()
 
 
 def _check_labels(targets: Any, rows: int) -> None:

@@ -781,25 +781,51 @@ def test_constants_are_kept_and_a_graph_holds_its_own(tape):
     assert {id(one) for one in held} <= {id(one) for one in kind.alive}
 
 
+@contextlib.contextmanager
+def no_waiting(forbidden):
+    """Makes waiting for the device an error, and never longer than in here."""
+    torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
 @pytest.mark.parametrize("method", METHODS)
-def test_on_a_gpu(method):
+def test_on_a_gpu(method, name, scaled):
+    if reason := backend.why_not(name):
+        pytest.skip(f"{name}: {reason}")
+
     def run(captured):
         model = network().cuda()
         optimizer = getattr(lf, method)(model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9, **METHODS[method])
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 14)
-        step = lf.graph_step(model, losses_of, optimizer, next(batches(1))) if captured else None
+        scaler = torch.amp.GradScaler(init_scale=2.0**10, growth_interval=3) if scaled else None
+        step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), scaler=scaler) if captured else None
         seen = []
         for x, y in batches(14):
             x, y = x.cuda(), y.cuda()
             if step:
-                torch.cuda.set_sync_debug_mode("error" if len(seen) > 4 else "default")
-                seen.append(step(x, y))
-                torch.cuda.set_sync_debug_mode("default")
+                with no_waiting(len(seen) > 4):
+                    seen.append(step(x, y))
             else:
                 closure = lambda index=slice(None): losses_of(model(x[index]), y[index])  # noqa: B023, E731
-                seen.append(optimizer.step(closure, targets=y))
+                seen.append(optimizer.step(closure, targets=y, scaler=scaler))
+                if scaler:
+                    scaler.update()
             scheduler.step()
         return torch.stack(seen).cpu(), {name: value.cpu() for name, value in model.state_dict().items()}
 
-    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
+    with lf.use_backend(name):
+        torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
+
+
+def test_waiting_is_allowed_again_after_an_error(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(ValueError, match="oh"), no_waiting(True):
+        raise ValueError("oh")
+    assert modes == ["error", "default"]

@@ -206,13 +206,14 @@ def test_both_backends_draw_alike_in_an_optimizer():
     for name in lf.backends():
         if name == "triton":
             continue  # slow in the interpreter; the ops above have it
+        device = "cuda" if name == "cuda" else "cpu"
         with lf.use_backend(name):
             torch.manual_seed(0)
-            model = torch.nn.Linear(40, 30)
+            model = torch.nn.Linear(40, 30).to(device)
             opt = lf.GNM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, seed=9)
-            x = torch.randn(8, 40)
+            x = torch.randn(8, 40).to(device)
             for _ in range(3):
                 opt.step(lambda model=model, x=x: model(x).square().mean(1))
-            results.append(model.weight.detach().clone())
+            results.append(model.weight.detach().cpu())
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-7)

@@ -519,3 +519,13 @@ def test_published_settings():
         for method in METHODS:
             settings = build({"recipe": recipe, "data": "x", "method": method})
             assert settings.options.keys() <= accepted(method).keys()
+
+
+def test_deterministic_runs_tell_cublas(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        train(build({**QUICK, "epochs": 1, "deterministic": True}), tmp_path / "run")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

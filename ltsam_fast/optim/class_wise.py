@@ -119,12 +119,12 @@ class ClassWise(Sharing):
         return clean if self._pilot == 0 else _sum(clean, found[0])
 
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        chosen = labels.to(losses.device, torch.long)  # type: ignore[union-attr]
+        chosen = labels.to(losses.device, torch.long, non_blocking=True)  # type: ignore[union-attr]
         if self._open:
             chosen = chosen.clamp(max=len(self.class_weights) - 1)  # type: ignore[arg-type]
         weights = []
         for name in ("clean_weights", "class_weights"):
-            table = getattr(self, name).to(losses.device)
+            table = getattr(self, name).to(losses.device, non_blocking=True)
             setattr(self, name, table)
             weights.append(table[chosen].to(losses.dtype))
         u, v = (some if one else None for some, one in zip(weights, self._used, strict=True))

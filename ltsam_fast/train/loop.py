@@ -36,17 +36,17 @@ def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
     at, config = run.at, run.config
     reweight(run.loss, config, run.counts, run.epoch)
     pixels, labels = _resident(run.train.pixels, at.device), run.train.labels.to(at.device)
-    seen = torch.zeros(2, dtype=torch.float64, device=at.device)
+    lost, seen = torch.zeros((), dtype=torch.float64, device=at.device), 0
     for batch in data.batches(len(labels), config.batch_size, generator=run.order):
         whole = len(batch) // at.size * at.size  # shares of one size, so that their mean is the batch's
         share = batch[:whole][at.rank :: at.size]
         if len(share):
             x = _on(run, run.augment(_pick(pixels, share, at.device), run.noise))
-            y = labels[share.to(at.device)]
-            loss = take_step(run, x, y)
-            seen += torch.stack([loss.double() * len(share), loss.new_tensor(len(share), dtype=torch.float64)])
+            y = labels[share.to(at.device, non_blocking=True)]
+            lost += take_step(run, x, y).double() * len(share)
+            seen += len(share)
         advance(1)
-    total, count = at.total(seen).tolist()
+    total, count = at.total(torch.stack([lost, torch.full_like(lost, seen)])).tolist()
     return total / count
 
 
@@ -108,7 +108,7 @@ def _resident(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def _pick(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    return pixels[index.to(pixels.device)].to(device)
+    return pixels[index.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
 
 
 def _on(run: Run, x: Tensor) -> Tensor:

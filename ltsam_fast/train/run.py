@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,8 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
         raise ConfigError(f"batch_size must be a multiple of the {at.size} processes, got {config.batch_size}")
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:  # else cuBLAS refuses; read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     train, test = images or load_images(config)
     counts = train.counts()
     if len(train.labels) < at.size:
