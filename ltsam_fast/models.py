@@ -27,6 +27,9 @@ class NormedLinear(nn.Module):
     tensor(True)
     """
 
+    keeps_samples_apart = True
+    """Each row of the output comes from its own row of the input, see :class:`ltsam_fast.CCSAM`."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features

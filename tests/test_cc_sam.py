@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ltsam_fast as lf
+from ltsam_fast import models
 
 from .oracles import flat, relative_error
 
@@ -67,6 +68,42 @@ class MLP(nn.Module):
         return self.layers(x)
 
 
+class Detached(nn.Module):
+    """Mixes samples where no gradient shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.scale * self.linear((x - x.mean(0).detach()) / (x.detach().abs().mean() + 1))
+
+
+class ByPosition(nn.Module):
+    """Knows which sample stands where."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+        self.register_buffer("margins", torch.linspace(-1, 1, 8)[:, None])
+
+    def forward(self, x):
+        return self.scale * self.linear(x) * (1 + self.margins[: len(x)])
+
+
+def zeros_behind_batch_norm():
+    head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))
+    nn.init.zeros_(head[1].weight)
+    return head
+
+
+def hooked():
+    """As old weight norm has it: a hook makes the weight, before every forward."""
+    head = nn.Linear(6, 4)
+    head.register_forward_pre_hook(lambda module, args: (args[0] * module.weight.square().mean(),))
+    return head
+
+
 NETS = {
     "batch norm": (Net, 2),
     "layer norm": (lambda: Net(norm=nn.LayerNorm(6)), 2),
@@ -75,7 +112,12 @@ NETS = {
     "mixing behind": (lambda: Net(head=nn.Linear(6, 4, bias=False), use="centered behind"), 5),
     "batch norm in the head": (lambda: Net(head=MLP()), 5),
     "layers in the head": (lambda: Net(head=nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))), 2),
-    "weight norm": (lambda: Net(head=nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))), 2),
+    "weight norm": (lambda: Net(head=nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))), 5),
+    "cosines": (lambda: Net(head=models.NormedLinear(6, 4)), 2),
+    "detached mixing in the head": (lambda: Net(head=Detached()), 5),
+    "a classifier of zeros behind batch norm": (lambda: Net(head=zeros_behind_batch_norm()), 5),
+    "labels by position": (lambda: Net(head=ByPosition()), 5),
+    "a hook in the head": (lambda: Net(head=hooked()), 5),
     "functional": (lambda: Net(use="functional"), 5),
     "twice": (lambda: Net(use="twice"), 5),
     "tied": (lambda: Net(use="tied"), 5),
@@ -164,7 +206,7 @@ def test_every_class_has_its_weights_and_all_share_the_batch(name, given, scope)
     if scope == "head" and given != "parameters":
         assert len(calls) == passes
     elif scope == "all":
-        assert len(calls) == (2 if name == "layer norm" and "model" in given else 5)
+        assert len(calls) == 5
     if "model" in given and isinstance(model.norm, nn.BatchNorm1d):
         assert model.norm.num_batches_tracked == 1
         torch.testing.assert_close(model.norm.running_mean, state.norm.running_mean)

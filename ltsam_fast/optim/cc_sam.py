@@ -15,7 +15,7 @@ from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.by_class import added, climb_by_class, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
 from ltsam_fast.optim.gradients import Differentiable, Uninterrupted, _same_items
-from ltsam_fast.optim.head import Head, owner_of
+from ltsam_fast.optim.head import Head, by_row_alone, owner_of
 from ltsam_fast.optim.sharing import Sharing
 from ltsam_fast.shared import Weighting
 
@@ -38,9 +38,11 @@ class CCSAM(Sharing):
     Where samples stay apart from the head's input on (looked at in each step), its rows get the weights of their classes:
     two forwards and two backwards, and for each class in the batch a backward through the head. That needs the head as a
     module, given as ``head`` or found in ``model``, which the forward pass calls once, with one tensor that has the samples'
-    rows, outside of reentrant checkpoints and ``torch.compile``. All else takes a forward and a backward of the whole batch
-    for each class in it; so does ``scope="all"``, but with ``model`` for a network that keeps its samples apart. A gradient
-    set of the scope is kept for each class. All norms are one pass, and so are all perturbations.
+    rows, outside of reentrant checkpoints and ``torch.compile``; it must be made of torch's linear layers, layer norms, dropout
+    and activations, without hooks, or of modules that say ``keeps_samples_apart = True``. What is detached behind the
+    head, or read of its weights elsewhere, is not seen. All else takes a forward and a backward of the whole batch for each
+    class in it, and so does ``scope="all"``. A gradient set of the scope is kept for each class. All norms are one pass, and
+    so are all perturbations.
 
     Dropout is drawn anew in every forward pass: the perturbed losses see other masks than the plain ones, and where each class
     has a pass each has a mask.
@@ -142,7 +144,7 @@ class CCSAM(Sharing):
     def _scope(self) -> tuple[list[Tensor], list[int]]:
         places = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
         if self.scope == "head":
-            last = places[-1][0]  # the last group that has parameters
+            last = max((g for g, _ in places), default=None)  # the last group that has parameters
             places = self._head or [(g, i) for g, i in places if g == last]
         params = [self.param_groups[g]["params"][i] for g, i in places]
         moving = [n for n, (g, _) in enumerate(places) if params[n].requires_grad and self.param_groups[g]["perturb"]]
@@ -152,7 +154,8 @@ class CCSAM(Sharing):
         if self._found is None or not _same_items(self._found[0], scope):
             root = self._given if self.model is None else self.model
             owner = owner_of(scope, root)
-            self._found = scope, None if owner is None else Head(owner, scope)
+            known = owner is not None and by_row_alone(owner)
+            self._found = scope, Head(owner, scope) if known else None  # type: ignore[arg-type]
         return self._found[1]
 
     @property

@@ -24,6 +24,36 @@ def owner_of(params: Sequence[Tensor], root: nn.Module | None) -> nn.Module | No
     return found
 
 
+_BY_ROW = (
+    *(
+        nn.Sequential,
+        nn.Identity,
+        nn.Linear,
+        nn.LayerNorm,
+        nn.RMSNorm,
+        nn.Dropout,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.LeakyReLU,
+        nn.ELU,
+    ),
+    *(nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish),
+)
+"""Modules that compute each row of their input by itself, whatever the rows are."""
+
+
+def by_row_alone(module: nn.Module) -> bool:
+    """Whether a module is known to compute each row by itself; gradients would not show what is detached or zero.
+
+    Known are plain modules of torch, without hooks, and those that say so by ``keeps_samples_apart = True``.
+    """
+    return all(
+        (type(one) in _BY_ROW or getattr(one, "keeps_samples_apart", False))
+        and not (one._forward_pre_hooks or one._forward_hooks)
+        for one in module.modules()
+    )
+
+
 class Head:
     """A module whose forward pass may take each row with other weights, where samples stay apart from its input on.
 
@@ -81,7 +111,8 @@ class Head:
             torch.autograd.grad(losses, x, some.to(losses), retain_graph=True, materialize_grads=True)[0]
             for some in (torch.ones_like(seeds), seeds)
         ]
-        return Layout(0, 1, -1) in Sample(grads[0]).layouts(grads[1], seeds)
+        sample = Sample(grads[0])  # gradients of zeros alone show nothing
+        return len(sample) > 0 and Layout(0, 1, -1) in sample.layouts(grads[1], seeds)
 
     @contextlib.contextmanager
     def by_row(self, rows: Sequence[Tensor], weights: Sequence[list[Tensor]]) -> Iterator[None]:
