@@ -50,10 +50,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 import ltsam_fast
+from ltsam_fast.optim.ascent import sign_of_all
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.checks import check_count, check_factor, check_share
 from ltsam_fast.optim.focal_sam import FocalSAM
 from ltsam_fast.optim.gradients import _swap_gradients
+from ltsam_fast.optim.state import check_base
 
 __all__ = [
     "ASAM",
@@ -81,6 +83,7 @@ def _wrap(optimizer: Optimizer, **options: Any) -> tuple[list[dict[str, Any]], C
     """Groups, with their options set, and a base that is there already, for the methods' constructors."""
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, SharpnessAware):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, such as SGD, got {optimizer!r}")
+    check_base(type(optimizer))
     for name in ("rho", "eta", "norm_eps"):
         check_factor(name, options.get(name, 0.0))
     for group in optimizer.param_groups:
@@ -983,6 +986,7 @@ class ESAM(_Published, _Around):
             raise ValueError("paras must be set before step(): [inputs, targets, loss_fct, model, defined_backward]")
         self._check_free()
         inputs, targets, loss_fct, model, defined_backward = self.paras
+        sign = sign_of_all(self.param_groups)
         with self._restoring():
             with torch.enable_grad(), model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
                 predictions = model(inputs)
@@ -995,7 +999,7 @@ class ESAM(_Published, _Around):
             before = losses.detach().clone()
             self._climb()
             self._clear_gradients()
-            rise = loss_fct(model(inputs), targets) - before
+            rise = sign * (loss_fct(model(inputs), targets) - before)
             chosen: Any = slice(None)
             if self.gamma < 0.99:
                 largest = rise.topk(max(1, int(len(targets) * self.gamma))).values

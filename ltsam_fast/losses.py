@@ -79,11 +79,25 @@ def _sampled(class_counts: Any, why: str) -> Tensor:
     return counts
 
 
-def _mean_of(weight: Tensor, batch: Tensor | Sequence[Tensor]) -> Tensor:
-    """The mean weight of a batch, labels or a sequence of labels."""
-    labels = batch if isinstance(batch, Tensor) else torch.cat(list(batch))
-    ops.check_targets(labels, len(labels), len(weight))
-    return weight[labels.to(weight.device, torch.int64, non_blocking=True)].mean()
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _labels_of(batch: Tensor | Sequence[Tensor], classes: int) -> Tensor:
+    """The labels of a batch, or of its parts, one after the other."""
+    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, (list, tuple)) else []
+    if not all(isinstance(part, Tensor) and part.dim() == 1 and part.dtype in _INTEGERS for part in parts) or not sum(
+        map(len, parts)
+    ):
+        raise ValueError(
+            "batch must be the labels of the step's samples, an integer tensor of shape (B,) or a list of those of its parts, "
+            f"got {type(batch).__name__} {getattr(batch, 'dtype', '')} {tuple(getattr(batch, 'shape', ()))}"
+        )
+    labels = torch.cat(parts)
+    if labels.device.type == "cpu":
+        low, high = map(int, labels.aminmax())
+        if not 0 <= low <= high < classes:
+            raise ValueError(f"batch must lie in [0, {classes}), got {low}...{high}")
+    return labels
 
 
 class Loss(nn.Module):
@@ -170,9 +184,10 @@ class Loss(nn.Module):
             raise ValueError(f"batch must be None with reduction={self.reduction!r}, it is for reduction='none'")
         losses = self._losses(logits, targets)
         if self.reduction == "none":
-            if batch is None or self.weight is None:
+            if batch is None:
                 return losses
-            return losses / _mean_of(self.weight.to(losses, non_blocking=True), batch)
+            labels = _labels_of(batch, logits.shape[1]).to(losses.device, torch.int64, non_blocking=True)
+            return losses if self.weight is None else losses / self.weight.to(losses, non_blocking=True)[labels].mean()
         if self.reduction == "sum":
             return losses.sum()
         if self.weight is None:

@@ -134,3 +134,40 @@ def test_options_of_one_name_do_not_meet(name, base):
     assert [group["rho"] for group in opt.param_groups] == [0.05, 0.1]
     wanted = expected(name, base, {"lr": 0.5})
     assert relative_error(flat(model), wanted) < 1e-9
+
+
+class WithoutRate(torch.optim.Optimizer):
+    """A base whose groups have no learning rate."""
+
+    def __init__(self, params):
+        super().__init__(params, {"share": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(group["share"] * param.grad)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_base_without_a_learning_rate(name):
+    if name == "WSAM":
+        with pytest.raises(ValueError, match="decouple must be False with WithoutRate, which has no learning rate"):
+            (METHODS | ROWS)[name].make(network(), WithoutRate)
+    more = {"decouple": False} if name == "WSAM" else {}
+    results = []
+    for base, options in ((WithoutRate, {}), (torch.optim.SGD, {"lr": 0.1})):
+        model = network()
+        opt = (METHODS | ROWS)[name].make(model, base, **options, **more)
+        for x, y in DATA:
+            opt.step(closure_of(model, x, y), targets=y)
+        results.append(flat(model))
+    assert relative_error(*results) < 1e-12
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_to_maximize_with_a_base_that_cannot_is_refused(name):
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="maximize must be left out: Muon only minimizes"):
+        (METHODS | ROWS)[name].make(None, torch.optim.Muon, [{"params": [weight], "maximize": True}], lr=0.01)

@@ -292,3 +292,50 @@ def test_a_first_parameter_that_has_buffers_of_the_method_only(name, base):
     file.seek(0)
     opt.load_state_dict(torch.load(file))
     family.drive(opt, model[1], batches(steps=2))
+
+
+@pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])
+@each
+def test_the_base_may_load_a_checkpoint_by_itself(name, base):
+    """As published scripts resume that wrap an optimizer: groups and state stay shared."""
+    model, data = network(), batches(steps=6)
+    opt = EVERY[name].make(model, base, lr=0.01)
+    family.drive(opt, model, data[:3])
+    saved, weights = copy.deepcopy(opt.base_optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    results = []
+    for by_itself in (False, True):
+        model.load_state_dict(weights)
+        opt = EVERY[name].make(model, base, lr=0.01)
+        if by_itself:
+            opt.base_optimizer.load_state_dict(copy.deepcopy(saved))
+        else:
+            opt.load_state_dict(copy.deepcopy(saved))
+        assert opt.param_groups is opt.base_optimizer.param_groups and opt.state is opt.base_optimizer.state
+        opt.base_optimizer.param_groups[0]["lr"] = 0.005
+        family.drive(opt, model, data[3:])
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
+def test_a_copys_base_shares_too():
+    model = network()
+    opt = EVERY["SAM"].make(model, SGD, lr=0.01, momentum=0.9)
+    family.drive(opt, model, batches(steps=1))
+    other = copy.deepcopy(opt)
+    other.base_optimizer.load_state_dict(copy.deepcopy(opt.base_optimizer.state_dict()))
+    assert other.param_groups is other.base_optimizer.param_groups and other.state is other.base_optimizer.state
+    assert opt.param_groups is not other.param_groups
+
+
+def test_adadeltas_own_rho_is_loaded():
+    model, twin, data = network(), network(), batches(steps=2)
+    plain = torch.optim.Adadelta(twin.parameters(), lr=0.5, rho=0.8)
+    opt = EVERY["SAM"].make(model, torch.optim.Adadelta, lr=0.5)
+    opt.load_state_dict(plain.state_dict())
+    opt.param_groups[0]["rho"] = 0.0
+    for x, y in data:
+        family.drive(opt, model, [(x, y)])
+        plain.zero_grad()
+        family.closure_of(twin, x, y)().mean().backward()
+        plain.step()
+    assert torch.allclose(flat(model), flat(twin), rtol=0, atol=1e-12)

@@ -514,3 +514,28 @@ def test_seeds_out_of_range():
     for name in ("seed", "data_seed"):
         with pytest.raises(ConfigError, match=rf"{name} must be a whole number in \[0, 2\^32\), got -1"):
             Config(**{name: -1})
+
+
+def test_a_table_of_finished_runs_needs_no_images(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sources / "tree", "tree")
+    grid = ("--data", "tree", *SMALL[:2], *SMALL[4:], "--epochs", 1, "--seeds", 0, "--out", "grid")
+    assert run("compare", *grid, "--methods", "sgd") == 0
+    (tmp_path / "tree").rename("gone")
+    capsys.readouterr()
+    assert run("compare", *grid, "--methods", "sgd") == 0
+    assert "whether these are still the images of the finished runs is not checked" in capsys.readouterr().err
+    assert run("compare", *grid, "--methods", "sgd,sam") == 2
+    one_line(capsys, "compare", "tree: no such file or folder")
+
+
+def test_a_class_of_another_name_is_named(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sources / "tree", "tree")
+    settings = ("--data", "tree", *SMALL[:2], *SMALL[4:], "--schedule", "constant", "--lr", 0.01)
+    assert run("train", *settings, "--epochs", 1, "--out", "run", "--quiet") == 0
+    for split in ("train", "test"):
+        (tmp_path / "tree" / split / "c").rename(tmp_path / "tree" / split / "d")
+    capsys.readouterr()
+    assert run("train", "--out", "run", "--resume", "--epochs", 2, "--quiet") == 2
+    one_line(capsys, "train", "a class was 'c', now it is 'd'")

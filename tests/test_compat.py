@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import random
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adadelta, AdamW, RMSprop
 
@@ -724,3 +726,31 @@ def test_a_wrapped_optimizer_is_an_optimizer(name):
 def test_the_docstring_lists_what_is_here():
     for name in compat.__all__:
         assert f"``{name}" in compat.__doc__, name
+
+
+def signed_cross_entropy(sign, z, y):
+    return sign * F.cross_entropy(z, y, reduction="none")
+
+
+def test_esam_selects_by_what_is_maximized():
+    results = []
+    for sign, maximize in ((1, False), (-1, True)):
+        model = network()
+        random.seed(0)
+        sgd = SGD(model.parameters(), lr=0.1, maximize=maximize)
+        opt = compat.ESAM(model.parameters(), sgd, rho=0.3, beta=1.0, gamma=0.5)
+        for x, y in batches(steps=4):
+            criterion = functools.partial(signed_cross_entropy, sign)
+            opt.paras = [x, y, criterion, model, torch.Tensor.backward]
+            opt.step()
+        results.append(flat(model))
+    assert relative_error(*results) < 1e-12
+
+
+def test_a_refused_optimizer_is_as_it_was():
+    model = network()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    before = {name: value for name, value in lbfgs.param_groups[0].items() if name != "params"}
+    with pytest.raises(ValueError, match="LBFGS"):
+        compat.ImbSAM(lbfgs, model, 0.1)
+    assert {name: value for name, value in lbfgs.param_groups[0].items() if name != "params"} == before

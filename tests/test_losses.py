@@ -598,6 +598,13 @@ def test_the_labels_of_the_batch_make_the_mean_of_parts_the_weighted_mean(name, 
         mean(z, y, batch=y)
     with pytest.raises(ValueError, match=r"must lie in \[0, 4\), got 0...4"):
         every(z[:1], y[:1], batch=torch.tensor([0, 4]))
+    for criterion in (
+        every,
+        getattr(losses, name)(n, reduction="none", **OPTIONS.get(name, {})),
+    ):  # with and without weights
+        for wrong in (y[:0], [], 9, True, y.tolist(), y.numpy(), torch.tensor(3), y.float(), [y, y[:, None]]):
+            with pytest.raises(ValueError, match="^batch must be the labels of the step's samples"):
+                criterion(z, y, batch=wrong)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -396,6 +396,28 @@ def test_exif_orientation_is_applied(tmp_path, random, kind, orientation):
             assert torch.equal(loads().pixels[1], turned)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "I;16"])
+def test_tiffs_of_every_mode_are_turned(tmp_path, mode):
+    grey = (np.arange(48, dtype=np.uint8) * 5).reshape(6, 8)
+    picture = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.save(file, "TIFF", exif=exif)
+    seen = Image.fromarray(grey) if mode == "I;16" else picture
+    expected = channels_first(np.rot90(np.array(seen.convert("RGB")), -1).copy())
+    for loads in both_ways(tmp_path, file.getvalue(), "0.tif"):
+        if loads.keywords.get("size") is None:
+            assert torch.equal(loads().pixels[1], expected)
+
+
+def test_a_png_whose_exif_is_broken_is_read(tmp_path, random):
+    picture, file = Image.fromarray(draw(random)), io.BytesIO()
+    picture.save(file, "PNG", exif=b"Exif\0\0XX*\0\x08\0\0\0\x01\0")
+    for loads in both_ways(tmp_path, file.getvalue(), "0.png"):
+        if loads.keywords.get("size") is None:
+            assert torch.equal(loads().pixels[1], channels_first(np.array(picture)))
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif_that_is_broken_turns_nothing(tmp_path, random):
     picture = Image.fromarray(draw(random, 32, 32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,12 +126,15 @@ def _decoded(paths: Sequence[Path], size: int | None, progress: bool) -> Iterato
 
 def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
     try:
-        with image_module.open(path) as image:
+        # Of a file that it opens itself Pillow maps some TIFFs into memory, and scrambles those that are to be turned.
+        with path.open("rb") as file, image_module.open(file) as image:
             if size is not None:
                 image.draft(
                     "RGB", (2 * size, 2 * size)
                 )  # JPEGs are decoded at a half, a quarter, ... where that is enough
-            needed("PIL.ImageOps", "pillow").exif_transpose(image, in_place=True)
+            image.load()
+            with contextlib.suppress(Exception):  # an EXIF block that is broken turns nothing
+                needed("PIL.ImageOps", "pillow").exif_transpose(image, in_place=True)
             picture = _with_8_bits(image_module, image, path).convert("RGB")
             if size is not None:
                 picture = _resized(picture, size, image_module.Resampling.BILINEAR)

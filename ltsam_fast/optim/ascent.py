@@ -180,6 +180,14 @@ def _sign(group: dict[str, Any]) -> int:
     return -1 if group.get("maximize") else 1
 
 
+def sign_of_all(groups: list[dict[str, Any]]) -> int:
+    """-1 where all groups are maximized; raises ValueError where only some are."""
+    signs = set(map(_sign, groups))
+    if len(signs) > 1:
+        raise ValueError("maximize must be the same in all groups for ESAM: it selects samples by their loss")
+    return min(signs)
+
+
 def _statistics(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of a module that stand for its running statistics, and what they are while those must not change."""
     if isinstance(module, _BatchNorm):  # without tracking it normalizes by the batch and updates nothing

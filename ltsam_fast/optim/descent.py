@@ -88,6 +88,9 @@ class Descender(Climber):
         # What torch's learning rate schedulers look for; one may have been given the base optimizer.
         self._opt_called = self.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
+    _steps_beside = False
+    """Whether the last two numbers of ``_mix`` are not zero."""
+
     def _create_base_state(self, params: list[Tensor], groups: list[int]) -> None:
         """The base optimizer's state before its first step; by itself it can only make it by stepping."""
         if type(self.base_optimizer) in FUSED:
@@ -131,8 +134,11 @@ class Descender(Climber):
             pairs = [
                 (g, torch.zeros_like(g) if e is None else e) for g, e in zip(grads, extra, strict=True) if g is not None
             ]
-            lrs = [_sign(group) * float(group["lr"]) * unscale for group in map(self.param_groups.__getitem__, groups)]
-            beside = [(-lr * (mix[2] * g + mix[3] * e)).to(g) for lr, (g, e) in zip(lrs, pairs, strict=True)]
+            if self._steps_beside:
+                lrs = [
+                    _sign(group) * float(group["lr"]) * unscale for group in map(self.param_groups.__getitem__, groups)
+                ]
+                beside = [(-lr * (mix[2] * g + mix[3] * e)).to(g) for lr, (g, e) in zip(lrs, pairs, strict=True)]
             grads, extra = [(mix[0] * g + mix[1] * e).to(g) for g, e in pairs], None
         if self.max_grad_norm and norm is not None:
             factor = factor * (self.max_grad_norm / (norm * factor + 1e-6)).clamp(max=1.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.ascent import _sign
+from ltsam_fast.optim.ascent import sign_of_all
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, check_takes_index, mean_loss
 from ltsam_fast.optim.checks import check_choice, check_seed, check_share
@@ -104,9 +104,7 @@ class ESAM(SharpnessAware):
         return options
 
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:
-        signs = {_sign(group) for group in self.param_groups}
-        if len(signs) > 1:
-            raise ValueError("maximize must be the same in all groups for ESAM: it selects samples by their loss")
+        sign = sign_of_all(self.param_groups)
         if self.gamma < 1:
             check_takes_index(parts, "ESAM")
         before = self._backward_mean(parts, scaling)
@@ -116,7 +114,7 @@ class ESAM(SharpnessAware):
         if self.gamma < 1:
             for i, part in enumerate(parts):
                 with self._local():
-                    rise = (part.evaluate(at_w=False, graph=False) - before[i]) * min(signs)
+                    rise = (part.evaluate(at_w=False, graph=False) - before[i]) * sign
                 indices[i] = rise.topk(math.ceil(self.gamma * part.size)).indices
         size = sum(part.size if index is None else len(index) for part, index in zip(parts, indices, strict=True))
         for part, index in zip(parts, indices, strict=True):

@@ -73,6 +73,7 @@ def _group(optimizer: Stateful, saved: dict[str, Any], now: dict[str, Any]) -> d
         return saved
     # An option of a plain base of the same name (Adadelta's rho) is another thing. A wrapper's comes with ``adaptive``.
     theirs = {} if "adaptive" in saved else optimizer._base_only
+    optimizer._base_only = {**optimizer._base_only, **{name: saved[name] for name in theirs if name in saved}}
     own = {name: saved[name] for name in optimizer._own if name in saved and name not in theirs}
     own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
     group = {**saved, **{name: now[name] for name in optimizer._own if name in now}, **own}

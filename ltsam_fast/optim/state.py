@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -73,9 +74,9 @@ class Stateful(Optimizer):
         self.max_grad_norm = check_factor("max_grad_norm", max_grad_norm)
         self.ascent_sync = ascent_sync
         if isinstance(base_optimizer, type):
-            _check_base(base_optimizer)
+            check_base(base_optimizer)
         self.base_optimizer = base_optimizer(_with_options(params, own), **base_kwargs)
-        _check_base(type(self.base_optimizer))
+        check_base(type(self.base_optimizer))
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
         defaults = self.base_optimizer.defaults
         self._base_only = {name: defaults[name] for name in own if name in defaults}
@@ -86,6 +87,28 @@ class Stateful(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
+        self._follow_base()
+
+    def _follow_base(self) -> None:
+        """Goes on sharing groups and state where the base optimizer loads a checkpoint by itself."""
+        if vars(self).get("_followed") is self.base_optimizer:
+            return
+        self._followed, me = self.base_optimizer, weakref.ref(self)
+
+        def share(base: Optimizer) -> None:
+            optimizer = me()
+            if optimizer is None:
+                return
+            if len(base.param_groups) == len(optimizer.param_groups):
+                for group, now in zip(base.param_groups, optimizer.param_groups, strict=True):
+                    for name in now.keys() - group.keys():
+                        group[name] = now[name]
+            optimizer.restore()  # type: ignore[attr-defined]
+            optimizer.__setstate__({"state": base.state, "param_groups": base.param_groups})
+            for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+                hook(optimizer)
+
+        self.base_optimizer.register_load_state_dict_post_hook(share)
 
     @property
     def is_perturbed(self) -> bool:
@@ -142,6 +165,8 @@ class Stateful(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Makes a group's options plain numbers; raises ValueError if one is out of its range."""
         group |= {name: check_factor(name, group[name]) for name in ("rho", "eta", "norm_eps")}
+        if group.get("maximize") and "maximize" not in self.base_optimizer.defaults:
+            raise ValueError(f"maximize must be left out: {type(self.base_optimizer).__name__} only minimizes")
 
     def _parameters(self, ascent: bool = False) -> tuple[list[Tensor], list[int]]:
         """All parameters, or those that are to be perturbed, and the group of each."""
@@ -274,6 +299,7 @@ class Stateful(Optimizer):
         self.base_optimizer.__setstate__({"state": self._base_state(), "param_groups": self.param_groups})
         self.base_optimizer.state = self.state
         self._sharded = any(map(_is_sharded, self._parameters()[0]))
+        self._follow_base()
 
 
 def _with_options(params: Any, own: dict[str, Any]) -> Any:
@@ -286,7 +312,7 @@ def _with_options(params: Any, own: dict[str, Any]) -> Any:
     return [{**own, **group} if isinstance(group, dict) else group for group in params]
 
 
-def _check_base(kind: type) -> None:
+def check_base(kind: type) -> None:
     """Raises TypeError for what is no optimizer, ValueError for one that can't step with the gradients of a method."""
     if not issubclass(kind, Optimizer):
         raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {kind!r}")

@@ -69,6 +69,17 @@ class WSAM(TwoGradients):
         self.gamma, self.decouple = check_factor("gamma", gamma, below=1.0), decouple
         super().__init__(params, base_optimizer, rho, adaptive, model=model, max_grad_norm=max_grad_norm, **base_kwargs)
 
+    @property
+    def _steps_beside(self) -> bool:  # type: ignore[override]
+        return self.decouple
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if self.decouple and "lr" not in group:
+            raise ValueError(
+                f"decouple must be False with {type(self.base_optimizer).__name__}, which has no learning rate 'lr'"
+            )
+
     def _mix(self, grads: list[Tensor | None], kept: list[Tensor | None]) -> Tensor:
         a = self.gamma / (1 - self.gamma)
         return self._constant((0.0, 1.0, a, -a) if self.decouple else (a, 1 - a, 0.0, 0.0))

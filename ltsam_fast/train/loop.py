@@ -226,13 +226,18 @@ def check_folder(out: Path) -> None:
         raise ConfigError(f"out {out}: can't write to {there}")
 
 
-def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Images]) -> list[dict[str, Any]] | None:
-    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`, whose errors these are."""
+def finished(
+    config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None
+) -> list[dict[str, Any]] | None:
+    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`, whose errors these are.
+
+    Without ``images`` it is not looked at whether these are still the run's.
+    """
     state = _earlier(config, Path(out), resume=True)
     if state is None:
         return None
     done = state["epoch"] >= config.epochs
-    if done or "data" in state:  # of a run that goes on train() warns
+    if images is not None and (done or "data" in state):  # of a run that goes on train() warns
         checkpoint.check_images(state, images, out)
     return state["history"] if done else None
 
@@ -284,8 +289,11 @@ def _restore(run: Run, state: dict[str, Any], out: Path) -> None:
     """Takes up a checkpoint, the random numbers last."""
     if len(state["random"]) != run.at.size:
         raise ConfigError(f"the run had {len(state['random'])} processes, not {run.at.size}: start it with as many")
-    if state["class_counts"] != run.counts or state["classes"] != list(run.train.classes):
+    if state["class_counts"] != run.counts:
         raise ConfigError(f"data: class counts were {state['class_counts']}, now they are {run.counts}")
+    for was, now in zip(state["classes"], run.train.classes, strict=True):
+        if was != now:
+            raise ConfigError(f"data: a class was {was!r}, now it is {now!r}: name it as it was, or begin another run")
     checkpoint.check_images(state, (run.train, run.test), out)
     run.network.load_state_dict(state["model"])
     run.loss.load_state_dict(state["loss"])
