@@ -1246,3 +1246,82 @@ def test_hugging_face_with_an_ordinary_optimizer(tmp_path):
     net = Losing()
     hugging_face_trainer(tmp_path, net).train()
     assert not torch.equal(weights(net), weights(Net()))
+
+
+class Heads(torch.nn.Module):
+    """A classifier whose forward looks at the labels, by ``kind``."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind, self.calls = classifier(), kind, 0
+
+    def forward(self, input_ids, labels):
+        logits = self.net(input_ids=input_ids).logits
+        if self.kind == "margin":
+            logits = logits - 2.0 * F.one_hot(labels, 3)
+        self.calls += 1
+        late = 3.0 if self.kind == "late" and self.calls > 2 else 1.0
+        return {"logits": logits, "loss": late * F.cross_entropy(logits, labels)}
+
+
+@pytest.mark.parametrize("method", NO_CLASSES)
+def test_hugging_face_gives_the_labels_at_every_step(method, tmp_path):
+    moved = []
+    options = {"rho": 0.0, **METHODS[method]} | ({"gamma": 1.0} if method == "ESAM" else {})
+    for own in (True, False):
+        model = Heads("margin")
+        more = {} if own else {"method": getattr(lf, method), "method_options": options}
+        arguments = {"max_steps": 3, "num_train_epochs": 3}
+        classified(tmp_path, model, torch.arange(2 * BATCH) % 3, own, arguments, **more).train()
+        moved.append(weights(model) - weights(Heads("margin")))
+    if method in ("GSAM", "WSAM"):
+        assert moved[1].isfinite().all()
+    else:
+        assert_equal(*moved, 1e-5)
+
+
+IGNORING = torch.where(torch.arange(2 * BATCH) == 2 * BATCH - 1, -100, torch.arange(2 * BATCH) % 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "labels", "smoothing", "message"),
+    [
+        (lambda: Heads("late"), torch.arange(2 * BATCH) % 3, 0.0, "the model's own loss is .*, not their mean"),
+        (classifier, IGNORING, 0.0, r"labels must be classes, got -100 \(ignore_index\)"),
+        (classifier, IGNORING, 0.1, r"labels must be classes, got -100 \(ignore_index\)"),
+    ],
+)
+def test_hugging_face_checks_the_loss_at_every_step(make, labels, smoothing, message, tmp_path, monkeypatch):
+    """What is wrong comes in the second step, which is not taken."""
+    steps = []
+    arguments = {"max_steps": 3, "label_smoothing_factor": smoothing}
+    trainer = classified(tmp_path, make(), labels, arguments=arguments)
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: torch.utils.data.SequentialSampler(labels))
+    callback = types.SimpleNamespace(on_step_end=lambda *_, **__: steps.append(weights(trainer.model)))
+    kind = type("Watch", (pytest.importorskip("transformers").TrainerCallback,), vars(callback))
+    trainer.add_callback(kind())
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert len(steps) == 1
+    assert_equal(weights(trainer.model), steps[0])
+
+
+def test_hugging_face_loss_functions_have_no_num_items(tmp_path):
+    def summed(outputs, labels, num_items_in_batch):
+        return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    with pytest.raises(ValueError, match="compute_loss_func must not use num_items_in_batch, which is None"):
+        classified(tmp_path, classifier(), torch.arange(BATCH) % 3, compute_loss_func=summed).train()
+
+
+def test_hugging_face_refuses_callbacks_added_late(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    watch = type("Watch", (transformers.TrainerCallback,), {"on_pre_optimizer_step": nothing})
+    late = {"on_train_begin": lambda *_, **__: trainer.add_callback(watch())}
+    model = classifier()
+    trainer = classified(
+        tmp_path, model, torch.arange(BATCH) % 3, callbacks=[type("Late", (transformers.TrainerCallback,), late)()]
+    )
+    with pytest.raises(ValueError, match=r"on_pre_optimizer_step\(\) must not be overridden, but Watch does"):
+        trainer.train()
+    assert_equal(weights(model), weights(classifier()))
