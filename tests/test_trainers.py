@@ -1246,3 +1246,258 @@ def test_hugging_face_with_an_ordinary_optimizer(tmp_path):
     net = Losing()
     hugging_face_trainer(tmp_path, net).train()
     assert not torch.equal(weights(net), weights(Net()))
+
+
+class Heads(torch.nn.Module):
+    """A classifier whose forward looks at the labels, by ``kind``."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind, self.calls = classifier(), kind, 0
+
+    def forward(self, input_ids, labels):
+        logits = self.net(input_ids=input_ids).logits
+        if self.kind == "margin":
+            logits = logits - 2.0 * F.one_hot(labels, 3)
+        self.calls += 1
+        late = 3.0 if self.kind == "late" and self.calls > 2 else 1.0
+        return {"logits": logits, "loss": late * F.cross_entropy(logits, labels)}
+
+
+@pytest.mark.parametrize("method", NO_CLASSES)
+def test_hugging_face_gives_the_labels_at_every_step(method, tmp_path):
+    moved = []
+    options = {"rho": 0.0, **METHODS[method]} | ({"gamma": 1.0} if method == "ESAM" else {})
+    for own in (True, False):
+        model = Heads("margin")
+        more = {} if own else {"method": getattr(lf, method), "method_options": options}
+        arguments = {"max_steps": 3, "num_train_epochs": 3}
+        classified(tmp_path, model, torch.arange(2 * BATCH) % 3, own, arguments, **more).train()
+        moved.append(weights(model) - weights(Heads("margin")))
+    if method in ("GSAM", "WSAM"):
+        assert moved[1].isfinite().all()
+    else:
+        assert_equal(*moved, 1e-5)
+
+
+IGNORING = torch.where(torch.arange(2 * BATCH) == 2 * BATCH - 1, -100, torch.arange(2 * BATCH) % 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "labels", "smoothing", "message"),
+    [
+        (lambda: Heads("late"), torch.arange(2 * BATCH) % 3, 0.0, "the model's own loss is .*, not their mean"),
+        (classifier, IGNORING, 0.0, r"labels must be classes, got -100 \(ignore_index\)"),
+        (classifier, IGNORING, 0.1, r"labels must be classes, got -100 \(ignore_index\)"),
+    ],
+)
+def test_hugging_face_checks_the_loss_at_every_step(make, labels, smoothing, message, tmp_path, monkeypatch):
+    """What is wrong comes in the second step, which is not taken."""
+    steps = []
+    arguments = {"max_steps": 3, "label_smoothing_factor": smoothing}
+    trainer = classified(tmp_path, make(), labels, arguments=arguments)
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: torch.utils.data.SequentialSampler(labels))
+    callback = types.SimpleNamespace(on_step_end=lambda *_, **__: steps.append(weights(trainer.model)))
+    kind = type("Watch", (pytest.importorskip("transformers").TrainerCallback,), vars(callback))
+    trainer.add_callback(kind())
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert len(steps) == 1
+    assert_equal(weights(trainer.model), steps[0])
+
+
+def test_hugging_face_loss_functions_have_no_num_items(tmp_path):
+    def summed(outputs, labels, num_items_in_batch):
+        return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    with pytest.raises(ValueError, match="compute_loss_func must not use num_items_in_batch, which is None"):
+        classified(tmp_path, classifier(), torch.arange(BATCH) % 3, compute_loss_func=summed).train()
+
+
+def test_hugging_face_refuses_callbacks_added_late(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    watch = type("Watch", (transformers.TrainerCallback,), {"on_pre_optimizer_step": nothing})
+    late = {"on_train_begin": lambda *_, **__: trainer.add_callback(watch())}
+    model = classifier()
+    trainer = classified(
+        tmp_path, model, torch.arange(BATCH) % 3, callbacks=[type("Late", (transformers.TrainerCallback,), late)()]
+    )
+    with pytest.raises(ValueError, match=r"on_pre_optimizer_step\(\) must not be overridden, but Watch does"):
+        trainer.train()
+    assert_equal(weights(model), weights(classifier()))
+
+
+def lightning_fit(folder, make_optimizer, members=(), **settings):
+    """A module with ``members`` in its class, fitted; what Lightning showed and logged of it."""
+    shown = []
+    module = lightning_module(make_optimizer)
+    kind = type(module)
+
+    def training_losses(self, batch, batch_idx):
+        found = kind.training_losses(self, batch, batch_idx)
+        self.log("loss", found.mean(), on_step=True, on_epoch=True)
+        return found
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        shown.append(outputs["loss"].item() if outputs else None)
+
+    common = {"training_losses": training_losses, "on_train_batch_end": on_train_batch_end}
+    module = type("Own", (kind,), common | dict(members))()
+    trainer = lightning_trainer(folder, **settings)
+    trainer.fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
+    return module.net, shown, trainer.callback_metrics
+
+
+def mean_step(self, batch, batch_idx):
+    return losses(self.net, *batch).mean()
+
+
+def in_a_dict(self, batch, batch_idx):
+    return {"loss": type(self).__mro__[1].training_step(self, batch, batch_idx), "y": batch[1]}
+
+
+def but_batch_2(self, batch, batch_idx):
+    return None if batch_idx == 2 else type(self).__mro__[1].training_step(self, batch, batch_idx)
+
+
+def every_other(self, epoch, batch_idx, optimizer, optimizer_closure):
+    return optimizer.step(closure=optimizer_closure) if batch_idx % 2 == 0 else optimizer_closure()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "members",
+    [{"training_step": in_a_dict}, {"training_step": but_batch_2}, {"optimizer_step": every_other}],
+    ids=["dict", "left out", "every other"],
+)
+def test_lightning_shows_and_logs_as_with_sgd(method, members, tmp_path, monkeypatch):
+    """The weights rest, so every loss is known."""
+    pytest.importorskip("lightning")
+    monkeypatch.setitem(globals(), "Net", Unnormalized)
+    options = METHODS[method]
+    ours = lightning_fit(
+        tmp_path, lambda net: getattr(lf, method)(net.parameters(), torch.optim.SGD, lr=0.0, **options), members
+    )
+    theirs = lightning_fit(tmp_path, lambda net: torch.optim.SGD(net.parameters(), lr=0.0), members)
+    assert [one or 0.0 for one in ours[1]] == pytest.approx([one or 0.0 for one in theirs[1]], rel=1e-5)
+    assert {n: v.item() for n, v in ours[2].items()} == pytest.approx({n: v.item() for n, v in theirs[2].items()})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("micro", [1, 2])
+def test_lightning_leaves_a_batch_out(method, micro, tmp_path, monkeypatch):
+    pytest.importorskip("lightning")
+    monkeypatch.setitem(globals(), "Net", Unnormalized)
+    ours, shown, _ = lightning_fit(
+        tmp_path,
+        lambda net: optimizer_of(net, method, METHODS[method]),
+        {"training_step": but_batch_2},
+        accumulate_grad_batches=micro,
+    )
+    assert [one is None for one in shown] == [i == 2 for i in range(STEPS)]
+    if micro == 1:
+        assert_equal(weights(ours), plain(method, METHODS[method], make_data(0), skip=(2,), constant=True), 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("micro", [1, 2])
+def test_lightning_refuses_a_training_step_of_ones_own(method, micro, tmp_path):
+    pytest.importorskip("lightning")
+    nets = []
+
+    def make_optimizer(net):
+        nets.append(net)
+        return optimizer_of(net, method, METHODS[method])
+
+    with pytest.raises(
+        ValueError, match=r"^training_step\(\) must call super.*: write training_losses\(\), which returns"
+    ):
+        lightning_fit(tmp_path, make_optimizer, {"training_step": mean_step}, accumulate_grad_batches=micro)
+    assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), Net().parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lightning_steps_set_on_the_instance_and_past_its_optimizer(method, tmp_path):
+    pytest.importorskip("lightning")
+
+    def fit(step):
+        module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
+        if step is not None:
+            module.optimizer_step = step
+        lightning_trainer(tmp_path).fit(module, DataLoader(TensorDataset(*make_data(0)), batch_size=BATCH))
+        return weights(module.net)
+
+    def set_on_it(epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer.step(closure=optimizer_closure)
+
+    def past_it(self, epoch, batch_idx, optimizer, optimizer_closure):
+        optimizer.optimizer.step(closure=optimizer_closure)
+
+    assert_equal(fit(set_on_it), fit(None))
+    with pytest.raises(ValueError, match=r"^optimizer_step\(\) must call optimizer.step\(closure\)"):
+        lightning_fit(tmp_path, lambda net: optimizer_of(net, method, METHODS[method]), {"optimizer_step": past_it})
+
+
+def by_hand(self, batch, batch_idx):
+    self.manual_backward(losses(self.net, *batch).mean())
+    self.trainer.optimizers[-1].step()
+
+
+def by_its_optimizers(self, batch, batch_idx):
+    optimizer = self.optimizers()[-1]
+    optimizer.step(lambda: losses(self.net, *batch))
+
+
+@pytest.mark.parametrize("step", [by_hand, by_its_optimizers, None])
+@pytest.mark.parametrize("second", [False, True])
+def test_lightning_refuses_manual_optimization_by_ones_own_step(step, second, tmp_path):
+    pytest.importorskip("lightning")
+
+    def make_optimizers(net):
+        two = [
+            torch.optim.SGD(net.layers[0].parameters(), lr=0.1),
+            lf.SAM(net.layers[3].parameters(), torch.optim.SGD, lr=0.1),
+        ]
+        return two if second else two[::-1]
+
+    members = {"automatic_optimization": False} | ({} if step is None else {"training_step": step})
+    with pytest.raises(ValueError, match="automatic_optimization must be True"):
+        lightning_fit(tmp_path, make_optimizers, members)
+
+
+def test_lightning_manual_optimization_with_ordinary_optimizers(tmp_path):
+    pytest.importorskip("lightning")
+    members = {"automatic_optimization": False, "training_step": by_hand}
+    net, _, _ = lightning_fit(tmp_path, lambda net: torch.optim.SGD(net.parameters(), lr=0.1), members)
+    assert not torch.equal(weights(net), weights(Net()))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "x_of"),
+    [
+        (lambda x, y: encoding(x, y), lambda one: one["x"]),
+        (lambda x, y: types.MappingProxyType({"x": x, "y": y}), lambda one: one["x"]),
+        (lambda x, y: collections.UserDict(x=x, y=[y, "text", None, 3]), lambda one: one["x"]),
+        (lambda x, y: output(x, y), lambda one: one.logits),
+        (Data, lambda one: one.x),
+        (lambda x, y: [Data(x, Data(y, y))], lambda one: one[0].x),
+        (Pair, lambda one: one.x),
+    ],
+)
+def test_samples_are_taken_from_mappings_and_dataclasses(wrap, x_of):
+    from ltsam_fast.trainers.parts import select
+
+    batch = wrap(torch.arange(4.0), torch.arange(4))
+    taken = select(batch, torch.tensor([2, 0]))
+    assert type(taken) is type(batch) or isinstance(batch, types.MappingProxyType)
+    assert x_of(taken).tolist() == [2.0, 0.0] and x_of(batch).tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("wrap", [attributes, lambda x, y: (x.numpy(), y)])
+def test_samples_of_other_batches_are_refused(wrap):
+    from ltsam_fast.trainers.parts import select
+
+    batch = wrap(torch.arange(4.0), torch.arange(4))
+    with pytest.raises(TypeError, match=r"batch must hold tensors, .*, got (SimpleNamespace|ndarray): return one of"):
+        select(batch, torch.tensor([2, 0]))
+    assert select(batch, None) is batch

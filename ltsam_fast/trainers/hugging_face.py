@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,13 @@ class SharpnessAwareTrainer(Trainer):
     The losses are the model's own, by sample: for ``outputs.logits``, shape (B, C), and the labels, named by
     ``args.label_names``, what ``problem_type`` says, or what transformers infers without it: cross entropy (with
     ``label_smoothing_factor``), the mean squared error or the binary cross entropy over the C outputs. Where the model returns
-    a ``loss``, it must be their mean: every pass of a training's first step is checked, before anything changes.
+    a ``loss``, it must be their mean, and no label of a class may be -100, which it leaves out of the mean. Every pass is
+    checked, on a CPU and in a training's first step before anything changes; on other devices later steps are checked when
+    they are over, where the Trainer waits for the loss anyway.
 
     For any other loss, such as one of tokens or with class weights, give ``compute_loss_func(outputs, labels,
-    num_items_in_batch)``, which must return the per-sample losses, shape (B,), whatever ``num_items_in_batch`` is (``None``
-    in training); in evaluation the Trainer takes their mean. ``compute_loss`` must not be overridden: its mean has no samples.
+    num_items_in_batch)``, which must return the per-sample losses, shape (B,), and not use ``num_items_in_batch``, ``None``
+    in training; in evaluation the Trainer takes their mean. ``compute_loss`` must not be overridden: its mean has no samples.
 
     All micro-batches of an accumulated step but the last are copied, for a loader may use its memory again. Callbacks'
     ``on_optimizer_step`` finds no gradients.
@@ -61,7 +64,7 @@ class SharpnessAwareTrainer(Trainer):
         ValueError: ``method`` together with ``optimizers`` or ``optimizer_cls_and_kwargs``; when training, before any step, a
             ``max_grad_norm`` that contradicts the optimizer's, a model that is sharded, labels that cannot be found, a loss
             that is not known by sample, a ``compute_loss`` of one's own, callbacks with ``on_pre_optimizer_step``, or a
-            ``training_step`` that does not call this one.
+            ``training_step`` that does not call this one; at any step, a model's loss that is another, or labels of -100.
     """
 
     def __init__(
@@ -84,8 +87,10 @@ class SharpnessAwareTrainer(Trainer):
         self._taking: AcceleratedStep | None = None
         self._taken = False
         """Whether training_step has taken the step that the Trainer is about to ask for."""
-        self._compared = False
-        """Whether the losses are known to be the model's own: after the first step."""
+        self._first = True
+        """Whether no step has been taken."""
+        self._faults: list[tuple[Tensor, Callable[[], str]]] = []
+        """What is to be checked after the step: whether it is wrong, 0-d, and the message."""
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Makes the optimizer, of ``method`` around the one that ``args.optim`` names."""
@@ -99,7 +104,6 @@ class SharpnessAwareTrainer(Trainer):
         """Makes the scheduler. By now the optimizer is the accelerator's: ``training_step`` takes its steps."""
         method = getattr(self.optimizer, "optimizer", None)
         if isinstance(method, SharpnessAware):
-            self._check_hooks()
             set_clipping(method, self.args.max_grad_norm or 0.0, "max_grad_norm")
             self.optimizer.step = types.MethodType(lambda *_: self._check_taken(), self.optimizer)
         self._begin()
@@ -109,12 +113,16 @@ class SharpnessAwareTrainer(Trainer):
         """Keeps the batch; with the last of an accumulation, takes the optimizer's step."""
         if not isinstance(getattr(self.optimizer, "optimizer", None), SharpnessAware):
             return super().training_step(model, inputs, num_items_in_batch)
+        self._check_hooks()
         model.train()
         if self._taking is None or self._taking.method.model is not model:
             self._taking = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
         loss = self._taking(dict(self._prepare_inputs(inputs)))
         if loss is not None:
-            self._taken = self._compared = True
+            self._taken, self._first = True, False
+            faults, self._faults = self._faults, []
+            for wrong, message in faults:
+                _refuse(wrong, message)
         return torch.zeros((), device=self.args.device) if loss is None else loss.to(self.args.device)
 
     def _check_hooks(self) -> None:
@@ -149,23 +157,37 @@ class SharpnessAwareTrainer(Trainer):
 
     def _losses(self, inputs: dict[str, Any]) -> Tensor:
         labels, model = self._labels(inputs), self.optimizer.optimizer.model
-        own = self.compute_loss_func is None and self.label_smoother is None and not self._compared
+        own = self.compute_loss_func is None and self.label_smoother is None  # as the Trainer has it
         if not (own and _takes(self.model, self.label_names[0])):
             inputs = {name: one for name, one in inputs.items() if one is not labels}
         with self.compute_loss_context_manager():
             outputs = model(**inputs)
             if self.compute_loss_func is not None:
-                losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+                try:
+                    losses = self.compute_loss_func(outputs, labels, num_items_in_batch=None)
+                except TypeError as error:
+                    if "None" not in str(error):
+                        raise
+                    raise ValueError(
+                        f"compute_loss_func must not use num_items_in_batch, which is None ({error}): return the "
+                        "per-sample losses, shape (B,)"
+                    ) from error
                 return check_per_sample(losses, "compute_loss_func")
             losses = self._losses_of(outputs, labels)
         if own and outputs.get("loss") is not None:
             mean, theirs = losses.detach().mean(), outputs["loss"].detach().mean()
             tolerance = max(1e-5, 4 * torch.finfo(theirs.dtype).eps)  # what rounding may do
-            if not torch.isclose(mean.to(theirs), theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
-                raise ValueError(
-                    f"{_GIVE}: the model's own loss is {float(theirs):.6g}, not their mean, {float(mean):.6g}"
-                )
+            self._check(
+                ~torch.isclose(mean.to(theirs), theirs, rtol=tolerance, atol=tolerance, equal_nan=True),
+                lambda: f"{_GIVE}: the model's own loss is {float(theirs):.6g}, not their mean, {float(mean):.6g}",
+            )
         return losses
+
+    def _check(self, wrong: Tensor, message: Callable[[], str]) -> None:
+        if self._first or wrong.device.type == "cpu":
+            _refuse(wrong, message)
+        else:  # without a wait
+            self._faults.append((wrong, message))
 
     def _losses_of(self, outputs: Any, labels: Tensor) -> Tensor:
         """The per-sample losses whose mean transformers' classifiers return."""
@@ -187,6 +209,8 @@ class SharpnessAwareTrainer(Trainer):
             return loss(logits, labels.view_as(logits), reduction="none").mean(1)
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         classes = labels if labels.is_floating_point() else labels.flatten()
+        if not labels.is_floating_point():
+            self._check((labels == _IGNORED).any(), lambda: _NO_IGNORED)
         return F.cross_entropy(logits, classes, reduction="none", label_smoothing=smoothing)
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -197,6 +221,16 @@ class SharpnessAwareTrainer(Trainer):
 
 
 _GIVE = "compute_loss_func must be given, with the per-sample losses, shape (B,)"
+_IGNORED = -100
+_NO_IGNORED = (
+    f"labels must be classes, got {_IGNORED} (ignore_index), which the mean over samples would count: leave these samples "
+    "out of the batches, or give compute_loss_func"
+)
+
+
+def _refuse(wrong: Tensor, message: Callable[[], str]) -> None:
+    if wrong:
+        raise ValueError(message())
 
 
 def _takes(model: Any, name: str) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,14 +38,19 @@ class SharpnessAwareModule(LightningModule):
 
     Gradient accumulation costs more here than elsewhere: every micro-batch but the last of a step is copied, for a loader may
     use its memory again, and each has a forward without gradients, for its loss must be known before the step. GNM and m-SAM,
-    which have no pass with the whole batch at the unperturbed weights, and ``on_before_backward`` cost that forward too.
+    which have no pass with the whole batch at the unperturbed weights, ``on_before_backward`` and a ``training_step`` of one's
+    own cost that forward too.
+
+    A ``training_step`` of one's own must return what ``super().training_step(batch, batch_idx)`` does, alone or as ``"loss"``
+    in a dict; it runs in every pass. Where it returns ``None``, the batch is left out, as with any optimizer.
 
     ``on_before_zero_grad``, ``on_before_backward`` (with a loss that has no graph), ``optimizer_zero_grad`` and
     ``optimizer_step`` are called as ever; a step's gradients are gone when it is over. Hooks that need them are refused.
 
     Raises:
         ValueError: Before a step, for strategies other than a single device and DDP, for clipping by value, for a
-            ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, for manual optimization, for
+            ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, for manual optimization, for a
+            ``training_step`` that does not call this one, for an ``optimizer_step`` that steps past Lightning's optimizer, for
             ``on_after_backward`` and ``on_before_optimizer_step``, the callbacks' too, and for ``backward`` and
             ``configure_gradient_clipping`` of one's own.
         TypeError: A batch that has to be kept can't be copied.
@@ -64,11 +70,16 @@ class SharpnessAwareModule(LightningModule):
     """
 
     training_loss: Tensor | None = None
+    _current_fx_name: str | None  # Lightning's
     _seen: list[Tensor]
     """The per-sample losses of the step's batches at the unperturbed weights."""
     _parts: Parts | None = None
     _in_pass = False
     _stepping = False
+    _passing = False
+    """Whether the optimizer runs its passes."""
+    _kept = False
+    """Whether training_step has kept the batch that Lightning is about to go backward from."""
     _known = False
     """Whether the loss of the present batch is known, and what is to be logged of it is logged."""
 
@@ -78,6 +89,11 @@ class SharpnessAwareModule(LightningModule):
         owner = next(one for one in cls.__mro__ if "optimizer_step" in vars(one))
         if owner is cls or not issubclass(owner, SharpnessAwareModule):
             cls.optimizer_step = _with_passes(vars(owner)["optimizer_step"])  # type: ignore[method-assign]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lets an optimizer_step that is set on the instance take the step, too."""
+        taking = types.MethodType(_with_passes(lambda _, *rest: value(*rest)), self)
+        super().__setattr__(name, taking if name == "optimizer_step" else value)
 
     def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
         """The per-sample losses, shape (B,), of a batch or of some of its samples; the forward pass alone."""
@@ -91,6 +107,7 @@ class SharpnessAwareModule(LightningModule):
         """Keeps the batch for the optimizer; in the optimizer's passes, the losses."""
         if self._in_pass:
             return self.training_losses(batch, batch_idx)
+        self._check_automatic()
         method, trainer = self._method, self.trainer
         if not isinstance(method, SharpnessAware) or trainer.fit_loop._skip_backward:
             return self.training_losses(batch, batch_idx).mean()
@@ -98,10 +115,12 @@ class SharpnessAwareModule(LightningModule):
         if self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0:  # an interrupted step left some
             self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
         self._parts.add((batch, batch_idx), last=self._stepping)
+        self._kept = True
         self._known = (
             trainer.accumulate_grad_batches > 1
             or not self._stepping
             or isinstance(method, (GNM, MSAM))
+            or self._own_training_step
             or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())
         )
         return self._look(batch, batch_idx) if self._known else torch.zeros((), device=self.device)
@@ -113,8 +132,20 @@ class SharpnessAwareModule(LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Leaves the backward passes to the optimizer, if it has several."""
+        self._check_automatic()
         if not isinstance(self._method, SharpnessAware):
             super().backward(loss, *args, **kwargs)
+        elif not self._kept:
+            raise ValueError(
+                "training_step() must call super().training_step(batch, batch_idx): write training_losses(), which returns "
+                "the per-sample losses, instead"
+            )
+        self._kept = False
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:  # type: ignore[override]
+        """As Lightning's; refused in manual optimization."""
+        self._check_automatic()
+        return super().optimizers(use_pl_optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Takes one step of the method over the batches kept."""
@@ -135,22 +166,31 @@ class SharpnessAwareModule(LightningModule):
                     shown = closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
         finally:
             self._stepping = False
-        if trainer.fit_loop._skip_backward:  # weight averaging ends with forwards, for batch norm
+        # Weight averaging ends with forwards, for batch norm; training_step may leave batches out.
+        if trainer.fit_loop._skip_backward or self._parts is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        assert self._parts is not None  # training_step was called
-        known = self._known
-        self._parts.step(method, scaler)
+        known, parts, self._parts = self._known, self._parts, None
+        self._passing = True
+        try:
+            parts.step(method, scaler)
+        finally:
+            self._passing = False
         self.training_loss = torch.cat(self._seen).detach().mean()
         if not known:
             shown.data = self.training_loss  # this is the loss in Lightning's outputs
         if scaler is not None:
             scaler.update()
 
+    def _check_automatic(self) -> None:
+        if not self.automatic_optimization and any(isinstance(one, SharpnessAware) for one in self.trainer.optimizers):
+            raise ValueError(
+                "automatic_optimization must be True: the optimizer's passes are run by optimizer_step(); in a plain "
+                "LightningModule, optimizer.step(closure) may be called by hand"
+            )
+
     def _check(self, method: SharpnessAware) -> None:
         trainer = self.trainer
-        if not self.automatic_optimization:
-            raise ValueError("automatic_optimization must be True: the optimizer's passes are run by optimizer_step()")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(f"strategy must be a single device or DDP, got {type(trainer.strategy).__name__}")
         for owner, parent in self._owners():
@@ -187,12 +227,20 @@ class SharpnessAwareModule(LightningModule):
     def _method(self) -> Any:
         return self.trainer.optimizers[0]
 
+    @property
+    def _own_training_step(self) -> bool:
+        return _overrides(self, "training_step", SharpnessAwareModule)
+
     def _losses(self, part: tuple[Any, int]) -> Tensor:
-        self._in_pass = True
+        hook, self._current_fx_name = self._current_fx_name, "training_step"  # under which everything is logged
+        self._in_pass, own = True, self._own_training_step
         try:
-            losses = check_per_sample(self.trainer.strategy.training_step(*part), "training_losses()")
+            losses = self.trainer.strategy.training_step(*part)
         finally:
-            self._in_pass = False
+            self._in_pass, self._current_fx_name = False, hook
+        if own and isinstance(losses, Mapping):
+            losses = losses["loss"]
+        losses = check_per_sample(losses, "training_step()" if own else "training_losses()")
         if not self._known:  # a step's first pass is at the unperturbed weights
             self._known = True
             self._seen.append(losses.detach())
@@ -217,11 +265,21 @@ _REFUSED = {
 def _with_passes(own: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(own)
     def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if isinstance(self._method, SharpnessAware):
-            optimizer.step = self._take
+        def check(*_: Any) -> None:
+            if not self._passing:
+                raise ValueError(
+                    "optimizer_step() must call optimizer.step(closure), got a call of optimizer.optimizer.step()"
+                )
+
+        if not isinstance(self._method, SharpnessAware):
+            own(self, epoch, batch_idx, optimizer, optimizer_closure)
+            return
+        optimizer.step = self._take
+        checking = self._method.register_step_pre_hook(check)
         try:
             own(self, epoch, batch_idx, optimizer, optimizer_closure)
         finally:
+            checking.remove()
             vars(optimizer).pop("step", None)
 
     return optimizer_step

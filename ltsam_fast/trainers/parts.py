@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from ltsam_fast.optim.base import SharpnessAware
 
@@ -33,14 +35,38 @@ def labels_of(batch: Any) -> Tensor | None:
 def select(batch: Any, index: Tensor | None) -> Any:
     """The samples ``index``, 1-D, of every tensor in a batch; ``None``: the batch itself.
 
-    Tensors are taken where they lie in tuples, lists and dicts. Those without dimensions are the same for all samples.
+    Tensors are taken where they lie in tuples, lists, mappings and dataclasses. Those without dimensions, numbers and strings
+    are the same for all samples.
+
+    Raises:
+        TypeError: The batch holds something else.
 
     >>> select((torch.tensor([5, 6, 7]), 3), torch.tensor([2, 0]))
     (tensor([7, 5]), 3)
     """
-    if index is None:
-        return batch
-    return tree_map_only(Tensor, lambda one: one[index.to(one.device)] if one.dim() else one, batch)
+    return batch if index is None else tree_map(lambda one: _select_one(one, index), batch)
+
+
+def _select_one(one: Any, index: Tensor) -> Any:
+    """As select(), for what is no tuple, list or dict."""
+    if isinstance(one, Tensor):
+        return one[index.to(one.device)] if one.dim() else one
+    if isinstance(one, Mapping):
+        made: Any = copy.copy(one) if isinstance(one, MutableMapping) else dict(one)
+        for name, value in one.items():
+            made[name] = select(value, index)
+        return made
+    if dataclasses.is_dataclass(one):
+        made = copy.copy(one)
+        for field in dataclasses.fields(one):
+            object.__setattr__(made, field.name, select(getattr(one, field.name), index))  # it may be frozen
+        return made
+    if one is None or isinstance(one, (str, bytes, Number)):
+        return one
+    raise TypeError(
+        "batch must hold tensors, in tuples, lists, mappings or dataclasses, for a method that looks at some of its samples, "
+        f"got {type(one).__name__}: return one of these from the loader's collate_fn"
+    )
 
 
 class _Cloning(TorchFunctionMode):
