@@ -63,8 +63,8 @@ else
     benches=(bench/test_steps.py bench/test_losses.py -k "test_step and resnet32 or growth or family and resnet32 and GNM or losses and 10")
 fi
 
-run_steps() { benchmark steps 300 "${steps[@]}"; }
-run_bench() { benchmark bench 300 "${benches[@]}"; }
+run_steps() { benchmark steps 280 "${steps[@]}"; }
+run_bench() { benchmark bench 280 "${benches[@]}"; }
 benchmark() {
     local name=$1 seconds=$2
     shift 2
@@ -74,10 +74,10 @@ benchmark() {
 }
 run_tests() {
     if ((gpu)); then
-        step tests 320 python3 -m pytest -q "${workers[@]}" "${tests[@]}" -k "$chosen"
+        step tests 300 python3 -m pytest -q "${workers[@]}" "${tests[@]}" -k "$chosen"
     else
         step tests 120 python3 -m pytest -q "${workers[@]}" -p tests.fake_gpu "${tests[@]}" -k "$chosen"
-        step kernels 200 python3 -m pytest -q "${workers[@]}" tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits"
+        step kernels 170 python3 -m pytest -q "${workers[@]}" tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits"
     fi
 }
 run_checks() {
@@ -85,12 +85,12 @@ run_checks() {
         # Only our kernels, and memory from cudaMalloc itself: in a block that torch divides a write behind a tensor is not seen.
         local check=(compute-sanitizer --error-exitcode 1 --report-api-errors no --kernel-name kns=_ZN2lt)
         for tool in memcheck racecheck; do
-            PYTORCH_NO_CUDA_MEMORY_CACHING=1 LTSAM_BACKEND=cuda step $tool 90 "${check[@]}" --tool $tool python3 -m bench.sanitize
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 LTSAM_BACKEND=cuda step $tool 80 "${check[@]}" --tool $tool python3 -m bench.sanitize
         done
-        LTSAM_BACKEND=cuda step graphs 70 "${check[@]}" --tool memcheck python3 -m bench.sanitize graphs
+        LTSAM_BACKEND=cuda step graphs 60 "${check[@]}" --tool memcheck python3 -m bench.sanitize graphs
     else
-        step memcheck 90 python3 -m bench.sanitize
-        step graphs 70 python3 -m bench.sanitize graphs
+        step memcheck 80 python3 -m bench.sanitize
+        step graphs 60 python3 -m bench.sanitize graphs
     fi
     if ((gpu)) && command -v ncu >/dev/null; then
         LTSAM_BACKEND=cuda step ncu 60 ncu --clock-control none --launch-count 16 \
@@ -100,7 +100,7 @@ run_checks() {
     fi
 }
 
-step build 120 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e . || finish
+step build 150 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e . || finish
 rm "$out/build.txt"
 step info 20 python3 -m ltsam_fast info || finish
 for part in "${parts[@]}"; do run_"$part"; done

@@ -171,17 +171,17 @@ def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
 _TABLES: dict[tuple[Any, ...], Table] = {}
 
 
-def _table_for(op: Op, lists: tuple[Role, ...]) -> Table:
+def _table_for(op: Op, lists: tuple[Role, ...], given: Table | None = None) -> Table:
     """A table to reuse. Any would do, for bind() checks everything: a good guess only saves building it anew."""
     first = lists[0] or ()
     lead = first[0] if len(first) else None
-    stream = 0
-    if isinstance(lead, Tensor) and lead.is_cuda:
-        if (
-            torch.cuda.is_current_stream_capturing()
-        ):  # a graph keeps the scratch memory that it saw, these tables may not
-            return Table(op)
-        stream = torch.cuda.current_stream(lead.device).cuda_stream
+    on_gpu = isinstance(lead, Tensor) and lead.is_cuda
+    # A graph goes on with the scratch memory that it saw: these tables, and a caller's, may let go of theirs before.
+    if on_gpu and (given is None or recording() is None) and torch.cuda.is_current_stream_capturing():
+        return Table(op)
+    if given is not None:
+        return given
+    stream = torch.cuda.current_stream(lead.device).cuda_stream if on_gpu else 0  # type: ignore[union-attr]
     # Native code drops the GIL, and what runs on two streams at once must not share scratch memory.
     key = (op.name, len(first), id(lead), threading.get_ident(), stream)
     table = _TABLES.get(key)
@@ -245,7 +245,7 @@ def _run(
     lists = roles
     if "source" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
-    own = table or _table_for(op, roles)
+    own = _table_for(op, roles, table)
     parts = own.bind(lists, groups if len(hyper) > 1 else None, offsets=offsets)
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
@@ -340,7 +340,7 @@ def grad_norm(
         order = sorted(range(len(groups)), key=groups.__getitem__)
         roles = tuple(None if role is None else [role[i] for i in order] for role in roles)
         groups = [groups[i] for i in order]
-    parts = (table or _table_for(op, roles)).bind(
+    parts = _table_for(op, roles, table).bind(
         roles, groups if len(hyper) > 1 else None, groups if per_group else None, outputs
     )
     backends = [backend_for(part.device) for part in parts]
@@ -397,7 +397,7 @@ def grad_dots(grads: Tensors, extra: Tensors, *, table: Table | None = None) -> 
     if len(extra) == len(grads) and any(grad is None for grad in grads):
         grads = _filled(grads, extra)
     op, roles = OPS["grad_dots"], (grads, extra)
-    parts = (table or _table_for(op, roles)).bind(roles)
+    parts = _table_for(op, roles, table).bind(roles)
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
         return reference.grad_dots(grads, extra)

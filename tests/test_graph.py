@@ -729,6 +729,9 @@ def test_each_stream_and_each_capture_has_scratch_memory_of_its_own(monkeypatch)
     now.stream, now.capturing = 1, True
     captured = ops._table_for(op, lists)
     assert captured is not table and ops._table_for(op, lists) is not captured
+    assert ops._table_for(op, lists, table) is not table  # an optimizer's, in a graph of somebody's own
+    with live.Trace().recording():
+        assert ops._table_for(op, lists, table) is table  # graph_step's are made for the graph
     now.capturing = False
     assert ops._table_for(op, lists) is table
 
