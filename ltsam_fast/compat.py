@@ -294,13 +294,7 @@ class ASAM(_Around, ltsam_fast.SAM):
         return params, groups
 
     def _hyper(self, name: str) -> Any:
-        values = super()._hyper(name)
-        if name == "rho":
-            return values
-        return tuple(half for v in values for half in (v, False if name == "adaptive" else v))
-
-    def _radii(self) -> tuple[Any, ...]:
-        return tuple(half for radius in super()._radii() for half in (radius, radius))
+        return tuple(half for v in super()._hyper(name) for half in (v, False if name == "adaptive" else v))
 
     @torch.no_grad()
     def ascent_step(self) -> None:
@@ -954,7 +948,7 @@ class ESAM(_Published, _Around):
         super().__init__(groups, base, rho, adaptive)
 
     def _ascent(self, *_: Any) -> dict[str, Any]:
-        return {"rho": tuple(radius / self.beta for radius in self._radii())}
+        return {"rho": tuple(radius / self.beta for radius in self._hyper("rho"))}
 
     def _climb(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         for param in self._frozen:

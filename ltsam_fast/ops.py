@@ -454,6 +454,7 @@ def perturb_(
     norm: Tensor,
     *,
     rho: Hyper,
+    maximize: Hyper = False,
     adaptive: Hyper = False,
     eta: Hyper = 0.0,
     eps: Hyper = 1e-12,
@@ -484,7 +485,8 @@ def perturb_(
         grads: T ascent gradients ``g``; ``None``: that weight stays.
         backups: T tensors of the weights' dtypes, filled with the old weights; ``None``: they are not kept.
         norm: Norm of the ascent direction, one number, from :func:`grad_norm`. When it is not finite, nothing is perturbed.
-        rho: Radius, in units of the weights; negative: against the gradient, as to maximize.
+        rho: Radius, in units of the weights, >= 0.
+        maximize: Against the gradient: the worst weights nearby where the loss is maximized; a flag, or one for each group.
         adaptive: ASAM's scaling.
         eta: ASAM's constant, >= 0.
         eps: Added to the norm, >= 0.
@@ -520,6 +522,7 @@ def perturb_(
     """
     if norm is None:
         raise ValueError("norm must be a tensor of one element, from grad_norm(), got None")
+    rho = _signed(rho, maximize)
     values: dict[str, Hyper] = {"rho": rho, "adaptive": adaptive, "eta": eta, "eps": eps, "decay": decay}
     op = OPS["perturb_"]
     if seed is not None:
@@ -530,6 +533,19 @@ def perturb_(
     roles = (params, sources, grads, backups, means, frozen)
     signals: Any = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf, "mix": mix, "skipped": skipped}
     _run(op, roles, values, groups, table, **signals)
+
+
+def _signed(rho: Hyper, maximize: Hyper) -> Hyper:
+    """The radii as native code takes them: negative where the loss is maximized."""
+    radii = list(rho) if isinstance(rho, Sequence) else [rho]
+    for radius in radii:
+        if isinstance(radius, Real) and not radius >= 0:
+            raise ValueError(f"rho must be a finite number >= 0, got {radius}")
+    flags = list(maximize) if isinstance(maximize, Sequence) else [maximize]
+    if not any(flags):
+        return rho
+    radii, flags = (one * max(len(radii), len(flags)) if len(one) == 1 else one for one in (radii, flags))
+    return tuple(-radius if flag else radius for radius, flag in zip(radii, flags, strict=True))
 
 
 def gaussian_perturb_(

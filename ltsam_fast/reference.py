@@ -202,6 +202,7 @@ def perturb_(
     norm: Tensor,
     *,
     rho: Any,
+    maximize: Any = False,
     adaptive: Any = False,
     eta: Any = 0.0,
     eps: Any = 1e-12,
@@ -231,7 +232,7 @@ def perturb_(
         w.copy_(source)
         size = _number(norm, w)
         inverse = 1 / _number(grad_scale, w) if grad_scale is not None else torch.ones_like(size)
-        scale = at(rho) * inverse / (size * inverse + at(eps))
+        scale = (-at(rho) if at(maximize) else at(rho)) * inverse / (size * inverse + at(eps))
         if not active or not bool(scale.isfinite()):
             continue
         d = _gradient(w, g) if mix is None else _mixed(w, g, mean, mix)

@@ -50,7 +50,8 @@ class Climber(Worker):
             found_inf=found_inf,
         )
         options = {
-            "rho": self._radii(),
+            "rho": self._hyper("rho"),
+            "maximize": self._hyper("maximize"),
             "adaptive": adaptive,
             "eta": eta,
             "eps": self._hyper("norm_eps"),
@@ -75,14 +76,6 @@ class Climber(Worker):
             )
 
         self._perturb(params, groups, perturb)
-
-    def _radii(self) -> tuple[Any, ...]:
-        """Each group's radius; negative where the base maximizes: then the worst weights nearby lie against the gradient."""
-        radii = self._hyper("rho")
-        if any(radius < 0 for radius in radii):
-            raise ValueError(f"rho must be a finite number >= 0 in every group, got {min(radii)}")
-        signs = map(_sign, self.param_groups)
-        return tuple(radius if sign > 0 else -radius for radius, sign in zip(radii, signs, strict=True))
 
     def _perturb(self, params: list[Tensor], groups: list[int], perturb: Callable[[list[Tensor]], None]) -> None:
         """Has ``perturb(backups)`` keep and perturb the weights, and takes note of it."""

@@ -98,7 +98,7 @@ class ESAM(SharpnessAware):
     def _ascent(
         self, params: list[Tensor], grads: list[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> dict[str, Any]:
-        options: dict[str, Any] = {"rho": tuple(rho / self.beta for rho in self._radii())}
+        options: dict[str, Any] = {"rho": tuple(rho / self.beta for rho in self._hyper("rho"))}
         if self.granularity == "element" and self.beta < 1:
             options |= {"chance": self.beta, "seed": self.seed, "step": self._taken}
         return options

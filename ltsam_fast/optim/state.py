@@ -232,7 +232,8 @@ class Stateful(Optimizer):
                 group["skipped"] = int(self._skipped)
 
     def _hyper(self, name: str) -> Any:
-        return tuple(group[name] for group in self.param_groups)
+        """An option in each group; None where the base has no such option."""
+        return tuple(group.get(name) for group in self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the base optimizer's state; backups and kept gradients belong to a step and are not in it.
