@@ -239,11 +239,12 @@ _KINDS = 32
 
 def _what_failed(error: BaseException) -> str:
     """What went wrong first, and last: after a capture that failed cleaning up fails too."""
-    messages = [str(error)]
-    while (before := error.__cause__ or error.__context__) is not None:
-        error = before
-        messages.append(str(error))
-    return ", then: ".join(dict.fromkeys((messages[-1], messages[0])))
+    first = error
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    return ", then: ".join(
+        dict.fromkeys(str(one).partition("\n")[0] for one in (first, error))
+    )  # CUDA's have many lines
 
 
 def _facts(value: Any, depth: int = 3) -> Iterator[Any]:

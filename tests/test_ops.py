@@ -164,6 +164,9 @@ def test_a_backend_has_the_ops(name):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_as_good_as_the_twin(case, kind, backend, device, generator):
+    mixed = kind in ("roles differ", "a role is fp64")
+    if backend == "triton" and device == "cuda" and mixed and case not in RICHEST:
+        pytest.skip("triton: each mixture of types is one more kernel to compile: the richest calls have to do")
     check(case, build(case, generator, device, SHAPES, kind))
 
 
