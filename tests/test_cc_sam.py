@@ -100,7 +100,7 @@ def zeros_behind_batch_norm():
 def hooked():
     """As old weight norm has it: a hook makes the weight, before every forward."""
     head = nn.Linear(6, 4)
-    head.register_forward_pre_hook(lambda module, args: (args[0] * module.weight.square().mean(),))
+    head.register_forward_pre_hook(lambda module, args: (args[0] * module.weight.detach().square().mean(),))
     return head
 
 
@@ -311,3 +311,18 @@ def test_groups_that_are_not_to_be_perturbed_are_not(scope):
     losses_of(twin, x, Y).mean().backward()
     sgd.step()
     assert relative_error(flat(model), flat(twin)) < 1e-12
+
+
+def test_a_hook_that_comes_later_is_seen():
+    """The head of the second step is not the one that the first step knew."""
+    x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = Net()
+    opt = lf.CCSAM(model.parameters(), torch.optim.SGD, class_counts=COUNTS, head=model.head, noise_ratio=0.3, lr=1.0)
+    opt.step(lambda: losses_of(model, x, Y), targets=Y)
+    model.head.register_forward_pre_hook(lambda module, args: (args[0] * module.weight.detach().square().mean(),))
+    head = {id(param) for param in model.head.parameters()}
+    wanted = expected(model, [id(param) in head for param in model.parameters()], x, Y, 0.3)
+    before = flat(model)
+    closure, calls = counted(model, x, Y)
+    opt.step(closure, targets=Y)
+    assert relative_error(before - flat(model), wanted) < 1e-9 and len(calls) == 5

@@ -169,13 +169,14 @@ class Climber(Worker):
             self.model.reducer._reset_state()  # type: ignore[union-attr, operator]
 
 
-def _sign(group: dict[str, Any]) -> int:
+def sign_of(group: dict[str, Any]) -> int:
+    """-1 for a group that is maximized."""
     return -1 if group.get("maximize") else 1
 
 
 def sign_of_all(groups: list[dict[str, Any]]) -> int:
     """-1 where all groups are maximized; raises ValueError where only some are."""
-    signs = set(map(_sign, groups))
+    signs = set(map(sign_of, groups))
     if len(signs) > 1:
         raise ValueError("maximize must be the same in all groups for ESAM: it selects samples by their loss")
     return min(signs)

@@ -41,7 +41,7 @@ def climb_by_class(
     grads: list[list[Tensor]],
     counts: list[float],
     noise_ratio: float,
-    signs: list[float],
+    signs: list[int],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.optim.ascent import sign_of
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.by_class import added, climb_by_class, members_of
 from ltsam_fast.optim.checks import check_choice, check_factor
@@ -154,9 +155,9 @@ class CCSAM(Sharing):
         if self._found is None or not _same_items(self._found[0], scope):
             root = self._given if self.model is None else self.model
             owner = owner_of(scope, root)
-            known = owner is not None and by_row_alone(owner)
-            self._found = scope, Head(owner, scope) if known else None  # type: ignore[arg-type]
-        return self._found[1]
+            self._found = scope, None if owner is None else Head(owner, scope)
+        head = self._found[1]
+        return head if head and by_row_alone(head.module) else None  # looked at in each step: hooks come and go
 
     @property
     def _classes(self) -> int:
@@ -225,7 +226,7 @@ class CCSAM(Sharing):
             self._add_up([grad for k in classes for grad in grads.setdefault(k, list(map(torch.zeros_like, scope)))])
             classes = sorted(members)  # those of other workers are not evaluated here
         if classes:
-            signs = [-1.0 if self.param_groups[group].get("maximize") else 1.0 for group in groups]
+            signs = [sign_of(self.param_groups[group]) for group in groups]
             counts = [self.class_counts[k] for k in classes]
             climb_by_class(scope, [grads[k] for k in classes], counts, self.noise_ratio, signs, *scaling.signals)
             if head:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ltsam_fast.optim.ascent import Climber, _sign
+from ltsam_fast.optim.ascent import Climber, sign_of
 from ltsam_fast.optim.fused import FUSED, local_of
 from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items, check_all_dense
 from ltsam_fast.weight_caches import clear_weight_caches
@@ -136,7 +136,8 @@ class Descender(Climber):
             ]
             if self._steps_beside:
                 lrs = [
-                    _sign(group) * float(group["lr"]) * unscale for group in map(self.param_groups.__getitem__, groups)
+                    sign_of(group) * float(group["lr"]) * unscale
+                    for group in map(self.param_groups.__getitem__, groups)
                 ]
                 beside = [(-lr * (mix[2] * g + mix[3] * e)).to(g) for lr, (g, e) in zip(lrs, pairs, strict=True)]
             grads, extra = [(mix[0] * g + mix[1] * e).to(g) for g, e in pairs], None
