@@ -15,7 +15,8 @@ import ltsam_fast as lf
 from ltsam_fast import reference
 
 from . import oracles_family as family
-from .methods import BASES
+from .methods import BASES, METHODS
+from .methods import EACH as FIRST
 from .oracles import COUNTS, batches, network
 
 RHO = 0.1
@@ -87,6 +88,8 @@ ROWS = {
     "WSAM-coupled": Row("WSAM", family.wsam, {"decouple": False, "gamma": 0.6}),
 }
 EACH = ("ImbSAM", "SSESAM", "CCSAM", "GNM", "FriendlySAM", "MSAM", "SparseSAM", "ESAM", "LookSAM", "GSAM", "WSAM")
+EVERY = {name: METHODS[name] for name in FIRST} | {name: ROWS[name] for name in EACH}
+"""Every method, one row each."""
 
 
 def closure_of(model, x, y):

@@ -1,6 +1,10 @@
 """Drives the explicit phases of any method that has them."""
 
-PHASED = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "GNM", "FriendlySAM", "SparseSAM", "GSAM", "WSAM")
+import ltsam_fast as lf
+
+from .family import EVERY
+
+PHASED = tuple(name for name in EVERY if getattr(lf, name).phases)
 
 
 def step_in_phases(opt, losses):

@@ -9,11 +9,10 @@ from torch import nn, optim
 
 import ltsam_fast as lf
 
-from .family import EACH, ROWS, closure_of
+from .family import EVERY, ROWS, closure_of
 from .methods import METHODS
 from .oracles import batches, flat, network, relative_error
 
-ALL = ("SAM", "FocalSAM", *EACH)
 REFUSED = ("LBFGS", "SparseAdam")
 BASES = sorted(
     name
@@ -42,7 +41,7 @@ def expected(name, base, options):
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_steps_agree_with_the_oracle(name, base):
     kind, options = getattr(optim, base), {"lr": 0.01, **MORE.get(base, {})}
     model = network()
@@ -83,7 +82,7 @@ def test_parameters_in_every_form(base, form):
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_bases_that_cannot_step_with_gradients_alone_are_refused_by_name(name):
     class Wanting(optim.SGD):
         def step(self, closure):
@@ -123,7 +122,7 @@ def test_what_a_base_refuses_is_said_before_anything_changes():
     assert list(groups[0]) == ["params", "rho"]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("base", [optim.Adadelta, functools.partial(optim.Adadelta, rho=0.7)], ids=["0.9", "0.7"])
 def test_options_of_one_name_do_not_meet(name, base):
     model = network()
@@ -150,7 +149,7 @@ class WithoutRate(torch.optim.Optimizer):
                     param.sub_(group["share"] * param.grad)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_base_without_a_learning_rate(name):
     if name == "WSAM":
         with pytest.raises(ValueError, match="decouple must be False with WithoutRate, which has no learning rate"):
@@ -166,7 +165,7 @@ def test_a_base_without_a_learning_rate(name):
     assert relative_error(*results) < 1e-12
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_to_maximize_with_a_base_that_cannot_is_refused(name):
     weight = torch.nn.Parameter(torch.randn(4, 3))
     with pytest.raises(ValueError, match="maximize must be left out: Muon only minimizes"):

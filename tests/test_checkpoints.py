@@ -15,11 +15,11 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 import ltsam_fast as lf
 from ltsam_fast import compat
 
-from . import family, methods
+from . import family
 from .methods import BASES
 from .oracles import batches, flat, losses, network, relative_error
 
-EVERY = {**{name: methods.METHODS[name] for name in methods.EACH}, **{name: family.ROWS[name] for name in family.EACH}}
+EVERY = family.EVERY
 each = pytest.mark.parametrize("name", EVERY)
 
 

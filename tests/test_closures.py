@@ -9,10 +9,10 @@ from torch.optim import SGD, AdamW, RMSprop
 
 import ltsam_fast as lf
 
-from . import family, methods
+from . import family
 from .oracles import batches, flat, network
 
-EVERY = {**{name: methods.METHODS[name] for name in methods.EACH}, **{name: family.ROWS[name] for name in family.EACH}}
+EVERY = family.EVERY
 TOLD = ("FocalSAM", "ImbSAM", "SSESAM", "CCSAM")
 """Those that need to be told the classes."""
 each = pytest.mark.parametrize("name", EVERY)

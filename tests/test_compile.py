@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW, RMSprop
 
-from .family import EACH, ROWS, closure_of
+from .family import EVERY, ROWS, closure_of
 from .methods import METHODS
 from .oracles import batches, flat, network
 
-ALL = ("SAM", "FocalSAM", *EACH)
 STEPS = 8  # SSE-SAM's switch and LookSAM's and sparse SAM's periods are shorter
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's about itself
 
@@ -39,7 +38,7 @@ def breaks():
     return sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_compiled_model(name):
     results, seen = [], []
     for compiled in (False, True):
@@ -70,7 +69,7 @@ def test_batch_norm_in_a_compiled_model_has_two_graphs():
 
 
 @pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_compiled_training_step_breaks_once(name, base):
     """The step is left alone; what the user computes before and after it is compiled, and never again."""
     results = []

@@ -12,14 +12,13 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, RMSprop
 
 from ltsam_fast import diagnostics
 
-from .family import EACH, ROWS, closure_of
+from .family import EVERY, ROWS, closure_of
 from .methods import METHODS, on_cpu
 from .oracles import CLASSES, FEATURES, batches, flat, network, relative_error
 from .phases import PHASED, step_in_phases
 
-ALL = ("SAM", "FocalSAM", *EACH)
 KINDS = {"sgd": SGD, "adamw": AdamW, "rmsprop": RMSprop}
-every = pytest.mark.parametrize("name", ALL)
+every = pytest.mark.parametrize("name", EVERY)
 phased = pytest.mark.parametrize("name", PHASED)
 kinds = pytest.mark.parametrize("kind", KINDS)
 

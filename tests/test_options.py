@@ -13,11 +13,10 @@ from torch.optim import SGD
 
 import ltsam_fast as lf
 
-from .family import EACH, ROWS, closure_of
+from .family import EVERY, ROWS, closure_of
 from .methods import METHODS
 from .oracles import batches, flat, network
 
-ALL = ("SAM", "FocalSAM", *EACH)
 GROUP = ("rho", "eta", "norm_eps")
 COUNTED = (
     "k", "m", "refresh_every", "num_samples", "seed", "decay_every", "total_steps", "switch_step", "eta",
@@ -29,7 +28,7 @@ NOT = ("self", "params", "base_optimizer", "class_counts", "model", "base_kwargs
 
 def options():
     """Method and option, for all numbers in the constructors."""
-    for name in ALL:
+    for name in EVERY:
         signature = inspect.signature((METHODS | ROWS)[name].cls if name in METHODS else getattr(lf, name))
         for option in signature.parameters:
             if option not in NOT:

@@ -10,11 +10,10 @@ from torch.optim import SGD, AdamW, RMSprop, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 
-from .family import EACH, ROWS, closure_of
+from .family import EVERY, ROWS, closure_of
 from .methods import METHODS, focal_phases, sam_phases
 from .oracles import CLASSES, FEATURES, batches, flat, network, relative_error
 
-ALL = ("SAM", "FocalSAM", *EACH)
 PHASES = {"SAM": sam_phases, "FocalSAM": focal_phases}
 SCHEDULERS = {
     "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.9**step),
@@ -118,7 +117,7 @@ def test_state_dict_hooks():
     assert seen == ["pre", "post", "load", "loaded"]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_averaged_weights_are_of_unperturbed_ones(name):
     """Stochastic averages and exponential ones, and statistics made anew, as for a run that notes its weights itself."""
     torch.manual_seed(0)
@@ -146,7 +145,7 @@ def test_averaged_weights_are_of_unperturbed_ones(name):
     torch.testing.assert_close(mean.module[1].running_mean, inputs.mean(0).detach())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_functional_call(name):
     """The closure may call the model with its parameters in a dictionary; tensors made from them get their gradients."""
     results = []
@@ -179,7 +178,7 @@ class Tied(nn.Module):
         return F.linear(torch.tanh(self.first(x)), weight)[:, :CLASSES]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_tied_weights_count_once(name):
     results = []
     for tied in (False, True):
@@ -210,7 +209,7 @@ SHARED = ("FocalSAM", "ImbSAM", "SSESAM", "CCSAM")
 
 
 @pytest.mark.parametrize("begin", [0, 2])
-@pytest.mark.parametrize(("name", "shared"), [*((name, None) for name in ALL), *((name, "auto") for name in SHARED)])
+@pytest.mark.parametrize(("name", "shared"), [*((name, None) for name in EVERY), *((name, "auto") for name in SHARED)])
 def test_weights_in_reentrant_checkpoints_count(name, shared, begin):
     """torch.autograd.grad doesn't see them."""
     results = []
@@ -227,7 +226,7 @@ def test_weights_in_reentrant_checkpoints_count(name, shared, begin):
 
 
 @pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_layers_that_thaw_later(name, base):
     """A frozen layer stays as it is; thawed, in the groups from the start or added then, it moves; the same in both ways."""
     results = []
@@ -259,7 +258,7 @@ def test_layers_that_thaw_later(name, base):
         torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
 
 
-ACCUMULATE = [name for name in ALL if name not in ("MSAM", "ESAM", "SparseSAM")]
+ACCUMULATE = [name for name in EVERY if name not in ("MSAM", "ESAM", "SparseSAM")]
 WEIGHTS = torch.tensor([0.3, 1.0, 2.5, 4.0], dtype=torch.float64)
 
 

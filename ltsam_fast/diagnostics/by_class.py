@@ -50,9 +50,9 @@ def class_grad_norms(
     r"""Returns the norm of each class's gradient, :math:`\|\nabla_w \frac{1}{n_c} \sum_{i: y_i = c} \ell_i(w)\|`.
 
     Each sample goes forward and backward once, in batches of one class, in evaluation mode, where the network must keep
-    samples apart. Weights, their ``grad`` and
-    running statistics stay as they are. With many rare classes these batches are small: ``exact=True`` takes full batches of
-    several classes, one backward for all of them, and each class's own rows in the products with the weights.
+    samples apart. Weights, their ``grad`` and running statistics stay as they are. With many rare classes these batches are
+    small: ``exact=True`` takes full batches of several classes, one backward for all of them, and each class's own rows in the
+    products with the weights.
 
     Args:
         model: The network; its weights with ``requires_grad`` count.

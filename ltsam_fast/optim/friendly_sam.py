@@ -98,9 +98,9 @@ class FriendlySAM(SAM):
         beginning = [i for i, mean in enumerate(means) if mean is None]
         check_all_dense(grads[i] for i in beginning)
         for i in beginning:  # climbs without a mean, which then is the gradient
-            scale = torch.ones(()) if grad_scale is None else 1 / grad_scale
+            scale = 1.0 if grad_scale is None else (1 / grad_scale).to(grads[i])
             mean = self.state[params[i]]["grad_mean"] = torch.zeros_like(params[i], requires_grad=False)
-            local_of([mean], self._sharded)[0].copy_(grads[i] * scale.to(grads[i]))  # type: ignore[union-attr, operator, arg-type]
+            local_of([mean], self._sharded)[0].copy_(grads[i] * scale)  # type: ignore[union-attr, operator, arg-type]
         if found_inf is not None:  # a later pass may overflow
             self._means = [(mean, mean.clone()) for mean in means if mean is not None]
         if beginning and found_inf is not None:

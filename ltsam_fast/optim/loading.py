@@ -68,7 +68,10 @@ def completed(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]
 
 
 def _group(optimizer: Stateful, saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A saved group with all options; those that it lacks have their present values."""
+    """A saved group with all options; those that it lacks have their present values.
+
+    What a plain base saved under one of the method's names goes to ``_base_only``.
+    """
     if "perturb" in saved:
         return saved
     # An option of a plain base of the same name (Adadelta's rho) is another thing. A wrapper's comes with ``adaptive``.
