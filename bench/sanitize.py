@@ -72,10 +72,10 @@ def main() -> None:
     w, g, h, out = ([torch.randn(n, device=device) for n in (0, 1, 7, 4097, 40001)] for _ in range(4))
     bits = [torch.randint(0, 256, (-(-len(x) // 8),), dtype=torch.uint8, device=device) for x in w]
     mix = torch.rand(4, device=device)
-    norm = lf.ops.grad_norm(g, w, extra=h, mix=mix, adaptive=True)
+    norm = lf.ops.grad_norm(g, w, kept_grads=h, combination=mix, adaptive=True)
     lf.ops.grad_dots(g, h)
-    lf.ops.perturb_(w, g, out, norm, rho=0.1, means=h, frozen=bits, mix=mix, decay=0.5)
-    lf.ops.perturb_(w, g, None, norm, rho=0.1, sources=out, chance=0.5, stochastic=True, seed=1)
+    lf.ops.perturb_(w, g, out, norm, rho=0.1, means=h, mask=bits, combination=mix, decay=0.5)
+    lf.ops.perturb_(w, g, None, norm, rho=0.1, original_params=out, probability=0.5, stochastic=True, seed=1)
     lf.ops.gaussian_perturb_(w, out, amplitude=0.1)
     lf.ops.combine_(out, g, h, mix)
     lf.ops.perturb_by_class_(w, [g, h], torch.rand(2, device=device))

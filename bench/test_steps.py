@@ -14,7 +14,7 @@ from bench import peers
 from bench.measure import BYTES, DEVICE, PEER, Roof, Step, WholeStep, facts, interleaved, machine, synchronize
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
-from ltsam_fast.table import Table
+from ltsam_fast.table import TensorTable
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
 NETWORKS = [*names(), "tiny"]
@@ -179,7 +179,7 @@ def test_billion(benchmark, name, request):
 
 
 def grow(benchmark, request, what, size, grads):
-    table = Table(ops.OPS["grad_norm"])
+    table = TensorTable(ops.OPS["grad_norm"])
     benchmark.group = f"norm against {what}"
 
     def run():

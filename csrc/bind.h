@@ -1,13 +1,14 @@
-// Makes every op of ops.h a Python function of the native module that includes this: op(part, hyper, signals, where).
+// Makes every op of ops.h a Python function of the native module that includes this:
+// op(args, hyper, signals, stream_or_threads).
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <type_traits>
 
+#include "launch_args.h"
 #include "ops.h"
 #include "rows.h"
-#include "table.h"
 
 namespace lt {
 namespace py = pybind11;
@@ -15,35 +16,35 @@ namespace py = pybind11;
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-/// A ltsam_fast.table.Part as a Table; keeps its arrays alive while the op runs.
-struct BoundTable {
+/// A ltsam_fast.table.LaunchArgs as the loops take it; keeps its arrays alive while the op runs.
+struct BoundArgs {
   Array<int64_t> pointers, numels, numbers, first_chunk;
   Array<uint8_t> dtypes;
   Array<int32_t> groups, buckets;
-  Table table;
+  LaunchArgs args;
 
-  BoundTable(const char* op, const py::object& part, int roles)
-      : pointers(part.attr("pointers")),
-        numels(part.attr("numels")),
-        numbers(part.attr("numbers")),
-        first_chunk(part.attr("first_chunk")),
-        dtypes(part.attr("dtypes")),
-        groups(part.attr("groups")),
-        buckets(part.attr("buckets")) {
+  BoundArgs(const char* op, const py::object& given, int roles)
+      : pointers(given.attr("pointers")),
+        numels(given.attr("numels")),
+        numbers(given.attr("numbers")),
+        first_chunk(given.attr("first_chunk")),
+        dtypes(given.attr("dtypes")),
+        groups(given.attr("groups")),
+        buckets(given.attr("buckets")) {
     if (pointers.ndim() != 2 || pointers.shape(1) != roles)
-      throw py::value_error(std::string(op) + ": part.pointers must have shape (tensors, " + std::to_string(roles) +
+      throw py::value_error(std::string(op) + ": args.pointers must have shape (tensors, " + std::to_string(roles) +
                             ")");
-    table = Table{pointers.shape(0),
-                  part.attr("bucket_count").cast<int64_t>(),
-                  pointers.data(),
-                  dtypes.data(),
-                  numels.data(),
-                  groups.data(),
-                  numbers.data(),
-                  buckets.data(),
-                  first_chunk.data(),
-                  reinterpret_cast<double*>(part.attr("scratch").cast<intptr_t>()),
-                  part.attr("wide").cast<bool>()};
+    args = LaunchArgs{pointers.shape(0),
+                      given.attr("bucket_count").cast<int64_t>(),
+                      pointers.data(),
+                      dtypes.data(),
+                      numels.data(),
+                      groups.data(),
+                      numbers.data(),
+                      buckets.data(),
+                      first_chunk.data(),
+                      reinterpret_cast<double*>(given.attr("scratch").cast<intptr_t>()),
+                      given.attr("wide").cast<bool>()};
   }
 };
 
@@ -104,13 +105,14 @@ py::tuple names(const char* const* first, size_t count) {
 template <template <class> class F, class Run>
 void bind_op(py::module_& m, py::dict& signatures, const Run& run) {
   const char* name = F<float>::name;
-  m.def(name, [run](const py::object& part, const py::object& hyper, const py::tuple& signals, intptr_t where) {
-    BoundTable bound(F<float>::name, part, F<float>::kRoles);
-    const BoundHyper rows(hyper);
-    const Signals addresses = signals_from(signals);
-    py::gil_scoped_release release;
-    run(bound.table, rows.hyper, addresses, where);
-  });
+  m.def(name,
+        [run](const py::object& args, const py::object& hyper, const py::tuple& signals, intptr_t stream_or_threads) {
+          BoundArgs bound(F<float>::name, args, F<float>::kRoles);
+          const BoundHyper rows(hyper);
+          const Signals addresses = signals_from(signals);
+          py::gil_scoped_release release;
+          run(bound.args, rows.hyper, addresses, stream_or_threads);
+        });
   // sizeof, for nvcc's front end does not know the bound of a template's array well enough for std::size.
   constexpr size_t roles = sizeof(F<float>::roles) / sizeof(char*), hyper = sizeof(F<float>::hyper) / sizeof(char*);
   signatures[name] = py::make_tuple(names<F<float>>(F<float>::roles, roles), names<F<float>>(F<float>::hyper, hyper));
@@ -119,9 +121,9 @@ void bind_op(py::module_& m, py::dict& signatures, const Run& run) {
 template <class Loop, template <class> class... F>
 void bind_maps(py::module_& m, py::dict& signatures, OpList<F...>) {
   (bind_op<F>(m, signatures,
-              [](const Table& t, const Hyper& h, const Signals& s, intptr_t where) {
-                t.wide ? Loop::template map<F<double>, double>(t, h, s, where)
-                       : Loop::template map<F<float>, float>(t, h, s, where);
+              [](const LaunchArgs& a, const Hyper& h, const Signals& s, intptr_t stream_or_threads) {
+                a.wide ? Loop::template map<F<double>, double>(a, h, s, stream_or_threads)
+                       : Loop::template map<F<float>, float>(a, h, s, stream_or_threads);
               }),
    ...);
 }
@@ -129,9 +131,9 @@ void bind_maps(py::module_& m, py::dict& signatures, OpList<F...>) {
 template <class Loop, template <class> class... F>
 void bind_reductions(py::module_& m, py::dict& signatures, OpList<F...>) {
   (bind_op<F>(m, signatures,
-              [](const Table& t, const Hyper& h, const Signals& s, intptr_t where) {
-                t.wide ? Loop::template reduce<F<double>, double>(t, h, s, where)
-                       : Loop::template reduce<F<float>, float>(t, h, s, where);
+              [](const LaunchArgs& a, const Hyper& h, const Signals& s, intptr_t stream_or_threads) {
+                a.wide ? Loop::template reduce<F<double>, double>(a, h, s, stream_or_threads)
+                       : Loop::template reduce<F<float>, float>(a, h, s, stream_or_threads);
               }),
    ...);
 }
@@ -143,15 +145,15 @@ void bind(py::module_& m) {
   bind_maps<Loop>(m, signatures, MapOps());
   bind_reductions<Loop>(m, signatures, ReduceOps());
   m.def(CrossEntropy<float>::name, [](const py::tuple& addresses, const py::tuple& numbers, int64_t rows,
-                                      int64_t classes, uint8_t dtype, intptr_t where) {
+                                      int64_t classes, uint8_t dtype, intptr_t stream_or_threads) {
     if (dtype == kF64) {
       const auto in = rows_from<double>(addresses, numbers, rows, classes, dtype);
       py::gil_scoped_release release;
-      Loop::template cross_entropy<double>(in, where);
+      Loop::template cross_entropy<double>(in, stream_or_threads);
     } else {
       const auto in = rows_from<float>(addresses, numbers, rows, classes, dtype);
       py::gil_scoped_release release;
-      Loop::template cross_entropy<float>(in, where);
+      Loop::template cross_entropy<float>(in, stream_or_threads);
     }
   });
   m.attr("SIGNATURES") = signatures;

@@ -151,7 +151,7 @@ def cross_entropy_kernel(
                 store(grad_1, begin, end, factor_1 * slope, TYPE, False, BLOCK)
 
 
-def cross_entropy(addresses, numbers, rows, classes, dtype, where):
+def cross_entropy(addresses, numbers, rows, classes, dtype, stream_or_threads):
     """Losses, their state, gradients. See :func:`ltsam_fast.rows.launch`."""
     TYPE = TYPES[dtype]
     BLOCK = min(4096, max(16, triton.next_power_of_2(classes)))

@@ -4,7 +4,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from .table import accumulator, finite, item, launch, load, mixed, on_device, sqrt
+from .table import accumulator, coefficient, finite, item, launch, load, on_device, sqrt
 
 SLOTS = 2048
 
@@ -21,25 +21,32 @@ def _norm_blocks(
     row, begin, end, c0, c1, adaptive, eta,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    G, EXTRA, W = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    G, KEPT, W = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     lanes = tl.zeros([BLOCK], A)
     for first in range(begin, end, BLOCK):
         g = load(G, first, end, TYPES[0], WIDE, A, BLOCK).to(A)
-        extra = load(EXTRA, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
+        kept = load(KEPT, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
         w = load(W, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
-        lanes += _squares(c0 * g + c1 * extra, w, adaptive, eta)
+        lanes += _squares(c0 * g + c1 * kept, w, adaptive, eta)
     return tl.sum(lanes.to(tl.float64), axis=0)
 
 
 @triton.jit
 def chunk_norms_kernel(
-    items, pointers, hyper, scratch: tl.int64, mix: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+    items,
+    pointers,
+    hyper,
+    scratch: tl.int64,
+    combination: tl.int64,
+    TYPES: tl.constexpr,
+    A: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """scratch[slot] = sum of t^2 over a chunk."""
     tensor, begin, whole, end, group, slot, _ = item(items)
     row = pointers + tensor * 3
     adaptive, eta = tl.load(hyper + group * 2) != 0, tl.load(hyper + group * 2 + 1).to(A)
-    c0, c1 = mixed(mix, 0, 1.0, A), mixed(mix, 1, 1.0, A)
+    c0, c1 = coefficient(combination, 0, 1.0, A), coefficient(combination, 1, 1.0, A)
     total = _norm_blocks(row, begin, whole, c0, c1, adaptive, eta, TYPES, True, A, BLOCK)
     if whole < end:
         total += _norm_blocks(row, whole, end, c0, c1, adaptive, eta, TYPES, False, A, BLOCK)
@@ -48,31 +55,31 @@ def chunk_norms_kernel(
 
 @triton.jit
 def _dots_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
-    G, EXTRA = tl.load(row), tl.load(row + 1)
-    gg, ee, ge = tl.zeros([BLOCK], A), tl.zeros([BLOCK], A), tl.zeros([BLOCK], A)
+    G, OTHER = tl.load(row), tl.load(row + 1)
+    gg, oo, go = tl.zeros([BLOCK], A), tl.zeros([BLOCK], A), tl.zeros([BLOCK], A)
     for first in range(begin, end, BLOCK):
         g = load(G, first, end, TYPES[0], WIDE, A, BLOCK).to(A)
-        extra = load(EXTRA, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
+        other = load(OTHER, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
         gg += g * g
-        ee += extra * extra
-        ge += g * extra
-    return tl.sum(gg.to(tl.float64), axis=0), tl.sum(ee.to(tl.float64), axis=0), tl.sum(ge.to(tl.float64), axis=0)
+        oo += other * other
+        go += g * other
+    return tl.sum(gg.to(tl.float64), axis=0), tl.sum(oo.to(tl.float64), axis=0), tl.sum(go.to(tl.float64), axis=0)
 
 
 @triton.jit
 def chunk_dots_kernel(
     items, pointers, hyper, scratch: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """scratch[3 slot...] = sums of g g, extra extra and g extra over a chunk."""
+    """scratch[3 slot...] = sums of g g, other other and g other over a chunk."""
     tensor, begin, whole, end, _, slot, _ = item(items)
     row, sums = pointers + tensor * 2, scratch.to(tl.pointer_type(tl.float64)) + slot * 3
-    gg, ee, ge = _dots_blocks(row, begin, whole, TYPES, True, A, BLOCK)
+    gg, oo, go = _dots_blocks(row, begin, whole, TYPES, True, A, BLOCK)
     if whole < end:
-        more_gg, more_ee, more_ge = _dots_blocks(row, whole, end, TYPES, False, A, BLOCK)
-        gg, ee, ge = gg + more_gg, ee + more_ee, ge + more_ge
+        more_gg, more_oo, more_go = _dots_blocks(row, whole, end, TYPES, False, A, BLOCK)
+        gg, oo, go = gg + more_gg, oo + more_oo, go + more_go
     tl.store(sums, gg)
-    tl.store(sums + 1, ee)
-    tl.store(sums + 2, ge)
+    tl.store(sums + 1, oo)
+    tl.store(sums + 2, go)
 
 
 @triton.jit
@@ -97,28 +104,28 @@ def totals_kernel(
     tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0, mask=(found_inf != 0) & (finite(total) == 0))
 
 
-def _ranges(part):
+def _ranges(args):
     """First and last + 1 chunk of each bucket; tensors are in the buckets' order."""
-    edges = np.searchsorted(part.buckets, np.arange(part.bucket_count + 1))
-    return np.stack([part.first_chunk[edges[:-1]], part.first_chunk[edges[1:]]], axis=1).astype(np.int64)
+    edges = np.searchsorted(args.buckets, np.arange(args.bucket_count + 1))
+    return np.stack([args.first_chunk[edges[:-1]], args.first_chunk[edges[1:]]], axis=1).astype(np.int64)
 
 
-def _reduce(kernel, part, hyper, signals, also, roles, sums, root):
+def _reduce(kernel, args, hyper, signals, also, roles, sums, root):
     out, found_inf = signals[0], signals[2]
-    slots = part.scratch + 8  # the first double is a counter of the CUDA back end's
-    launch(kernel, part, hyper, (slots, *also), roles)
-    ranges = on_device(part, "ranges", lambda: _ranges(part))
-    totals_kernel[(part.bucket_count * sums,)](
-        ranges, slots, out, found_inf, SUMS=sums, ROOT=root, A=accumulator(part), SLOTS=SLOTS, num_warps=8,
+    slots = args.scratch + 8  # the first double is a counter of the CUDA back end's
+    launch(kernel, args, hyper, (slots, *also), roles)
+    ranges = on_device(args, "ranges", lambda: _ranges(args))
+    totals_kernel[(args.bucket_count * sums,)](
+        ranges, slots, out, found_inf, SUMS=sums, ROOT=root, A=accumulator(args), SLOTS=SLOTS, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def grad_norm(part, hyper, signals, where):
-    """norm = sqrt(sum (T (g + extra))^2) for each bucket. See :func:`ltsam_fast.ops.grad_norm`."""
-    _reduce(chunk_norms_kernel, part, hyper, signals, signals[3:4], 3, 1, True)
+def grad_norm(args, hyper, signals, stream_or_threads):
+    """norm = sqrt(sum (T (g + kept))^2) for each bucket. See :func:`ltsam_fast.ops.grad_norm`."""
+    _reduce(chunk_norms_kernel, args, hyper, signals, signals[3:4], 3, 1, True)
 
 
-def grad_dots(part, hyper, signals, where):
-    """(g.g, extra.extra, g.extra) for each bucket. See :func:`ltsam_fast.ops.grad_dots`."""
-    _reduce(chunk_dots_kernel, part, hyper, signals, (), 2, 3, False)
+def grad_dots(args, hyper, signals, stream_or_threads):
+    """(g.g, other.other, g.other) for each bucket. See :func:`ltsam_fast.ops.grad_dots`."""
+    _reduce(chunk_dots_kernel, args, hyper, signals, (), 2, 3, False)

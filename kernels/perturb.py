@@ -1,10 +1,11 @@
-"""Climb to w + eps and come back."""
+"""Perturb the weights to w + eps, and restore them."""
 
 import triton
 import triton.language as tl
 
 from .random import normal, random_words, round_randomly
 from .table import (
+    coefficient,
     divide,
     finite,
     inverse_scale,
@@ -12,7 +13,6 @@ from .table import (
     launch,
     load,
     load_bits,
-    mixed,
     narrow,
     number,
     skipped,
@@ -29,25 +29,25 @@ def _perturb(old, d, scale, adaptive, eta):
 
 @triton.jit
 def _perturb_blocks(
-    row, begin, end, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, tensor,
+    row, begin, end, c0, c1, scale, inverse, active, adaptive, eta, decay, probability, stochastic, seed, step, tensor,
     RANDOM: tl.constexpr, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    W, SOURCE, G = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    BACKUP, MEAN, FROZEN = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
+    W, ORIGINAL, G = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    BACKUP, MEAN, MASK = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5)
     for first in range(begin, end, BLOCK):
-        old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
+        old = load(ORIGINAL, first, end, TYPES[1], WIDE, A, BLOCK)
         g = load(G, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
         mean = load(MEAN, first, end, TYPES[4], WIDE, A, BLOCK)
-        moves = active & (load_bits(FROZEN, first, end, TYPES[5], BLOCK) == 0)
-        climbed = _perturb(old.to(A), c0 * g + c1 * mean.to(A), scale, adaptive, eta)
+        moves = active & (load_bits(MASK, first, end, TYPES[5], BLOCK) == 0)
+        perturbed = _perturb(old.to(A), c0 * g + c1 * mean.to(A), scale, adaptive, eta)
         if RANDOM:
             word = random_words(first, seed, step, tensor, BLOCK)
-            moves = moves & ((word & 0xFFFF).to(tl.int32) < chance)
+            moves = moves & ((word & 0xFFFF).to(tl.int32) < probability)
             if TYPES[0] == tl.bfloat16 or TYPES[0] == tl.float16:
-                rounded = round_randomly(climbed.to(tl.float32), word, TYPES[0]).to(A)
-                climbed = tl.where(stochastic, rounded, climbed)
+                rounded = round_randomly(perturbed.to(tl.float32), word, TYPES[0]).to(A)
+                perturbed = tl.where(stochastic, rounded, perturbed)
         store(BACKUP, first, end, narrow(old, TYPES[3]), TYPES[3], WIDE, BLOCK)
-        new = narrow(climbed, TYPES[0])
+        new = narrow(perturbed, TYPES[0])
         store(W, first, end, tl.where(moves, new, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
         if TYPES[4] is not None:
             taken_in = narrow(decay * mean.to(A) + (1.0 - decay) * (g * inverse), TYPES[4])
@@ -56,27 +56,28 @@ def _perturb_blocks(
 
 @triton.jit
 def perturb_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64, skipped_steps: tl.int64,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
+    skipped_steps: tl.int64,
     RANDOM: tl.constexpr, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Backup = old;  w = old + (T d) rho / (|d| + eps);  d = g, or the mix of g and mean;  mean takes g in."""
+    """Backup = old;  w = old + (T d) rho / (|d| + eps);  d = g, or the combination of g and mean;  mean takes g in."""
     tensor, begin, whole, end, group, _, position = item(items)
     row, h = pointers + tensor * 6, hyper + group * (9 if RANDOM else 5)
     inverse, size = inverse_scale(grad_scale, A), number(norm, 0.0, A)
     scale = divide(tl.load(h).to(A) * inverse, size * inverse + tl.load(h + 3).to(A))
     active = (skipped(found_inf) == 0) & finite(size) & finite(scale)
     adaptive, eta, decay = tl.load(h + 1) != 0, tl.load(h + 2).to(A), tl.load(h + 4).to(A)
-    c0, c1 = mixed(mix, 0, 1.0, A), mixed(mix, 1, 0.0, A)
-    chance, stochastic, seed, step = 0, False, tl.load(h), tl.load(h)
+    c0, c1 = coefficient(combination, 0, 1.0, A), coefficient(combination, 1, 0.0, A)
+    probability, stochastic, seed, step = 0, False, tl.load(h), tl.load(h)
     if RANDOM:
-        chance, stochastic = (tl.load(h + 5) * 65536 + 0.5).to(tl.int32), tl.load(h + 6) != 0
+        probability, stochastic = (tl.load(h + 5) * 65536 + 0.5).to(tl.int32), tl.load(h + 6) != 0
         seed, step = tl.load(h + 7), tl.load(h + 8) - number(skipped_steps, 0.0, tl.float32)
     _perturb_blocks(
-        row, begin, whole, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, position,
+        row, begin, whole, c0, c1, scale, inverse, active, adaptive, eta, decay, probability, stochastic, seed, step, position,
         RANDOM, TYPES, True, A, BLOCK,
     )  # fmt: skip
     _perturb_blocks(
-        row, whole, end, c0, c1, scale, inverse, active, adaptive, eta, decay, chance, stochastic, seed, step, position,
+        row, whole, end, c0, c1, scale, inverse, active, adaptive, eta, decay, probability, stochastic, seed, step, position,
         RANDOM, TYPES, False, A, BLOCK,
     )  # fmt: skip
 
@@ -86,9 +87,9 @@ def _gaussian_blocks(
     row, begin, end, amplitude, sigma, clip, seed, step, tensor,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    W, SOURCE, BACKUP = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    W, ORIGINAL, BACKUP = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     for first in range(begin, end, BLOCK):
-        old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
+        old = load(ORIGINAL, first, end, TYPES[1], WIDE, A, BLOCK)
         e = sigma * normal(random_words(first, seed, step, tensor, BLOCK)).to(A)
         e = tl.minimum(tl.maximum(e, -clip), clip)
         store(BACKUP, first, end, narrow(old, TYPES[2]), TYPES[2], WIDE, BLOCK)
@@ -112,24 +113,24 @@ def gaussian_perturb_kernel(
 def _combine_blocks(
     row, begin, end, c0, c1, active, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
 ):
-    OUT, G, EXTRA = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    OUT, G, KEPT = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     for first in range(begin, end, BLOCK):
         out = load(OUT, first, end, TYPES[0], WIDE, A, BLOCK)
         g = load(G, first, end, TYPES[1], WIDE, A, BLOCK).to(A)
-        extra = load(EXTRA, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
-        combined = narrow(c0 * g + c1 * extra, TYPES[0])
+        kept = load(KEPT, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
+        combined = narrow(c0 * g + c1 * kept, TYPES[0])
         store(OUT, first, end, tl.where(active, combined, out), TYPES[0], WIDE, BLOCK)
 
 
 @triton.jit
 def combine_kernel(
-    items, pointers, hyper, found_inf: tl.int64, mix: tl.int64,
+    items, pointers, hyper, found_inf: tl.int64, combination: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Out = c0 g + c1 extra."""
+    """Out = c0 g + c1 kept."""
     tensor, begin, whole, end, _, _, _ = item(items)
     row, active = pointers + tensor * 3, skipped(found_inf) == 0
-    c0, c1 = mixed(mix, 0, 1.0, A), mixed(mix, 1, 1.0, A)
+    c0, c1 = coefficient(combination, 0, 1.0, A), coefficient(combination, 1, 1.0, A)
     _combine_blocks(row, begin, whole, c0, c1, active, TYPES, True, A, BLOCK)
     _combine_blocks(row, whole, end, c0, c1, active, TYPES, False, A, BLOCK)
 
@@ -172,31 +173,31 @@ def restore_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr,
     _restore_blocks(row, whole, end, TYPES, False, A, BLOCK)
 
 
-def perturb_(part, hyper, signals, where):
-    """Keeps the weights and climbs. See :func:`ltsam_fast.ops.perturb_`."""
-    launch(perturb_kernel, part, hyper, signals, 6, RANDOM=False)
+def perturb_(args, hyper, signals, stream_or_threads):
+    """Backs the weights up and perturbs them. See :func:`ltsam_fast.ops.perturb_`."""
+    launch(perturb_kernel, args, hyper, signals, 6, RANDOM=False)
 
 
-def random_perturb_(part, hyper, signals, where):
-    """Keeps the weights and climbs, with draws. See :func:`ltsam_fast.ops.perturb_`."""
-    launch(perturb_kernel, part, hyper, signals, 6, RANDOM=True)
+def random_perturb_(args, hyper, signals, stream_or_threads):
+    """Backs the weights up and perturbs them, with random draws. See :func:`ltsam_fast.ops.perturb_`."""
+    launch(perturb_kernel, args, hyper, signals, 6, RANDOM=True)
 
 
-def gaussian_perturb_(part, hyper, signals, where):
-    """Keeps the weights and adds noise. See :func:`ltsam_fast.ops.gaussian_perturb_`."""
-    launch(gaussian_perturb_kernel, part, hyper, signals[4:], 3)
+def gaussian_perturb_(args, hyper, signals, stream_or_threads):
+    """Backs the weights up and adds noise. See :func:`ltsam_fast.ops.gaussian_perturb_`."""
+    launch(gaussian_perturb_kernel, args, hyper, signals[4:], 3)
 
 
-def combine_(part, hyper, signals, where):
+def combine_(args, hyper, signals, stream_or_threads):
     """Combines two gradients. See :func:`ltsam_fast.ops.combine_`."""
-    launch(combine_kernel, part, hyper, signals[2:4], 3)
+    launch(combine_kernel, args, hyper, signals[2:4], 3)
 
 
-def perturb_by_class_(part, hyper, signals, where):
+def perturb_by_class_(args, hyper, signals, stream_or_threads):
     """Perturbs for many classes. See :func:`ltsam_fast.ops.perturb_by_class_`."""
-    launch(perturb_by_class_kernel, part, hyper, signals[:1], 2)
+    launch(perturb_by_class_kernel, args, hyper, signals[:1], 2)
 
 
-def restore_(part, hyper, signals, where):
-    """Puts the old weights back. See :func:`ltsam_fast.ops.restore_`."""
-    launch(restore_kernel, part, hyper, (), 2)
+def restore_(args, hyper, signals, stream_or_threads):
+    """Restores the weights. See :func:`ltsam_fast.ops.restore_`."""
+    launch(restore_kernel, args, hyper, (), 2)

@@ -69,11 +69,11 @@ def round_randomly(x, word, TYPE: tl.constexpr):
     """An fp32 value rounded to a 16-bit type, up or down with the chances that keep the mean."""
     digits: tl.constexpr = 7 if TYPE == tl.bfloat16 else 10
     least: tl.constexpr = 8 if TYPE == tl.bfloat16 else 113
-    chance = (word >> 16).to(tl.int32).to(tl.float32) * 1.52587890625e-05
+    probability = (word >> 16).to(tl.int32).to(tl.float32) * 1.52587890625e-05
     if TYPE == tl.float16:
-        chance = tl.floor(chance * 8192.0) * 0.0001220703125  # so that the sum is exact
+        probability = tl.floor(probability * 8192.0) * 0.0001220703125  # so that the sum is exact
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
     held = tl.maximum(exponent, least)
     place = ((held - digits) << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - held + digits) << 23).to(tl.float32, bitcast=True)
-    return tl.where(exponent >= 254, x, tl.floor(x * inverse + chance) * place)
+    return tl.where(exponent >= 254, x, tl.floor(x * inverse + probability) * place)

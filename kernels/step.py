@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .table import divide, inverse_scale, item, launch, load, mixed, narrow, number, on_device, skipped, sqrt, store
+from .table import (
+    coefficient,
+    divide,
+    inverse_scale,
+    item,
+    launch,
+    load,
+    narrow,
+    number,
+    on_device,
+    skipped,
+    sqrt,
+    store,
+)
 
 
 @triton.jit
@@ -17,9 +30,14 @@ def _factors(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
 
 
 @triton.jit
-def _coefficients(mix, A: tl.constexpr):
-    """How g and extra are combined: for the direction, and for a step beside the base's."""
-    return mixed(mix, 0, 1.0, A), mixed(mix, 1, 1.0, A), mixed(mix, 2, 0.0, A), mixed(mix, 3, 0.0, A)
+def _coefficients(combination, A: tl.constexpr):
+    """How g and kept are combined: for the direction, and for a decoupled step."""
+    return (
+        coefficient(combination, 0, 1.0, A),
+        coefficient(combination, 1, 1.0, A),
+        coefficient(combination, 2, 0.0, A),
+        coefficient(combination, 3, 0.0, A),
+    )
 
 
 @triton.jit
@@ -32,19 +50,19 @@ def _sgd(old, total, m, factor, lr, momentum, fresh, decay, nesterov, first):
 
 @triton.jit
 def _sgd_blocks(
-    row, begin, end, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+    row, begin, end, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    W, SOURCE, G, EXTRA, M = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    c0, c1, c2, c3 = _coefficients(mix, A)
+    W, ORIGINAL, G, KEPT, M = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    c0, c1, c2, c3 = _coefficients(combination, A)
     for first in range(begin, end, BLOCK):
-        old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
+        old = load(ORIGINAL, first, end, TYPES[1], WIDE, A, BLOCK)
         g = load(G, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
-        extra = load(EXTRA, first, end, TYPES[3], WIDE, A, BLOCK).to(A)
+        kept = load(KEPT, first, end, TYPES[3], WIDE, A, BLOCK).to(A)
         m = load(M, first, end, TYPES[4], WIDE, A, BLOCK)
-        total, beside = c0 * g + c1 * extra, c2 * g + c3 * extra
+        total, decoupled = c0 * g + c1 * kept, c2 * g + c3 * kept
         w, buffer = _sgd(old.to(A), total, m.to(A), factor, lr, momentum, fresh, decay, nesterov, first_step)
-        w = tl.where(mix != 0, w - lr * (beside * inverse), w)
+        w = tl.where(combination != 0, w - lr * (decoupled * inverse), w)
         new_w, new_m = narrow(w, TYPES[0]), narrow(buffer, TYPES[4])
         store(W, first, end, tl.where(active, new_w, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
         store(M, first, end, tl.where(active & (momentum != 0), new_m, m), TYPES[4], WIDE, BLOCK)
@@ -52,10 +70,10 @@ def _sgd_blocks(
 
 @triton.jit
 def sgd_step_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """torch.optim.SGD on the restored weights with the gradient g + extra."""
+    """torch.optim.SGD on the restored weights with the gradient g + kept."""
     tensor, begin, whole, end, group, _, _ = item(items)
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
@@ -64,11 +82,11 @@ def sgd_step_kernel(
     first_step = (momentum == 0) | (number(tl.load(row + 5), 1.0, tl.float32) == 0)
     nesterov, active = tl.load(h + 4) != 0, skipped(found_inf) == 0
     _sgd_blocks(
-        row, begin, whole, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+        row, begin, whole, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
         TYPES, True, A, BLOCK,
     )  # fmt: skip
     _sgd_blocks(
-        row, whole, end, active, mix, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+        row, whole, end, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
         TYPES, False, A, BLOCK,
     )  # fmt: skip
 
@@ -85,25 +103,25 @@ def _adam(old, total, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root
 
 @triton.jit
 def _adam_blocks(
-    row, begin, end, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+    row, begin, end, active, combination, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    W, SOURCE, G, EXTRA = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    W, ORIGINAL, G, KEPT = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     M, V, VMAX = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    c0, c1, c2, c3 = _coefficients(mix, A)
+    c0, c1, c2, c3 = _coefficients(combination, A)
     for first in range(begin, end, BLOCK):
-        old = load(SOURCE, first, end, TYPES[1], WIDE, A, BLOCK)
+        old = load(ORIGINAL, first, end, TYPES[1], WIDE, A, BLOCK)
         g = load(G, first, end, TYPES[2], WIDE, A, BLOCK).to(A)
-        extra = load(EXTRA, first, end, TYPES[3], WIDE, A, BLOCK).to(A)
+        kept = load(KEPT, first, end, TYPES[3], WIDE, A, BLOCK).to(A)
         m = load(M, first, end, TYPES[4], WIDE, A, BLOCK)
         v = load(V, first, end, TYPES[5], WIDE, A, BLOCK)
         vmax = load(VMAX, first, end, TYPES[6], WIDE, A, BLOCK)
-        total, beside = c0 * g + c1 * extra, c2 * g + c3 * extra
+        total, decoupled = c0 * g + c1 * kept, c2 * g + c3 * kept
         w, mean, square, largest = _adam(
             old.to(A), total, m.to(A), v.to(A), vmax.to(A),
             factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         )  # fmt: skip
-        w = tl.where(mix != 0, w - lr * (beside * inverse), w)
+        w = tl.where(combination != 0, w - lr * (decoupled * inverse), w)
         new_w, new_m = narrow(w, TYPES[0]), narrow(mean, TYPES[4])
         new_v, new_vmax = narrow(square, TYPES[5]), narrow(largest, TYPES[6])
         store(W, first, end, tl.where(active, new_w, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
@@ -114,10 +132,10 @@ def _adam_blocks(
 
 @triton.jit
 def adam_step_kernel(
-    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, mix: tl.int64,
+    items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """torch.optim.Adam, or AdamW when decoupled, on the restored weights with the gradient g + extra."""
+    """torch.optim.Adam, or AdamW when decoupled, on the restored weights with the gradient g + kept."""
     tensor, begin, whole, end, group, _, _ = item(items)
     row, h = pointers + tensor * 8, hyper + group * 8
     lr, beta1, beta2, decay = tl.load(h), tl.load(h + 1), tl.load(h + 2), tl.load(h + 4)
@@ -131,11 +149,11 @@ def adam_step_kernel(
     fresh1, fresh2, eps = (1.0 - beta1).to(A), (1.0 - beta2).to(A), tl.load(h + 3).to(A)
     beta2, lr, active = beta2.to(A), lr.to(A), skipped(found_inf) == 0
     _adam_blocks(
-        row, begin, whole, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+        row, begin, whole, active, combination, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         TYPES, True, A, BLOCK,
     )  # fmt: skip
     _adam_blocks(
-        row, whole, end, active, mix, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+        row, whole, end, active, combination, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         TYPES, False, A, BLOCK,
     )  # fmt: skip
 
@@ -150,19 +168,19 @@ def count_steps_kernel(pointers, tensors, found_inf: tl.int64, ROLES: tl.constex
     tl.store(step, tl.load(step, mask=address != 0, other=0.0) + taken, mask=address != 0)
 
 
-def _step(kernel, part, hyper, signals, roles):
-    launch(kernel, part, hyper, signals[:4], roles - 1)  # the last role is the step count
-    if part.pointers[:, -1].any():
-        pointers = on_device(part, "pointers", lambda: part.pointers)
-        tensors = len(part.pointers)
+def _step(kernel, args, hyper, signals, roles):
+    launch(kernel, args, hyper, signals[:4], roles - 1)  # the last role is the step count
+    if args.pointers[:, -1].any():
+        pointers = on_device(args, "pointers", lambda: args.pointers)
+        tensors = len(args.pointers)
         count_steps_kernel[(triton.cdiv(tensors, 128),)](pointers, tensors, signals[2], ROLES=roles, BLOCK=128)
 
 
-def sgd_step_(part, hyper, signals, where):
+def sgd_step_(args, hyper, signals, stream_or_threads):
     """Restores, sums and takes SGD's step. See :func:`ltsam_fast.ops.sgd_step_`."""
-    _step(sgd_step_kernel, part, hyper, signals, 6)
+    _step(sgd_step_kernel, args, hyper, signals, 6)
 
 
-def adam_step_(part, hyper, signals, where):
+def adam_step_(args, hyper, signals, stream_or_threads):
     """Restores, sums and takes Adam's step. See :func:`ltsam_fast.ops.adam_step_`."""
-    _step(adam_step_kernel, part, hyper, signals, 8)
+    _step(adam_step_kernel, args, hyper, signals, 8)

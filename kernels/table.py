@@ -92,9 +92,9 @@ def number(address, otherwise, TYPE: tl.constexpr):
 
 
 @triton.jit
-def mixed(mix, index: tl.constexpr, otherwise, A: tl.constexpr):
-    """A coefficient of a mix, or another number where there is none."""
-    address = mix.to(tl.int64)
+def coefficient(combination, index: tl.constexpr, otherwise, A: tl.constexpr):
+    """A coefficient of a combination, or another number where there is none."""
+    address = combination.to(tl.int64)
     return tl.load(address.to(tl.pointer_type(A)) + index, mask=address != 0, other=otherwise)
 
 
@@ -136,43 +136,43 @@ def sqrt(x):
     return root
 
 
-def accumulator(part):
+def accumulator(args):
     """The Triton type that sums are kept in."""
-    return tl.float64 if part.wide else tl.float32
+    return tl.float64 if args.wide else tl.float32
 
 
-def on_device(part, name, make, key=None):
-    """The array that ``make`` returns, on the part's device: uploaded when a tensor has moved or ``key`` changed.
+def on_device(args, name, make, key=None):
+    """The array that ``make`` returns, on the device of ``args``: uploaded when a tensor has moved or ``key`` changed.
 
     While a step is traced nothing is kept: each launch in a graph reads memory of its own, which nobody else lets go of.
     """
     if trace := recording():
-        return _upload(part, trace.on(np.array(make(), order="C")))
-    kept = part.cache.get(name)
+        return _upload(args, trace.on(np.array(make(), order="C")))
+    kept = args.cache.get(name)
     if kept is None or kept[0] != key:
-        kept = part.cache[name] = (key, _upload(part, np.array(make(), order="C")))
+        kept = args.cache[name] = (key, _upload(args, np.array(make(), order="C")))
     return kept[1]
 
 
-def _upload(part, array):
+def _upload(args, array):
     """An array, which must be nobody else's to change: it may be copied later. A tensor is there already."""
     if isinstance(array, torch.Tensor):
         return array
     host = torch.from_numpy(array)
-    return host.pin_memory().to(part.device, non_blocking=True) if part.device.type == "cuda" else host
+    return host.pin_memory().to(args.device, non_blocking=True) if args.device.type == "cuda" else host
 
 
-def _launches(part, array_roles):
+def _launches(args, array_roles):
     """For each set of element types, with None for absent roles, the chunks with these: rows as :func:`item` reads them."""
-    addresses = part.pointers[:, :array_roles]
-    kinds = np.where(addresses != 0, part.dtypes[:, :array_roles].astype(np.int64), -1)
-    tensor = np.repeat(np.arange(len(addresses)), np.diff(part.first_chunk))
+    addresses = args.pointers[:, :array_roles]
+    kinds = np.where(addresses != 0, args.dtypes[:, :array_roles].astype(np.int64), -1)
+    tensor = np.repeat(np.arange(len(addresses)), np.diff(args.first_chunk))
     slot = np.arange(len(tensor))
-    begin = (slot - part.first_chunk[tensor]) * CHUNK
-    end = np.minimum(begin + CHUNK, part.numels[tensor])
+    begin = (slot - args.first_chunk[tensor]) * CHUNK
+    end = np.minimum(begin + CHUNK, args.numels[tensor])
     aligned = ((addresses % 16 == 0) | (kinds == BITMAP)).all(axis=1)[tensor]
     whole = np.where(aligned, end - end % BLOCK, begin)
-    columns = [tensor, begin, whole, end, part.groups[tensor], slot, part.numbers[tensor]]
+    columns = [tensor, begin, whole, end, args.groups[tensor], slot, args.numbers[tensor]]
     items = np.stack(columns, axis=1).astype(np.int64)
     _, first, kind = np.unique((kinds + 1) @ 6 ** np.arange(array_roles), return_index=True, return_inverse=True)
     for index, like in enumerate(first):
@@ -181,29 +181,29 @@ def _launches(part, array_roles):
             yield tuple(TYPES[code] if code >= 0 else None for code in kinds[like]), chosen
 
 
-def launch(kernel, part, hyper, signals, array_roles, **constants):
+def launch(kernel, args, hyper, signals, array_roles, **constants):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
-    if part.device.type == "cuda" and not recording() and torch.cuda.is_current_stream_capturing():
+    if args.device.type == "cuda" and not recording() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend must not be 'triton' in a CUDA graph of your own, which would read tables that are gone: "
             "use lf.graph_step(), or backend 'cuda'"
         )
-    if "launches" not in part.cache:
-        part.cache["launches"] = list(_launches(part, array_roles))
-    pointers = on_device(part, "pointers", lambda: part.pointers)
+    if "launches" not in args.cache:
+        args.cache["launches"] = list(_launches(args, array_roles))
+    pointers = on_device(args, "pointers", lambda: args.pointers)
     if isinstance(hyper, torch.Tensor):
         rows = hyper
     else:
-        rows = on_device(part, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
-    for number, (types, chosen) in enumerate(part.cache["launches"]):
-        items = on_device(part, f"items {number}", lambda chosen=chosen: chosen)
+        rows = on_device(args, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
+    for number, (types, chosen) in enumerate(args.cache["launches"]):
+        items = on_device(args, f"items {number}", lambda chosen=chosen: chosen)
         kernel[(len(items),)](
             items,
             pointers,
             rows,
             *signals,
             TYPES=types,
-            A=accumulator(part),
+            A=accumulator(args),
             BLOCK=BLOCK,
             **constants,
             num_warps=8,

@@ -1,7 +1,7 @@
 """Every fused op as a plain function on lists of tensors.
 
 Each op checks its arguments, then runs on the backend that serves the tensors' device (see :mod:`ltsam_fast.backend`) in
-one pass. All are defined by their twin of the same name in :mod:`ltsam_fast.reference`. What holds for all:
+one pass. All are defined by the reference implementation of the same name in :mod:`ltsam_fast.reference`. What holds for all:
 
 * Tensors are dense, on cpu or cuda, in float32, bfloat16, float16 (sums and arithmetic in fp32) or float64 (in fp64). Sizes
   may be zero, dtypes and devices may differ from tensor to tensor. Tensors of one index have one shape; they need not be
@@ -32,7 +32,7 @@ from ltsam_fast import reference, rows
 from ltsam_fast.backend import backend_for
 from ltsam_fast.live import recording
 from ltsam_fast.rows import Numbers, accumulator, check_range, launch
-from ltsam_fast.table import DTYPES, Op, Part, Role, Table
+from ltsam_fast.table import DTYPES, LaunchArgs, Op, Role, TensorTable
 from ltsam_fast.weight_caches import clear_weight_caches
 
 if TYPE_CHECKING:
@@ -73,48 +73,48 @@ def _op(name: str, roles: str, arguments: str, reads: str, writes: str, needs: s
 
 
 _PERTURB = (
-    "w source g backup mean frozen",
-    "params sources grads backups means frozen",
-    "source g mean frozen",
+    "w original g backup mean mask",
+    "params original_params grads backups means mask",
+    "original g mean mask",
     "w backup mean",
-    "w source",
+    "w original",
 )
 
 OPS = {
     op.name: op
     for op in (
-        _op("grad_norm", "g extra w", "grads extra params", "g extra w", "", "", "adaptive eta"),
-        _op("grad_dots", "g extra", "grads extra", "g extra", "", "", "", sums=3),
+        _op("grad_norm", "g kept w", "grads kept_grads params", "g kept w", "", "", "adaptive eta"),
+        _op("grad_dots", "g other", "grads other", "g other", "", "", "", sums=3),
         _op("perturb_", *_PERTURB, "rho adaptive eta eps decay"),
-        _op("random_perturb_", *_PERTURB, "rho adaptive eta eps decay chance stochastic seed step"),
+        _op("random_perturb_", *_PERTURB, "rho adaptive eta eps decay probability stochastic seed step"),
         _op(
             "gaussian_perturb_",
-            "w source backup",
-            "params sources backups",
-            "source",
+            "w original backup",
+            "params original_params backups",
+            "original",
             "w backup",
-            "w source",
+            "w original",
             "amplitude sigma clip seed step",
         ),
         _op("perturb_by_class_", "w g", "params class_grads", "w g", "g", "w g", ""),
-        _op("combine_", "out g extra", "out grads extra", "out g extra", "out", "out", ""),
+        _op("combine_", "out g kept", "out grads kept_grads", "out g kept", "out", "out", ""),
         _op("restore_", "w backup", "params backups", "backup", "w", "w backup", ""),
         _op(
             "sgd_step_",
-            "w source g extra m step",
-            "params backups grads extra momentum_buffers steps",
-            "source g extra m step",
+            "w original g kept m step",
+            "params backups grads kept_grads momentum_buffers steps",
+            "original g kept m step",
             "w m step",
-            "w source",
+            "w original",
             "lr momentum dampening weight_decay nesterov maximize max_norm",
         ),
         _op(
             "adam_step_",
-            "w source g extra m v vmax step",
-            "params backups grads extra exp_avgs exp_avg_sqs max_exp_avg_sqs steps",
-            "source g extra m v vmax step",
+            "w original g kept m v vmax step",
+            "params backups grads kept_grads exp_avgs exp_avg_sqs max_exp_avg_sqs steps",
+            "original g kept m v vmax step",
             "w m v vmax step",
-            "w source m v step",
+            "w original m v step",
             "lr beta1 beta2 eps weight_decay decoupled maximize max_norm",
         ),
     )
@@ -124,7 +124,7 @@ OPS = {
 _LOWEST = {
     op.name: np.array([-np.inf if name in ("dampening", "rho") else 0.0 for name in op.hyper]) for op in OPS.values()
 }
-_ENDS = {"beta1": 1.0, "beta2": 1.0, "chance": np.nextafter(1.0, 2.0), "seed": 2.0**53, "step": 2.0**32}
+_ENDS = {"beta1": 1.0, "beta2": 1.0, "probability": np.nextafter(1.0, 2.0), "seed": 2.0**53, "step": 2.0**32}
 _BELOW = {op.name: np.array([_ENDS.get(name, np.inf) for name in op.hyper]) for op in OPS.values()}
 
 
@@ -168,17 +168,17 @@ def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
     return rows
 
 
-_TABLES: dict[tuple[Any, ...], Table] = {}
+_TABLES: dict[tuple[Any, ...], TensorTable] = {}
 
 
-def _table_for(op: Op, lists: tuple[Role, ...], given: Table | None = None) -> Table:
+def _table_for(op: Op, lists: tuple[Role, ...], given: TensorTable | None = None) -> TensorTable:
     """A table to reuse. Any would do, for bind() checks everything: a good guess only saves building it anew."""
     first = lists[0] or ()
     lead = first[0] if len(first) else None
     on_gpu = isinstance(lead, Tensor) and lead.is_cuda
     # A graph goes on with the scratch memory that it saw: these tables, and a caller's, may let go of theirs before.
     if on_gpu and (given is None or recording() is None) and torch.cuda.is_current_stream_capturing():
-        return Table(op)
+        return TensorTable(op)
     if given is not None:
         return given
     stream = torch.cuda.current_stream(lead.device).cuda_stream if on_gpu else 0  # type: ignore[union-attr]
@@ -188,11 +188,11 @@ def _table_for(op: Op, lists: tuple[Role, ...], given: Table | None = None) -> T
     if table is None:
         if len(_TABLES) >= _KEPT:
             _TABLES.clear()
-        table = _TABLES[key] = Table(op)
+        table = _TABLES[key] = TensorTable(op)
     return table
 
 
-_SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "mix": 3, "skipped": 4}
+_SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "combination": 3, "skipped": 4}
 """Where native code expects the address of a signal: a small tensor that is read, or written, on the device."""
 
 
@@ -204,7 +204,7 @@ def _check_signals(sizes: dict[str, int], **signals: Tensor | None) -> None:
             raise ValueError(f"{name} must be a tensor of {element}, got {value!r}")
 
 
-def _at(part: Part, name: str, value: Tensor) -> Tensor:
+def _at(part: LaunchArgs, name: str, value: Tensor) -> Tensor:
     """A signal on the part's device and in the type that native code reads."""
     dtype = torch.float32 if name in ("grad_scale", "found_inf", "skipped") else part.accumulator
     if value.dtype is dtype and value.device == part.device and value.is_contiguous():
@@ -213,7 +213,7 @@ def _at(part: Part, name: str, value: Tensor) -> Tensor:
 
 
 def _launch(
-    op: Op, backend: ModuleType, part: Part, hyper: NDArray[np.float64], signals: dict[str, Tensor | None]
+    op: Op, backend: ModuleType, part: LaunchArgs, hyper: NDArray[np.float64], signals: dict[str, Tensor | None]
 ) -> dict[str, Tensor]:
     """Runs one native call; returns the signals as it saw them."""
     seen = {name: _at(part, name, value) for name, value in signals.items() if value is not None}
@@ -222,7 +222,7 @@ def _launch(
         addresses[_SLOTS[name]] = value.data_ptr()
     trace = recording()
     with torch.cuda.device(part.device) if part.device.type == "cuda" else _HERE:
-        getattr(backend, op.name)(part, trace.on(hyper) if trace else hyper, tuple(addresses), part.where())
+        getattr(backend, op.name)(part, trace.on(hyper) if trace else hyper, tuple(addresses), part.stream_or_threads())
     return seen
 
 
@@ -234,16 +234,16 @@ def _run(
     roles: tuple[Role, ...],
     values: dict[str, Hyper] | None = None,
     groups: Sequence[int] | None = None,
-    table: Table | None = None,
+    table: TensorTable | None = None,
     offsets: Sequence[int] | None = None,
     **signals: Tensor | None,
 ) -> None:
-    """Runs a pass that writes tensors: checks, then one launch for each part, or the twin."""
+    """Runs a pass that writes tensors: checks, then one launch for each part, or the reference implementation."""
     hyper = _hyper_rows(op, values or {})
     _check_groups(groups, len(roles[0] or ()), len(hyper))
-    _check_signals({"mix": 4, "scales": len(roles[0] or ())}, **signals)
+    _check_signals({"combination": 4, "scales": len(roles[0] or ())}, **signals)
     lists = roles
-    if "source" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
+    if "original" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
     own = _table_for(op, roles, table)
     parts = own.bind(lists, groups if len(hyper) > 1 else None, offsets=offsets)
@@ -281,14 +281,14 @@ def grad_norm(
     grads: Tensors,
     params: Tensors | None = None,
     *,
-    extra: Tensors | None = None,
-    mix: Tensor | None = None,
+    kept_grads: Tensors | None = None,
+    combination: Tensor | None = None,
     adaptive: Hyper = False,
     eta: Hyper = 0.0,
     groups: Sequence[int] | None = None,
     per_group: bool = False,
     found_inf: Tensor | None = None,
-    table: Table | None = None,
+    table: TensorTable | None = None,
 ) -> Tensor:
     r"""The global norm of a gradient in one pass: 4 bytes read per fp32 element.
 
@@ -297,8 +297,8 @@ def grad_norm(
     Args:
         grads: T gradients ``g``; ``None`` counts as zeros.
         params: T weights ``w``; needed when adaptive.
-        extra: T gradients ``g'`` to be added, or ``None``.
-        mix: Four numbers ``c``, of which two count: the norm is of ``c0 g + c1 g'``; ``None``: both are 1.
+        kept_grads: T gradients ``g'`` to be added, or ``None``.
+        combination: Four numbers ``c``, of which two count: the norm is of ``c0 g + c1 g'``; ``None``: both are 1.
         adaptive: Scale by ``|w| + eta`` (ASAM); a flag, or one for each group.
         eta: ASAM's constant, >= 0; a number, or one for each group.
         groups: Group of each tensor.
@@ -322,20 +322,20 @@ def grad_norm(
     op = OPS["grad_norm"]
     hyper = _hyper_rows(op, {"adaptive": adaptive, "eta": eta})
     _check_groups(groups, len(grads), len(hyper))
-    _check_signals({"mix": 4}, found_inf=found_inf, mix=mix)
+    _check_signals({"combination": 4}, found_inf=found_inf, combination=combination)
     if per_group and groups is None:
         raise ValueError("groups must be given when per_group is set, got None")
     if params is None and hyper[:, 0].any():
         raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
     outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
-    if extra is not None and len(extra) == len(grads) and any(grad is None for grad in grads):
-        if mix is not None:
-            grads = _filled(grads, extra)
+    if kept_grads is not None and len(kept_grads) == len(grads) and any(grad is None for grad in grads):
+        if combination is not None:
+            grads = _filled(grads, kept_grads)
         else:  # a tensor is known by its first role, so a gradient that stands alone takes it
-            pairs = list(zip(grads, extra, strict=True))
+            pairs = list(zip(grads, kept_grads, strict=True))
             grads = [other if grad is None else grad for grad, other in pairs]
-            extra = [None if grad is None else other for grad, other in pairs]
-    roles: tuple[Role, ...] = (grads, extra, params if hyper[:, 0].any() else None)
+            kept_grads = [None if grad is None else other for grad, other in pairs]
+    roles: tuple[Role, ...] = (grads, kept_grads, params if hyper[:, 0].any() else None)
     if per_group and groups is not None and list(groups) != sorted(groups):
         order = sorted(range(len(groups)), key=groups.__getitem__)
         roles = tuple(None if role is None else [role[i] for i in order] for role in roles)
@@ -346,13 +346,15 @@ def grad_norm(
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
         return reference.grad_norm(
-            roles[0] or [], roles[2], extra=roles[1], mix=mix, adaptive=adaptive, eta=eta, groups=groups,
+            roles[0] or [], roles[2], kept_grads=roles[1], combination=combination, adaptive=adaptive, eta=eta, groups=groups,
             per_group=per_group, found_inf=found_inf,
         )  # fmt: skip
     norms = []
     for part, backend in zip(parts, backends, strict=True):
         norms.append(torch.empty(outputs, dtype=part.accumulator, device=part.device))
-        seen = _launch(op, backend, part, hyper, {"norm": norms[-1], "found_inf": found_inf, "mix": mix})
+        seen = _launch(
+            op, backend, part, hyper, {"norm": norms[-1], "found_inf": found_inf, "combination": combination}
+        )
         if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
     if not norms:
@@ -368,20 +370,20 @@ def _join(norms: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(exact, dim=0).to(dtype)
 
 
-def _filled(grads: Tensors, extra: Tensors) -> list[Tensor | None]:
+def _filled(grads: Tensors, kept_grads: Tensors) -> list[Tensor | None]:
     """Zeros for gradients that are missing where their partner is there."""
     return [
         torch.zeros_like(other) if grad is None and other is not None else grad
-        for grad, other in zip(grads, extra, strict=True)
+        for grad, other in zip(grads, kept_grads, strict=True)
     ]
 
 
-def grad_dots(grads: Tensors, extra: Tensors, *, table: Table | None = None) -> Tensor:
+def grad_dots(grads: Tensors, other: Tensors, *, table: TensorTable | None = None) -> Tensor:
     r"""The inner products of two gradients over all tensors, in one pass: 8 bytes read per fp32 element.
 
     Args:
         grads: T gradients ``g``; ``None`` counts as zeros.
-        extra: T gradients ``h``; ``None`` counts as zeros.
+        other: T gradients ``h``; ``None`` counts as zeros.
         table: A table to reuse, for callers that keep one.
 
     Returns:
@@ -394,13 +396,13 @@ def grad_dots(grads: Tensors, extra: Tensors, *, table: Table | None = None) -> 
     >>> grad_dots([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])])
     tensor([5., 9., 3.])
     """
-    if len(extra) == len(grads) and any(grad is None for grad in grads):
-        grads = _filled(grads, extra)
-    op, roles = OPS["grad_dots"], (grads, extra)
+    if len(other) == len(grads) and any(grad is None for grad in grads):
+        grads = _filled(grads, other)
+    op, roles = OPS["grad_dots"], (grads, other)
     parts = _table_for(op, roles, table).bind(roles)
     backends = [backend_for(part.device) for part in parts]
     if reference in backends:
-        return reference.grad_dots(grads, extra)
+        return reference.grad_dots(grads, other)
     dots = []
     for part, backend in zip(parts, backends, strict=True):
         dots.append(torch.empty(3, dtype=part.accumulator, device=part.device))
@@ -461,19 +463,19 @@ def perturb_(
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    sources: Sequence[Tensor] | None = None,
+    original_params: Sequence[Tensor] | None = None,
     means: Tensors | None = None,
-    mix: Tensor | None = None,
+    combination: Tensor | None = None,
     decay: Hyper = 0.0,
-    frozen: Tensors | None = None,
-    chance: Hyper = 1.0,
+    mask: Tensors | None = None,
+    probability: Hyper = 1.0,
     stochastic: bool = False,
     seed: int | None = None,
     step: int = 0,
     skipped: Tensor | None = None,
-    table: Table | None = None,
+    table: TensorTable | None = None,
 ) -> None:
-    r"""Keeps the weights and climbs along the gradient, in one pass: 16 bytes moved per fp32 element.
+    r"""Backs the weights up and perturbs them along the gradient, in one pass: 16 bytes moved per fp32 element.
 
     .. math:: b \leftarrow w, \quad w \leftarrow w + \frac{\rho}{\|d\| + \epsilon} T d,
         \qquad T = (|w| + \eta)^2 \text{ if adaptive else } 1
@@ -493,14 +495,14 @@ def perturb_(
         groups: Group of each tensor.
         grad_scale: What the gradients, and so the norm, are too large by.
         found_inf: When not zero, nothing is perturbed.
-        sources: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
+        original_params: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
         means: T running means ``m`` of the (unscaled) gradients, updated to ``decay m + (1 - decay) g`` unless the step is
             skipped.
-        mix: Four numbers ``c``, of which two count; ``None``: 1, 0.
+        combination: Four numbers ``c``, of which two count; ``None``: 1, 0.
         decay: Of the means, >= 0.
-        frozen: T maps of bits, uint8 of ceil(n / 8) elements: bit i % 8 (lowest first) of byte i / 8 is 1 when element i, in
+        mask: T maps of bits, uint8 of ceil(n / 8) elements: bit i % 8 (lowest first) of byte i / 8 is 1 when element i, in
             the order of memory, is not to move.
-        chance: In [0, 1], to 2^-16: each element moves with this chance, drawn anew. Needs ``seed``.
+        probability: In [0, 1], to 2^-16: each element moves with this probability, drawn anew. Needs ``seed``.
         stochastic: Round weights of 16 bits up or down at random, so that steps below their resolution survive on average.
             Needs ``seed``.
         seed: Seed of the draws, in [0, 2^53). They depend on seed, step, the tensor's position and the element's alone.
@@ -513,7 +515,7 @@ def perturb_(
         TypeError: A dtype is not supported.
 
     Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3; means: Li et al. 2024 (Friendly SAM), Alg. 1;
-    frozen: Mi et al. 2022 (sparse SAM), Alg. 1; chance: Du et al. 2022 (ESAM), section 3.2.
+    mask: Mi et al. 2022 (sparse SAM), Alg. 1; probability: Du et al. 2022 (ESAM), section 3.2.
 
     >>> w, g, backup = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
     >>> perturb_([w], [g], [backup], grad_norm([g]), rho=0.5)
@@ -527,11 +529,17 @@ def perturb_(
     op = OPS["perturb_"]
     if seed is not None:
         op = OPS["random_perturb_"]
-        values |= {"chance": chance, "stochastic": stochastic, "seed": seed, "step": step}
-    elif stochastic or np.any(np.not_equal(chance, 1.0)):
-        raise ValueError("seed must be given with chance or stochastic, got None")
-    roles = (params, sources, grads, backups, means, frozen)
-    signals: Any = {"norm": norm, "grad_scale": grad_scale, "found_inf": found_inf, "mix": mix, "skipped": skipped}
+        values |= {"probability": probability, "stochastic": stochastic, "seed": seed, "step": step}
+    elif stochastic or np.any(np.not_equal(probability, 1.0)):
+        raise ValueError("seed must be given with probability or stochastic, got None")
+    roles = (params, original_params, grads, backups, means, mask)
+    signals: Any = {
+        "norm": norm,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+        "combination": combination,
+        "skipped": skipped,
+    }
     _run(op, roles, values, groups, table, **signals)
 
 
@@ -560,8 +568,8 @@ def gaussian_perturb_(
     skipped: Tensor | None = None,
     offsets: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
-    sources: Sequence[Tensor] | None = None,
-    table: Table | None = None,
+    original_params: Sequence[Tensor] | None = None,
+    table: TensorTable | None = None,
 ) -> None:
     r"""Keeps the weights and adds clipped Gaussian noise that is made on the way, in one pass: 12 bytes per fp32 element.
 
@@ -580,7 +588,7 @@ def gaussian_perturb_(
         offsets: For shards of larger tensors the element number that each begins at, in [0, 2^40): they then get the
             noise that the whole tensor has there. Shards that begin elsewhere than at a multiple of 4 must be contiguous.
         groups: Group of each tensor.
-        sources: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
+        original_params: T tensors with the old weights, when ``params`` are perturbed already; ``None``: ``params`` themselves.
         table: A table to reuse, for callers that keep one.
 
     Raises:
@@ -597,10 +605,10 @@ def gaussian_perturb_(
     """
     values: dict[str, Hyper] = {"amplitude": amplitude, "sigma": sigma, "clip": clip, "seed": seed, "step": step}
     if offsets is None:
-        _run(OPS["gaussian_perturb_"], (params, sources, backups), values, groups, table, skipped=skipped)
+        _run(OPS["gaussian_perturb_"], (params, original_params, backups), values, groups, table, skipped=skipped)
         return
     _check_offsets(offsets, params)
-    led = _led(params, sources, backups, offsets)
+    led = _led(params, original_params, backups, offsets)
     _run(OPS["gaussian_perturb_"], led, values, groups, table, [x - x % 4 for x in offsets], skipped=skipped)
     for param, stand_in, offset in zip(params, led[0], offsets, strict=True):
         if stand_in is not param:
@@ -618,10 +626,10 @@ def _check_offsets(offsets: Sequence[int], params: Sequence[Tensor]) -> None:
 
 
 def _led(
-    params: Sequence[Tensor], sources: Sequence[Tensor] | None, backups: Tensors | None, offsets: Sequence[int]
+    params: Sequence[Tensor], original_params: Sequence[Tensor] | None, backups: Tensors | None, offsets: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor | None] | None]:
     """The roles, with stand-ins that begin at a multiple of 4 for weights that don't: four elements share a random number."""
-    weights, old = list(params), None if sources is None else list(sources)
+    weights, old = list(params), None if original_params is None else list(original_params)
     kept = None if backups is None else list(backups)
     for i, offset in enumerate(offsets):
         if lead := offset % 4:
@@ -638,7 +646,11 @@ def _led(
 
 
 def perturb_by_class_(
-    params: Sequence[Tensor], class_grads: Sequence[Sequence[Tensor]], scales: Tensor, *, table: Table | None = None
+    params: Sequence[Tensor],
+    class_grads: Sequence[Sequence[Tensor]],
+    scales: Tensor,
+    *,
+    table: TensorTable | None = None,
 ) -> None:
     r"""Turns K gradients of the same weights into K perturbed copies of the weights, in one pass over all of them.
 
@@ -678,19 +690,19 @@ def perturb_by_class_(
 def combine_(
     out: Sequence[Tensor],
     grads: Tensors,
-    extra: Tensors,
-    mix: Tensor,
+    kept_grads: Tensors,
+    combination: Tensor,
     *,
     found_inf: Tensor | None = None,
-    table: Table | None = None,
+    table: TensorTable | None = None,
 ) -> None:
     """Fills ``out`` with ``c0 g + c1 g'``, with numbers that are on the device, in one pass: 16 bytes per fp32 element.
 
     Args:
         out: T tensors, overwritten.
         grads: T gradients ``g``; ``None`` counts as zeros.
-        extra: T gradients ``g'``; ``None`` counts as zeros.
-        mix: Four numbers ``c``, of which two count.
+        kept_grads: T gradients ``g'``; ``None`` counts as zeros.
+        combination: Four numbers ``c``, of which two count.
         found_inf: When not zero, nothing is written.
         table: A table to reuse, for callers that keep one.
 
@@ -698,10 +710,10 @@ def combine_(
         ValueError: Lengths, shapes or devices do not fit, or tensors share memory.
         TypeError: A dtype is not supported.
     """
-    _run(OPS["combine_"], (out, grads, extra), table=table, found_inf=found_inf, mix=mix)
+    _run(OPS["combine_"], (out, grads, kept_grads), table=table, found_inf=found_inf, combination=combination)
 
 
-def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, table: Table | None = None) -> None:
+def restore_(params: Sequence[Tensor], backups: Sequence[Tensor], *, table: TensorTable | None = None) -> None:
     """Puts the old weights back, bit for bit, into the same storage: 8 bytes moved per fp32 element.
 
     Args:
@@ -727,16 +739,16 @@ def sgd_step_(
     nesterov: Hyper = False,
     maximize: Hyper = False,
     backups: Tensors | None = None,
-    extra: Tensors | None = None,
+    kept_grads: Tensors | None = None,
     momentum_buffers: Tensors | None = None,
     steps: Tensors | None = None,
     max_norm: Hyper = 0.0,
     norm: Tensor | None = None,
-    mix: Tensor | None = None,
+    combination: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    table: Table | None = None,
+    table: TensorTable | None = None,
 ) -> None:
     r"""Restores, adds up gradients and takes the step of torch.optim.SGD, in one pass: 24 bytes per fp32 element.
 
@@ -755,13 +767,13 @@ def sgd_step_(
         nesterov: Nesterov's momentum.
         maximize: Ascend instead.
         backups: T old weights ``b``; ``None``: the weights are not perturbed and ``b = w``.
-        extra: T gradients ``g'`` to be added.
+        kept_grads: T gradients ``g'`` to be added.
         momentum_buffers: T buffers ``m``, updated; zeros before the first step.
         steps: T float32 numbers that count steps taken; needed with dampening only.
         max_norm: Clip the gradient's norm to this; 0: do not.
         norm: Norm of ``g + g'``, still scaled, as :func:`grad_norm` gives it; needed with ``max_norm``.
-        mix: Four numbers ``c``: the gradient is ``c0 g + c1 g'``, and the weights move by ``-lr s (c2 g + c3 g')`` besides,
-            past momentum, decay and clipping; ``None``: 1, 1, 0, 0.
+        combination: Four numbers ``c``: the gradient is ``c0 g + c1 g'``, and weights also move by ``-lr s (c2 g + c3 g')``,
+            without momentum, decay and clipping; ``None``: 1, 1, 0, 0.
         groups: Group of each tensor.
         grad_scale: What gradients and norm are too large by.
         found_inf: When not zero, weights are restored and nothing else happens.
@@ -782,8 +794,18 @@ def sgd_step_(
     }
     _check_momentum_buffers(momentum_buffers, momentum, groups)
     _check_clipping(max_norm, norm)
-    roles = (params, backups, grads, extra, momentum_buffers, steps)
-    _run(OPS["sgd_step_"], roles, values, groups, table, norm=norm, grad_scale=grad_scale, found_inf=found_inf, mix=mix)
+    roles = (params, backups, grads, kept_grads, momentum_buffers, steps)
+    _run(
+        OPS["sgd_step_"],
+        roles,
+        values,
+        groups,
+        table,
+        norm=norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        combination=combination,
+    )
 
 
 def adam_step_(
@@ -802,14 +824,14 @@ def adam_step_(
     maximize: Hyper = False,
     max_exp_avg_sqs: Tensors | None = None,
     backups: Tensors | None = None,
-    extra: Tensors | None = None,
+    kept_grads: Tensors | None = None,
     max_norm: Hyper = 0.0,
     norm: Tensor | None = None,
-    mix: Tensor | None = None,
+    combination: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    table: Table | None = None,
+    table: TensorTable | None = None,
 ) -> None:
     r"""Restores, adds up gradients and takes the step of torch.optim.Adam or AdamW, in one pass: 32 bytes per element.
 
@@ -834,10 +856,10 @@ def adam_step_(
         maximize: Ascend instead.
         max_exp_avg_sqs: T buffers with the largest ``v`` so far: amsgrad.
         backups: T old weights ``b``; ``None``: the weights are not perturbed and ``b = w``.
-        extra: T gradients to be added.
+        kept_grads: T gradients to be added.
         max_norm: Clip the gradient's norm to this; 0: do not.
         norm: Norm of the summed gradient, still scaled; needed with ``max_norm``.
-        mix: As for :func:`sgd_step_`.
+        combination: As for :func:`sgd_step_`.
         groups: Group of each tensor.
         grad_scale: What gradients and norm are too large by.
         found_inf: When not zero, weights are restored and nothing else happens.
@@ -863,9 +885,17 @@ def adam_step_(
         if buffers is None:
             raise ValueError(f"{name} must hold one tensor per weight, got None")
     _check_clipping(max_norm, norm)
-    roles = (params, backups, grads, extra, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+    roles = (params, backups, grads, kept_grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     _run(
-        OPS["adam_step_"], roles, values, groups, table, norm=norm, grad_scale=grad_scale, found_inf=found_inf, mix=mix
+        OPS["adam_step_"],
+        roles,
+        values,
+        groups,
+        table,
+        norm=norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        combination=combination,
     )
 
 
@@ -1009,7 +1039,8 @@ def adjusted_cross_entropy(
 
     With ``gamma`` the loss is :math:`w_y (1 - p)^\gamma (-\ln p)` of the label's probability :math:`p = e^{a_y} / \sum_k
     e^{a_k}`. Nothing of size (B, C) is kept for the backward but the logits themselves, and nothing is written but their
-    gradient; logits that are not contiguous are copied. A backward that is itself to be differentiated runs the twin.
+    gradient; logits that are not contiguous are copied. The reference implementation computes a backward that is itself to
+    be differentiated.
 
     Args:
         logits: (B, C), contiguous or not.

@@ -39,11 +39,13 @@ def _gradient(like: Tensor, *gradients: Tensor | None) -> Tensor:
     return total
 
 
-def _mixed(like: Tensor, g: Tensor | None, other: Tensor | None, mix: Tensor | None, first: int = 0) -> Tensor:
-    """c[first] g + c[first + 1] other; without a mix the sum."""
-    if mix is None:
+def _combined(
+    like: Tensor, g: Tensor | None, other: Tensor | None, combination: Tensor | None, first: int = 0
+) -> Tensor:
+    """c[first] g + c[first + 1] other; without a combination the sum."""
+    if combination is None:
         return _gradient(like, g, other)
-    c = mix.to(like.device, _wide(like).dtype)
+    c = combination.to(like.device, _wide(like).dtype)
     zeros = torch.zeros_like(_wide(like))
     parts = [zeros if one is None else _wide(one) for one in (g, other)]
     return c[first] * parts[0] + c[first + 1] * parts[1]
@@ -62,27 +64,27 @@ def grad_norm(
     grads: Tensors,
     params: Tensors | None = None,
     *,
-    extra: Tensors | None = None,
-    mix: Tensor | None = None,
+    kept_grads: Tensors | None = None,
+    combination: Tensor | None = None,
     adaptive: Any = False,
     eta: Any = 0.0,
     groups: Sequence[int] | None = None,
     per_group: bool = False,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """sqrt(sum (T g)^2),  T = |w| + eta when adaptive, else 1;  g is the sum, or mix, of grads and extra."""
-    present = [g for g in (*grads, *(extra or ())) if g is not None]
+    """sqrt(sum (T g)^2),  T = |w| + eta when adaptive, else 1;  g is the sum, or the combination, of grads and kept_grads."""
+    present = [g for g in (*grads, *(kept_grads or ())) if g is not None]
     device = present[0].device if present else torch.device("cpu")
     exact = any(g.dtype == torch.float64 for g in present)
     rows = max((len(value) for value in (adaptive, eta) if isinstance(value, Sequence)), default=1)
     outputs = max(max(groups or (), default=-1) + 1, rows) if per_group else 1
     squares = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(outputs)]
     for i, g in enumerate(grads):
-        other = _entry(extra, i)
+        other = _entry(kept_grads, i)
         like = other if g is None else g
         if like is None:
             continue
-        t = _mixed(like, g, other, mix)
+        t = _combined(like, g, other, combination)
         if _value(adaptive, groups, i):
             t = (_wide(params[i]).abs() + _value(eta, groups, i)) * t  # type: ignore[index, arg-type]
         bucket = groups[i] if per_group else 0  # type: ignore[index]
@@ -94,10 +96,10 @@ def grad_norm(
 
 
 @torch.no_grad()
-def grad_dots(grads: Tensors, extra: Tensors) -> Tensor:
+def grad_dots(grads: Tensors, other: Tensors) -> Tensor:
     """(g.g, h.h, g.h) over all tensors."""
     pairs: list[tuple[Tensor, Tensor]] = []
-    for g, h in zip(grads, extra, strict=True):
+    for g, h in zip(grads, other, strict=True):
         like = h if g is None else g
         if like is not None:
             pairs.append((torch.zeros_like(like) if g is None else g, torch.zeros_like(like) if h is None else h))
@@ -186,12 +188,12 @@ def _round_randomly(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:
     if dtype not in (torch.bfloat16, torch.float16):
         return x
     digits, least = (8, -126) if dtype == torch.bfloat16 else (11, -14)
-    chance = (words >> 16).float() * 2.0**-16
+    probability = (words >> 16).float() * 2.0**-16
     if dtype == torch.float16:
-        chance = (chance * 2**13).floor() * 2.0**-13
+        probability = (probability * 2**13).floor() * 2.0**-13
     exponent = (torch.frexp(x).exponent - 1).clamp(min=least)
     place = torch.ldexp(torch.ones_like(x), exponent - (digits - 1))
-    return torch.where(x.isfinite(), (x / place + chance).floor() * place, x)
+    return torch.where(x.isfinite(), (x / place + probability).floor() * place, x)
 
 
 @torch.no_grad()
@@ -209,23 +211,23 @@ def perturb_(
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    sources: Sequence[Tensor] | None = None,
+    original_params: Sequence[Tensor] | None = None,
     means: Tensors | None = None,
-    mix: Tensor | None = None,
+    combination: Tensor | None = None,
     decay: Any = 0.0,
-    frozen: Tensors | None = None,
-    chance: Any = 1.0,
+    mask: Tensors | None = None,
+    probability: Any = 1.0,
     stochastic: bool = False,
     seed: int | None = None,
     step: int = 0,
     skipped: Tensor | None = None,
 ) -> None:
-    """backup = w;  w = w + (T d) rho / (|d| + eps),  T = (|w| + eta)^2 when adaptive, else 1;  d = g, or mix of g and mean."""
+    """backup = w;  w = w + (T d) rho / (|d| + eps),  T = (|w| + eta)^2 when adaptive, else 1;  d = g, or c0 g + c1 mean."""
     active = not _skip(found_inf) and bool(norm.isfinite())
     for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
-        backup, mean, still = _entry(backups, i), _entry(means, i), _entry(frozen, i)
-        source = w if sources is None else sources[i]
+        backup, mean, still = _entry(backups, i), _entry(means, i), _entry(mask, i)
+        source = w if original_params is None else original_params[i]
         if backup is not None:
             backup.copy_(source)
         old = _wide(source).clone()
@@ -235,15 +237,15 @@ def perturb_(
         scale = (-at(rho) if at(maximize) else at(rho)) * inverse / (size * inverse + at(eps))
         if not active or not bool(scale.isfinite()):
             continue
-        d = _gradient(w, g) if mix is None else _mixed(w, g, mean, mix)
+        d = _gradient(w, g) if combination is None else _combined(w, g, mean, combination)
         t = (old.abs() + at(eta)).square() if at(adaptive) else 1
-        climbed = old + t * d * scale
+        perturbed = old + t * d * scale
         moves = torch.ones_like(w, dtype=torch.bool) if still is None else ~_bits(still, w)
         if seed is not None:
             words = _random_words(w, i, seed, step, skipped)
-            moves &= (words & 0xFFFF) < int(at(chance) * 65536 + 0.5)
-            climbed = _round_randomly(climbed, w.dtype, words) if stochastic else climbed
-        w.copy_(torch.where(moves, climbed, old))
+            moves &= (words & 0xFFFF) < int(at(probability) * 65536 + 0.5)
+            perturbed = _round_randomly(perturbed, w.dtype, words) if stochastic else perturbed
+        w.copy_(torch.where(moves, perturbed, old))
         if mean is not None:
             mean.copy_(at(decay) * _wide(mean) + (1 - at(decay)) * (_gradient(w, g) * inverse))
 
@@ -261,12 +263,12 @@ def gaussian_perturb_(
     skipped: Tensor | None = None,
     offsets: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
-    sources: Sequence[Tensor] | None = None,
+    original_params: Sequence[Tensor] | None = None,
 ) -> None:
     """backup = w;  w = w + amplitude clamp(sigma z, -clip, clip),  z standard normal."""
     for i, w in enumerate(params):
         at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
-        source, backup = w if sources is None else sources[i], _entry(backups, i)
+        source, backup = w if original_params is None else original_params[i], _entry(backups, i)
         if backup is not None:
             backup.copy_(source)
         old = _wide(source).clone()
@@ -287,13 +289,13 @@ def perturb_by_class_(params: Sequence[Tensor], class_grads: Sequence[Any], scal
 
 @torch.no_grad()
 def combine_(
-    out: Sequence[Tensor], grads: Tensors, extra: Tensors, mix: Tensor, *, found_inf: Tensor | None = None
+    out: Sequence[Tensor], grads: Tensors, kept_grads: Tensors, combination: Tensor, *, found_inf: Tensor | None = None
 ) -> None:
     """out = c0 g + c1 g'."""
     if _skip(found_inf):
         return
     for i, one in enumerate(out):
-        one.copy_(_mixed(one, grads[i], extra[i], mix))
+        one.copy_(_combined(one, grads[i], kept_grads[i], combination))
 
 
 @torch.no_grad()
@@ -310,10 +312,10 @@ def _direction(
     max_norm: float,
     norm: Tensor | None,
     grad_scale: Tensor | None,
-    mix: Tensor | None,
+    combination: Tensor | None,
 ) -> Tensor:
     """The summed, or mixed, gradient: unscaled, clipped to max_norm, turned around to maximize."""
-    d = _mixed(w, *gradients, mix)
+    d = _combined(w, *gradients, combination)
     inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
     d = d * inverse
     if max_norm > 0 and norm is not None:
@@ -321,19 +323,19 @@ def _direction(
     return -d if maximize else d
 
 
-def _beside(
+def _decoupled_step(
     w: Tensor,
     lr: float,
     gradients: tuple[Tensor | None, Tensor | None],
     maximize: bool,
     grad_scale: Tensor | None,
-    mix: Tensor | None,
+    combination: Tensor | None,
 ) -> Tensor | float:
-    """What the weights move by past the base optimizer: lr (c2 g + c3 extra), turned around to maximize."""
-    if mix is None:
+    """The step that the base optimizer does not see: lr (c2 g + c3 g'), turned around to maximize."""
+    if combination is None:
         return 0.0
     inverse = 1 / _number(grad_scale, w) if grad_scale is not None else 1.0
-    return lr * _mixed(w, *gradients, mix, first=2) * (-inverse if maximize else inverse)
+    return lr * _combined(w, *gradients, combination, first=2) * (-inverse if maximize else inverse)
 
 
 @torch.no_grad()
@@ -348,32 +350,34 @@ def sgd_step_(
     nesterov: Any = False,
     maximize: Any = False,
     backups: Tensors | None = None,
-    extra: Tensors | None = None,
+    kept_grads: Tensors | None = None,
     momentum_buffers: Tensors | None = None,
     steps: Tensors | None = None,
     max_norm: Any = 0.0,
     norm: Tensor | None = None,
-    mix: Tensor | None = None,
+    combination: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """torch.optim.SGD on the restored weights with the gradient g + extra."""
+    """torch.optim.SGD on the restored weights with the gradient g + g'."""
     for i, w in enumerate(params):
         at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
         source, m, step = _entry(backups, i), _entry(momentum_buffers, i), _entry(steps, i)
         w.copy_(w if source is None else source)
         if _skip(found_inf):
             continue
-        d = _direction(w, (grads[i], _entry(extra, i)), at(maximize), at(max_norm), norm, grad_scale, mix)
+        d = _direction(w, (grads[i], _entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
         d = d + at(weight_decay) * _wide(w)
         if at(momentum) != 0 and m is not None:
             first = step is not None and bool(step == 0)
             buffer = d if first else at(momentum) * _wide(m) + (1 - at(dampening)) * d
             m.copy_(buffer)
             d = d + at(momentum) * buffer if at(nesterov) else buffer
-        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
-        w.copy_(_wide(w) - at(lr) * d - beside)
+        decoupled_step = _decoupled_step(
+            w, at(lr), (grads[i], _entry(kept_grads, i)), at(maximize), grad_scale, combination
+        )
+        w.copy_(_wide(w) - at(lr) * d - decoupled_step)
         if step is not None:
             step += 1
 
@@ -395,15 +399,15 @@ def adam_step_(
     maximize: Any = False,
     max_exp_avg_sqs: Tensors | None = None,
     backups: Tensors | None = None,
-    extra: Tensors | None = None,
+    kept_grads: Tensors | None = None,
     max_norm: Any = 0.0,
     norm: Tensor | None = None,
-    mix: Tensor | None = None,
+    combination: Tensor | None = None,
     groups: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """torch.optim.Adam, or AdamW when decoupled, on the restored weights with the gradient g + extra."""
+    """torch.optim.Adam, or AdamW when decoupled, on the restored weights with the gradient g + g'."""
     for i, w in enumerate(params):
         at = lambda value, i=i: _value(value, groups, i)  # noqa: E731
         source, m, v, vmax = _entry(backups, i), exp_avgs[i], exp_avg_sqs[i], _entry(max_exp_avg_sqs, i)
@@ -412,7 +416,7 @@ def adam_step_(
             continue
         t = float(steps[i]) + 1
         old = _wide(w)
-        d = _direction(w, (grads[i], _entry(extra, i)), at(maximize), at(max_norm), norm, grad_scale, mix)
+        d = _direction(w, (grads[i], _entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
         if at(decoupled):
             old = old * (1 - at(lr) * at(weight_decay))
         else:
@@ -420,9 +424,11 @@ def adam_step_(
         mean = _wide(m) + (1 - at(beta1)) * (d - _wide(m))
         square = at(beta2) * _wide(v) + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(_wide(vmax), square)
-        beside = _beside(w, at(lr), (grads[i], _entry(extra, i)), at(maximize), grad_scale, mix)
+        decoupled_step = _decoupled_step(
+            w, at(lr), (grads[i], _entry(kept_grads, i)), at(maximize), grad_scale, combination
+        )
         move = at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps))
-        w.copy_(old - move - beside)
+        w.copy_(old - move - decoupled_step)
         m.copy_(mean)
         v.copy_(square)
         if vmax is not None:

@@ -52,8 +52,10 @@ def launch(backend: ModuleType, numbers: Numbers, **tensors: Tensor | None) -> N
     addresses = [0 if (tensor := tensors.get(name)) is None else tensor.data_ptr() for name in ADDRESSES]
     on_gpu = logits.device.type == "cuda"
     with torch.cuda.device(logits.device) if on_gpu else contextlib.nullcontext():
-        where = torch.cuda.current_stream().cuda_stream if on_gpu else torch.get_num_threads()
-        backend.cross_entropy(tuple(addresses), tuple(numbers), rows, classes, DTYPES.index(logits.dtype), where)
+        stream_or_threads = torch.cuda.current_stream().cuda_stream if on_gpu else torch.get_num_threads()
+        backend.cross_entropy(
+            tuple(addresses), tuple(numbers), rows, classes, DTYPES.index(logits.dtype), stream_or_threads
+        )
 
 
 def check_range(targets: Tensor, classes: int) -> None:
@@ -153,7 +155,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     state, logits, targets, *vectors = ctx.saved_tensors
-    # The twin can be differentiated again, and takes the batches of autograd.grad(is_grads_batched=True).
+    # The reference implementation can be differentiated again, and takes the batches of autograd.grad(is_grads_batched=True).
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(cotangent):
         named, numbers = _named(*vectors, ctx.numbers)
         grad = reference._cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)

@@ -1,6 +1,6 @@
 """Tables of addresses: what the native loops walk, checked before any address is taken.
 
-A :class:`Table` belongs to one op. Each call reads address, size, dtype, device and layout of every tensor afresh (about
+A :class:`TensorTable` belongs to one op. Each call reads address, size, dtype, device and layout of every tensor afresh (about
 20 ns a tensor through the C exchange table of DLPack 1.3), so a tensor that moved can never leave a stale address behind;
 what follows from them is kept for as long as nothing changed.
 """
@@ -56,7 +56,7 @@ class Op(NamedTuple):
     """Numbers that a reduction yields for each bucket."""
 
 
-class Part:
+class LaunchArgs:
     """The tensors of a table that share a device and an accumulator: what one native call takes.
 
     Attributes: ``pointers`` int64 (T, R), 0 where absent; ``dtypes`` uint8 (T, R), indices of :data:`DTYPES`; ``numels``
@@ -100,8 +100,8 @@ class Part:
         """The dtype of sums and norms."""
         return torch.float64 if self.wide else torch.float32
 
-    def where(self) -> int:
-        """The native call's last argument: a number of threads, or a CUDA stream."""
+    def stream_or_threads(self) -> int:
+        """The native call's last argument: a CUDA stream, or the number of threads on the CPU."""
         if self.device.type == "cpu":
             return torch.get_num_threads()
         return int(torch.cuda.current_stream(self.device).cuda_stream)
@@ -123,16 +123,16 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-class Table:
+class TensorTable:
     """The tensors of one op, T by R roles, as parts that native code can take."""
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self.parts: list[Part] = []
-        # A step is one number, frozen elements are a bit each.
-        self._arrays = [index for index, role in enumerate(op.roles) if role not in ("step", "frozen")]
+        self.parts: list[LaunchArgs] = []
+        # A step is one number, masks have a bit for each element.
+        self._arrays = [index for index, role in enumerate(op.roles) if role not in ("step", "mask")]
         self._written = tuple(role in op.writes for role in op.roles)
-        self._bitmaps = np.array([role == "frozen" for role in op.roles])
+        self._bitmaps = np.array([role == "mask" for role in op.roles])
         self._snapshot = np.empty((0, len(op.roles), COLUMNS), np.int64)
         self._valid_for: tuple[Any, ...] | None = None
         self._staged: list[Staged] = []
@@ -144,7 +144,7 @@ class Table:
         buckets: Sequence[int] | None = None,
         bucket_count: int = 1,
         offsets: Sequence[int] | None = None,
-    ) -> list[Part]:
+    ) -> list[LaunchArgs]:
         """Checks the tensors and returns the parts to launch on.
 
         Args:
@@ -235,7 +235,7 @@ class Table:
         wide = ((rows[:, self._arrays, DTYPE] == WIDE) & present).any(axis=1)
         device = rows[:, 0, DEVICE]
         self.parts = [
-            Part(
+            LaunchArgs(
                 rows[chosen, :, ADDRESS],
                 rows[chosen, :, DTYPE],
                 rows[chosen, 0, NUMEL],

@@ -12,7 +12,7 @@ DTYPES = (F32, F64, BF16, F16)
 
 
 class Tolerance(NamedTuple):
-    """What may be lost beside what the twin loses: half a unit in the last place stored, and rounding on the way."""
+    """What may be lost besides what plain torch loses: half a unit in the last place stored, and rounding on the way."""
 
     relative: float
     absolute: float
@@ -96,19 +96,19 @@ def _gaussian(name, *lists, amplitude=0.05, **values):
     return Case("gaussian_perturb_", name, " ".join(("params", *lists)), {"amplitude": amplitude, **values})
 
 
-MIX = (0.7, -0.4, 0.3, 1.5)
+C = (0.7, -0.4, 0.3, 1.5)
 
 CASES = (
     Case("grad_norm", "plain", "grads"),
     Case("grad_norm", "missing", "grads", missing=True),
-    Case("grad_norm", "extra", "grads extra"),
-    Case("grad_norm", "extra missing", "grads extra", missing=True),
-    Case("grad_norm", "mix", "grads extra params", {"mix": MIX, "adaptive": True}, missing=True),
+    Case("grad_norm", "kept_grads", "grads kept_grads"),
+    Case("grad_norm", "kept_grads missing", "grads kept_grads", missing=True),
+    Case("grad_norm", "combination", "grads kept_grads params", {"combination": C, "adaptive": True}, missing=True),
     Case("grad_norm", "adaptive", "grads params", {"adaptive": True, "eta": 0.01}),
-    Case("grad_norm", "adaptive extra", "grads extra params", {"adaptive": True, "eta": 0.5}, missing=True),
+    Case("grad_norm", "adaptive kept_grads", "grads kept_grads params", {"adaptive": True, "eta": 0.5}, missing=True),
     Case("grad_norm", "found", "grads", {"found_inf": 0.0}),
     Case("grad_norm", "per group", "grads", {"groups": rising, "per_group": True}),
-    Case("grad_norm", "per group shuffled", "grads extra", {"groups": shuffled, "per_group": True}, missing=True),
+    Case("grad_norm", "per group shuffled", "grads kept_grads", {"groups": shuffled, "per_group": True}, missing=True),
     Case(
         "grad_norm", "per group adaptive", "grads params",
         {"groups": shuffled, "per_group": True, "adaptive": [True, False, True], "eta": [0.1, 0.2, 0.3]},
@@ -121,48 +121,51 @@ CASES = (
     _perturb("found nothing", found_inf=0.0, rho=0.0),
     _perturb("found", found_inf=1.0),
     _perturb("groups", groups=shuffled, rho=[0.0, 0.5, 1.0], adaptive=[True, False, True], eta=[0.0, 0.0, 0.1]),
-    _perturb("again", "sources"),
-    _perturb("means", "backups", "means", mix=MIX, decay=0.9),
-    _perturb("means missing", "backups", "means", missing=True, mix=MIX, decay=0.6),
-    _perturb("frozen", "backups", "frozen"),
-    _perturb("frozen again", "sources", "frozen", adaptive=True),
-    _perturb("found means", "backups", "means", mix=MIX, decay=0.5, found_inf=1.0),
+    _perturb("again", "original_params"),
+    _perturb("means", "backups", "means", combination=C, decay=0.9),
+    _perturb("means missing", "backups", "means", missing=True, combination=C, decay=0.6),
+    _perturb("mask", "backups", "mask"),
+    _perturb("mask again", "original_params", "mask", adaptive=True),
+    _perturb("found means", "backups", "means", combination=C, decay=0.5, found_inf=1.0),
     _perturb(
-        "everything", "sources", "backups", "means", "frozen", mix=MIX, decay=0.5, adaptive=True, eta=0.1, grad_scale=8.0,
-        norm=24.0, found_inf=0.0,
+        "everything", "original_params", "backups", "means", "mask", combination=C, decay=0.5, adaptive=True,
+        eta=0.1, grad_scale=8.0, norm=24.0, found_inf=0.0,
     ),
-    _perturb("chance", seed=3, chance=0.6),
+    _perturb("probability", seed=3, probability=0.6),
     _perturb("stochastic", seed=2**52 + 1, step=7, stochastic=True),
     _perturb(
-        "chance everything", "sources", "backups", "means", "frozen", mix=MIX, decay=0.5, seed=11, step=2**31, chance=0.25,
-        stochastic=True,
+        "probability everything", "original_params", "backups", "means", "mask", combination=C, decay=0.5, seed=11,
+        step=2**31, probability=0.25, stochastic=True,
     ),
-    _perturb("chance groups", seed=11, chance=[0.0, 0.5, 1.0], groups=shuffled, rho=[0.0, 0.5, 1.0]),
+    _perturb("probability groups", seed=11, probability=[0.0, 0.5, 1.0], groups=shuffled, rho=[0.0, 0.5, 1.0]),
     _gaussian("plain", "backups"),
-    _gaussian("not kept", "sources", seed=2**40 + 3, step=2**32 - 1, clip=0.5, sigma=1.0),
+    _gaussian("not kept", "original_params", seed=2**40 + 3, step=2**32 - 1, clip=0.5, sigma=1.0),
     _gaussian("groups", "backups", groups=shuffled, amplitude=[0.0, 0.5, 2.0], seed=9),
     Case("perturb_by_class_", "plain", "params class_grads", {"scales": numbered}),
-    Case("combine_", "plain", "out grads extra", {"mix": MIX}),
-    Case("combine_", "missing", "out grads extra", {"mix": MIX, "found_inf": 0.0}, missing=True),
-    Case("combine_", "found", "out grads extra", {"mix": MIX, "found_inf": 1.0}),
-    Case("grad_dots", "plain", "grads extra"),
-    Case("grad_dots", "missing", "grads extra", missing=True),
+    Case("combine_", "plain", "out grads kept_grads", {"combination": C}),
+    Case("combine_", "missing", "out grads kept_grads", {"combination": C, "found_inf": 0.0}, missing=True),
+    Case("combine_", "found", "out grads kept_grads", {"combination": C, "found_inf": 1.0}),
+    Case("grad_dots", "plain", "grads other"),
+    Case("grad_dots", "missing", "grads other", missing=True),
     Case("restore_", "plain", "params backups"),
     _sgd("plain"),
     _sgd("missing", missing=True, weight_decay=0.01),
     _sgd("momentum", "momentum_buffers", momentum=0.9),
-    _sgd("momentum missing", "backups extra momentum_buffers", missing=True, momentum=0.9),
+    _sgd("momentum missing", "backups kept_grads momentum_buffers", missing=True, momentum=0.9),
     _sgd("nesterov", "momentum_buffers backups", momentum=0.9, nesterov=True, weight_decay=0.1),
     _sgd("dampening", "momentum_buffers steps", momentum=0.9, dampening=0.3),
-    _sgd("maximize", "extra backups", maximize=True, weight_decay=0.1),
-    _sgd("clipped", "extra", max_norm=1.0, norm=3.0),
-    _sgd("not clipped", "extra", max_norm=10.0, norm=3.0),
+    _sgd("maximize", "kept_grads backups", maximize=True, weight_decay=0.1),
+    _sgd("clipped", "kept_grads", max_norm=1.0, norm=3.0),
+    _sgd("not clipped", "kept_grads", max_norm=10.0, norm=3.0),
     _sgd("clipped scaled", max_norm=1.0, norm=3072.0, grad_scale=1024.0),
     _sgd("idle momentum", "momentum_buffers steps"),
     _sgd("found", "backups momentum_buffers steps", momentum=0.9, found_inf=1.0),
-    _sgd("mix", "backups extra momentum_buffers", momentum=0.9, mix=MIX, maximize=True, grad_scale=2.0, max_norm=1.0, norm=3.0),
     _sgd(
-        "everything", "backups extra momentum_buffers steps", momentum=0.9, dampening=0.1, weight_decay=0.05,
+        "combination", "backups kept_grads momentum_buffers", momentum=0.9, combination=C, maximize=True, grad_scale=2.0,
+        max_norm=1.0, norm=3.0,
+    ),
+    _sgd(
+        "everything", "backups kept_grads momentum_buffers steps", momentum=0.9, dampening=0.1, weight_decay=0.05,
         maximize=True, max_norm=2.0, norm=2048.0, grad_scale=512.0, found_inf=0.0,
     ),
     _sgd(
@@ -170,16 +173,16 @@ CASES = (
         weight_decay=[0.1, 0.0, 0.2], nesterov=[False, True, False], maximize=[0, 0, 1],
     ),
     _adam("plain"),
-    _adam("missing", "backups extra", missing=True, weight_decay=0.01),
+    _adam("missing", "backups kept_grads", missing=True, weight_decay=0.01),
     _adam("decay", "backups", weight_decay=0.1, eps=0.01),
     _adam("decoupled", "backups", weight_decay=0.1, decoupled=True),
     _adam("amsgrad", "max_exp_avg_sqs"),
     _adam("no betas", beta1=0.0, beta2=0.0),
-    _adam("clipped scaled", "extra", max_norm=1.0, norm=3072.0, grad_scale=1024.0),
+    _adam("clipped scaled", "kept_grads", max_norm=1.0, norm=3072.0, grad_scale=1024.0),
     _adam("found", "backups max_exp_avg_sqs", found_inf=1.0),
-    _adam("mix", "backups extra", weight_decay=0.1, decoupled=True, mix=MIX),
+    _adam("combination", "backups kept_grads", weight_decay=0.1, decoupled=True, combination=C),
     _adam(
-        "everything", "backups extra max_exp_avg_sqs", weight_decay=0.1, decoupled=True, maximize=True, max_norm=2.0,
+        "everything", "backups kept_grads max_exp_avg_sqs", weight_decay=0.1, decoupled=True, maximize=True, max_norm=2.0,
         norm=4.0, grad_scale=2.0, found_inf=0.0,
     ),
     _adam(
@@ -191,10 +194,10 @@ BY_NAME = {str(case): case for case in CASES}
 RICHEST = tuple(
     BY_NAME[name]
     for name in (
-        "grad_norm adaptive extra",
+        "grad_norm adaptive kept_grads",
         "grad_dots plain",
         "perturb_ everything",
-        "random_perturb_ chance everything",
+        "random_perturb_ probability everything",
         "gaussian_perturb_ plain",
         "perturb_by_class_ plain",
         "combine_ plain",
@@ -205,7 +208,7 @@ RICHEST = tuple(
 )
 """Of each op the row with most roles."""
 
-SIGNALS = ("norm", "grad_scale", "found_inf", "mix", "scales")
+SIGNALS = ("norm", "grad_scale", "found_inf", "combination", "scales")
 
 
 def place(values, layout="contiguous", offset=0):
@@ -247,11 +250,11 @@ def build(case, generator, device="cpu", shapes=SHAPES, kind="fp32", layout="con
             if name == "steps":
                 call[name].append(torch.tensor(float(i % 3), device=device))
                 continue
-            if name == "frozen":
+            if name == "mask":
                 size = (-(-torch.Size(shape).numel() // 8),)
                 call[name].append(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device))
                 continue
-            if case.missing and name in ("grads", "extra") and (i + role) % 3 == 0:
+            if case.missing and name in ("grads", "kept_grads", "other") and (i + role) % 3 == 0:
                 call[name].append(None)
                 continue
             values = torch.randn(shape, generator=generator, dtype=F64)
@@ -284,7 +287,7 @@ def plain(call, double=False):
             return [copy(name, one) for one in value]
         if not isinstance(value, torch.Tensor):
             return value
-        keep = not double or name in ("steps", "found_inf", "frozen")
+        keep = not double or name in ("steps", "found_inf", "mask")
         return value.detach().clone().to(value.dtype if keep else F64)
 
     return {name: copy(name, value) for name, value in call.items()}
@@ -328,30 +331,32 @@ def assert_unchanged(before):
         assert torch.equal(bits(tensor), old), f"{name} was changed"
 
 
-def assert_as_good(ours, twin, exact, tolerance, what="", scale=1.0):
-    """|ours - exact| <= |twin - exact| + tolerance, element by element; what is not finite must be the same.
+def assert_as_good(ours, plain, exact, tolerance, what="", scale=1.0):
+    """|ours - exact| <= |plain - exact| + tolerance, element by element; what is not finite must be the same.
 
     Args:
         ours: What an op computed.
-        twin: What plain torch computes from the same input, in the same element types.
+        plain: What plain torch computes from the same input, in the same element types.
         exact: What plain torch computes in double precision.
         tolerance: What may be lost in addition.
         what: A name for the message.
         scale: Size of the values, for the absolute tolerance.
     """
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
-    assert ours.dtype == twin.dtype, f"{what}: {ours.dtype}, not {twin.dtype}"
-    ours, twin, exact = (tensor.detach().cpu().double().flatten() for tensor in (ours, twin, exact))
+    assert ours.dtype == plain.dtype, f"{what}: {ours.dtype}, not {plain.dtype}"
+    ours, plain, exact = (tensor.detach().cpu().double().flatten() for tensor in (ours, plain, exact))
     error = (ours - exact).abs()
-    allowed = (twin - exact).abs().nan_to_num(torch.inf) + tolerance.relative * exact.abs() + tolerance.absolute * scale
+    allowed = (
+        (plain - exact).abs().nan_to_num(torch.inf) + tolerance.relative * exact.abs() + tolerance.absolute * scale
+    )
     same = (ours == exact) | (ours.isnan() & exact.isnan())
-    same |= ~twin.isfinite() & ((ours == twin) | (ours.isnan() & twin.isnan()))  # both overflowed
+    same |= ~plain.isfinite() & ((ours == plain) | (ours.isnan() & plain.isnan()))  # both overflowed
     bad = ~(error.isfinite() & (error <= allowed)) & ~same
     if bad.any():
         excess = torch.where(bad, (error / allowed).nan_to_num(torch.inf, torch.inf), -torch.inf)
         worst = int(excess.argmax())
         raise AssertionError(
             f"{what}: {int(bad.sum())} of {len(bad)} elements are off, the worst is {worst}: got {ours[worst]:.17g}, "
-            f"exactly {exact[worst]:.17g}, plain torch has {twin[worst]:.17g}; "
+            f"exactly {exact[worst]:.17g}, plain torch has {plain[worst]:.17g}; "
             f"error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
         )

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ltsam_fast import ops, reference, rows
-from ltsam_fast.table import CHUNK, Table
+from ltsam_fast.table import CHUNK, TensorTable
 
 ROOT = Path(__file__).parents[1]
 HEADERS = sorted(file for file in (ROOT / "csrc").rglob("*.*") if file.parent.name != "cpu")
@@ -170,9 +170,9 @@ def perturb(lists, **named):
 
 def perturb_all(lists, **named):
     """A perturbation with every role, anew from old weights."""
-    mix = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=ops_dtype(lists))
-    roles = {"sources": lists.new(), "means": lists.new(), "frozen": lists.bitmaps()}
-    return perturb(lists, **roles, mix=mix, decay=0.9, grad_scale=scalar(4), **named)
+    combination = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=ops_dtype(lists))
+    roles = {"original_params": lists.new(), "means": lists.new(), "mask": lists.bitmaps()}
+    return perturb(lists, **roles, combination=combination, decay=0.9, grad_scale=scalar(4), **named)
 
 
 def gaussian(lists, **named):
@@ -186,8 +186,8 @@ def by_class(lists):
 
 
 def combine(lists):
-    mix = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=ops_dtype(lists))
-    return "combine_", (lists.new(), lists.new(), lists.new(), mix), {}
+    combination = torch.tensor([0.5, -0.25, 0.0, 0.0], dtype=ops_dtype(lists))
+    return "combine_", (lists.new(), lists.new(), lists.new(), combination), {}
 
 
 def restore(lists):
@@ -217,28 +217,28 @@ def scalar(value):
 MAPS = {
     "perturb": perturb,
     "perturb adaptive": lambda x: perturb(x, adaptive=True, eta=0.01, grad_scale=scalar(512), found_inf=scalar(0)),
-    "perturb means": lambda x: perturb(x, means=x.new(), mix=torch.ones(4, dtype=ops_dtype(x)), decay=0.5),
-    "perturb frozen": lambda x: perturb(x, frozen=x.bitmaps()),
+    "perturb means": lambda x: perturb(x, means=x.new(), combination=torch.ones(4, dtype=ops_dtype(x)), decay=0.5),
+    "perturb mask": lambda x: perturb(x, mask=x.bitmaps()),
     "perturb all": perturb_all,
-    "perturb random": lambda x: perturb(x, chance=0.6, stochastic=True, seed=7, step=2**31 + 1),
-    "perturb random all": lambda x: perturb_all(x, chance=0.3, stochastic=True, seed=2**52 + 1),
+    "perturb random": lambda x: perturb(x, probability=0.6, stochastic=True, seed=7, step=2**31 + 1),
+    "perturb random all": lambda x: perturb_all(x, probability=0.3, stochastic=True, seed=2**52 + 1),
     "gaussian": gaussian,
     "by class": by_class,
     "combine": combine,
     "restore": restore,
     "sgd": sgd,
-    "sgd extra": lambda x: sgd(x, "backups", "extra", maximize=True),
+    "sgd kept_grads": lambda x: sgd(x, "backups", "kept_grads", maximize=True),
     "sgd momentum": lambda x: sgd(x, "backups", "momentum_buffers", momentum=0.9, nesterov=True),
     "sgd all": lambda x: sgd(
-        x, "backups", "extra", "momentum_buffers", "steps", momentum=0.9, dampening=0.1, max_norm=1.0,
+        x, "backups", "kept_grads", "momentum_buffers", "steps", momentum=0.9, dampening=0.1, max_norm=1.0,
         norm=torch.tensor(900.0, dtype=ops_dtype(x)), grad_scale=scalar(256), found_inf=scalar(0),
     ),
     "sgd skip": lambda x: sgd(x, "backups", "momentum_buffers", "steps", momentum=0.9, found_inf=scalar(1)),
     "adam": adam,
-    "adam extra": lambda x: adam(x, "backups", "extra", decoupled=True, max_norm=1.0,
+    "adam kept_grads": lambda x: adam(x, "backups", "kept_grads", decoupled=True, max_norm=1.0,
                                  norm=torch.tensor(9.0, dtype=ops_dtype(x))),
     "adam amsgrad": lambda x: adam(x, "max_exp_avg_sqs", maximize=True),
-    "adam all": lambda x: adam(x, "backups", "extra", "max_exp_avg_sqs", grad_scale=scalar(4)),
+    "adam all": lambda x: adam(x, "backups", "kept_grads", "max_exp_avg_sqs", grad_scale=scalar(4)),
     "adam skip": lambda x: adam(x, "backups", found_inf=scalar(1)),
 }  # fmt: skip
 
@@ -265,7 +265,7 @@ def holes(build):
 
     def with_holes(lists):
         op, (w, g, *rest), keywords = build(lists)
-        for name in ("extra", "means", "frozen", "momentum_buffers", "max_exp_avg_sqs", "steps"):
+        for name in ("kept_grads", "means", "mask", "momentum_buffers", "max_exp_avg_sqs", "steps"):
             if name in keywords and not (name == "momentum_buffers" and keywords["momentum"]):
                 keywords[name] = [None if i % 2 else tensor for i, tensor in enumerate(keywords[name])]
         return op, (w, [None if i % 3 == 1 else tensor for i, tensor in enumerate(g)], *rest), keywords
@@ -299,9 +299,9 @@ def test_results_do_not_depend_on_device_or_schedule(on, core, narrow_core, name
 def live(module):
     """Has the module read its hyperparameters where a CUDA graph would: on the device, when a kernel runs."""
 
-    def run(op, part, hyper, signals, where):
+    def run(op, args, hyper, signals, stream_or_threads):
         rows = torch.from_numpy(hyper.copy())
-        getattr(module, op)(part, rows, signals, where)
+        getattr(module, op)(args, rows, signals, stream_or_threads)
 
     return SimpleNamespace(**{op: functools.partial(run, op) for op in ops.OPS})
 
@@ -340,7 +340,7 @@ def grouped(build, count, **varied):
         (restore, (1, 4)),
         (grouped(MAPS["perturb"], 16, rho=0.01), (1, 7)),
         (grouped(MAPS["perturb"], 23, rho=0.01), (35, 35)),  # the groups take turns: a launch ends at the 17th tensor
-        (grouped(MAPS["perturb random all"], 3, chance=0.3), (2, 10)),
+        (grouped(MAPS["perturb random all"], 3, probability=0.3), (2, 10)),
         (grouped(gaussian, 2, amplitude=0.1), (1, 6)),  # numbers count on from launch to launch
         (by_class, (1, 5)),
         (grouped(MAPS["sgd all"], 3, lr=0.1), (2, 11)),
@@ -374,18 +374,18 @@ def norm_inputs(*arguments, **named):
 def test_norm_is_right_and_repeatable(on, core, narrow_core, dtypes, adaptive):
     norms = []
     for offsets in ((0,), (0, 1, 2)):  # the order of summation must not depend on alignment either
-        w, g, extra = norm_inputs(SIZES, dtypes, offsets)
+        w, g, kept_grads = norm_inputs(SIZES, dtypes, offsets)
         for module, device, seed in [(core, 0, 0), (core, 3, 1), (core, 30, 2), (narrow_core, 1, 3)]:
-            table = Table(ops.OPS["grad_norm"])
+            table = TensorTable(ops.OPS["grad_norm"])
             for _ in range(2):
                 norms.append(
                     on(module.module, device, seed)(
-                        "grad_norm", g, w, extra=extra, adaptive=adaptive, eta=0.01, table=table
+                        "grad_norm", g, w, kept_grads=kept_grads, adaptive=adaptive, eta=0.01, table=table
                     )
                 )
             assert not table.parts[0]._scratch[0], "the ticket must be back at zero"
-    exact = [[x.double() for x in role] for role in (w, g, extra)]
-    right = reference.grad_norm(exact[1], exact[0], extra=exact[2], adaptive=adaptive, eta=0.01)
+    exact = [[x.double() for x in role] for role in (w, g, kept_grads)]
+    right = reference.grad_norm(exact[1], exact[0], kept_grads=exact[2], adaptive=adaptive, eta=0.01)
     torch.testing.assert_close(norms[0].double(), right, rtol=1e-12 if dtypes == (F64,) else 3e-7, atol=0)
     assert all(torch.equal(bits(norm), bits(norms[0])) for norm in norms)
 
@@ -394,24 +394,24 @@ def test_norm_is_right_and_repeatable(on, core, narrow_core, dtypes, adaptive):
 def test_inner_products_are_right_and_repeatable(on, core, narrow_core, dtypes):
     dots = []
     for offsets in ((0,), (0, 1, 2)):
-        _, g, extra = norm_inputs(SIZES, dtypes, offsets)
+        _, g, kept_grads = norm_inputs(SIZES, dtypes, offsets)
         calls = [on(module.module, device) for module, device in [(core, 0), (core, 30), (narrow_core, 1)]]
-        dots += [call("grad_dots", g, extra) for call in calls]
-    right = reference.grad_dots([x.double() for x in g], [x.double() for x in extra])
+        dots += [call("grad_dots", g, kept_grads) for call in calls]
+    right = reference.grad_dots([x.double() for x in g], [x.double() for x in kept_grads])
     exact = dtypes == (F64,)
     torch.testing.assert_close(dots[0].double(), right, rtol=1e-12 if exact else 3e-7, atol=1e-9 if exact else 1e-3)
     assert all(torch.equal(bits(other), bits(dots[0])) for other in dots)
 
 
 def test_inner_products_beyond_one_launch(on, core, narrow_core):
-    _, g, extra = norm_inputs(TINY)
-    extra[1::3] = [None] * len(extra[1::3])
-    right = reference.grad_dots(g, extra)
+    _, g, kept_grads = norm_inputs(TINY)
+    kept_grads[1::3] = [None] * len(kept_grads[1::3])
+    right = reference.grad_dots(g, kept_grads)
     core.launches(), narrow_core.launches()
     for module, launches in ((core, 1), (narrow_core, 4)):
-        table = Table(ops.OPS["grad_dots"])
+        table = TensorTable(ops.OPS["grad_dots"])
         for _ in range(2):
-            dots = on(module.module)("grad_dots", g, extra, table=table)
+            dots = on(module.module)("grad_dots", g, kept_grads, table=table)
             torch.testing.assert_close(dots, right, rtol=1e-6, atol=1e-4)
             assert not table.parts[0]._scratch[0], "the ticket must be back at zero"
             assert module.launches() == launches
@@ -423,10 +423,10 @@ def test_norm_of_nothing(on, core):
 
 
 def test_norms_of_groups(on, core, narrow_core):
-    w, g, extra = norm_inputs(SIZES * 4, MIXED)
+    w, g, kept_grads = norm_inputs(SIZES * 4, MIXED)
     groups = [(7 * i) % 20 if i % 20 != 11 else 3 for i in range(len(g))]
     etas = [0.01 * group for group in range(20)]
-    named = {"extra": extra, "adaptive": True, "eta": etas, "groups": groups, "per_group": True}
+    named = {"kept_grads": kept_grads, "adaptive": True, "eta": etas, "groups": groups, "per_group": True}
     right = reference.grad_norm(g, w, **named)
     for module in (core, narrow_core):
         norms = [on(module.module, device)("grad_norm", g, w, **named) for device in (0, 5)]

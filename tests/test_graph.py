@@ -89,13 +89,13 @@ class Tape:
         core = backend.backend_for(torch.device("cpu"))
         originals = {name: getattr(core, name) for name in ops.OPS}
 
-        def native(name, part, hyper, signals, where):
-            part = copy.copy(part)
-            part.pointers = part.pointers.copy()
+        def native(name, args, hyper, signals, stream_or_threads):
+            args = copy.copy(args)
+            args.pointers = args.pointers.copy()
             assert isinstance(hyper, torch.Tensor), "a graph would hold these numbers for ever"
             hyper = hyper.numpy()  # the same memory: what lies there when it is replayed
-            tape.append((originals[name], (part, hyper, signals, where), {}, None))
-            originals[name](part, hyper, signals, where)
+            tape.append((originals[name], (args, hyper, signals, stream_or_threads), {}, None))
+            originals[name](args, hyper, signals, stream_or_threads)
 
         originals["cross_entropy"] = core.cross_entropy
 

@@ -218,7 +218,9 @@ def test_gradcheck(shaped, backend, device, generator):
     y = torch.tensor([4, 0, 2][: len(z)], device=device)
     call = lambda z: ops.adjusted_cross_entropy(z, y, **options)  # noqa: E731
     assert torch.autograd.gradcheck(call, z)
-    assert slow or torch.autograd.gradgradcheck(call, z)  # by the twin's derivatives, whatever the backend
+    assert slow or torch.autograd.gradgradcheck(
+        call, z
+    )  # by the reference implementation's derivatives, whatever the backend
 
 
 @pytest.mark.parametrize("shaped", SHAPED.values(), ids=SHAPED)
@@ -284,7 +286,7 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_large_is_made_but_the_gradient(name, dtype, backend, device, generator):
     if backend == "torch":
-        pytest.skip("the twin may take what it needs")
+        pytest.skip("the reference implementation may take what it needs")
     z, y, n = draw(generator, name, 4, 200)
     criterion = getattr(losses, name)(n, reduction="none").to(device)
     logits, y = z.to(device, dtype).requires_grad_(), y.to(device)

@@ -1,4 +1,4 @@
-"""Every op on every backend: no further from the fp64 twin than the twin is, and bit for bit where that is promised."""
+"""Every op on every backend: as near to fp64 as the reference implementation is; bit for bit where that is promised."""
 
 import inspect
 import math
@@ -63,15 +63,15 @@ def written(case):
 
 
 def check(case, call):
-    """Runs a call from cases.build() and compares all of its tensors with the twin's."""
-    twin = run(reference, case, plain(call))
+    """Runs a call from cases.build() and compares all of its tensors with those of the reference implementation."""
+    theirs = run(reference, case, plain(call))
     exact = run(reference, case, plain(call, double=True))
     before = plain(call)
     ours = run(ops, case, call)
-    assert [name for name, _ in tensors_of(ours)] == [name for name, _ in tensors_of(twin)]
+    assert [name for name, _ in tensors_of(ours)] == [name for name, _ in tensors_of(theirs)]
     changes = written(case) | {"found_inf", "result"}
     exact_sum = all(tensor.dtype == F64 for name, tensor in tensors_of(call) if "[" in name)
-    rows = zip(tensors_of(ours), tensors_of(twin), tensors_of(exact), strict=True)
+    rows = zip(tensors_of(ours), tensors_of(theirs), tensors_of(exact), strict=True)
     for (name, tensor), (_, working), (_, truth) in rows:
         if name.partition("[")[0] not in changes:
             continue
@@ -102,15 +102,15 @@ def test_a_single_wrong_element_fails(wrong):
     assert_same_bits(right, right.clone())
 
 
-def test_the_twins_error_is_allowed_and_no_more():
-    exact, twin = torch.zeros(3, dtype=F64), torch.tensor([0.0, 0.5, math.inf])
-    assert_as_good(torch.tensor([0.0, -0.5, math.inf]), twin, exact, Tolerance(0.0, 0.0))
-    assert_as_good(torch.tensor([0.0, 0.5, math.nan]), twin, torch.tensor([0.0, 0.5, math.nan]), Tolerance(0.0, 0.0))
+def test_the_references_error_is_allowed_and_no_more():
+    exact, working = torch.zeros(3, dtype=F64), torch.tensor([0.0, 0.5, math.inf])
+    assert_as_good(torch.tensor([0.0, -0.5, math.inf]), working, exact, Tolerance(0.0, 0.0))
+    assert_as_good(torch.tensor([0.0, 0.5, math.nan]), working, torch.tensor([0.0, 0.5, math.nan]), Tolerance(0.0, 0.0))
     for ours in ([0.0, 0.6, math.inf], [1e-7, 0.5, math.inf], [0.0, 0.5, -math.inf]):
         with pytest.raises(AssertionError, match="the worst is"):
-            assert_as_good(torch.tensor(ours), twin, exact, Tolerance(0.0, 0.0))
+            assert_as_good(torch.tensor(ours), working, exact, Tolerance(0.0, 0.0))
     with pytest.raises(AssertionError, match="float64, not torch.float32"):
-        assert_as_good(twin.double(), twin, exact, Tolerance(1.0, 1.0))
+        assert_as_good(working.double(), working, exact, Tolerance(1.0, 1.0))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -129,16 +129,16 @@ def test_a_write_beside_a_tensor_fails(layout, generator):
 # --- one list of ops
 
 
-def test_every_room_has_the_same_ops():
+def test_every_module_has_the_same_ops():
     assert set(ops.__all__) == {
         name for name, f in vars(reference).items() if inspect.isfunction(f) and not name.startswith("_")
     }
     assert {case.op for case in CASES} == {case.op for case in RICHEST} == set(OPS)
     for name in ops.__all__:
         parameters = inspect.signature(getattr(ops, name)).parameters
-        twins = inspect.signature(getattr(reference, name)).parameters
+        references = inspect.signature(getattr(reference, name)).parameters
         ours = {key: (p.kind, p.default) for key, p in parameters.items() if key != "table"}
-        assert ours == {key: (p.kind, p.default) for key, p in twins.items()}, name
+        assert ours == {key: (p.kind, p.default) for key, p in references.items()}, name
     for op in OPS.values():
         function = getattr(ops, op.name.removeprefix("random_"))
         assert {*op.arguments, *op.hyper} <= inspect.signature(function).parameters.keys()
@@ -163,7 +163,7 @@ def test_a_backend_has_the_ops(name):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_good_as_the_twin(case, kind, backend, device, generator):
+def test_as_good_as_the_reference(case, kind, backend, device, generator):
     mixed = kind in ("roles differ", "a role is fp64")
     if backend == "triton" and device == "cuda" and mixed and case not in RICHEST:
         pytest.skip("triton: each mixture of types is one more kernel to compile: the richest calls have to do")
@@ -214,7 +214,7 @@ def test_every_offset_with_streaming_stores(case, kind, generator):
     role_of = {
         name: role
         for name, role in zip(op.arguments, op.roles, strict=True)
-        if call.get(name) is not None and name not in ("steps", "frozen")
+        if call.get(name) is not None and name not in ("steps", "mask")
     }
     dtype = F64 if kind == "fp64" else F32
     moved = dtype.itemsize * sum((role in op.reads) + (role in op.writes) for role in role_of.values())
@@ -223,8 +223,8 @@ def test_every_offset_with_streaming_stores(case, kind, generator):
         call[name].append(filler.clone() if role in op.writes else filler)
     if "steps" in call:
         call["steps"].append(torch.zeros(()))
-    if "frozen" in call:
-        call["frozen"].append(torch.zeros(-(-len(filler) // 8), dtype=torch.uint8))
+    if "mask" in call:
+        call["mask"].append(torch.zeros(-(-len(filler) // 8), dtype=torch.uint8))
     if "scales" in call:
         call["scales"] = torch.cat([call["scales"], torch.zeros(1)])
     run(ops, case, call)

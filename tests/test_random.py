@@ -25,24 +25,24 @@ def weights(dtype, device="cpu"):
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_has_the_twins_bits(dtype, key, backend, device):
-    ours, twin = weights(dtype, device), weights(dtype)
+def test_noise_has_the_bits_of_the_reference(dtype, key, backend, device):
+    ours, theirs = weights(dtype, device), weights(dtype)
     named = {"amplitude": 0.3, "sigma": 1.0, "clip": 4.0, "seed": key[0], "step": key[1]}
     ops.gaussian_perturb_(ours, None, **named)
-    reference.gaussian_perturb_(twin, None, **named)
-    for one, other in zip(ours, twin, strict=True):
+    reference.gaussian_perturb_(theirs, None, **named)
+    for one, other in zip(ours, theirs, strict=True):
         assert_same_bits(one.cpu(), other)
 
 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_draws_have_the_twins_bits(dtype, key, backend, device):
-    ours, twin = weights(dtype, device), weights(dtype)
-    named = {"rho": 0.125, "eps": 0.0, "chance": 0.6, "stochastic": True, "seed": key[0], "step": key[1]}
-    for module, w in ((ops, ours), (reference, twin)):
+def test_draws_have_the_bits_of_the_reference(dtype, key, backend, device):
+    ours, theirs = weights(dtype, device), weights(dtype)
+    named = {"rho": 0.125, "eps": 0.0, "probability": 0.6, "stochastic": True, "seed": key[0], "step": key[1]}
+    for module, w in ((ops, ours), (reference, theirs)):
         grads = [one.flip(0) for one in w]
         module.perturb_(w, grads, None, torch.tensor(2.0, device=w[0].device, dtype=torch.float64), **named)
-    for one, other in zip(ours, twin, strict=True):
+    for one, other in zip(ours, theirs, strict=True):
         assert_same_bits(one.cpu(), other)
 
 
@@ -50,12 +50,12 @@ def test_draws_have_the_twins_bits(dtype, key, backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_shard_has_the_whole_tensors_noise(dtype, offset, backend, device):
     named = {"amplitude": 0.3, "seed": 5, "step": 2}
-    ours, twin = weights(dtype, device), weights(dtype)
+    ours, theirs = weights(dtype, device), weights(dtype)
     kept = [torch.empty_like(one) for one in ours]
     old = [one.clone() for one in ours]
     ops.gaussian_perturb_(ours, kept, offsets=[offset] * len(ours), **named)
-    reference.gaussian_perturb_(twin, None, offsets=[offset] * len(twin), **named)
-    for one, other, backup, before in zip(ours, twin, kept, old, strict=True):
+    reference.gaussian_perturb_(theirs, None, offsets=[offset] * len(theirs), **named)
+    for one, other, backup, before in zip(ours, theirs, kept, old, strict=True):
         assert_same_bits(one.cpu(), other)
         assert_same_bits(backup, before)
     if offset < 5000:
@@ -72,7 +72,7 @@ def test_anew_from_old_weights_of_a_shard(backend, device):
     ops.gaussian_perturb_(first, None, **named)
     for one in again:
         one.add_(1.0)
-    ops.gaussian_perturb_(again, None, sources=old, **named)
+    ops.gaussian_perturb_(again, None, original_params=old, **named)
     for one, other in zip(first, again, strict=True):
         assert_same_bits(one, other)
 
@@ -83,7 +83,9 @@ def test_skipped_steps_do_not_count(skipped, backend, device):
     norm = torch.ones((), device=device)
     for run in (
         lambda w, **named: ops.gaussian_perturb_(w, None, amplitude=0.3, seed=5, **named),
-        lambda w, **named: ops.perturb_(w, [x.flip(0) for x in w], None, norm, rho=0.1, chance=0.5, seed=5, **named),
+        lambda w, **named: ops.perturb_(
+            w, [x.flip(0) for x in w], None, norm, rho=0.1, probability=0.5, seed=5, **named
+        ),
     ):
         ours, other = weights(torch.float32, device), weights(torch.float32, device)
         run(ours, step=9, skipped=signal)
@@ -160,12 +162,12 @@ def test_same_bits_for_any_number_of_threads(threads):
 
 
 @needs_core
-@pytest.mark.parametrize("chance", [0.0, 0.25, 0.6, 1.0])
-def test_coordinates_move_with_their_chance(chance):
+@pytest.mark.parametrize("probability", [0.0, 0.25, 0.6, 1.0])
+def test_coordinates_move_with_their_chance(probability):
     w, count = torch.zeros(10**6), 10**6
-    ops.perturb_([w], [torch.ones(count)], None, torch.tensor(1.0), rho=1.0, chance=chance, seed=1)
-    spread = 5 * math.sqrt(chance * (1 - chance) / count) + 2**-16
-    assert abs((w != 0).double().mean().item() - chance) <= spread
+    ops.perturb_([w], [torch.ones(count)], None, torch.tensor(1.0), rho=1.0, probability=probability, seed=1)
+    spread = 5 * math.sqrt(probability * (1 - probability) / count) + 2**-16
+    assert abs((w != 0).double().mean().item() - probability) <= spread
 
 
 @needs_core
@@ -194,9 +196,9 @@ def test_small_perturbations_of_16_bit_weights_survive(dtype):
 def test_seed_and_chance_go_together():
     w = torch.zeros(3)
     with pytest.raises(ValueError, match="seed must be given"):
-        ops.perturb_([w], [w.clone()], None, torch.tensor(1.0), rho=0.1, chance=0.5)
-    with pytest.raises(ValueError, match="chance must be"):
-        ops.perturb_([w], [w.clone()], None, torch.tensor(1.0), rho=0.1, chance=1.5, seed=1)
+        ops.perturb_([w], [w.clone()], None, torch.tensor(1.0), rho=0.1, probability=0.5)
+    with pytest.raises(ValueError, match="probability must be"):
+        ops.perturb_([w], [w.clone()], None, torch.tensor(1.0), rho=0.1, probability=1.5, seed=1)
     with pytest.raises(ValueError, match="seed must be"):
         ops.gaussian_perturb_([w], None, amplitude=0.1, seed=2**53)
 

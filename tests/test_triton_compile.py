@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from ltsam_fast.kernels import norm, perturb, step
 from ltsam_fast.kernels.cross_entropy import cross_entropy_kernel
 
-SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "mix", "scratch", "scales", "out", "skipped_steps"), "i64")
+SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "combination", "scratch", "scales", "out", "skipped_steps"), "i64")
 TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64"} | SIGNALS
 LISTWISE = {"chunk_norms": (norm, 3), "chunk_dots": (norm, 2), "perturb": (perturb, 6), "gaussian_perturb": (perturb, 3)}
 LISTWISE |= {"perturb_by_class": (perturb, 2), "combine": (perturb, 3), "restore": (perturb, 2)}

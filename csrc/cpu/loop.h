@@ -1,5 +1,6 @@
-// The two CPU loops: map and ordered reduce over a table, for any functor. Work is dealt out in chunks; a chunk is
-// walked in tiles that stay in L1, where 16-bit floats are widened and narrowed and from where streaming stores leave.
+// The two CPU loops: map and ordered reduce over a table of tensors, for any functor. Work is dealt out in chunks; a
+// chunk is walked in tiles that stay in L1, where 16-bit floats are widened and narrowed and from where streaming
+// stores leave.
 #pragma once
 #include <unistd.h>
 
@@ -7,8 +8,8 @@
 #include <iterator>
 #include <utility>
 
+#include "launch_args.h"
 #include "rows.h"
-#include "table.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -33,12 +34,12 @@ struct Chunk {
   int64_t tensor, begin, count;
 };
 
-inline Chunk chunk_at(const Table& table, int64_t index) {
+inline Chunk chunk_at(const LaunchArgs& args, int64_t index) {
   // The last tensor that starts at or before this chunk: those of zero elements start where their successor does.
   const int64_t tensor =
-      std::upper_bound(table.first_chunk, table.first_chunk + table.tensors + 1, index) - table.first_chunk - 1;
-  const int64_t begin = (index - table.first_chunk[tensor]) * kChunk;
-  return {tensor, begin, std::min(kChunk, table.numels[tensor] - begin)};
+      std::upper_bound(args.first_chunk, args.first_chunk + args.tensors + 1, index) - args.first_chunk - 1;
+  const int64_t begin = (index - args.first_chunk[tensor]) * kChunk;
+  return {tensor, begin, std::min(kChunk, args.numels[tensor] - begin)};
 }
 
 /// Calls body(chunk) for every chunk. Threads take runs of chunks as they get free: a stalled core costs one run, not
@@ -156,12 +157,12 @@ int64_t bytes_of(int role, uint8_t dtype, int64_t elements) {
 }
 
 template <class F>
-int64_t bytes_moved(const Table& table) {
+int64_t bytes_moved(const LaunchArgs& args) {
   int64_t total = 0;
-  for (int64_t t = 0; t < table.tensors; ++t)
+  for (int64_t t = 0; t < args.tensors; ++t)
     for (int r = 0; r < F::kRoles; ++r)
-      if (r != F::step && table.pointers[t * F::kRoles + r])
-        total += bytes_of<F>(r, table.dtypes[t * F::kRoles + r], table.numels[t]) *
+      if (r != F::step && args.pointers[t * F::kRoles + r])
+        total += bytes_of<F>(r, args.dtypes[t * F::kRoles + r], args.numels[t]) *
                  (int(F::reads >> r & 1) + int(F::writes >> r & 1));
   return total;
 }
@@ -236,10 +237,10 @@ LT_CLONES void add_lanes(const A (&lanes)[kLanes][kSums], double* sums) {
 /// Walks one chunk in tiles: body.run<present>(in, out, count) does the arithmetic, with `present` the smallest of F's
 /// variants that has every role this tensor brings.
 template <class F, class A, class Body, size_t... V>
-void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& body, std::index_sequence<V...>) {
+void walk_chunk(const LaunchArgs& args, const Chunk& chunk, bool streaming, Body& body, std::index_sequence<V...>) {
   static thread_local Tiles<F, A> tiles;
-  const int64_t* pointers = table.pointers + chunk.tensor * F::kRoles;
-  const uint8_t* dtypes = table.dtypes + chunk.tensor * F::kRoles;
+  const int64_t* pointers = args.pointers + chunk.tensor * F::kRoles;
+  const uint8_t* dtypes = args.dtypes + chunk.tensor * F::kRoles;
   constexpr uint8_t native = sizeof(A) == 8 ? kF64 : kF32;
 
   unsigned present = 0;
@@ -291,10 +292,10 @@ void walk_chunk(const Table& table, const Chunk& chunk, bool streaming, Body& bo
 }
 
 template <class F>
-F functor_for(const Table& table, const Hyper& hyper, const Signals& signals, int64_t tensor) {
-  Here here{nullptr, table.numbers[tensor], table.dtypes[tensor * F::kRoles]};
-  if constexpr (F::step >= 0) here.step = reinterpret_cast<const float*>(table.pointers[tensor * F::kRoles + F::step]);
-  return F(hyper.row(table.groups[tensor]), signals, here);
+F functor_for(const LaunchArgs& args, const Hyper& hyper, const Signals& signals, int64_t tensor) {
+  Here here{nullptr, args.numbers[tensor], args.dtypes[tensor * F::kRoles]};
+  if constexpr (F::step >= 0) here.step = reinterpret_cast<const float*>(args.pointers[tensor * F::kRoles + F::step]);
+  return F(hyper.row(args.groups[tensor]), signals, here);
 }
 
 template <class F, class A>
@@ -321,36 +322,36 @@ using Variants = std::make_index_sequence<std::size(F::variants)>;
 
 struct CpuLoop {
   template <class F, class A>
-  static void map(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t threads) {
-    const int64_t bytes = bytes_moved<F>(table);
+  static void map(const LaunchArgs& args, const Hyper& hyper, const Signals& signals, intptr_t threads) {
+    const int64_t bytes = bytes_moved<F>(args);
     const bool streaming = bytes > stream_threshold();
-    for_each_chunk(table.chunks(), bytes, int(threads), [&](int64_t index) {
-      const Chunk chunk = chunk_at(table, index);
-      MapBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
-      walk_chunk<F, A>(table, chunk, streaming, body, Variants<F>());
+    for_each_chunk(args.chunks(), bytes, int(threads), [&](int64_t index) {
+      const Chunk chunk = chunk_at(args, index);
+      MapBody<F, A> body{functor_for<F>(args, hyper, signals, chunk.tensor)};
+      walk_chunk<F, A>(args, chunk, streaming, body, Variants<F>());
       if (streaming) end_stream();
     });
     if constexpr (F::step >= 0) {
       if (signals.skip()) return;
-      for (int64_t t = 0; t < table.tensors; ++t)
-        if (const int64_t count = table.pointers[t * F::kRoles + F::step]) *reinterpret_cast<float*>(count) += 1.0f;
+      for (int64_t t = 0; t < args.tensors; ++t)
+        if (const int64_t count = args.pointers[t * F::kRoles + F::step]) *reinterpret_cast<float*>(count) += 1.0f;
     }
   }
 
   template <class F, class A>
-  static void reduce(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t threads) {
-    for_each_chunk(table.chunks(), bytes_moved<F>(table), int(threads), [&](int64_t index) {
-      const Chunk chunk = chunk_at(table, index);
-      ReduceBody<F, A> body{functor_for<F>(table, hyper, signals, chunk.tensor)};
-      walk_chunk<F, A>(table, chunk, false, body, Variants<F>());
-      add_lanes(body.lanes, table.slots() + index * F::sums);
+  static void reduce(const LaunchArgs& args, const Hyper& hyper, const Signals& signals, intptr_t threads) {
+    for_each_chunk(args.chunks(), bytes_moved<F>(args), int(threads), [&](int64_t index) {
+      const Chunk chunk = chunk_at(args, index);
+      ReduceBody<F, A> body{functor_for<F>(args, hyper, signals, chunk.tensor)};
+      walk_chunk<F, A>(args, chunk, false, body, Variants<F>());
+      add_lanes(body.lanes, args.slots() + index * F::sums);
     });
     int64_t tensor = 0;
-    for (int64_t bucket = 0; bucket < table.buckets; ++bucket) {
+    for (int64_t bucket = 0; bucket < args.buckets; ++bucket) {
       double sum[F::sums] = {};
-      for (; tensor < table.tensors && table.bucket_of[tensor] == bucket; ++tensor)
-        for (int64_t c = table.first_chunk[tensor]; c < table.first_chunk[tensor + 1]; ++c)
-          for (int s = 0; s < F::sums; ++s) sum[s] += table.slots()[c * F::sums + s];
+      for (; tensor < args.tensors && args.bucket_of[tensor] == bucket; ++tensor)
+        for (int64_t c = args.first_chunk[tensor]; c < args.first_chunk[tensor + 1]; ++c)
+          for (int s = 0; s < F::sums; ++s) sum[s] += args.slots()[c * F::sums + s];
       for (int s = 0; s < F::sums; ++s) {
         const A result = A(F::finish(sum[s]));
         static_cast<A*>(signals.norm)[bucket * F::sums + s] = result;

@@ -1,4 +1,4 @@
-// The CUDA loops: map and ordered reduce over a table, for any functor. A launch takes its
+// The CUDA loops: map and ordered reduce over a table of tensors, for any functor. A launch takes its
 // share of the table by value: nothing is copied to the device or kept alive, and a CUDA graph owns what it replays.
 #pragma once
 #include <cuda_runtime.h>
@@ -13,8 +13,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "launch_args.h"
 #include "rows.h"
-#include "table.h"
 
 // How a kernel starts and takes its argument. tests/cuda_on_host puts a loop on the host in their place.
 #ifndef LT_LAUNCH
@@ -512,17 +512,17 @@ int64_t resident_blocks(const char* op) {
 template <class F>
 struct Packer {
   static_assert(F::kRoles <= 8 && (F::step < 0 ? F::kRoles < 8 : F::step == F::kRoles - 1), "bits in Row and Slice");
-  const Table& table;
+  const LaunchArgs& args;
   const Hyper& hyper;
   Slice slice;
   int32_t groups[Slice::kHyperRows];
   int hyper_rows = 0;
   int64_t next = 0;
 
-  Packer(const Table& table, const Hyper& hyper, const Signals& signals, int shift) : table(table), hyper(hyper) {
+  Packer(const LaunchArgs& args, const Hyper& hyper, const Signals& signals, int shift) : args(args), hyper(hyper) {
     slice.signals = signals;
-    slice.slots = table.slots();
-    slice.ticket = reinterpret_cast<unsigned*>(table.scratch);
+    slice.slots = args.slots();
+    slice.ticket = reinterpret_cast<unsigned*>(args.scratch);
     slice.first_bucket = slice.bucket_begin = 0;
     slice.shift = shift;
     slice.live = hyper.live != nullptr;
@@ -530,8 +530,8 @@ struct Packer {
     slice.columns = 0;
     slice.stride = 1;
     for (int r = 0; r < F::kRoles; ++r)
-      for (int64_t t = 0; t < table.tensors; ++t)
-        if (table.pointers[t * F::kRoles + r]) {
+      for (int64_t t = 0; t < args.tensors; ++t)
+        if (args.pointers[t * F::kRoles + r]) {
           slice.columns |= uint32_t(slice.stride++) << (4 * r);
           break;
         }
@@ -550,36 +550,35 @@ struct Packer {
 
   /// Adds tensors until the slice is full. Returns whether all are in it, or in an earlier one.
   bool fill() {
-    slice.first_slot = table.first_chunk[next];
-    for (; next < table.tensors; ++next)
+    slice.first_slot = args.first_chunk[next];
+    for (; next < args.tensors; ++next)
       if (!add(next)) return false;
     return true;
   }
 
   bool add(int64_t tensor) {
-    const int64_t* pointers = table.pointers + tensor * F::kRoles;
-    const int64_t numel = table.numels[tensor];
+    const int64_t* pointers = args.pointers + tensor * F::kRoles;
+    const int64_t numel = args.numels[tensor];
     if (numel == 0 && (F::step < 0 || !pointers[F::step < 0 ? 0 : F::step])) return true;
-    const int row = int(std::find(groups, groups + hyper_rows, table.groups[tensor]) - groups);
+    const int row = int(std::find(groups, groups + hyper_rows, args.groups[tensor]) - groups);
     const bool fresh = row == hyper_rows;
     if ((fresh && row == Slice::kHyperRows) || !room_for(slice.tensors + 1, hyper_rows + fresh, 0)) return false;
     if (fresh) {
-      groups[hyper_rows++] = table.groups[tensor];
+      groups[hyper_rows++] = args.groups[tensor];
       Word* first = slice.words + slice.hyper_at(row);
       if (slice.live)
-        first->address =
-            reinterpret_cast<char*>(const_cast<double*>(hyper.live + table.groups[tensor] * hyper.columns));
+        first->address = reinterpret_cast<char*>(const_cast<double*>(hyper.live + args.groups[tensor] * hyper.columns));
       else
-        for (int c = 0; c < slice.hyper_columns; ++c) first[c].hyper = hyper.row(table.groups[tensor])[c];
+        for (int c = 0; c < slice.hyper_columns; ++c) first[c].hyper = hyper.row(args.groups[tensor])[c];
     }
     Word* words = slice.words + slice.tensors++ * slice.stride;
     uint32_t dtypes = 0;
     for (int r = 0; r < F::kRoles; ++r) {
       if (const int column = slice.columns >> (4 * r) & 15)
         words[column].address = reinterpret_cast<char*>(pointers[r]);
-      if (r != F::step && !(F::bitmaps & bit(r))) dtypes |= uint32_t(table.dtypes[tensor * F::kRoles + r]) << (2 * r);
+      if (r != F::step && !(F::bitmaps & bit(r))) dtypes |= uint32_t(args.dtypes[tensor * F::kRoles + r]) << (2 * r);
     }
-    if (F::keyed) words[slice.stride - 1].number = table.numbers[tensor];
+    if (F::keyed) words[slice.stride - 1].number = args.numbers[tensor];
     const int64_t items = ((numel - 1) >> slice.shift) + 1;  // 0 of 0 elements
     words->row = {slice.items, uint32_t(numel - 1) & ((1u << slice.shift) - 1), uint32_t(row), dtypes};
     slice.items += uint32_t(items);
@@ -604,11 +603,11 @@ void launch_slice(const char* op, const Slice& slice, intptr_t stream) {
 
 struct CudaLoop {
   template <class F, class A>
-  static void map(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t stream) {
+  static void map(const LaunchArgs& args, const Hyper& hyper, const Signals& signals, intptr_t stream) {
     constexpr auto kernel = map_kernel<F, A>;
     // Whole chunks where there is enough to do, so that less time goes into finding them; else what fills the device.
-    const bool large = table.chunks() > 16 * resident_blocks<kernel>(F::name);
-    Packer<F> packer(table, hyper, signals, large ? kChunkShift : kSmallShift);
+    const bool large = args.chunks() > 16 * resident_blocks<kernel>(F::name);
+    Packer<F> packer(args, hyper, signals, large ? kChunkShift : kSmallShift);
     for (bool all = false; !all; packer.clear()) {
       all = packer.fill();
       if (packer.slice.tensors) launch_slice<kernel>(F::name, packer.slice, stream);
@@ -616,22 +615,22 @@ struct CudaLoop {
   }
 
   template <class F, class A>
-  static void reduce(const Table& table, const Hyper& hyper, const Signals& signals, intptr_t stream) {
+  static void reduce(const LaunchArgs& args, const Hyper& hyper, const Signals& signals, intptr_t stream) {
     constexpr auto kernel = reduce_kernel<F, A>;
-    Packer<F> packer(table, hyper, signals, kChunkShift);
+    Packer<F> packer(args, hyper, signals, kChunkShift);
     for (; !packer.fill(); packer.clear()) launch_slice<kernel>(F::name, packer.slice, stream);
     Slice& slice = packer.slice;
     int64_t tensor = 0;
-    for (int64_t bucket = 0; bucket < table.buckets; ++bucket) {
-      const int64_t begin = table.first_chunk[tensor];
-      while (tensor < table.tensors && table.bucket_of[tensor] == bucket) ++tensor;
+    for (int64_t bucket = 0; bucket < args.buckets; ++bucket) {
+      const int64_t begin = args.first_chunk[tensor];
+      while (tensor < args.tensors && args.bucket_of[tensor] == bucket) ++tensor;
       if (!packer.room_for(slice.tensors, packer.hyper_rows, slice.buckets + 1)) {
         launch_slice<kernel>(F::name, slice, stream);
         packer.clear();
         slice.first_bucket = bucket;
         slice.bucket_begin = begin;
       }
-      slice.words[slice.tensors * slice.stride + slice.buckets++].end = table.first_chunk[tensor];
+      slice.words[slice.tensors * slice.stride + slice.buckets++].end = args.first_chunk[tensor];
     }
     if (slice.buckets) launch_slice<kernel>(F::name, slice, stream);
   }

@@ -27,7 +27,7 @@ struct Signals {
   void* norm;               ///< of the accumulator's type: one number, or as many as a reduction has outputs
   const float* grad_scale;  ///< gradients are this much too large
   float* found_inf;         ///< non-zero: skip the update
-  const void* mix;          ///< four numbers of the accumulator's type, see Mix
+  const void* combination;  ///< four numbers of the accumulator's type, see Combination
   const float* skipped;     ///< how many of the steps so far were none: random numbers do not count them
 
   template <class A>
@@ -72,20 +72,20 @@ struct Choice {
   LT_HD A operator()(A yes, A no) const { return bits<A>(Word((bits<Word>(yes) & mask) | (bits<Word>(no) & ~mask))); }
 };
 
-/// How two gradients are combined: c[0] g + c[1] other is the direction, c[2] g + c[3] other a step beside the base's.
+/// How two gradients are combined: c[0] g + c[1] other is the direction, c[2] g + c[3] other a decoupled step.
 template <class A>
-struct Mix {
+struct Combination {
   A c[4];
 
-  LT_HD Mix(const Signals& s, A otherwise) {
-    const A* given = static_cast<const A*>(s.mix);
+  LT_HD Combination(const Signals& s, A otherwise) {
+    const A* given = static_cast<const A*>(s.combination);
     c[0] = given ? given[0] : A(1);
     c[1] = given ? given[1] : otherwise;
     c[2] = given ? given[2] : A(0);
     c[3] = given ? given[3] : A(0);
   }
   LT_HD A direction(A g, A other) const { return c[0] * g + c[1] * other; }
-  LT_HD A beside(A g, A other) const { return c[2] * g + c[3] * other; }
+  LT_HD A decoupled(A g, A other) const { return c[2] * g + c[3] * other; }
 };
 
 /// What a functor may know of the tensor it is made for.

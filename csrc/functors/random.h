@@ -89,11 +89,11 @@ struct RandomRounding {
         inverse_grain(dtype == kBF16 ? 0x1p-16f : 0x1p-13f) {}
 
   LT_HD float operator()(float x, uint32_t draw) const {
-    const float chance = std::floor(float(int32_t(draw)) * 0x1p-16f * grain) * inverse_grain;
+    const float probability = std::floor(float(int32_t(draw)) * 0x1p-16f * grain) * inverse_grain;
     const int32_t exponent = int32_t(bits<uint32_t>(x) >> 23) & 0xff, held = exponent < least ? least : exponent;
     const float place = bits<float>((held - digits) << 23);  // the unit in the last place
     const float inverse = bits<float>((254 - held + digits) << 23);
-    const float rounded = std::floor(x * inverse + chance) * place;
+    const float rounded = std::floor(x * inverse + probability) * place;
     return exponent >= 254 ? x : rounded;  // too near to infinity for the reciprocal, or infinite already
   }
 };

@@ -7,38 +7,42 @@ namespace lt {
 /// What SGD and Adam share: unscaling, clipping to max_norm, the sign, and whether to update at all.
 template <class A>
 struct Direction {
-  Mix<A> mix;
+  Combination<A> combination;
   A factor, inverse;
-  Choice<A> active, besides;
+  Choice<A> active, decouples;
 
   LT_HD Direction(double maximize, double max_norm, const Signals& s)
-      : mix(s, A(1)), factor(s.inverse_scale<A>()), inverse(factor), active(!s.skip()), besides(s.mix != nullptr) {
+      : combination(s, A(1)),
+        factor(s.inverse_scale<A>()),
+        inverse(factor),
+        active(!s.skip()),
+        decouples(s.combination != nullptr) {
     if (max_norm > 0 && s.norm) {
       const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
       factor *= clip < A(1) ? clip : A(1);
     }
     if (maximize != 0) factor = -factor, inverse = -inverse;
   }
-  LT_HD A operator()(A g, A extra) const { return mix.direction(g, extra) * factor; }
-  /// A step of its own beside the base optimizer's: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
-  LT_HD A beside(A moved, A lr, A g, A extra) const {
-    return besides(moved - lr * (mix.beside(g, extra) * inverse), moved);
+  LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * factor; }
+  /// A step that the base optimizer does not see: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
+  LT_HD A add_decoupled(A moved, A lr, A g, A kept) const {
+    return decouples(moved - lr * (combination.decoupled(g, kept) * inverse), moved);
   }
 };
 
-/// torch.optim.SGD on the restored weights with the gradient g + extra.
-/// roles: w (write), source (read: where the old weights are), g, extra (read), m (read, write), step
+/// torch.optim.SGD on the restored weights with the gradient g + kept.
+/// roles: w (write), original (read: where the old weights are), g, kept (read), m (read, write), step
 template <class A>
 struct SgdStep {
   static constexpr const char* name = "sgd_step_";
-  enum { w, source, g, extra, m, step_role, kRoles };
-  static constexpr const char* roles[] = {"w", "source", "g", "extra", "m", "step"};
+  enum { w, original, g, kept, m, step_role, kRoles };
+  static constexpr const char* roles[] = {"w", "original", "g", "kept", "m", "step"};
   static constexpr const char* hyper[] = {"lr",       "momentum", "dampening", "weight_decay",
                                           "nesterov", "maximize", "max_norm"};
-  static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | bit(m), writes = bit(w) | bit(m);
+  static constexpr unsigned reads = bit(original) | bit(g) | bit(kept) | bit(m), writes = bit(w) | bit(m);
   static constexpr unsigned bitmaps = 0;
-  static constexpr unsigned plain = bit(w) | bit(source) | bit(g);
-  static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(m), plain | bit(extra) | bit(m)};
+  static constexpr unsigned plain = bit(w) | bit(original) | bit(g);
+  static constexpr unsigned variants[] = {plain, plain | bit(kept), plain | bit(m), plain | bit(kept) | bit(m)};
   static constexpr int step = step_role;
   static constexpr bool keyed = false, random = false;
 
@@ -57,28 +61,28 @@ struct SgdStep {
         keeps(h[1] != 0 && !s.skip()) {}
 
   LT_HD void operator()(A* x) const {
-    const A old = x[source], d = direction(x[g], x[extra]) + decay * old;
+    const A old = x[original], d = direction(x[g], x[kept]) + decay * old;
     const A buffer = first(d, momentum * x[m] + fresh * d);
     const A move = nesterov(d + momentum * buffer, buffer);
-    x[w] = direction.active(direction.beside(old - lr * move, lr, x[g], x[extra]), old);
+    x[w] = direction.active(direction.add_decoupled(old - lr * move, lr, x[g], x[kept]), old);
     x[m] = keeps(buffer, x[m]);
   }
 };
 
-/// torch.optim.Adam (AdamW when decoupled; amsgrad when vmax is there) on the restored weights with g + extra.
-/// roles: w (write), source, g, extra (read), m, v, vmax (read, write), step
+/// torch.optim.Adam (AdamW when decoupled; amsgrad when vmax is there) on the restored weights with g + kept.
+/// roles: w (write), original, g, kept (read), m, v, vmax (read, write), step
 template <class A>
 struct AdamStep {
   static constexpr const char* name = "adam_step_";
-  enum { w, source, g, extra, m, v, vmax, step_role, kRoles };
-  static constexpr const char* roles[] = {"w", "source", "g", "extra", "m", "v", "vmax", "step"};
+  enum { w, original, g, kept, m, v, vmax, step_role, kRoles };
+  static constexpr const char* roles[] = {"w", "original", "g", "kept", "m", "v", "vmax", "step"};
   static constexpr const char* hyper[] = {"lr",           "beta1",     "beta2",    "eps",
                                           "weight_decay", "decoupled", "maximize", "max_norm"};
   static constexpr unsigned state = bit(m) | bit(v) | bit(vmax);
-  static constexpr unsigned reads = bit(source) | bit(g) | bit(extra) | state, writes = bit(w) | state;
+  static constexpr unsigned reads = bit(original) | bit(g) | bit(kept) | state, writes = bit(w) | state;
   static constexpr unsigned bitmaps = 0;
-  static constexpr unsigned plain = bit(w) | bit(source) | bit(g) | bit(m) | bit(v);
-  static constexpr unsigned variants[] = {plain, plain | bit(extra), plain | bit(vmax), plain | bit(extra) | bit(vmax)};
+  static constexpr unsigned plain = bit(w) | bit(original) | bit(g) | bit(m) | bit(v);
+  static constexpr unsigned variants[] = {plain, plain | bit(kept), plain | bit(vmax), plain | bit(kept) | bit(vmax)};
   static constexpr int step = step_role;
   static constexpr bool keyed = false, random = false;
 
@@ -98,12 +102,12 @@ struct AdamStep {
   }
 
   LT_HD void operator()(A* x) const {
-    const A old = x[source], d = direction(x[g], x[extra]) + decay * old;
+    const A old = x[original], d = direction(x[g], x[kept]) + decay * old;
     const A mean = x[m] + fresh1 * (d - x[m]);
     const A square = beta2 * x[v] + fresh2 * d * d;
     const A largest = x[vmax] > square ? x[vmax] : square;  // vmax reads as 0 without amsgrad
     const A moved = old * keep - step_size * mean / (std::sqrt(largest) / root_correction2 + eps);
-    x[w] = direction.active(direction.beside(moved, lr, x[g], x[extra]), old);
+    x[w] = direction.active(direction.add_decoupled(moved, lr, x[g], x[kept]), old);
     x[m] = direction.active(mean, x[m]);
     x[v] = direction.active(square, x[v]);
     x[vmax] = direction.active(largest, x[vmax]);

@@ -17,7 +17,7 @@ from ltsam_fast import ops
 from ltsam_fast.optim.fused import local_of
 from ltsam_fast.optim.gradients import _NONE, Uninterrupted, _gradients, _same_items
 from ltsam_fast.optim.workers import Worker
-from ltsam_fast.table import Table
+from ltsam_fast.table import TensorTable
 
 
 class Climber(Worker):
@@ -42,8 +42,8 @@ class Climber(Worker):
         norm = self._norm(
             whole,
             params,
-            extra=options.get("means"),
-            mix=options.get("mix"),
+            kept_grads=options.get("means"),
+            combination=options.get("combination"),
             adaptive=adaptive,
             eta=eta,
             groups=groups,
@@ -70,7 +70,7 @@ class Climber(Worker):
                 groups=groups,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
-                sources=backups if again else None,
+                original_params=backups if again else None,
                 table=self._table("random_perturb_" if "seed" in options else "perturb_"),
                 **options,
             )
@@ -123,7 +123,7 @@ class Climber(Worker):
                 self._put_back(self._climbed, self._climbed_from, self._table("restore_"))
             self._settle()
 
-    def _put_back(self, params: list[Tensor], backups: list[Tensor], table: Table | None = None) -> None:
+    def _put_back(self, params: list[Tensor], backups: list[Tensor], table: TensorTable | None = None) -> None:
         ops.restore_(local_of(params, self._sharded), backups, table=table)  # type: ignore[arg-type]
         self._let_go_of_copies()
 

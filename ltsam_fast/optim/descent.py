@@ -61,7 +61,7 @@ class Descender(Climber):
                 extra = [None if grad is None else kept for grad, kept in pairs]
             norm = None
             if params and (self.max_grad_norm or found_inf is not None):
-                norm = self._norm(grads, use=" of the step", extra=extra, mix=mix, found_inf=found_inf)
+                norm = self._norm(grads, use=" of the step", kept_grads=extra, combination=mix, found_inf=found_inf)
             if type(self.base_optimizer) in FUSED:
                 self._update(
                     self.base_optimizer,

@@ -100,7 +100,7 @@ class ESAM(SharpnessAware):
     ) -> dict[str, Any]:
         options: dict[str, Any] = {"rho": tuple(rho / self.beta for rho in self._hyper("rho"))}
         if self.granularity == "element" and self.beta < 1:
-            options |= {"chance": self.beta, "seed": self.seed, "step": self._taken}
+            options |= {"probability": self.beta, "seed": self.seed, "step": self._taken}
         return options
 
     def _whole_step(self, parts: list[Batch], scaling: Scaling) -> Tensor:

@@ -108,7 +108,7 @@ class FriendlySAM(SAM):
         mix = self._constant((1.0, -self.sigma, 0.0, 0.0))
         if grad_scale is not None:  # the mean is of unscaled gradients
             mix = mix * torch.stack([torch.ones_like(grad_scale), grad_scale, grad_scale, grad_scale]).to(mix)
-        return {"means": means, "mix": mix, "decay": self.lmbda}
+        return {"means": means, "combination": mix, "decay": self.lmbda}
 
     def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         super()._descend(grad_scale, found_inf)

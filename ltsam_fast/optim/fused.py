@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ltsam_fast import ops
 from ltsam_fast.optim.checks import number
-from ltsam_fast.table import Table
+from ltsam_fast.table import TensorTable
 
 Tensors = Sequence[Tensor | None]
 
@@ -110,7 +110,7 @@ class Update:
     """Restore, sum and update, with the table that the pass uses again and again."""
 
     def __init__(self) -> None:
-        self._table: Table | None = None
+        self._table: TensorTable | None = None
 
     def __call__(
         self,
@@ -130,7 +130,7 @@ class Update:
         """Steps ``params`` of groups ``group_of`` from ``backups`` with ``grads + extra``."""
         name, op, arguments = FUSED[type(base)]
         if self._table is None or self._table.op.name != name:
-            self._table = Table(ops.OPS[name])
+            self._table = TensorTable(ops.OPS[name])
         state = arguments(base.param_groups, group_of, params, [base.state[param] for param in params])
         if sharded:
             state = {key: local_of(value, True) if isinstance(value, list) else value for key, value in state.items()}
@@ -138,10 +138,10 @@ class Update:
             local_of(params, sharded),
             local_of(grads, sharded),  # type: ignore[arg-type]
             backups=backups,
-            extra=extra and local_of(extra, sharded),  # type: ignore[arg-type]
+            kept_grads=extra and local_of(extra, sharded),  # type: ignore[arg-type]
             max_norm=max_norm if norm is not None else 0.0,
             norm=norm,
-            mix=mix,
+            combination=mix,
             groups=group_of,
             grad_scale=grad_scale,
             found_inf=found_inf,

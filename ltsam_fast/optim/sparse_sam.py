@@ -194,7 +194,7 @@ class SparseSAM(SAM):
         frozen = [self.state[param].get("frozen") for param in params]
         if any(bits is None for bits in frozen):
             raise ValueError('mask "fisher" needs per-sample losses: call refresh_mask(losses) before first_step()')
-        return {"frozen": frozen}
+        return {"mask": frozen}
 
     def _descend(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
         if self._refreshed and (self._begun is not None or not self._masks):

@@ -18,7 +18,7 @@ from ltsam_fast.optim.checks import check_factor, check_model
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.optim.loading import completed
-from ltsam_fast.table import Table
+from ltsam_fast.table import TensorTable
 
 _CONSTANTS = 64
 
@@ -139,7 +139,7 @@ class Stateful(Optimizer):
         self._low_precision = False
         self._scaling = Scaling(None, [])
         self._thawed: list[tuple[Any, str, Any]] = []  # what _freeze_statistics changed
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[str, TensorTable] = {}
         self._constants: dict[Any, Tensor] = {}
         self._update = Update()
         self._graphs = CompiledGraphs()
@@ -182,11 +182,11 @@ class Stateful(Optimizer):
         """All weights that are known: a loss may depend on some that are not to be stepped."""
         return [*self._parameters()[0], *(self.model.parameters() if self.model is not None else ())]
 
-    def _table(self, op: str, use: str = "") -> Table:
+    def _table(self, op: str, use: str = "") -> TensorTable:
         """The table of one op and use, kept from step to step."""
         key = op + use
         if key not in self._tables:
-            self._tables[key] = Table(ops.OPS[op])
+            self._tables[key] = TensorTable(ops.OPS[op])
         return self._tables[key]
 
     def _constant(self, values: tuple[float, ...]) -> Tensor:

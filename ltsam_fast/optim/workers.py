@@ -59,7 +59,7 @@ class Worker(Stateful):
         params: list[Tensor] | None = None,
         use: str = "",
         *,
-        extra: list[Tensor | None] | None = None,
+        kept_grads: list[Tensor | None] | None = None,
         groups: list[int] | None = None,
         found_inf: Tensor | None = None,
         **options: Any,
@@ -70,13 +70,15 @@ class Worker(Stateful):
         """
         if not self._sharded:
             table = self._table("grad_norm", use)
-            return ops.grad_norm(grads, params, extra=extra, groups=groups, found_inf=found_inf, table=table, **options)
+            return ops.grad_norm(
+                grads, params, kept_grads=kept_grads, groups=groups, found_inf=found_inf, table=table, **options
+            )
         squares = []
         for number, (where, chosen) in enumerate(_by_mesh(grads)):
             norm = ops.grad_norm(
                 _shards(grads, chosen),
                 params and _shards(params, chosen),
-                extra=extra and _shards(extra, chosen),
+                kept_grads=kept_grads and _shards(kept_grads, chosen),
                 groups=groups and [groups[i] for i in chosen],
                 found_inf=found_inf,
                 table=self._table("grad_norm", f"{use} {number}"),

@@ -4,7 +4,7 @@
 
 namespace lt {
 
-struct Table {
+struct LaunchArgs {
   int64_t tensors, buckets;
   const int64_t* pointers;     ///< [tensors, roles], 0 = absent: reads as zeros, is not written
   const uint8_t* dtypes;       ///< [tensors, roles]
