@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ltsam_fast.backend import backends, use_backend
-from ltsam_fast.graph import graph_step
 from ltsam_fast.optim import (
     CCSAM,
     ESAM,
@@ -21,6 +20,7 @@ from ltsam_fast.optim import (
     ImbSAM,
     LookSAM,
     SparseSAM,
+    VaSSO,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "SAM",
     "SSESAM",
     "SparseSAM",
+    "VaSSO",
     "WSAM",
     "__version__",
     "backends",

@@ -182,6 +182,13 @@ class TensorTable:
             if self.op.roles[staged.role] in self.op.writes:
                 roles[staged.role][staged.row].detach().copy_(staged.copy)  # type: ignore[index, union-attr]
 
+    def forget_launch(self) -> None:
+        """PLACEHOLDER"""
+
+    def launched(self) -> list[int]:
+        """PLACEHOLDER"""
+        return []
+
     def _as_lists(self, roles: tuple[Role, ...]) -> tuple[Any, ...]:
         lists = tuple(role if role is None or type(role) is list else list(role) for role in roles)
         count = len(lists[0] or ())

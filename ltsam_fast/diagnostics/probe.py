@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast import ops
-from ltsam_fast.optim.by_class import added
+from ltsam_fast.optim.class_perturbation import added
 from ltsam_fast.optim.gradients import Differentiable
 from ltsam_fast.shared import SharedBackward, Weighting
 from ltsam_fast.weight_caches import clear_weight_caches

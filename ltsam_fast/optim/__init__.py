@@ -1,19 +1,20 @@
-"""The methods, one file each; what they share is in ``base`` and ``class_wise``."""
+"""The optimizers: a method is a rule with options, in ``methods``; the rest runs rules, ``optimizer`` and ``step`` first."""
 
-from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.optim.cc_sam import CCSAM
-from ltsam_fast.optim.esam import ESAM
-from ltsam_fast.optim.focal_sam import FocalSAM
-from ltsam_fast.optim.friendly_sam import FriendlySAM
-from ltsam_fast.optim.gnm import GNM
-from ltsam_fast.optim.gsam import GSAM
-from ltsam_fast.optim.imb_sam import ImbSAM
-from ltsam_fast.optim.look_sam import LookSAM
-from ltsam_fast.optim.m_sam import MSAM
-from ltsam_fast.optim.sam import SAM
-from ltsam_fast.optim.sparse_sam import SparseSAM
-from ltsam_fast.optim.sse_sam import SSESAM
-from ltsam_fast.optim.wsam import WSAM
+from ltsam_fast.optim.methods.cc_sam import CCSAM
+from ltsam_fast.optim.methods.esam import ESAM
+from ltsam_fast.optim.methods.focal_sam import FocalSAM
+from ltsam_fast.optim.methods.friendly_sam import FriendlySAM
+from ltsam_fast.optim.methods.gnm import GNM
+from ltsam_fast.optim.methods.gsam import GSAM
+from ltsam_fast.optim.methods.imb_sam import ImbSAM
+from ltsam_fast.optim.methods.look_sam import LookSAM
+from ltsam_fast.optim.methods.m_sam import MSAM
+from ltsam_fast.optim.methods.sam import SAM
+from ltsam_fast.optim.methods.sparse_sam import SparseSAM
+from ltsam_fast.optim.methods.sse_sam import SSESAM
+from ltsam_fast.optim.methods.vasso import VaSSO
+from ltsam_fast.optim.methods.wsam import WSAM
+from ltsam_fast.optim.optimizer import SharpnessAware
 
 __all__ = [
     "CCSAM",
@@ -29,5 +30,6 @@ __all__ = [
     "SSESAM",
     "SharpnessAware",
     "SparseSAM",
+    "VaSSO",
     "WSAM",
 ]

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ltsam_fast import ops
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A real number, numpy's too, as one of Python's, which every checkpoint takes; NaN for what is none, truth values too."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         return math.nan
@@ -28,7 +28,7 @@ def number(value: Any) -> float:
 
 def check_factor(name: str, value: Any, below: float = math.inf) -> float:
     """The number ``value``; raises ValueError unless it is one in [0, below)."""
-    found = _plain(value)
+    found = plain(value)
     if not 0 <= found < below:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
@@ -56,7 +56,7 @@ def check_model(model: Any) -> None:
 
 def check_share(name: str, value: Any) -> float:
     """The number ``value``; raises ValueError unless it is one in (0, 1]."""
-    found = _plain(value)
+    found = plain(value)
     if not 0 < found <= 1:
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
     return found  # type: ignore[no-any-return]
@@ -64,7 +64,7 @@ def check_share(name: str, value: Any) -> float:
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """The integer ``value``; raises ValueError unless it is one >= ``least``."""
-    found = _plain(value)
+    found = plain(value)
     if not isinstance(found, int) or found < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return found
@@ -72,7 +72,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
 
 def check_seed(seed: Any) -> int:
     """The integer ``seed``; raises ValueError unless it is one that the generators take."""
-    found = _plain(seed)
+    found = plain(seed)
     if not isinstance(found, int) or not 0 <= found < 2**53:
         raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
     return found
@@ -92,7 +92,7 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     Raises:
         ValueError: ``class_counts`` or ``eta`` is negative or not finite, or a tail class does not exist.
     """
-    found = _plain(eta)
+    found = plain(eta)
     if not 0 <= found < math.inf:
         raise ValueError(f"eta must be a finite number of samples >= 0, got {eta!r}")
     if class_counts is None and tail_classes is None:
@@ -111,9 +111,16 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
 
 
-def check_shared_backward(shared_backward: Any, model: Any) -> None:
-    """Raises ValueError unless it is True, False or "auto", with a model where it is needed."""
-    if not (isinstance(shared_backward, bool) or shared_backward == "auto"):
-        raise ValueError(f'shared_backward must be True, False or "auto", got {shared_backward!r}')
-    if shared_backward and model is None:
-        raise ValueError(f"model must be given with shared_backward={shared_backward!r}: the network that is examined")
+def check_shared_backward(value: Any) -> bool | str:
+    """The value; raises ValueError unless it is True, False or "auto"."""
+    if not (isinstance(value, bool) or value == "auto"):
+        raise ValueError(f'shared_backward must be True, False or "auto", got {value!r}')
+    return value
+
+
+def check_tail_classes(name: str, value: Any) -> list[int]:
+    """The numbers of classes as a list; raises ValueError for what are none."""
+    try:
+        return torch.as_tensor(value, dtype=torch.long).reshape(-1).tolist()  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers of classes, got {value!r}") from error

@@ -1,14 +1,46 @@
-"""What Focal-SAM, ImbSAM and SSE-SAM share: class weights u and v, their three phases, and labels."""
+"""What Focal-SAM, ImbSAM and SSE-SAM share: class weights u and v, and phases for which the caller weighs the losses."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.batch import Batch
-from ltsam_fast.optim.gradients import _gradients, _swap_gradients
-from ltsam_fast.optim.sharing import Sharing
-from ltsam_fast.shared import Weighting
+from ltsam_fast import ops
+from ltsam_fast.optim.checks import check_shared_backward, tail_of
+from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
+from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim.options import option
+
+
+def check_class_counts(name: str, value: Any) -> list[float]:
+    """The numbers as a list; raises ValueError unless they are finite, >= 0 and not all 0."""
+    return ops.check_counts(value).tolist()  # type: ignore[no-any-return]
+
+
+class Sharing(SharpnessAware):
+    """Base of the methods that need several gradients of one batch, which one backward sweep may give.
+
+    With ``shared_backward=True`` a network that mixes samples, such as by batch norm in training, is an error that names the
+    module, raised by the first step before anything has changed; with "auto" it gets one log line, and a backward for each
+    gradient. ``step()`` only: with the phases the backwards are the caller's. See :class:`ltsam_fast.shared.SharedBackward`.
+    """
+
+    several_gradients = True
+    shared_backward = option(
+        False,
+        "Take the gradients at w from one backward sweep; needs ``model``.",
+        check=lambda name, value: check_shared_backward(value),
+        accepts='True, False or "auto"',
+    )
+
+    def check_options(self, options: Any) -> None:
+        super().check_options(options)
+        if options["shared_backward"] and self.model is None:
+            raise ValueError(
+                f"model must be given with shared_backward={options['shared_backward']!r}: the network that is examined"
+            )
 
 
 class ClassWise(Sharing):
@@ -22,42 +54,73 @@ class ClassWise(Sharing):
 
     The first two backwards share a graph; where u or v is zero for every class its passes are not run at all.
 
-    ``shared_backward=True`` (a keyword of these methods; needs ``model``) makes both gradients from one sweep: 2 forwards, 2
-    backwards and a second product with each weight, 7 units instead of 8 where SAM takes 6, and little more than 6 where most
-    weights are frozen. See :class:`ltsam_fast.optim.sharing.Sharing`.
+    ``shared_backward=True`` makes both gradients from one sweep: 2 forwards, 2 backwards and a second product with each weight,
+    7 units instead of 8 where SAM takes 6, and little more than 6 where most weights are frozen.
     """
 
-    phases = ("first_step", "second_step", "third_step")
-    _kept = (*Sharing._kept, "clean_weights", "class_weights", "_used", "_open", "_pilot")
+    class_counts = option(
+        None,
+        "Numbers of training samples, one per class. Without them only the phases can be used, and the losses are weighed by "
+        "the caller.",
+        check=check_class_counts,
+        accepts="a list of finite numbers >= 0, not all 0",
+        optional=True,
+    )
+    weight_options: tuple[str, ...] = ()
+    """The options that the class weights follow from."""
 
-    clean_weights: Tensor | None = None
-    """u, shape (C,), float64."""
-    class_weights: Tensor | None = None
-    """v, shape (C,), float64."""
+    def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
+        """The class weights u and v, shape (C,), as the options are now; None without class counts."""
+        raise NotImplementedError
 
-    _twice = True
-    _used = (True, True)
-
-    @property
-    def _one_pass(self) -> bool:  # type: ignore[override]
-        return not self._used[1]
-
-    _open = False
+    open_ended = False
     """Whether the last entries of u and v stand for all further classes."""
 
-    _pilot: int | None = None
-    """Which of u and v, nowhere near zero, can weigh the sweep that both share; ``None``: neither."""
+    def _known(self) -> tuple[Any, ...]:
+        """What is known of the class weights: the options, u and v, those that are not all zero, and the pilot of a sweep."""
+        options = [self.param_groups[0][name] for name in self.weight_options]
+        known = vars(self).get("_class_weights")
+        if known is None or known[0] != options:
+            made = self.make_class_weights()
+            if made is None:
+                known = (options, (None, None), (None, None), None)
+            else:
+                u, v = (one.double() for one in made)
+                weights = tuple(ClassWeights(one, self.open_ended) if bool(one.any()) else None for one in (u, v))
+                known = (options, (u, v), weights, pilot_of(u, v))
+            self._class_weights = known
+        return known
 
-    def _weigh(self, u: Tensor, v: Tensor, open_ended: bool = False) -> None:
-        """Sets the class weights."""
-        self.clean_weights, self.class_weights, self._open = u.double(), v.double(), open_ended
-        sizes = [one.abs() for one in (self.clean_weights, self.class_weights)]
-        least = 1e-3 * max(float(one.max()) for one in sizes)
-        self._pilot = next((i for i, one in enumerate(sizes) if float(one.min()) > least), None)
-        self._used = (bool(u.any()), bool(v.any()))
+    @property
+    def clean_weights(self) -> Tensor | None:
+        """u, shape (C,), float64."""
+        return self._known()[1][0]  # type: ignore[no-any-return]
+
+    @property
+    def class_weights(self) -> Tensor | None:
+        """v, shape (C,), float64."""
+        return self._known()[1][1]  # type: ignore[no-any-return]
+
+    def class_weights_now(self) -> tuple[ClassWeights | None, ClassWeights | None]:
+        """u and v as a step uses them."""
+        return self._known()[2]  # type: ignore[no-any-return]
+
+    @property
+    def pilot(self) -> int | None:
+        """Which of u and v can weigh the sweep that both share."""
+        return self._known()[3]  # type: ignore[no-any-return]
+
+    def classes(self) -> int:
+        """The number of classes that there are weights for."""
+        weights = self.class_weights
+        if weights is None:
+            raise ValueError(
+                "class_counts must be given to the constructor for step(closure, targets); the phases need none"
+            )
+        return 2**62 if self.open_ended else len(weights)
 
     @torch.no_grad()
-    def first_step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def first_step(self, scaler: torch.amp.GradScaler | None = None) -> None:  # type: ignore[override]
         """Keeps the gradients of the clean loss, sum_j u l_j / B, and clears them.
 
         Args:
@@ -66,71 +129,37 @@ class ClassWise(Sharing):
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._run("first_step", lambda *_: self._keep_gradients(), scaler)
+        self._advance("first_step", True, scaler)
 
     @torch.no_grad()
-    def second_step(self) -> None:
-        """Climbs along the gradients of the sharp loss, sum_j v l_j / B, and clears them.
+    def second_step(self) -> None:  # type: ignore[override]
+        """Ascends along the gradients of the sharp loss, sum_j v l_j / B, and clears them.
 
         Raises:
             ValueError: It is not this phase's turn, or no parameter has a gradient.
         """
-        self._run("second_step", self._climb)
-        self._clear_gradients()
+        self._advance("second_step", True)
 
     @torch.no_grad()
     def third_step(self) -> None:
-        """Goes back to w and steps with the kept gradients plus those of the sharp loss at w + eps, and clears them.
+        """Restores w and steps with the kept gradients plus those of the sharp loss at w + eps, and clears them.
 
         Raises:
             ValueError: It is not this phase's turn.
         """
-        self._run("third_step", self._descend)
-        self._clear_gradients()
-
-    @property
-    def _classes(self) -> int:
-        if self.class_weights is None:
-            raise ValueError(
-                "class_counts must be given to the constructor for step(closure, targets); the phases need none"
-            )
-        return 2**62 if self._open else len(self.class_weights)
-
-    def _evaluate(self, part: Batch) -> Tensor:
-        return self._evaluate_for(part, self._parameters()[0]) if all(self._used) else part.evaluate()
-
-    def _backward_both(self, losses: Tensor, u: Tensor, v: Tensor, clean: list[Tensor | None]) -> list[Tensor | None]:
-        if self._sharing is None:
-            return super()._backward_both(losses, u, v, clean)
-        params = self._sharing.params
-        if self._pilot is None:
-            seeds = u.abs() + v.abs()
-            found = self._sharing(losses, seeds, [Weighting.sparse(one / seeds) for one in (u, v)], native=False)
-        elif self._pilot == 1:
-            found = self._sharing(losses, v, (u / v,))
-        else:
-            sharp = _swap_gradients(params, clean)
-            found = self._sharing(losses, u, (v / u,))
-            clean = _swap_gradients(params, sharp)
-        if found is None:
-            return super()._backward_both(losses, u, v, clean)
-        if self._pilot != 1:
-            _swap_gradients(params, _sum(_gradients(params), found[-1]))
-        return clean if self._pilot == 0 else _sum(clean, found[0])
-
-    def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        chosen = labels.to(losses.device, torch.long, non_blocking=True)  # type: ignore[union-attr]
-        if self._open:
-            chosen = chosen.clamp(max=len(self.class_weights) - 1)  # type: ignore[arg-type]
-        weights = []
-        for name in ("clean_weights", "class_weights"):
-            table = getattr(self, name).to(losses.device, non_blocking=True)
-            setattr(self, name, table)
-            weights.append(table[chosen].to(losses.dtype))
-        u, v = (some if one else None for some, one in zip(weights, self._used, strict=True))
-        return u, v
+        self._advance("third_step", True)
 
 
-def _sum(grads: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients added up, where one may be missing."""
-    return [a if b is None else b if a is None else a + b for a, b in zip(grads, more, strict=True)]
+class TailWise(ClassWise):
+    """Base of the methods that tell head and tail apart, by ``eta``: with them ASAM's constant is called ``asam_eta``."""
+
+    asam_eta = option(0.0, "ASAM's constant: ``|w|`` becomes ``|w| + asam_eta``.", ge=0, per_group=True, keyword=False)
+    asam_constant = "asam_eta"
+
+    def tail(self, options: Any) -> Tensor | None:
+        """Which classes are tail, shape (C,), bool; None if that is not known."""
+        return tail_of(options["class_counts"], options["eta"], options.get("tail_classes"))
+
+    def check_options(self, options: Any) -> None:
+        super().check_options(options)
+        self.tail(options)

@@ -1,12 +1,10 @@
-"""Gradients by the list, of hidden weights too, and sections that Ctrl-C does not cut in two."""
+"""Gradients as a rule sees them: one tensor for each parameter, combined lazily, so that a pass over memory adds them up."""
 
 from __future__ import annotations
 
-import _signal  # the functions behind signal's, without the enums, which cost 5 us a call
 import contextlib
 import itertools
 import operator
-import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,66 +14,140 @@ from torch import Tensor
 from ltsam_fast.shared.graph import Graph
 from ltsam_fast.table import check_dense
 
+Factor = float | Tensor
+"""A number, or one on the device, 0-d."""
 
-class Uninterrupted:
-    """Holds Ctrl-C back until weights, and the note of whether they are perturbed, agree again. About 1 us."""
 
-    __slots__ = ("_handler", "_pending")
+class Combination:
+    """A sum of factors times gradients, at most two different ones: ``(1 + a) * g_p - alpha * g``."""
 
-    def __enter__(self) -> None:
-        self._pending: list[tuple[Any, ...]] = []
-        self._handler = None
-        if threading.current_thread() is threading.main_thread():  # no other thread runs Python's signal handlers
-            handler = _signal.getsignal(_signal.SIGINT)
-            if callable(handler):
-                self._handler = handler
-                _signal.signal(_signal.SIGINT, lambda *args: self._pending.append(args))
+    __slots__ = ("terms",)
 
-    def __exit__(self, *_: object) -> None:
-        if self._handler is not None:
-            _signal.signal(_signal.SIGINT, self._handler)
-            if self._pending:
-                self._handler(*self._pending[0])
+    def __init__(self, terms: dict[Gradient, Factor]) -> None:
+        self.terms = terms
+
+    def __rmul__(self, factor: Factor) -> Combination:
+        return Combination({gradient: factor * own for gradient, own in self.terms.items()})
+
+    def __add__(self, other: Combination) -> Combination:
+        terms = dict(self.terms)
+        for gradient, factor in other.terms.items():
+            terms[gradient] = terms[gradient] + factor if gradient in terms else factor
+        if len(terms) > 2:
+            raise ValueError(f"a combination has two gradients at most, got {len(terms)}")
+        return Combination(terms)
+
+    def __sub__(self, other: Combination) -> Combination:
+        return self + -1.0 * other
+
+
+class Gradient(Combination):
+    """A gradient: a tensor, or None, for each parameter of the optimizer.
+
+    Attributes:
+        tensors: The tensors, in the order of the groups.
+        number: Which pass of the step it is from; -1: none, it is state.
+        averaged: Whether it is the mean over all workers already.
+    """
+
+    __slots__ = ("averaged", "number", "tensors")
+
+    def __init__(self, tensors: list[Tensor | None], number: int, averaged: bool = True) -> None:
+        self.tensors, self.number, self.averaged = tensors, number, averaged
+
+    @property
+    def terms(self) -> dict[Gradient, Factor]:  # type: ignore[override]
+        return {self: 1.0}
+
+
+class State(Gradient):
+    """State of a method: a tensor for each parameter, kept from step to step under ``name``; None where there is none yet."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, tensors: list[Tensor | None], name: str) -> None:
+        super().__init__(tensors, number=-1)
+        self.name = name
+
+    @property
+    def missing(self) -> bool:
+        """Whether no parameter has any."""
+        return all_missing(self.tensors)
+
+
+class Sum(Combination):
+    """The plain sum of a gradient and one of an earlier pass: a parameter moves if it has either."""
+
+    __slots__ = ("last", "before")
+
+    def __init__(self, last: Gradient, before: Gradient) -> None:
+        self.last, self.before = last, before
+
+    @property
+    def terms(self) -> dict[Gradient, Factor]:  # type: ignore[override]
+        return {self.last: 1.0, self.before: 1.0}
 
 
 _NONE = type(None)  # `None in tensors` would compare element by element
-
-
-def _same_items(first: list[Any], second: list[Any]) -> bool:
-    return len(first) == len(second) and all(map(operator.is_, first, second))
-
-
 _requires_grad = operator.attrgetter("requires_grad")
 _grad = operator.attrgetter("grad")
 
 
-def _gradients(params: list[Tensor]) -> list[Tensor | None]:
-    """The gradients of parameters that are not frozen. 50 ns each: with a comprehension it would be twice that."""
+def some_missing(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether one of them is None."""
+    return _NONE in map(type, tensors)
+
+
+def all_missing(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether all of them are None."""
+    return all(map(operator.is_, tensors, itertools.repeat(None)))
+
+
+def same_items(first: list[Any], second: list[Any]) -> bool:
+    """Whether two lists have the same objects."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+def gradients_of(params: list[Tensor]) -> list[Tensor | None]:
+    """The gradients in place, of parameters that are not frozen."""
     if all(map(_requires_grad, params)):
         return list(map(_grad, params))
     return [param.grad if param.requires_grad else None for param in params]
 
 
-def _swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
+def swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
     """Puts ``grads`` in place and returns what was there."""
-    before = [param.grad for param in params]
+    before = list(map(_grad, params))
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return before
 
 
+def take_gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Returns the gradients and clears them in place."""
+    grads = gradients_of(params)
+    for param in params:
+        param.grad = None
+    return grads
+
+
+def own_memory(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, with copies of views: a view may be one of DDP's buckets, which the next backward overwrites."""
+    return [grad.clone() if grad is not None and grad._is_view() else grad for grad in grads]
+
+
 @contextlib.contextmanager
-def gradients_aside(params: list[Tensor]) -> Iterator[None]:
+def stash_gradients(params: list[Tensor]) -> Iterator[None]:
     """Keeps gradients out of reach while a closure runs: it may begin with zero_grad(), as torch's documentation has it."""
     kept = list(map(_grad, params))
-    empty = all(map(operator.is_, kept, itertools.repeat(None)))
+    empty = all_missing(kept)
     if not empty:
-        _swap_gradients(params, [None] * len(params))
+        swap_gradients(params, [None] * len(params))
     try:
         yield
     finally:  # what the closure left, such as by another optimizer's step, is not this step's
         if not empty or {*map(type, map(_grad, params))} - {_NONE}:
-            _swap_gradients(params, kept)
+            swap_gradients(params, kept)
 
 
 def check_all_dense(grads: Iterable[Tensor | None]) -> None:
@@ -104,9 +176,9 @@ class Differentiable:
         """The gradients of ``sum_j weights_j losses_j``; None for a weight that they don't depend on."""
         if self._all is None:
             return list(torch.autograd.grad(self._losses, self._params, weights, retain_graph, allow_unused=True))
-        before = _swap_gradients(self._all, [None] * len(self._all))
+        before = swap_gradients(self._all, [None] * len(self._all))
         try:
             torch.autograd.backward(self._losses, weights, retain_graph)
         finally:
-            found = _swap_gradients(self._all, before)
+            found = swap_gradients(self._all, before)
         return found[: len(self._params)]

@@ -1,4 +1,4 @@
-"""Sparse SAM's masks: which coordinates climb, over all parameters together, kept as a bit for each element."""
+"""Sparse SAM's masks: which coordinates are perturbed, over all parameters together, kept as a bit for each element."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def fisher(
     return joined(scores)
 
 
-def exchange(moving: Tensor, size: Tensor, chance: Tensor, count: int) -> Tensor:
+def exchange(moving: Tensor, size: Tensor, draws: Tensor, count: int) -> Tensor:
     """Drops the ``count`` coordinates of smallest ``size`` and takes in as many others at random (Mi et al. 2022, Alg. 3)."""
     dropped = size.masked_fill(~moving, math.inf).topk(count, largest=False, sorted=False).indices
-    grown = chance.masked_fill(moving, -1.0).topk(count, sorted=False).indices
+    grown = draws.masked_fill(moving, -1.0).topk(count, sorted=False).indices
     return moving.index_fill(0, dropped, False).index_fill_(0, grown, True)

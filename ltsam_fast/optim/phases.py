@@ -1,116 +1,141 @@
-"""The explicit phases: their order, torch's hooks around them, and its contract with GradScaler."""
+"""The explicit phases: a rule that is driven by the caller's backward passes, one gradient a phase."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ltsam_fast.optim.batch import Scaling
-from ltsam_fast.optim.descent import Descender
-from ltsam_fast.optim.fused import local_of
+from ltsam_fast.optim.class_weights import ClassWeights
+from ltsam_fast.optim.gradients import Gradient, State, Sum, gradients_of, own_memory, take_gradients
+from ltsam_fast.optim.step import AtPerturbed, AtWeights, MicroBatch, Pause, Step
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.optimizer import SharpnessAware
+
+_GIVEN = ClassWeights(torch.ones(1))
+"""Stands for class weights: with the phases the caller weighs the losses."""
 
 
-class Phased(Descender):
-    """Runs phases in their order, with hooks and scaler."""
+class NotInPhases(ValueError):
+    """A rule asks for more than the gradients that the phases bring."""
 
-    def _enter(self, phase: str) -> None:
-        """Checks that ``phase`` is next."""
-        expected = self.phases[self._phase]
-        if phase != expected:
-            raise ValueError(
-                f"{phase}() was called where {expected}() is next: call {', '.join(f'{name}()' for name in self.phases)} "
-                "in this order, each after its backward(), or restore() to start over"
-            )
 
-    def _run(
-        self,
-        phase: str,
-        work: Callable[[Tensor | None, Tensor | None], None],
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        """Does a phase's ``work(grad_scale, found_inf)`` in its turn; ``scaler`` is the first phase's, for all of the step.
+class PhaseRun:
+    """A rule between its phases.
 
-        If it fails, by Ctrl-C too, weights that climbed come back.
-        """
-        self._enter(phase)
-        following = (self._phase + 1) % len(self.phases)
-        if self._phase == 0:
-            self._scaling = Scaling(scaler, self._parameters()[0])
-            self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
-        scaling = self._scaling
-        scaling.check_scaled(self)
+    Attributes:
+        step: The step.
+        position: How many phases have been run.
+    """
+
+    def __init__(self, optimizer: SharpnessAware, step: Step, inputs: dict[str, Any]) -> None:
+        self.step, self.position = step, 0
+        self._optimizer = optimizer
+        self._rule = optimizer.rule(step, **inputs)
+        self._request: Any = None
+        self._found: list[list[Tensor | None]] = []
+        step._passes = self
+        self.names = optimizer.phases
+
+    def class_weights(self) -> tuple[ClassWeights, ClassWeights]:
+        """The caller weighs the losses."""
+        return _GIVEN, _GIVEN
+
+    def advance(self) -> bool:
+        """Runs the next phase; returns whether it was the last one."""
+        begins = self._request is None
+        if begins:
+            self._request = next(self._rule)
+        self.position += 1
+        request, answer = self._request, None
+        if begins and isinstance(request, AtPerturbed):
+            return False  # the rule perturbs before its first gradient
+        if not isinstance(request, Pause):
+            keeps = isinstance(request, AtWeights) and (request.averaged or request.gradients > 1)
+            params = self.step._params
+            self._found.append(own_memory(take_gradients(params)) if keeps else gradients_of(params))
+            if keeps:
+                self.step._workers.gradients_cleared()
+            if len(self._found) < request.gradients:
+                return False
+            answer, self._found = self._answer(request, self._found), []
         try:
-            signals = scaling.signals if scaling.grad_scale is not None else self._signals()
-            self._check_join(signals[1] is not None)
-            work(*signals)
-            self._phase = following
-        except BaseException:
-            if self._climbed:
-                self.restore()
-            raise
-        if following == 0:
-            scaling.report(self)
-            if not self._within_step:
-                self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
+            self._request = self._rule.send(answer)
+        except StopIteration:
+            return True
+        return False
 
-    _step_supports_amp_scaling = True
-    """Tells torch.amp.GradScaler.step() to set ``grad_scale`` and ``found_inf``, and to leave the gradients as they are."""
-    _within_step = False
+    def _answer(self, request: Any, found: list[list[Tensor | None]]) -> Any:
+        if isinstance(request, AtPerturbed):
+            gradient = self.step.gradient(found[0], True)
+            if request.plus is None:
+                return gradient
+            request.plus.averaged = True  # type: ignore[attr-defined]
+            return Sum(gradient, request.plus)  # type: ignore[arg-type]
+        self.step.seen_unperturbed = True
+        workers, optimizer = self.step._workers, self._optimizer
+        average = workers.averages and (request.averaged or (optimizer.ascent_sync and request.gradients == 1))
+        answers = [
+            self.step.gradient(workers.average(self.step._params, one) if average else one, average) for one in found
+        ]
+        whole = answers[0] if len(answers) == 1 else answers
+        return (whole, None) if request.squares else whole
 
-    def _patch_step_function(self) -> None:
-        """Where torch wraps step(): keeps that and the phases out of torch.compile's graphs, which break there once."""
-        super()._patch_step_function()  # type: ignore[misc]
-        cls = type(self)
-        for name in ("step", *self.phases):
-            function = getattr(cls, name)
-            if not hasattr(function, "_torchdynamo_disable"):
-                setattr(cls, name, torch.compiler.disable(function))
 
-    def _signals(self) -> tuple[Tensor | None, Tensor | None]:
-        """``grad_scale`` and ``found_inf`` as torch.amp.GradScaler.step(), or the caller, set them."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
-            found_inf = None if grad_scale is None else torch.zeros((), dtype=torch.float32, device=grad_scale.device)
-        return grad_scale, found_inf
+class _DryStep:
+    """A step whose verbs do nothing, and whose numbers are zeros."""
 
-    def _ends(self, closure: Any) -> bool:
-        """Whether step(closure) is one of torch's own: a GradScaler takes the last phase, or a checkpoint wants state."""
-        if closure is not None:
-            return False
-        return self._phase == len(self.phases) - 1 if self._phase else self._asks_for_state()
+    def __init__(self, number: int) -> None:
+        self.number = number
 
-    def _asks_for_state(self) -> bool:
-        """Whether torch.distributed.checkpoint calls step() with learning rate 0 and gradients of zeros, to see the state."""
-        if any(bool(group.get("lr", 0.0)) for group in self.param_groups):
-            return False
-        params = [param for param in self._parameters()[0] if param.requires_grad]
-        grads = [param.grad for param in params]
-        return bool(grads) and not any(grad is None or bool(grad.any()) for grad in local_of(grads, self._sharded))
+    def class_weights(self) -> tuple[ClassWeights, ClassWeights]:
+        return _GIVEN, _GIVEN
 
-    def _create_state(self) -> None:
-        """Makes the state that the steps would make, for a checkpoint to be loaded into."""
-        params, groups = self._parameters()
-        moving = [i for i, param in enumerate(params) if param.requires_grad]
-        params, groups = [params[i] for i in moving], [groups[i] for i in moving]
-        self._create_buffers(params)
-        self._create_base_state(params, groups)
+    def micro_batches(self, size: int) -> Any:
+        raise NotInPhases
 
-    def _last_phase(self) -> Any:
-        """step() as torch itself calls it."""
-        if not self._phase:
-            return self._create_state()
-        self._within_step = True  # torch calls the hooks around it
-        try:
-            return getattr(self, self.phases[-1])()
-        finally:
-            self._within_step = False
+    def state(self, name: str) -> State:
+        return State([], name)
 
-    def _call_hooks(self, *registered: dict[int, Callable[..., Any]]) -> None:
-        """Calls the hooks that torch.optim calls around step(), which the phases together are."""
-        for hooks in registered:
-            for hook in list(hooks.values()):
-                hook(self, (), {})
+    def dots(self, first: Gradient, second: Gradient) -> tuple[Tensor, Tensor, Tensor]:
+        return _ZERO, _ZERO, _ZERO
+
+    def lacks(self, name: str) -> bool:
+        return False
+
+    def __getattr__(self, verb: str) -> Any:
+        return lambda *args, **options: None
+
+
+_ZERO = torch.zeros(())
+
+
+def count_phases(optimizer: SharpnessAware) -> int:
+    """How many phases the next step has, found out by running its rule without doing anything; 0: it cannot be run so."""
+    rule = optimizer.rule(_DryStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
+    count, answer = 0, None
+    try:
+        while True:
+            request = rule.send(answer)
+            if isinstance(request, AtPerturbed) and not count:
+                count = 1  # the rule perturbs before its first gradient
+            if not isinstance(request, (AtWeights, AtPerturbed, Pause)) or isinstance(
+                getattr(request, "of", None), (MicroBatch, list)
+            ):
+                return 0
+            count += request.gradients or 1
+            if isinstance(request, Pause):
+                answer = None
+                continue
+            found = [Gradient([], number) for number in range(count, count + request.gradients)]
+            answer = found[0] if len(found) == 1 else found
+            if getattr(request, "squares", 0):
+                answer = answer, None
+            if getattr(request, "plus", None) is not None:
+                answer = Sum(answer, request.plus)
+    except StopIteration:
+        return count
+    except NotInPhases:
+        return 0

@@ -1,4 +1,4 @@
-"""Checkpoints of other classes: a plain base optimizer's, and those of the published wrappers.
+"""Checkpoints of other classes and of version 0.1.0: a plain base optimizer's, and those of the published wrappers.
 
 A published wrapper has ``rho`` and ``adaptive`` in its groups. Its state is what lives within a step (``old_p``, ``e_w``,
 ``eps``, ``grad`` and the like); that of its base optimizer, under other names, is mostly missing.
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ltsam_fast.optim.base_step import call_step
+
 if TYPE_CHECKING:
-    from ltsam_fast.optim.state import Stateful
+    from ltsam_fast.optim.optimizer import SharpnessAware
 
 _PLAIN = dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), False)
 
 
-def completed(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]:
+def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as ``optimizer`` loads it: options that it lacks are the present ones, state that is nobody's is dropped.
 
     Raises:
@@ -34,6 +36,7 @@ def completed(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]
     if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:
         return state_dict  # torch says so
     foreign = any("perturb" not in saved for saved in saved_groups)
+    old = not foreign and any("steps" not in saved for saved in saved_groups)
     saved_groups = [_group(optimizer, saved, group) for saved, group in zip(saved_groups, groups, strict=True)]
     groups = [{**saved, "params": group["params"]} for saved, group in zip(saved_groups, groups, strict=True)]
     base, state = optimizer.base_optimizer, dict(state_dict["state"])
@@ -46,13 +49,15 @@ def completed(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]
         for key, param in zip(saved["params"], group["params"], strict=True):
             entry, wanted = state.pop(key, {}), names[number, param.dim()]
             if foreign:
-                entry = {optimizer._published.get(name, name): value for name, value in entry.items()}
+                entry = {optimizer.published_state.get(name, name): value for name, value in entry.items()}
+            elif old:
+                entry = {_RENAMED.get(name, name): value for name, value in entry.items()}
             _check(base, entry, wanted, param)
             if foreign:
                 lost |= bool(entry and wanted) and entry.keys().isdisjoint(wanted)
-                entry = {name: entry[name] for name in entry if name in wanted or name in optimizer._buffers}
+                entry = {name: entry[name] for name in entry if name in wanted or name in optimizer.buffers}
                 entry = {**begun.get(param, {}), **entry}
-                stepped |= not entry.keys().isdisjoint(optimizer._buffers)
+                stepped |= not entry.keys().isdisjoint(optimizer.buffers)
             if entry:
                 kept[key] = entry
     if lost:
@@ -62,26 +67,49 @@ def completed(optimizer: Stateful, state_dict: dict[str, Any]) -> dict[str, Any]
             stacklevel=3,
         )
     if stepped:
-        saved_groups = [{**saved, "taken": max(1, saved["taken"])} for saved in saved_groups]
+        saved_groups = [{**saved, "steps": max(1, saved["steps"])} for saved in saved_groups]
     rest = {key: value for key, value in state.items() if not foreign or key in loose}
     return {**state_dict, "state": {**rest, **kept}, "param_groups": saved_groups}
 
 
-def _group(optimizer: Stateful, saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A saved group with all options; those that it lacks have their present values.
 
-    What a plain base saved under one of the method's names goes to ``_base_only``.
+    What a base saved under one of the method's names is the base's own: see ``SharpnessAware.base_alone``.
     """
-    if "perturb" in saved:
-        return saved
-    # An option of a plain base of the same name (Adadelta's rho) is another thing. A wrapper's comes with ``adaptive``.
-    theirs = {} if "adaptive" in saved else optimizer._base_only
-    optimizer._base_only = {**optimizer._base_only, **{name: saved[name] for name in theirs if name in saved}}
-    own = {name: saved[name] for name in optimizer._own if name in saved and name not in theirs}
-    own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
-    group = {**saved, **{name: now[name] for name in optimizer._own if name in now}, **own}
-    optimizer._check_group(group)
+    if "steps" in saved and "perturb" in saved:
+        return {**{name: now[name] for name in optimizer.options}, **saved}
+    if "perturb" in saved:  # version 0.1.0, which kept these in the groups, and other options in attributes
+        own = {name: saved[before] for before, name in _OLD.items() if before in saved}
+        own[optimizer.asam_constant] = own.pop("eta")
+        kept = {*_OLD, "lr_max", "lr_seen"}
+    else:
+        # An option of a plain base of the same name (Adadelta's rho) is another thing. A wrapper's comes with ``adaptive``.
+        own = {name: saved[name] for name in optimizer.options if name in saved} if "adaptive" in saved else {}
+        own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
+        kept = {*own}
+    theirs = {name: saved[name] for name in optimizer._base_only if name in saved and name not in kept}
+    optimizer._base_only = {**optimizer._base_only, **theirs}
+    names = {*optimizer.options, "steps", "skipped_steps"}
+    rest = {name: value for name, value in saved.items() if name not in {*_OLD, *names} or name == "params"}
+    also = {name: saved[name] for name in ("lr_max", "lr_seen") if name in saved and name in kept}
+    group = {**rest, **{name: now[name] for name in names}, **also, **own}
+    optimizer.check_group_options(group)
     return group
+
+
+_OLD = {
+    "rho": "rho",
+    "adaptive": "adaptive",
+    "eta": "eta",
+    "norm_eps": "norm_eps",
+    "perturb": "perturb",
+    "taken": "steps",
+    "skipped": "skipped_steps",
+}
+"""Entries of a group in version 0.1.0, and what they are now."""
+_RENAMED = {"frozen": "mask"}
+"""State of version 0.1.0, and what it is now."""
 
 
 def _state_of(base: Optimizer, groups: list[dict[str, Any]]) -> tuple[dict[Any, Any], set[Any], dict[Any, Any]]:
@@ -92,8 +120,6 @@ def _state_of(base: Optimizer, groups: list[dict[str, Any]]) -> tuple[dict[Any, 
         parameter's shape; the keys of state that is no parameter's; and the state of parameters that is there before the first
         step.
     """
-    from ltsam_fast.optim.descent import no_hooks  # which imports, in the end, this module
-
     small = {
         (number, dim): torch.ones(tuple(range(2, 2 + dim)), dtype=torch.float32, requires_grad=True)
         for number, group in enumerate(groups)
@@ -103,14 +129,14 @@ def _state_of(base: Optimizer, groups: list[dict[str, Any]]) -> tuple[dict[Any, 
         {name: float(v) if isinstance(v, Tensor) else v for name, v in g.items() if name != "params"} for g in groups
     ]
     options = [{**one, **{name: False for name in _PLAIN if name in one}} for one in options]
-    with torch.random.fork_rng(devices=[]), no_hooks():
+    with torch.random.fork_rng(devices=[]):
         probe = _made(
             base, [{**one, "params": [p for (n, _), p in small.items() if n == i]} for i, one in enumerate(options)]
         )
         begun = _made(base, groups).state if probe.state else {}
         for param in small.values():
             param.grad = torch.ones_like(param)
-        probe.step()
+        call_step(probe)
     names = {
         key: {
             name: isinstance(value, Tensor) and value.shape == param.shape and param.dim() > 0

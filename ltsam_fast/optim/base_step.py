@@ -1,0 +1,243 @@
+"""The base optimizer's step from the unperturbed weights: fused with restoring and summing, or by itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ltsam_fast import ops
+from ltsam_fast.optim.amp import LossScale
+from ltsam_fast.optim.checks import number
+from ltsam_fast.optim.gradients import check_all_dense
+from ltsam_fast.optim.parallel import Single
+from ltsam_fast.optim.perturbation import Perturbation
+from ltsam_fast.weight_caches import clear_weight_caches
+
+Group = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Update:
+    """What a step does to the weights: ``base_step(w, c0 g + c1 h) - lr (c2 g + c3 h)``."""
+
+    params: list[Tensor]
+    groups: list[int]
+    """The group of each parameter."""
+    grads: list[Tensor | None]
+    """g"""
+    kept: list[Tensor | None] | None
+    """h"""
+    combination: Tensor | None
+    """c, shape (4,); None: (1, 1, 0, 0)."""
+    decoupled: bool
+    """Whether c2 or c3 is not zero."""
+    norm: Tensor | None
+    """Norm of c0 g + c1 h, still scaled, where it is known."""
+    max_norm: float
+    """What it is clipped to; 0: it is not."""
+
+
+class FusedStep:
+    """SGD, Adam and AdamW: restoring, summing and updating are one pass."""
+
+    def __init__(self, op: str, arguments: Callable[..., dict[str, Any]]) -> None:
+        self._op, self._arguments = op, arguments
+
+    def create_state(self, optimizer: Any, params: list[Tensor], groups: list[int]) -> None:
+        """Makes the base optimizer's state as before its first step."""
+        base = optimizer.base_optimizer
+        self._arguments(base.param_groups, groups, params, [base.state[param] for param in params])
+
+    def __call__(
+        self, optimizer: Any, update: Update, perturbation: Perturbation, scaling: LossScale, workers: Single
+    ) -> None:
+        """Restores the weights and steps."""
+        base, params, table = optimizer.base_optimizer, update.params, workers.table(self._op)
+        state = self._arguments(base.param_groups, update.groups, params, [base.state[param] for param in params])
+        state = {key: workers.local(value) if isinstance(value, list) else value for key, value in state.items()}
+        backups = perturbation.sources_of(params, workers)
+        perturbation.begin_update(params, table)
+        getattr(ops, self._op)(
+            workers.local(params),
+            workers.local(update.grads),
+            backups=backups,
+            kept_grads=update.kept and workers.local(update.kept),
+            max_norm=0.0 if update.norm is None else update.max_norm,
+            norm=update.norm,
+            combination=update.combination,
+            groups=update.groups,
+            table=table,
+            **scaling.signals,
+            **state,
+        )
+
+
+class UnfusedStep:
+    """Any other torch optimizer: it steps by itself on the restored weights."""
+
+    def create_state(self, optimizer: Any, params: list[Tensor], groups: list[int]) -> None:
+        """Makes the base optimizer's state by a step, with gradients that are 0: no optimizer tells what it is to be."""
+        with optimizer.base_alone():
+            call_step(optimizer.base_optimizer)
+
+    def __call__(
+        self, optimizer: Any, update: Update, perturbation: Perturbation, scaling: LossScale, workers: Single
+    ) -> None:
+        """Restores the weights and steps. With a scaler it waits for the device to know whether a pass has overflowed."""
+        check_all_dense(update.grads)
+        perturbation.restore(workers)
+        if scaling.found_inf is not None and bool(scaling.found_inf):
+            return
+        totals, beside = _summed(update, optimizer.param_groups, scaling)
+        for param, total in zip(update.params, totals, strict=True):
+            param.grad = total
+        for param in optimizer.all_params():
+            if not param.requires_grad:  # frozen since its last backward
+                param.grad = None
+        with optimizer.base_alone():
+            call_step(optimizer.base_optimizer)
+        if beside:
+            torch._foreach_add_(update.params, beside)
+        clear_weight_caches()
+
+
+def base_step_of(base: Optimizer) -> FusedStep | UnfusedStep:
+    """How a base optimizer steps. Subclasses of the fused ones may compute something else: they step by themselves."""
+    return _FUSED.get(type(base)) or UnfusedStep()
+
+
+def is_fused(base: Optimizer) -> bool:
+    """Whether the base optimizer's step is a pass of this package."""
+    return type(base) in _FUSED
+
+
+def call_step(base: Optimizer) -> None:
+    """``base.step()`` without the hooks for all optimizers: they have their turn around the whole step."""
+    step = type(base).step
+    if getattr(step, "hooked", False):  # torch.optim.Optimizer's wrapper, which calls hooks
+        step = step.__wrapped__  # type: ignore[attr-defined]
+    for hook in list(base._optimizer_step_pre_hooks.values()):
+        hook(base, (), {})
+    step(base)  # type: ignore[call-arg]
+    for hook in list(base._optimizer_step_post_hooks.values()):
+        hook(base, (), {})
+
+
+def sign_of(group: Group) -> int:
+    """-1 for a group whose loss is maximized."""
+    return -1 if group.get("maximize") else 1
+
+
+def check_base(kind: type) -> None:
+    """Raises TypeError for what is no optimizer, ValueError for one that can't step with the gradients of a method."""
+    if not issubclass(kind, Optimizer):
+        raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {kind!r}")
+    if issubclass(kind, torch.optim.SparseAdam):
+        raise ValueError("base_optimizer must not be SparseAdam, which needs sparse gradients: use torch.optim.Adam")
+    try:
+        inspect.signature(kind.step).bind(None)
+    except TypeError:
+        raise ValueError(
+            f"base_optimizer must step without a closure, which {kind.__name__} needs: use torch.optim.SGD or AdamW"
+        ) from None
+
+
+def _summed(update: Update, groups: list[Group], scaling: LossScale) -> tuple[list[Tensor], list[Tensor]]:
+    """The unscaled and clipped gradient that the base optimizer gets, and the decoupled step besides."""
+    grads, kept, c = update.grads, update.kept, update.combination
+    factor = unscale = 1.0 if scaling.grad_scale is None else 1 / scaling.grad_scale
+    if update.max_norm and update.norm is not None:
+        factor = factor * (update.max_norm / (update.norm * factor + 1e-6)).clamp(max=1.0)
+    beside: list[Tensor] = []
+    if c is not None:
+        others = kept or [None] * len(grads)
+        pairs = [
+            (g, torch.zeros_like(g) if h is None else h) for g, h in zip(grads, others, strict=True) if g is not None
+        ]
+        if update.decoupled:
+            rates = [sign_of(groups[i]) * float(groups[i]["lr"]) * unscale for i in update.groups]
+            beside = [(-lr * (c[2] * g + c[3] * h)).to(g) for lr, (g, h) in zip(rates, pairs, strict=True)]
+        grads, kept = [(c[0] * g + c[1] * h).to(g) for g, h in pairs], None
+    totals = []
+    for grad, other in zip(grads, kept or [None] * len(grads), strict=True):
+        total = other if grad is None else grad if other is None else grad.add_(other)
+        totals.append(total if isinstance(factor, float) else total.mul_(factor.to(total)))  # type: ignore[union-attr]
+    return totals, beside
+
+
+def _buffers(name: str, states: list[Group], params: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
+    """A buffer of each parameter's kind where wanted: what the state has, else zeros."""
+    buffers = [state.get(name) if want else None for state, want in zip(states, wanted, strict=True)]
+    for i, buffer in enumerate(buffers):
+        if buffer is None and wanted[i]:
+            buffers[i] = states[i][name] = torch.zeros_like(params[i], requires_grad=False)
+    return buffers
+
+
+def _step_count(state: Group, param: Tensor) -> Tensor:
+    """The number of steps taken, on the parameter's device, where the pass reads it and counts it up."""
+    count = state.get("step")
+    if not isinstance(count, Tensor) or count.device != param.device or count.dtype != torch.float32:
+        count = state["step"] = torch.as_tensor(
+            0.0 if count is None else count, dtype=torch.float32, device=param.device
+        )
+    return count
+
+
+def _options(groups: list[Group], *names: str) -> dict[str, tuple[float, ...]]:
+    """Hyperparameters, one value a group."""
+    return {name: tuple(number(group[name]) for group in groups) for name in names}
+
+
+def _sgd(groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any]) -> dict[str, Any]:
+    """State and options of torch.optim.SGD."""
+    momentum = [group["momentum"] != 0 for group in groups]
+    damped = [group["momentum"] != 0 and group["dampening"] != 0 for group in groups]
+    state: dict[str, Any] = {}
+    if any(momentum):
+        state["momentum_buffers"] = _buffers("momentum_buffer", states, params, [momentum[g] for g in group_of])
+    if any(damped):
+        state["steps"] = [
+            _steps_of_sgd(state, param) if damped[group] else None
+            for state, param, group in zip(states, params, group_of, strict=True)
+        ]
+    return state | _options(groups, "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
+def _steps_of_sgd(state: Group, param: Tensor) -> Tensor:
+    """Dampening starts with a tensor's second step, so steps must be counted; torch's SGD only knows a buffer is there."""
+    known = "step" in state
+    count = _step_count(state, param)
+    if not known and bool(state["momentum_buffer"].any()):
+        count.fill_(1.0)  # a checkpoint of torch's SGD
+    return count
+
+
+def _adam(groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any]) -> dict[str, Any]:
+    """State and options of torch.optim.Adam and AdamW."""
+    everywhere = [True] * len(params)
+    state: dict[str, Any] = {
+        "steps": [_step_count(state, param) for state, param in zip(states, params, strict=True)],
+        "exp_avgs": _buffers("exp_avg", states, params, everywhere),
+        "exp_avg_sqs": _buffers("exp_avg_sq", states, params, everywhere),
+    }
+    if any(group["amsgrad"] for group in groups):
+        amsgrad = [bool(groups[group]["amsgrad"]) for group in group_of]
+        state["max_exp_avg_sqs"] = _buffers("max_exp_avg_sq", states, params, amsgrad)
+    for i in (0, 1):
+        state[f"beta{i + 1}"] = tuple(number(group["betas"][i]) for group in groups)
+    state["decoupled"] = tuple(float(group.get("decoupled_weight_decay", False)) for group in groups)
+    return state | _options(groups, "lr", "eps", "weight_decay", "maximize")
+
+
+_FUSED = {
+    torch.optim.SGD: FusedStep("sgd_step_", _sgd),
+    torch.optim.Adam: FusedStep("adam_step_", _adam),
+    torch.optim.AdamW: FusedStep("adam_step_", _adam),
+}

@@ -1,0 +1,194 @@
+"""A perturbation for each class: gradients by class, and passes in which each sample sees the weights of its class."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast import ops
+from ltsam_fast.optim.amp import LossScale
+from ltsam_fast.optim.base_step import sign_of
+from ltsam_fast.optim.gradients import Differentiable, Gradient, check_all_dense, gradients_of, same_items
+from ltsam_fast.optim.head import Head, by_row_alone, owner_of
+from ltsam_fast.shared import Weighting
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.plan import Passes
+    from ltsam_fast.optim.step import ByClass
+
+Scales = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class ClassGradients:
+    """The gradients of K classes' mean losses over T parameters; once perturbed, the classes' weights.
+
+    Attributes:
+        classes: The classes in the batch, ascending.
+        grads: For each class T tensors.
+    """
+
+    def __init__(self, params: list[Tensor], signs: list[int]) -> None:
+        self.classes: list[int] = []
+        self.grads: dict[int, list[Tensor]] = {}
+        self._params, self._signs = params, signs
+
+    def perturb(self, scales: Scales, scaling: LossScale) -> None:
+        """Turns the gradients into weights, see :meth:`ltsam_fast.optim.step.Step.ascend_by_class`: two passes in all."""
+        params, grads = self._params, [self.grads[k] for k in self.classes]
+        norms = ops.grad_norm(
+            [grad for one in grads for grad in one], groups=range(len(grads) * len(params)), per_group=True,
+            found_inf=scaling.found_inf,
+        ).double()  # fmt: skip
+        inverse = 1.0 if scaling.grad_scale is None else 1 / scaling.grad_scale.double()
+        norms = (norms * inverse).view(len(grads), len(params))
+        found = scales(norms, ops.grad_norm(params).double(), sum(param.numel() for param in params))
+        # The loss of a maximized group grows worse downhill.
+        factors = inverse * torch.tensor(self._signs, dtype=torch.float64, device=norms.device)
+        ops.perturb_by_class_(params, grads, found * factors)
+
+
+class ClassPasses:
+    """The passes that :class:`ltsam_fast.optim.step.ByClass` and ``AtClassPerturbed`` ask for."""
+
+    def __init__(self, passes: Passes, request: ByClass) -> None:
+        self._passes, self._share, self._positions = passes, request.share, request.scope
+        self._optimizer, self._scaling, self._workers = passes._optimizer, passes._scaling, passes._workers
+        step = passes._step
+        self._scope = [step._params[i] for i in request.scope]
+        signs = [sign_of(self._optimizer.param_groups[step._groups[i]]) for i in request.scope]
+        self.gradients = ClassGradients(self._scope, signs)
+        self._rows: list[dict[int, Tensor]] = []  # of each part the samples of its classes
+        self._head: Head | None = None
+
+    def at_weights(self) -> tuple[Gradient, ClassGradients]:
+        """The gradient of the mean loss, which stays in place, and the classes'."""
+        passes, gradients, scope = self._passes, self.gradients, self._scope
+        members = _members_of([part.labels for part in passes.parts])
+        sizes = {k: sum(map(len, numbers.values())) for k, numbers in members.items()}
+        perturbs = bool(scope) and self._share < 1
+        synced = perturbs and self._optimizer.ascent_sync and self._workers.averages
+        if synced:
+            sizes = self._sizes_everywhere(sizes)
+        gradients.classes = sorted(sizes) if perturbs else []
+        self._head = self._find_head() if perturbs else None
+        for number, part in enumerate(passes.parts):
+            with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
+                self._part_at_weights(number, part, members, sizes)
+        passes._step.seen_unperturbed = True
+        if synced:
+            for k in gradients.classes:
+                gradients.grads.setdefault(k, list(map(torch.zeros_like, scope)))
+            self._workers.add_up([grad for k in gradients.classes for grad in gradients.grads[k]])
+            gradients.classes = sorted(members)  # those of other workers are not evaluated here
+        averaged = not perturbs or not self._workers.averages
+        return passes._step.gradient(gradients_of(passes._params), averaged), gradients
+
+    def _part_at_weights(
+        self, number: int, part: Any, members: dict[int, dict[int, list[int]]], sizes: dict[int, int]
+    ) -> None:
+        classes, grads = self.gradients.classes, self.gradients.grads
+        shared = self._passes._shared(self._scope) if classes else None
+        with self._head.watched() if self._head else contextlib.nullcontext():
+            with shared.watching() if shared else contextlib.nullcontext():
+                losses = part.evaluate()
+        self._optimizer._graphs.check(losses)
+        if self._head and not self._head.keeps_apart(losses):
+            self._head = None
+        mean = self._scaling(torch.full_like(losses, self._share / self._passes.size))
+        shares = {}
+        self._rows.append({})
+        for k in classes:
+            if number in members.get(k, ()):
+                chosen = self._rows[-1][k] = torch.tensor(members[k][number], device=losses.device)
+                weights = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
+                shares[k] = self._scaling(weights), chosen
+        found = None
+        if shared is not None and shares and self._share > 0:
+            found = shared(losses, mean, [Weighting(weights / mean, chosen) for weights, chosen in shares.values()])
+        if found is not None:
+            for k, one in zip(shares, found, strict=True):
+                grads[k] = added(one, self._scope, grads.get(k))
+            return
+        at_w = Differentiable(losses, self._scope, self._optimizer.all_weights())
+        for k, (weights, _) in shares.items():
+            grads[k] = added(at_w.gradients(weights), self._scope, grads.get(k))
+        torch.autograd.backward(losses, mean)
+
+    def _find_head(self) -> Head | None:
+        """The module of the scope's parameters, if it computes each row by itself. Looked at in each step: hooks come and go."""
+        optimizer = self._optimizer
+        known = optimizer._head
+        if known is None or not same_items(known[0], self._scope):
+            owner = owner_of(self._scope, optimizer.model or optimizer.head_module)  # type: ignore[attr-defined]
+            known = optimizer._head = self._scope, None if owner is None else Head(owner, self._scope)
+        head = known[1]
+        return head if head and by_row_alone(head.module) else None
+
+    def _sizes_everywhere(self, sizes: dict[int, int]) -> dict[int, int]:
+        """The numbers of samples of each class in all workers' batches."""
+        sums = torch.zeros(self._optimizer.classes(), dtype=torch.long, device=self._scope[0].device)
+        for k, size in sizes.items():
+            sums[k] = size
+        self._workers.add_up([sums])
+        return {k: size for k, size in enumerate(sums.tolist()) if size}
+
+    def at_perturbed(self, share: float) -> Gradient:
+        """The gradient of ``share`` times the mean loss, each sample at its class's weights, added to that in place."""
+        passes = self._passes
+        perturbation = passes._step._perturbation
+        share = share / passes.size
+        if self._head:
+            perturbation.disable_running_stats(self._optimizer.model)
+            self._by_row(self._head, share)
+        else:
+            perturbation.back_up(self._scope, self._positions, self._workers)
+            perturbation.disable_running_stats(self._optimizer.model)
+            self._class_by_class(share)
+        return passes._step.gradient(gradients_of(passes._params), True)
+
+    def _by_row(self, head: Head, share: float) -> None:
+        """In one pass: nothing mixes samples from the head's input on."""
+        parts, grads = self._passes.parts, self.gradients.grads
+        for part, rows in zip(parts, self._rows, strict=True):
+            weights = [grads[k] for k in rows]
+            with self._workers.backward(last=part is parts[-1]), head.by_row(list(rows.values()), weights):
+                losses = part.evaluate(at_w=False)
+                torch.autograd.backward(losses, self._scaling(torch.full_like(losses, share)))
+
+    def _class_by_class(self, share: float) -> None:
+        """In a pass for each class, of the whole batch, whose samples may mix."""
+        grads = self.gradients.grads
+        passes = [(k, number) for k in grads for number, rows in enumerate(self._rows) if k in rows]
+        for k, number in passes:
+            ops.restore_(self._scope, grads[k])
+            with self._workers.backward(last=(k, number) == passes[-1]):
+                losses = self._passes.parts[number].evaluate(at_w=False)
+                weights = torch.zeros_like(losses).index_fill_(0, self._rows[number][k], share)
+                torch.autograd.backward(losses, self._scaling(weights))
+
+
+def _members_of(labels: Sequence[Any]) -> dict[int, dict[int, list[int]]]:
+    """For each class the parts of the batch that it occurs in, with the numbers of its samples there."""
+    members: dict[int, dict[int, list[int]]] = {}
+    for part, targets in enumerate(labels):
+        for number, label in enumerate(targets.tolist()):
+            members.setdefault(label, {}).setdefault(part, []).append(number)
+    return members
+
+
+def added(found: Sequence[Tensor | None], params: list[Tensor], so_far: list[Tensor] | None) -> list[Tensor]:
+    """Gradients in memory of their own, added to what there is so far."""
+    check_all_dense(found)
+    if so_far is None:
+        so_far = [torch.empty_like(param, requires_grad=False) for param in params]
+        for mine, grad in zip(so_far, found, strict=True):
+            mine.zero_() if grad is None else mine.copy_(grad)
+    else:
+        for mine, grad in zip(so_far, found, strict=True):
+            if grad is not None:
+                mine += grad
+    return so_far

@@ -1,0 +1,155 @@
+"""CC-SAM: every class has a perturbation, and a radius, of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast.optim.class_wise import Sharing, check_class_counts
+from ltsam_fast.optim.optimizer import Rule, SharpnessAware
+from ltsam_fast.optim.options import option
+from ltsam_fast.optim.step import AtClassPerturbed, ByClass, Step
+
+
+class CCSAM(Sharing):
+    r"""Class-conditional sharpness-aware minimization, its first stage.
+
+    .. code-block:: text
+
+        for each class k in the batch and each tensor t of the scope:          n_k training samples
+            G_kt     = grad of the mean loss of class k at w
+            r_kt     = noise_ratio * sqrt(|w|) / sqrt(|G_kt|) / sqrt(2) / (n_k - 1)^(1/4) / P^(1/4)
+            delta_kt = r_kt * sqrt(P) * G_kt / |G_kt|                           P scalars, of joint norm |w|, in the scope
+        w <- base_step(w, grad of (1 - flat_ratio) * (1/B) sum_j l_j(w) + flat_ratio * (1/B) sum_j l_j(w + delta_{y_j}))
+
+    The loss of a sample is that of its place in the whole batch: the closure is always called with all samples, so batch norm
+    sees what it sees in training by SGD, and a class of one sample is no special case. With ``noise_ratio=0`` a step is the
+    base optimizer's.
+
+    Where samples stay apart from the head's input on (looked at in each step), its rows get the weights of their classes:
+    two forwards and two backwards, and for each class in the batch a backward through the head. That needs the head as a
+    module, given as ``head`` or found in ``model``, which the forward pass calls once, with one tensor that has the samples'
+    rows, outside of reentrant checkpoints and ``torch.compile``; it must be made of torch's linear layers, layer norms, dropout
+    and activations as they are, or of modules that say ``keeps_samples_apart = True``. What is detached behind the
+    head, or read of its weights elsewhere, is not seen. All else takes a forward and a backward of the whole batch for each
+    class in it, and so does ``scope="all"``. A gradient set of the scope is kept for each class. All norms are one pass, and
+    so are all perturbations.
+
+    Dropout is drawn anew in every forward pass: the perturbed losses see other masks than the plain ones, and where each class
+    has a pass each has a mask.
+
+    ``shared_backward=True`` takes the gradients of all classes and the mean's from one sweep, see
+    :class:`ltsam_fast.optim.sharing.Sharing`; it pays with ``scope="all"``.
+
+    Targets on the cpu are read without waiting for the device. With ``ascent_sync=True`` the mean loss of a class is that of
+    all workers' samples.
+
+    Differences from the published code: a class of one sample gets the radius of two, a zero gradient no perturbation; the
+    head's second pass recomputes the features; labels are not mixed. Where a group is maximized, its perturbation points the
+    other way.
+
+    Source: Zhou et al., "Class-Conditional Sharpness-Aware Minimization for Deep Long-Tailed Recognition", CVPR 2023; the
+    radius is the published code's, with the joint norm of the weights and each tensor's own norm of the gradient.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 2)
+    >>> opt = CCSAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], lr=0.1)
+    >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
+    """
+
+    class_counts = option(
+        None,
+        "C numbers of training samples; needed.",
+        check=check_class_counts,
+        accepts="a list of finite numbers >= 0, not all 0",
+        optional=True,
+    )
+    scope = option("head", '"head": perturb the classifier, as published; "all": the whole network.', choices=("head", "all"))
+    head = option(
+        None,
+        "The classifier's parameters or module; None: those of the last parameter group. Kept are their places in the groups.",
+        check=lambda name, value: value if isinstance(value, torch.nn.Module) else list(value),
+        accepts="a module, or parameters, of those given as params",
+        optional=True,
+    )
+    noise_ratio = option(1e-6, "Factor of all radii.", ge=0)
+    flat_ratio = option(0.5, "Share of the perturbed loss.", ge=0, le=1)
+
+    whole_gradients = True
+    own_reductions = True
+    host_only = "it looks up the classes in the batch on the host"
+    pickled = (*SharpnessAware.pickled, "head_module")
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., torch.optim.Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        head: Any = None,
+        model: torch.nn.Module | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        self.head_module = head if isinstance(head, torch.nn.Module) else None
+        super().__init__(params, base_optimizer, rho, adaptive, model=model, **base_kwargs)
+        if head is not None:
+            self.head = self._places(head)
+
+    def check_options(self, options: Any) -> None:
+        super().check_options(options)
+        if options["class_counts"] is None:
+            raise ValueError("class_counts must be given for CCSAM: C numbers of training samples, got None")
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        if group["adaptive"]:
+            raise ValueError("adaptive must be False for CCSAM: its perturbation is not scaled by the weights")
+
+    def _places(self, head: Any) -> list[list[int]]:
+        """The head's parameters by group and position, which copies and checkpoints keep."""
+        wanted = list(head.parameters()) if isinstance(head, torch.nn.Module) else list(head)
+        places = {id(p): [g, i] for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        missing = [tuple(p.shape) for p in wanted if id(p) not in places]
+        if missing or not wanted:
+            raise ValueError(
+                f"head must be a module, or parameters, of those given as params; not among them: {missing}"
+            )
+        return [places[id(p)] for p in wanted]
+
+    def perturbed_parameters(self) -> list[int]:
+        """The positions of the parameters in the scope, among all."""
+        places = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
+        position = {place: number for number, place in enumerate(places)}
+        if self.scope == "head":
+            last = max((g for g, _ in places), default=None)  # the last group that has parameters
+            places = [(g, i) for g, i in self.head or ()] or [(g, i) for g, i in places if g == last]
+        groups = self.param_groups
+        return [
+            position[g, i] for g, i in places if groups[g]["perturb"] and groups[g]["params"][i].requires_grad
+        ]
+
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.class_counts)
+
+    def rule(self, step: Step) -> Rule:
+        scope = self.perturbed_parameters()
+        flat = self.flat_ratio if scope else 0.0  # with nothing to perturb all of the loss is plain
+        g, by_class = yield ByClass(1 - flat, scope)
+        if by_class.classes:
+            counts = [max(self.class_counts[k], 2.0) for k in by_class.classes]
+            step.ascend_by_class(by_class, lambda *sizes: self._scales(counts, *sizes))
+            g = yield AtClassPerturbed(flat)
+        step.descend(g)
+
+    def _scales(self, counts: list[float], norms: Tensor, weight_norm: Tensor, size: int) -> Tensor:
+        """r_kt sqrt(P) / |G_kt|, shape (K, T); 0 where the gradient is 0."""
+        rare = torch.tensor([count - 1 for count in counts], dtype=torch.float64, device=norms.device)
+        root = (weight_norm + 1e-12).sqrt()
+        radius = self.noise_ratio * root * size**0.25 / math.sqrt(2) * rare**-0.25
+        return torch.where(norms > 0, radius[:, None] * norms**-1.5, torch.zeros_like(norms))

@@ -1,0 +1,59 @@
+"""Focal-SAM: every class's sharpness counts, by how rare the class is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ltsam_fast import ops
+from ltsam_fast.optim.class_wise import ClassWise
+from ltsam_fast.optim.optimizer import Rule
+from ltsam_fast.optim.options import option
+from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
+
+
+class FocalSAM(ClassWise):
+    r"""Focal sharpness-aware minimization for long-tailed data.
+
+    .. code-block:: text
+
+        v_c = lam * (1 - pi_c)^gamma              pi_c: the class's share of the training set
+        g_u = grad (1/B) sum_j (1 - v_{y_j}) l_j(w)
+        g_v = grad (1/B) sum_j v_{y_j} l_j(w)
+        eps = rho * g_v / (|g_v| + 1e-12)
+        w  <- base_step(w, g_u + grad (1/B) sum_j v_{y_j} l_j(w + eps))
+
+    Two forwards and three backwards a step (the first two share a graph); 44 bytes moved per fp32 parameter with SGD and
+    momentum, in three passes. ``gamma=0, lam=1`` is SAM.
+
+    Differences from the published code: restoring is a copy into the same storage; a gradient kept by the first phase is
+    used even if the last pass has none for that parameter; ``state_dict`` has the base optimizer's state; the loss returned
+    is the one at w.
+
+    Source: "Focal-SAM: Focal Sharpness-Aware Minimization for Long-Tailed Classification", ICML 2025 (arXiv 2505.01660),
+    Algorithm 1.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(3, 2)
+    >>> opt = FocalSAM(model.parameters(), torch.optim.SGD, rho=0.2, class_counts=[90, 10], gamma=3.0, lam=0.5, lr=0.1)
+    >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
+    >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
+    """
+
+    gamma = option(1.0, "Focus on the tail.", ge=0)
+    lam = option(
+        0.5, "Weight of the sharpness; may exceed 1, then rare classes' clean weight is negative, as published.", ge=0
+    )
+    weight_options = ("class_counts", "gamma", "lam")
+
+    def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
+        if self.class_counts is None:
+            return None
+        v = ops.focal_weights(self.class_counts, self.gamma, self.lam)
+        return 1 - v, v
+
+    def rule(self, step: Step) -> Rule:
+        u, v = step.class_weights()
+        g_u, g_v = yield AtWeights(u, v)
+        step.ascend(g_v)
+        g_p = yield AtPerturbed(v, plus=g_u)
+        step.descend(g_p)

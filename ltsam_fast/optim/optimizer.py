@@ -1,0 +1,634 @@
+"""What all methods share: groups with options, a whole step or its phases, hooks, checkpoints, copies."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from ltsam_fast import ops
+from ltsam_fast.optim.amp import LossScale, SkippedSteps
+from ltsam_fast.optim.base_step import base_step_of, check_base
+from ltsam_fast.optim.checkpoints import completed
+from ltsam_fast.optim.checks import check_model
+from ltsam_fast.optim.closures import Closure
+from ltsam_fast.optim.compiled import CompiledGraphs
+from ltsam_fast.optim.masks import to_bits
+from ltsam_fast.optim.options import Configurable, option
+from ltsam_fast.optim.parallel import is_sharded, local_shards, workers_of
+from ltsam_fast.optim.perturbation import Perturbation
+from ltsam_fast.optim.phases import PhaseRun, count_phases
+from ltsam_fast.optim.plan import Passes
+from ltsam_fast.optim.step import Request, Step
+from ltsam_fast.shared import SharedBackward
+
+Rule = Generator[Request, Any, None]
+
+_CONSTANTS = 64
+_COUNTS = {"steps": 0, "skipped_steps": 0}
+_NAMES = ("first_step", "second_step", "third_step", "fourth_step")
+
+
+class SharpnessAware(Configurable, Optimizer):
+    """Base of the methods: a torch optimizer that evaluates gradients at perturbed weights and steps from the old ones.
+
+    A method is a subclass with options and a :meth:`rule`. State and parameter groups are those of ``base_optimizer``, shared,
+    so ``state_dict()`` holds all of it and learning rate schedulers take this optimizer itself. Options are entries of the
+    groups, and attributes. ``steps`` counts the steps, those that a GradScaler's overflow skipped (``skipped_steps``) included.
+
+    Each group may set ``rho``, ``adaptive``, ``eta`` (ASAM's constant, 0), ``norm_eps`` (added to the norm, 1e-12) and
+    ``perturb`` (False leaves the group, and its share of the norm, out of the perturbation). All other options must be the same
+    in all groups.
+
+    Give the network as ``model``, and running statistics of normalization layers see the unperturbed pass only; else every pass
+    updates them, as in published code.
+
+    Weights in bfloat16 and float16 are perturbed with stochastic rounding: most of the perturbation is below their
+    resolution and would vanish.
+
+    Under DistributedDataParallel give it as ``model``. Workers then ascend along their own gradients and only the last pass of
+    a step is averaged, once, as in the SAM paper; ``ascent_sync=True`` averages the ascent gradient too. Methods that combine
+    gradients of both passes (GSAM, WSAM, LookSAM) always do. A gradient that a worker lacks counts as zero; with DDP's
+    ``find_unused_parameters=True`` a weight that no worker uses is left out of the step. In DDP's ``join()`` a step that has
+    all-reduces of its own is refused. With the phases ``model.no_sync()`` is the caller's business.
+
+    With FSDP2 every backward's gradients are averaged, and norms run over all shards once, replicas of them or not. Give the
+    root as ``model`` here too: after an exception, or an evaluation, it may hold gathered copies of other weights, which the
+    step then lets go of.
+
+    SGD, Adam and AdamW run fused: restoring, adding up gradients and updating are one pass. Any other torch optimizer
+    steps by itself on the restored weights.
+
+    Raises:
+        ValueError: An option is out of its range, or one of the base optimizer is wrong.
+        TypeError: ``base_optimizer`` is not a class.
+    """
+
+    rho = option(0.05, "Radius of the perturbation, in units of the weights.", ge=0, per_group=True)
+    adaptive = option(False, "Scale the perturbation by the weights, as ASAM does.", per_group=True)
+    max_grad_norm = option(0.0, "Clip the final gradient to this norm, inside the update; 0: do not.", ge=0)
+    ascent_sync = option(False, "Under DDP, ascend along the mean of all workers' gradients.")
+    eta = option(0.0, "ASAM's constant: ``|w|`` becomes ``|w| + eta``.", ge=0, per_group=True, keyword=False)
+    norm_eps = option(1e-12, "Added to the norm of the gradient.", ge=0, per_group=True, keyword=False)
+    perturb = option(True, "Whether the group is perturbed.", per_group=True, keyword=False)
+
+    asam_constant = "eta"
+    """The option with ASAM's constant."""
+    buffers: tuple[str, ...] = ()
+    """Names of a parameter's state that is the method's own."""
+    published_state: Mapping[str, str] = MappingProxyType({})
+    """What published classes call some of it."""
+    several_gradients = False
+    """Whether losses are differentiated more than once."""
+    whole_gradients = False
+    """Whether the rule needs the gradients of single samples or classes of whole parameters."""
+    own_reductions = False
+    """Whether workers do more in a step than averaging its last gradient."""
+    host_only = ""
+    """Why the host has to look at the batch, if so: then no CUDA graph can hold the step."""
+    phases_are_fixed = True
+    """Whether every step has the same phases."""
+    protects_running_stats = True
+    """Whether running statistics see the unperturbed pass only."""
+    phase_names: tuple[str, ...] = _NAMES
+    """What the phases are called."""
+    pickled: tuple[str, ...] = ("base_optimizer", "_model", "_base_only")
+    """Attributes that survive copying and pickling, besides torch's."""
+
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        model: torch.nn.Module | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+            raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
+        given = {"rho": rho, "adaptive": adaptive, **base_kwargs}
+        own = {
+            name: one.check(name, given.pop(name)) if one.keyword and name in given else one.default
+            for name, one in self.options.items()
+        }
+        self.model = model
+        self.check_options(own)
+        own |= _COUNTS
+        if isinstance(base_optimizer, type):
+            check_base(base_optimizer)
+        self.base_optimizer = base_optimizer(_with_options(params, own), **given)
+        check_base(type(self.base_optimizer))
+        # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
+        defaults = self.base_optimizer.defaults
+        self._base_only = {name: defaults[name] for name in own if name in defaults}
+        self._reset_step_state()
+        super().__init__(self.base_optimizer.param_groups, own)
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = {**self.base_optimizer.defaults, **own}
+        self._follow_base()
+
+    # --- what a method writes
+
+    def rule(self, step: Step) -> Rule:
+        """What a step of the method does: see :mod:`ltsam_fast.optim.step`."""
+        raise NotImplementedError
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError if options, which are in their ranges, do not go together."""
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError if a group of parameters will not do."""
+
+    def classes(self) -> int | None:
+        """Below which number the samples' classes must lie; None: they are not looked at."""
+        return None
+
+    def end_step(self) -> None:
+        """Is called when a step has been counted."""
+
+    # --- a whole step
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Closure | Sequence[Closure] | None = None,
+        targets: Tensor | Sequence[Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """One step of the method.
+
+        Args:
+            closure: Runs the forward pass alone and returns the per-sample losses, shape (B,), floating point, not
+                detached. A sequence of closures is a batch in parts: their gradients add up to one step.
+            targets: The samples' classes, shape (B,), integer; a sequence with a sequence of closures. Methods that are told
+                class counts need them, each less than C; the others do not look at them.
+            scaler: A GradScaler. If a gradient of either pass overflows, weights and base state stay as they were, which is
+                decided on the device. Call ``scaler.update()`` yourself, once a step.
+
+                With the phases, give it to the first one, and call neither its unscale_() nor its step().
+
+        Returns:
+            The mean loss at the unperturbed weights, 0-d, detached, on the losses' device.
+
+        Raises:
+            ValueError: There is no closure, or what it returns or ``targets`` do not fit. Whatever is raised, by the
+                closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
+        """
+        if closure is None and self._is_torchs_own_call():
+            return self._torchs_own_call()  # type: ignore[no-any-return]
+        closures = _as_list(closure)
+        if getattr(self, "grad_scale", None) is not None:
+            raise ValueError("scaler.step(optimizer, closure) is not supported: call step(closure, scaler=scaler)")
+        if not closures or not all(map(callable, closures)):
+            raise ValueError(
+                "closure must be given: step(closure), with a function that returns the per-sample losses (B,)"
+            )
+        if self._running is not None:
+            self._check_turn("step")
+        labels = self._check_targets(targets, len(closures))
+        step = self._begin(scaler)
+        passes = Passes(self, step, closures, labels)
+        try:
+            self._clear_gradients()
+            with self._graphs.reusable() if self.several_gradients else _NOTHING:
+                rule = self.rule(step)
+                request = next(rule)
+                with contextlib.suppress(StopIteration):
+                    while True:
+                        request = rule.send(passes(request))
+            loss = passes.mean_loss()
+            self._clear_gradients()
+            step.scaling.report(self)
+            return loss
+        except BaseException:
+            self._abandon(step)
+            self._clear_gradients()
+            raise
+
+    # --- the phases, which come from the rule
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Names of the explicit phases of the next step, in order; none where their number depends on the batch."""
+        if self._phases is None or not self.phases_are_fixed:
+            self._phases = self.phase_names[: count_phases(self)]
+        return self._phases
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False, scaler: torch.amp.GradScaler | None = None) -> None:
+        """The first phase: takes the present gradients as the rule's first.
+
+        Args:
+            zero_grad: Also clear the gradients.
+            scaler: The GradScaler that scaled the loss, for the whole step: see :meth:`step`.
+
+        Raises:
+            ValueError: It is not this phase's turn, or no parameter has a gradient to ascend along.
+        """
+        self._advance("first_step", zero_grad, scaler)
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """The second phase: takes the present gradients as the rule's next; in most methods the weights are updated.
+
+        Args:
+            zero_grad: Also clear the gradients.
+
+        Raises:
+            ValueError: It is not this phase's turn.
+        """
+        self._advance("second_step", zero_grad)
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether weights are perturbed now: between two phases, or while a closure is evaluated at w + eps."""
+        return bool(self._perturbation)
+
+    def restore(self) -> None:
+        """Puts the unperturbed weights back and starts over with the first phase: for use after an error of your own.
+
+        Gradients that were kept from an earlier phase are dropped. Without perturbed weights nothing happens to weights.
+        """
+        self._abandon(None if self._running is None else self._running.step)
+
+    def _advance(self, phase: str, zero_grad: bool = False, scaler: Any = None, **inputs: Any) -> None:
+        """Runs a phase in its turn; ``scaler`` is the first phase's, for all of the step, and ``inputs`` are the rule's."""
+        self._check_turn(phase)
+        run = self._running
+        if run is None:
+            step = self._begin(scaler)
+            self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
+            run = PhaseRun(self, step, inputs)
+        scaling = run.step.scaling
+        scaling.check_scaled(self)
+        try:
+            scaling.take_signals(self)
+            self._check_join(bool(scaling))
+            self._running = run
+            finished = run.advance()
+        except BaseException:
+            self._abandon(run.step)
+            raise
+        if finished:
+            self._running = None
+            scaling.report(self)
+            if not self._within_step:
+                self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
+        if zero_grad:
+            self._clear_gradients()
+
+    def _check_turn(self, phase: str) -> None:
+        """Raises ValueError unless ``phase`` is next."""
+        position = 0 if self._running is None else self._running.position
+        if position < len(self.phase_names) and self.phase_names[position] == phase and (position or self.phases):
+            return
+        names = self.phases or self._running and self.phase_names[: position + 1]
+        if not names:
+            raise ValueError(
+                f"{phase}() is not to be had: {type(self).__name__}'s passes depend on the batch; call step(closure)"
+            )
+        expected = self.phase_names[position]
+        raise ValueError(
+            f"{phase}() was called where {expected}() is next: call {', '.join(f'{name}()' for name in names)} "
+            "in this order, each after its backward(), or restore() to start over"
+        )
+
+    # --- how torch itself calls
+
+    _step_supports_amp_scaling = True
+    """Tells torch.amp.GradScaler.step() to set ``grad_scale`` and ``found_inf``, and to leave the gradients as they are."""
+    _within_step = False
+
+    def _patch_step_function(self) -> None:
+        """Where torch wraps step(): keeps that and the phases out of torch.compile's graphs, which break there once."""
+        super()._patch_step_function()  # type: ignore[misc]
+        cls = type(self)
+        for name in ("step", *self.phase_names):
+            function = getattr(cls, name, None)
+            if function is not None and not hasattr(function, "_torchdynamo_disable"):
+                setattr(cls, name, torch.compiler.disable(function))
+
+    def _is_torchs_own_call(self) -> bool:
+        """Whether step() is one of torch's own: a GradScaler takes the last phase, or a checkpoint wants state."""
+        if self._running is not None:
+            return self._running.position == len(self._running.names) - 1
+        return self._asks_for_state()
+
+    def _torchs_own_call(self) -> Any:
+        if self._running is None:
+            return self._create_state()
+        self._within_step = True  # torch calls the hooks around it
+        try:
+            return getattr(self, self.phase_names[self._running.position])()
+        finally:
+            self._within_step = False
+
+    def _asks_for_state(self) -> bool:
+        """Whether torch.distributed.checkpoint calls step() with learning rate 0 and gradients of zeros, to see the state."""
+        if any(bool(group.get("lr", 0.0)) for group in self.param_groups):
+            return False
+        params = [param for param in self.all_params() if param.requires_grad]
+        grads = local_shards([param.grad for param in params])
+        return bool(grads) and not any(grad is None or bool(grad.any()) for grad in grads)
+
+    def _create_state(self) -> None:
+        """Makes the state that the steps would make, for a checkpoint to be loaded into."""
+        pairs = zip(self.all_params(), self.group_of_each(), strict=True)
+        moving = [(param, group) for param, group in pairs if param.requires_grad]
+        params, groups = [param for param, _ in moving], [group for _, group in moving]
+        self.create_buffers(params)
+        self._base_step.create_state(self, params, groups)
+
+    def create_buffers(self, params: list[Tensor]) -> None:
+        """Makes the method's own state, where it is missing."""
+        for param in params:
+            for name in self.buffers:
+                self.state[param].setdefault(name, torch.zeros_like(param, requires_grad=False))
+
+    def _call_hooks(self, *registered: dict[int, Callable[..., Any]]) -> None:
+        """Calls the hooks that torch.optim calls around step(), which the phases together are."""
+        for hooks in registered:
+            for hook in list(hooks.values()):
+                hook(self, (), {})
+
+    # --- what a step needs of the optimizer
+
+    def _begin(self, scaler: Any) -> Step:
+        """A step that begins now, with the workers that there are now."""
+        if len(self.param_groups) > 1:
+            self._check_equal_options()
+        if not self._workers.current(self._model):
+            self._workers = workers_of(self._model, self._sharded)
+        scaling = LossScale() if scaler is None else LossScale(scaler, self.all_params())
+        self._check_join(bool(scaling))
+        return Step(self, scaling)
+
+    def _abandon(self, step: Step | None) -> None:
+        """Ends a step that failed: puts weights back, unless there are new ones already. A further Ctrl-C does not keep it."""
+        while True:
+            try:
+                if self._perturbation.restore(self._workers) and step is not None:
+                    step.finish()
+                self._running = None
+                self.skipped.abandon_step()
+                return
+            except KeyboardInterrupt:
+                continue
+
+    def all_params(self) -> list[Tensor]:
+        """All parameters, group by group."""
+        groups = self.param_groups
+        return groups[0]["params"] if len(groups) == 1 else [param for group in groups for param in group["params"]]
+
+    def group_of_each(self) -> list[int]:
+        """The group of each parameter."""
+        return [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+
+    def ascent_params(self) -> list[Tensor]:
+        """The parameters that may be perturbed."""
+        groups = [group for group in self.param_groups if group["perturb"]]
+        return [param for group in groups for param in group["params"] if param.requires_grad]
+
+    def all_weights(self) -> list[Tensor]:
+        """All weights that are known: a loss may depend on some that are not to be stepped."""
+        return [*self.all_params(), *(self.model.parameters() if self.model is not None else ())]
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """An entry of each group; None where a group has none of this name."""
+        return tuple([group.get(name) for group in self.param_groups])
+
+    def constant(self, values: tuple[float, ...]) -> Tensor:
+        """A small tensor for the ops, made once: that waits for the device."""
+        param = next(param for group in self.param_groups for param in group["params"])  # the first groups may be empty
+        key = (values, param.device, torch.float64 if param.dtype == torch.float64 else torch.float32)
+        if key not in self._constants:
+            if len(self._constants) == _CONSTANTS:  # their numbers change all the time
+                del self._constants[next(iter(self._constants))]
+            self._constants[key] = torch.tensor(values, device=param.device, dtype=key[2])
+        return self._constants[key]
+
+    def set_mask(self, name: str, moving: Tensor, scaling: LossScale) -> None:
+        """Keeps bits of the elements that stay as state of the parameters that may be perturbed; ``moving`` is (N,), bool."""
+        params = self.ascent_params()
+        for param, bits in zip(params, to_bits(moving, [param.numel() for param in params]), strict=True):
+            state = self.state[param]
+            if name in state:  # in place, where CUDA graphs look for them
+                self.skipped.before_change([state[name]], scaling)
+                state[name].copy_(bits)
+            else:
+                state[name] = bits
+                self.skipped.created([(state, name)], scaling)
+
+    def _count_step(self, number: int) -> None:
+        """Counts the step ``number``, a captured graph's too."""
+        for group in self.param_groups:
+            group["steps"] = number + 1
+        self.end_step()
+
+    def _clear_gradients(self) -> None:
+        """zero_grad() without torch's bookkeeping around it."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        self._workers.gradients_cleared()
+
+    def _check_join(self, scaled: bool) -> None:
+        name = type(self).__name__
+        self._workers.check_join({name: self.own_reductions, "ascent_sync=True": self.ascent_sync, "scaler": scaled})
+
+    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
+        classes = self.classes()
+        if classes is not None and targets is None:
+            raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
+        labels: list[Any] = [None] * closures if targets is None else _as_list(targets)
+        if len(labels) != closures:
+            raise ValueError(f"targets has {len(labels)} entries, but there are {closures} closures: give one each")
+        if classes is not None:
+            for label in labels:
+                rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
+                ops.check_targets(label, rows, classes)
+        return labels
+
+    @contextlib.contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Around the base optimizer's own step: its options are its own, and so is the state that it sees."""
+        own = [{name: group[name] for name in self._base_only} for group in self.param_groups]
+        # torch's optimizers take a state that is not empty for one of theirs.
+        states = [state for state in self.state.values() if self.buffers]
+        buffers = [{name: state.pop(name) for name in self.buffers if name in state} for state in states]
+        try:
+            for group in self.param_groups:
+                group.update(self._base_only)
+            yield
+        finally:
+            for group, values in zip(self.param_groups, own, strict=True):
+                group.update(values)
+            for state, values in zip(states, buffers, strict=True):
+                state.update(values)
+
+    # --- groups, checkpoints, copies
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """What the closures evaluate, if it is known; trainers set it when they have wrapped it."""
+        return self._model
+
+    @model.setter
+    def model(self, model: torch.nn.Module | None) -> None:
+        check_model(model)
+        self._model = model
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
+        first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
+        inherited = {name: first[name] for name, one in self.options.items() if not one.per_group and name in first}
+        super().add_param_group({**inherited, **{name: first[name] for name in _COUNTS if name in first}, **param_group})
+        group = self.param_groups[-1]
+        try:
+            self.check_group_options(group)
+            if any(map(is_sharded, group["params"])):
+                if self.whole_gradients:
+                    raise ValueError(
+                        f"params must not be sharded (FSDP2) for {type(self).__name__}: it needs whole gradients of single "
+                        "samples or classes; use DistributedDataParallel"
+                    )
+                self._sharded = True
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def check_group_options(self, group: dict[str, Any]) -> None:
+        """Makes a group's options plain numbers; raises ValueError if one will not do."""
+        group |= {name: one.check(name, group[name]) for name, one in self.options.items()}
+        if group.get("maximize") and "maximize" not in self.base_optimizer.defaults:
+            raise ValueError(f"maximize must be left out: {type(self.base_optimizer).__name__} only minimizes")
+        self.check_options(group)
+        self.check_group(group)
+
+    def _check_equal_options(self) -> None:
+        """Raises ValueError if groups differ in an option of the whole optimizer."""
+        first, *others = self.param_groups
+        for name, one in self.options.items():
+            if not one.per_group and any(group[name] != first[name] for group in others):
+                raise ValueError(f"{name} must be the same in all groups, got {list(self.values(name))}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the base optimizer's state; backups and kept gradients belong to a step and are not in it.
+
+        Raises:
+            ValueError: Between two phases, when a checkpoint would hold perturbed weights.
+        """
+        self._check_settled("state_dict")
+        self.skipped.write(self.param_groups)
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. What a plain base optimizer's checkpoint lacks keeps its present value.
+
+        One of a published wrapper is taken too: its ``rho`` and ``adaptive`` count, what lives within a step is dropped, and
+        the base optimizer's state, if it is missing, starts afresh, with a warning.
+
+        Raises:
+            ValueError: It does not fit. Whatever is raised, the optimizer is as it was.
+        """
+        self._check_settled("load_state_dict")
+        before = [(one, dict(vars(one))) for one in (self, self.base_optimizer)]
+        try:
+            super().load_state_dict(completed(self, state_dict))
+        except BaseException:
+            for one, attributes in before:
+                vars(one).clear()
+                vars(one).update(attributes)
+            raise
+
+    def _check_settled(self, name: str) -> None:
+        if self._running is not None or self._perturbation:
+            raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
+
+    def _base_state(self) -> dict[Any, Any]:
+        """The state without parameters that have buffers of the method only: torch's optimizers take those for theirs."""
+        return {
+            key: state
+            for key, state in self.state.items()
+            if not isinstance(state, dict) or not {*state} <= {*self.buffers}
+        }
+
+    def _reset_step_state(self) -> None:
+        """Sets up what is not kept in copies and checkpoints."""
+        self._running: PhaseRun | None = None
+        self._phases: tuple[str, ...] | None = None
+        self._perturbation = Perturbation()
+        self.skipped = SkippedSteps()
+        self._constants: dict[Any, Tensor] = {}
+        self._graphs = CompiledGraphs()
+        self._sharing: SharedBackward | None = None
+        self._head: Any = None
+        self._base_step = base_step_of(self.base_optimizer)
+        self._sharded = False
+        self._workers = workers_of(self._model, False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_settled("copy or pickle")
+        self.skipped.write(self.param_groups)
+        base = object.__new__(type(self.base_optimizer))
+        vars(base).update(vars(self.base_optimizer), state=self._base_state())
+        kept = {name: getattr(self, name) for name in self.pickled} | {"base_optimizer": base}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        self._reset_step_state()
+        self.base_optimizer.__setstate__({"state": self._base_state(), "param_groups": self.param_groups})
+        self.base_optimizer.state = self.state
+        self._sharded = any(map(is_sharded, self.all_params()))
+        self._follow_base()
+
+    def _follow_base(self) -> None:
+        """Goes on sharing groups and state where the base optimizer loads a checkpoint by itself."""
+        if vars(self).get("_followed") is self.base_optimizer:
+            return
+        self._followed, me = self.base_optimizer, weakref.ref(self)
+
+        def share(base: Optimizer) -> None:
+            optimizer = me()
+            if optimizer is None:
+                return
+            if len(base.param_groups) == len(optimizer.param_groups):
+                for group, now in zip(base.param_groups, optimizer.param_groups, strict=True):
+                    for name in now.keys() - group.keys():
+                        group[name] = now[name]
+            optimizer.restore()
+            optimizer.__setstate__({"state": base.state, "param_groups": base.param_groups})
+            for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+                hook(optimizer)
+
+        self.base_optimizer.register_load_state_dict_post_hook(share)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _with_options(params: Any, own: dict[str, Any]) -> Any:
+    """The parameters in groups, each with the options ``own`` unless it has its own; what is no such thing is left to torch."""
+    if isinstance(params, Tensor):
+        return params
+    params = list(params)
+    if params and not isinstance(params[0], dict):
+        params = [{"params": params}]
+    return [{**own, **group} if isinstance(group, dict) else group for group in params]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]

@@ -1,0 +1,167 @@
+"""Perturbed weights: their backups, how they come back whatever happens, and the statistics that must not see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from ltsam_fast import ops
+from ltsam_fast.optim.gradients import same_items
+from ltsam_fast.optim.parallel import Single
+from ltsam_fast.table import TensorTable
+
+
+class Perturbed(NamedTuple):
+    """Parameters that are perturbed."""
+
+    params: list[Tensor]
+    backups: list[Tensor]
+    """What this worker's shards of them were."""
+    positions: list[int] | None
+    """Their places among all parameters of the optimizer; None: these are all."""
+
+    def at(self, chosen: list[int]) -> Perturbed:
+        """Some of them."""
+        places = range(len(self.params)) if self.positions is None else self.positions
+        return Perturbed(*([items[i] for i in chosen] for items in (self.params, self.backups, places)))
+
+
+_NOTHING = Perturbed([], [], [])
+
+
+class Perturbation:
+    """Which weights are perturbed now, and what they were.
+
+    Python may raise KeyboardInterrupt after any line. So what a pass is about to write is noted before it, and its table knows
+    afterwards how far the pass had come (``TensorTable.launched``): :meth:`restore` is right at any moment.
+    """
+
+    def __init__(self) -> None:
+        self.now = _NOTHING
+        self._perturbing: tuple[Perturbed, TensorTable] | None = None  # a pass that perturbs has begun
+        self._updating: tuple[list[Tensor], TensorTable] | None = None  # the base optimizer's pass has begun
+        self._memory: dict[Tensor, Tensor] = {}
+        self._backed_up: tuple[list[Tensor], list[torch.dtype], list[Tensor]] = ([], [], [])
+        self._disabled: list[tuple[Any, str, Any]] = []  # attributes of modules, and what they were
+
+    def __bool__(self) -> bool:
+        return bool(self.now.params)
+
+    def backups_for(self, params: list[Tensor], workers: Single) -> list[Tensor]:
+        """Memory for the old weights, kept from step to step."""
+        known, dtypes, backups = self._backed_up
+        now = [param.dtype for param in params]  # after model.float() a backup in bfloat16 would round what it keeps
+        if dtypes == now and same_items(params, known):
+            return backups
+        for param in params:
+            if is_lazy(param):  # only where noise comes before the first forward pass
+                raise ValueError("params must be initialized, got a lazy module's: run the model on a batch first")
+            if param not in self._memory or self._memory[param].dtype != param.dtype:
+                (shard,) = workers.local([param])
+                self._memory[param] = torch.empty_like(shard, requires_grad=False)
+        self._backed_up = params, now, [self._memory[param] for param in params]
+        return self._backed_up[2]
+
+    def forget_backups(self) -> None:
+        """Lets go of the memory: a parameter may have changed its device or shape."""
+        self._memory.clear()
+        self._backed_up = ([], [], [])
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether one of the weights that were backed up last has 16 bits."""
+        return torch.bfloat16 in self._backed_up[1] or torch.float16 in self._backed_up[1]
+
+    def begin(self, perturbed: Perturbed, table: TensorTable) -> None:
+        """Is told before a pass that fills the backups and perturbs the weights."""
+        table.forget_launch()
+        self._perturbing = perturbed, table
+
+    def done(self, workers: Single) -> None:
+        """Is told after it."""
+        if self._perturbing is not None:
+            self.now = self._perturbing[0]
+            self._perturbing = None
+        workers.reshard()
+
+    def back_up(self, params: list[Tensor], positions: list[int], workers: Single) -> None:
+        """Copies weights to their backups; the caller then may write anything into the weights."""
+        backups = self.backups_for(params, workers)
+        ops.restore_(backups, workers.local(params))
+        self.now = Perturbed(params, backups, positions)
+
+    def sources_of(self, params: list[Tensor], workers: Single) -> list[Tensor]:
+        """The unperturbed values of ``params``: a backup, or the weight itself."""
+        if same_items(params, self.now.params):
+            return self.now.backups
+        old = dict(zip(self.now.params, self.now.backups, strict=True))
+        return [old.get(param, shard) for param, shard in zip(params, workers.local(params), strict=True)]
+
+    def begin_update(self, params: list[Tensor], table: TensorTable) -> None:
+        """Is told before a pass that writes the new weights of ``params``."""
+        table.forget_launch()
+        self._updating = params, table
+
+    def updated(self, workers: Single) -> None:
+        """Is told when the step has been counted: nothing is perturbed any more."""
+        self.now, self._updating = _NOTHING, None
+        workers.reshard()
+
+    def restore(self, workers: Single) -> bool:
+        """Puts the unperturbed weights back; returns whether new ones were there already, from the base optimizer's pass."""
+        if self._perturbing is not None:
+            perturbed, table = self._perturbing
+            self.now = perturbed.at(table.launched())
+            self._perturbing = None
+        stepped = False
+        if self._updating is not None:
+            params, table = self._updating
+            new = {params[i] for i in table.launched()}
+            self.now = self.now.at([i for i, param in enumerate(self.now.params) if param not in new])
+            stepped, self._updating = bool(new), None
+        if self.now.params:
+            ops.restore_(workers.local(self.now.params), self.now.backups, table=workers.table("restore_"))
+            self.now = _NOTHING
+            workers.reshard()
+        self.enable_running_stats()
+        return stepped
+
+    def disable_running_stats(self, model: torch.nn.Module | None) -> None:
+        """Keeps running statistics of normalization layers from seeing the perturbed pass, if the model is known."""
+        for module in model.modules() if model is not None else ():
+            for name, value in _statistics(module) if module.training else ():
+                # What is disabled already is another optimizer's to enable: theirs may end before or after this one's step.
+                if getattr(module, name) is not value:
+                    self._disabled.append((module, name, getattr(module, name)))
+                    setattr(module, name, value)
+
+    def enable_running_stats(self) -> None:
+        """Undoes :meth:`disable_running_stats`."""
+        for owner, name, value in reversed(self._disabled):
+            setattr(owner, name, value)
+        self._disabled = []
+
+
+def _statistics(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of a module that stand for its running statistics, and what they are while those must not change."""
+    if isinstance(module, _BatchNorm):  # without tracking it normalizes by the batch and updates nothing
+        yield "track_running_stats", False
+    elif isinstance(module, _InstanceNorm):  # looks at its buffers only
+        yield "running_mean", None
+        yield "running_var", None
+    vectors = ["_u", "_v"] if isinstance(module, _SpectralNorm) else []
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    for name in vectors + [hook.name + end for hook in hooks for end in ("_u", "_v")]:
+        vector = getattr(module, name, None)  # power iteration changes it in place: let it have a copy
+        if vector is not None and not hasattr(vector, "stands_in"):
+            copy = vector.clone()
+            copy.stands_in = True
+            yield name, copy

@@ -1,0 +1,283 @@
+"""How a request is answered: which passes are run, on which samples, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast.optim.base_step import sign_of
+from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
+from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
+from ltsam_fast.optim.closures import Closure, Part, check_takes_index, mean_loss
+from ltsam_fast.optim.gradients import (
+    Combination,
+    Gradient,
+    Sum,
+    gradients_of,
+    same_items,
+    swap_gradients,
+    take_gradients,
+)
+from ltsam_fast.optim.masks import fisher
+from ltsam_fast.optim.step import (
+    AtClassPerturbed,
+    AtPerturbed,
+    AtWeights,
+    ByClass,
+    LossIncrease,
+    MicroBatch,
+    Step,
+)
+from ltsam_fast.shared import SharedBackward, Weighting
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.optimizer import SharpnessAware
+
+Tensors = list[Tensor | None]
+
+
+class Passes:
+    """Answers a rule's requests by running closures forward and backward, as the methods were published.
+
+    Args:
+        optimizer: The optimizer whose step it is.
+        step: The step.
+        closures: The batch, in one or more parts.
+        labels: The classes of each part's samples, or None.
+    """
+
+    def __init__(
+        self,
+        optimizer: SharpnessAware,
+        step: Step,
+        closures: Sequence[Closure],
+        labels: Sequence[Tensor | None],
+    ) -> None:
+        self._optimizer, self._step, self._scaling = optimizer, step, step.scaling
+        self._params, self._workers = step._params, step._workers
+        self.parts = [Part(*pair, self._params) for pair in zip(closures, labels, strict=True)]
+        self._totals: Tensors = []  # of the micro-batches so far
+        self._by_class: ClassPasses | None = None
+        step._passes = self
+
+    def __call__(self, request: Any) -> Any:
+        """Answers a request."""
+        return getattr(self, _ANSWERS[type(request)])(request)
+
+    def mean_loss(self) -> Tensor:
+        """The mean loss at w, 0-d."""
+        return mean_loss(self.parts)
+
+    def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
+        """The method's class weights."""
+        return self._optimizer.class_weights_now()  # type: ignore[attr-defined, no-any-return]
+
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """The batch in micro-batches."""
+        check_takes_index(self.parts, type(self._optimizer).__name__)
+        for part in self.parts:
+            if part.size < 0:
+                part.evaluate(at_w=False, graph=False)
+        if self._optimizer.ascent_sync and self._workers.averages:
+            number = sum(-(-part.size // size) for part in self.parts)
+            self._workers.check_equal(
+                number,
+                self._params[0].device,
+                f"ascent_sync must be False unless all workers have as many parts of m = {size} samples, "
+                "got {least} to {most}: leave it out, or give them batches of one size",
+            )
+        for part in self.parts:
+            for first in range(0, part.size, size):
+                past = min(first + size, part.size)
+                index = torch.arange(first, past, device=self._params[0].device)
+                yield MicroBatch(part, index, part is self.parts[-1] and past == part.size)
+
+    @property
+    def size(self) -> int:
+        """The number of samples in all parts."""
+        return sum(part.size for part in self.parts)
+
+    def at_weights(self, request: AtWeights) -> Any:
+        """Gradients at w, for one or more weightings of the samples."""
+        parts = self.parts if request.of is None else [request.of.part]
+        index = None if request.of is None else request.of.index
+        found: list[Tensors | None] = [None] * request.gradients
+        squares = None
+        for part in parts:
+            with self._workers.backward(last=request.last and part is parts[-1]):
+                losses = self._evaluate(part, index, request)
+                # Of a batch in parts the size is known at its end.
+                seeds = self._seeds(request.weights, part, losses, len(losses) if len(parts) == 1 else 1)
+                if request.squares and part is parts[0]:
+                    squares = self._squares(losses, request.squares)
+                self._backward(losses, seeds, found)
+        if len(parts) > 1:
+            torch._foreach_mul_([g for one in found for g in one or () if g is not None], 1 / self.size)
+        self._step.seen_unperturbed = True
+        answer = [None if one is None else self._at_w(one, request) for one in found]
+        whole = answer[0] if len(answer) == 1 else answer
+        return (whole, squares) if request.squares else whole
+
+    def _at_w(self, tensors: Tensors, request: AtWeights) -> Gradient:
+        """A gradient at w; averaged over workers if the request says so, or the ascent is to be along the average."""
+        averaged = request.last or not self._workers.averages
+        if not averaged and (request.averaged or (self._optimizer.ascent_sync and request.gradients == 1)):
+            tensors, averaged = self._workers.average(self._params, tensors), True
+        return self._step.gradient(tensors, averaged)
+
+    def _seeds(
+        self, weights: tuple[ClassWeights | None, ...], part: Part, losses: Tensor, divisor: int
+    ) -> list[Tensor | None]:
+        """The weights (B,) that the losses are differentiated with; None where all are zero."""
+        if not weights:
+            return [self._scaling(torch.full_like(losses, 1 / divisor))]
+        return [None if one is None else self._scaling(self._weights(one, part, losses) / divisor) for one in weights]
+
+    def _weights(self, weights: ClassWeights, part: Part, losses: Tensor) -> Tensor:
+        if weights not in part.weights:
+            part.weights[weights] = weights.of(part.labels, losses)  # type: ignore[arg-type]
+        return part.weights[weights]
+
+    def _evaluate(self, part: Part, index: Tensor | None, request: AtWeights) -> Tensor:
+        """The losses at w; watched, if a sweep may be shared by the gradients."""
+        shared = self._shared(self._params) if sum(one is not None for one in request.weights) == 2 else None
+        if shared is None:
+            losses = part.evaluate(index)
+        else:
+            with shared.watching():
+                losses = part.evaluate(index)
+        if self._optimizer.several_gradients:
+            self._optimizer._graphs.check(losses)
+        return losses
+
+    def _shared(self, params: list[Tensor]) -> SharedBackward | None:
+        """What makes several gradients from one backward sweep, if the optimizer is told so."""
+        optimizer = self._optimizer
+        mode = optimizer.values("shared_backward")[0]
+        if not mode:
+            return None
+        shared = optimizer._sharing
+        if shared is None or shared.mode != mode or not same_items(shared.params, params):
+            shared = optimizer._sharing = SharedBackward(optimizer.model, params, mode)  # type: ignore[arg-type]
+        return shared
+
+    def _backward(self, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]) -> None:
+        """Adds the gradients for all seeds to those found so far."""
+        chosen = [k for k, seed in enumerate(seeds) if seed is not None]
+        shared = self._optimizer._sharing if len(chosen) == 2 else None
+        if shared is not None and self._sweep(shared, losses, seeds, found):
+            return
+        for k in chosen:
+            if (before := found[k]) is not None:
+                swap_gradients(self._params, before)
+            torch.autograd.backward(losses, seeds[k], retain_graph=k != chosen[-1])
+            found[k] = self._take()
+
+    def _sweep(
+        self, shared: SharedBackward, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]
+    ) -> bool:
+        """Adds both gradients from one sweep, if that can be."""
+        u, v = seeds
+        assert u is not None and v is not None
+        pilot = self._optimizer.pilot  # type: ignore[attr-defined]
+        if pilot is None:
+            both = u.abs() + v.abs()
+            made = shared(losses, both, [Weighting.sparse(one / both) for one in (u, v)], native=False)
+        else:
+            made = shared(losses, seeds[pilot], (seeds[1 - pilot] / seeds[pilot],))  # type: ignore[arg-type, operator]
+            if made is not None:
+                made.insert(pilot, self._take())
+        if made is None:
+            return False
+        for k in (0, 1):
+            before = found[k]
+            found[k] = made[k] if before is None else _sum(before, made[k])
+        return True
+
+    def _squares(self, losses: Tensor, samples: int) -> Tensor:
+        """The sums of the squared gradients of single samples, (N,), fp32, over the parameters that may be perturbed."""
+        scale = self._scaling(torch.ones_like(losses))
+        params, others = self._optimizer.ascent_params(), self._optimizer.all_weights()
+        scores = fisher(losses, params, scale, samples, others)
+        if self._optimizer.ascent_sync:
+            self._workers.add_up([scores])
+        return scores
+
+    def at_perturbed(self, request: AtPerturbed) -> Combination | None:
+        """The gradient at the perturbed weights."""
+        weights, plus, workers = request.weights, request.plus, self._workers
+        if weights and weights[0] is None:
+            return plus
+        micro = request.of if isinstance(request.of, MicroBatch) else None
+        parts = self.parts if micro is None else [micro.part]
+        indices = [None] * len(parts) if request.of is None else [micro.index] if micro else request.of
+        first = not self._step.seen_unperturbed  # the step's only pass: its losses are what the step returns
+        last = request.last if micro is None else micro.last
+        # DDP would take the gradients at w of other micro-batches for some of the sum.
+        averaging = last and not (request.accumulate and workers.finds_unused)
+        together = plus if workers.averages and averaging else None  # averaged with the gradient there, at once
+        if request.accumulate and self._totals:
+            swap_gradients(self._params, self._totals)
+        elif together is not None:
+            swap_gradients(self._params, together.tensors)  # type: ignore[attr-defined]
+        if request.of is None or request.accumulate:
+            size = 1 if first and len(parts) > 1 else self.size  # of a batch in parts the size is known at its end
+        else:
+            size = sum(map(len, indices))  # type: ignore[arg-type]
+        for part, index in zip(parts, indices, strict=True):  # type: ignore[arg-type]
+            with workers.backward(last=averaging and part is parts[-1]):
+                losses = part.evaluate(index, at_w=first)
+                torch.autograd.backward(losses, *self._seeds(weights, part, losses, size if size > 0 else len(losses)))
+        tensors = gradients_of(self._params) if last else self._take()
+        if first and len(parts) > 1:
+            torch._foreach_mul_([grad for grad in tensors if grad is not None], 1 / self.size)
+        if request.accumulate:
+            self._totals = tensors
+        gradient = self._step.gradient(tensors, averaging or not workers.averages)
+        return gradient if plus is None or together is not None else Sum(gradient, plus)  # type: ignore[arg-type]
+
+    def loss_increase(self, request: LossIncrease) -> list[Tensor]:
+        """How much worse each sample's loss is at the perturbed weights."""
+        signs = set(map(sign_of, self._optimizer.param_groups))
+        if len(signs) > 1:
+            name = type(self._optimizer).__name__
+            raise ValueError(f"maximize must be the same in all groups for {name}: it selects samples by their loss")
+        check_takes_index(self.parts, type(self._optimizer).__name__)
+        found = []
+        for part in self.parts:
+            with self._workers.backward(last=False):
+                increase = part.evaluate(at_w=False, graph=False) - part.losses
+            found.append(increase * min(signs))
+        return found
+
+    def by_class(self, request: ByClass) -> tuple[Gradient, ClassGradients]:
+        """The gradient of the mean loss, and of each class's."""
+        self._by_class = ClassPasses(self, request)
+        return self._by_class.at_weights()
+
+    def at_class_perturbed(self, request: AtClassPerturbed) -> Gradient:
+        """The gradient with each sample at its class's weights, added to that of the mean loss."""
+        assert self._by_class is not None
+        return self._by_class.at_perturbed(request.share)
+
+    def _take(self) -> Tensors:
+        taken = take_gradients(self._params)
+        self._workers.gradients_cleared()
+        return taken
+
+
+_ANSWERS = {
+    AtWeights: "at_weights",
+    AtPerturbed: "at_perturbed",
+    LossIncrease: "loss_increase",
+    ByClass: "by_class",
+    AtClassPerturbed: "at_class_perturbed",
+}
+
+
+def _sum(grads: Tensors, more: Tensors) -> Tensors:
+    """Gradients added up, where one may be missing."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(grads, more, strict=True)]

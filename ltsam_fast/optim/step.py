@@ -1,0 +1,528 @@
+"""What a rule asks for and what it may do: requests for gradients, and the verbs of a step.
+
+A method's rule is a generator. It yields requests, receives the gradients, and calls verbs on the step it is given::
+
+    def rule(self, step):
+        g = yield AtWeights()            # the gradient of the mean loss at w
+        step.ascend(g)                   # w + eps,  eps = rho g / |g|
+        g_p = yield AtPerturbed()        # the gradient there
+        step.descend(g_p)                # w <- base_step(w, g_p)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast import ops
+from ltsam_fast.optim.base_step import Update
+from ltsam_fast.optim.gradients import (
+    Combination,
+    Gradient,
+    State,
+    Sum,
+    all_missing,
+    check_all_dense,
+    some_missing,
+)
+from ltsam_fast.optim.parallel import first_element
+from ltsam_fast.optim.perturbation import Perturbed
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.amp import LossScale
+    from ltsam_fast.optim.class_perturbation import ClassGradients
+    from ltsam_fast.optim.class_weights import ClassWeights
+    from ltsam_fast.optim.optimizer import SharpnessAware
+    from ltsam_fast.table import TensorTable
+
+
+class AtWeights:
+    """A request for gradients at w.
+
+    Answered by one :class:`Gradient`, or by one for each of several weightings; None where all weights are zero.
+
+    Args:
+        weights: For each gradient the weights of the classes; without any it is the gradient of the mean loss.
+        of: A micro-batch: its samples only.
+        averaged: The gradient is a part of the step's direction, and not of the ascent's alone: workers average it, and it
+            is taken away from ``.grad``.
+        last: The step has no pass after this one.
+        squares: Besides, the squared gradients of so many single samples are asked for, summed up; the answer then is a
+            pair. None in their place: the caller of the phases has seen to it.
+    """
+
+    __slots__ = ("averaged", "last", "of", "squares", "weights")
+
+    def __init__(
+        self,
+        *weights: ClassWeights | None,
+        of: MicroBatch | None = None,
+        averaged: bool = False,
+        last: bool = False,
+        squares: int = 0,
+    ) -> None:
+        self.weights, self.of, self.averaged, self.last, self.squares = weights, of, averaged, last, squares
+
+    @property
+    def gradients(self) -> int:
+        """How many gradients are asked for."""
+        return len(self.weights) or 1
+
+
+class AtPerturbed:
+    """A request for the gradient at the perturbed weights, answered by a :class:`Gradient` or a sum.
+
+    Args:
+        weights: Weights of the classes; without, it is the gradient of the mean loss.
+        plus: A gradient at w that is to be added: workers average the sum, once.
+        of: A micro-batch, or for each part of the batch the numbers of samples that count: their mean loss.
+        accumulate: The gradient is added to those of the micro-batches before, as terms of the whole batch's mean loss.
+        last: Whether it is the step's last pass, which workers average.
+    """
+
+    __slots__ = ("accumulate", "last", "of", "plus", "weights")
+    gradients = 1
+
+    def __init__(
+        self,
+        *weights: ClassWeights | None,
+        plus: Combination | None = None,
+        of: MicroBatch | Sequence[Tensor] | None = None,
+        accumulate: bool = False,
+        last: bool = True,
+    ) -> None:
+        self.weights, self.plus, self.of, self.accumulate, self.last = weights, plus, of, accumulate, last
+
+
+class LossIncrease:
+    """A request for l_j(w + eps) - l_j(w), shape (B,) for each part of the batch; negative where the loss is maximized."""
+
+    gradients = 1
+
+
+class ByClass:
+    """A request for the gradient at w of ``share`` times the mean loss, and of each class's mean loss.
+
+    Answered by a pair: that :class:`Gradient`, and :class:`ltsam_fast.optim.class_perturbation.ClassGradients`, which are of the
+    parameters at the positions ``scope``. Without any, or with share 1, there are no classes in these.
+    """
+
+    gradients = 1
+
+    def __init__(self, share: float, scope: list[int]) -> None:
+        self.share, self.scope = share, scope
+
+
+class AtClassPerturbed:
+    """A request for the gradient of ``share`` times the mean loss, each sample at the perturbed weights of its class.
+
+    Answered by its sum with the gradient of :class:`ByClass`.
+    """
+
+    gradients = 1
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+
+class Pause:
+    """Waits for the next phase, which brings no gradient."""
+
+    gradients = 0
+
+
+Request = AtWeights | AtPerturbed | LossIncrease | ByClass | AtClassPerturbed | Pause
+
+
+class MicroBatch:
+    """Samples of one part of the batch: their numbers ``index`` (m,), int64; ``last``: none follow."""
+
+    __slots__ = ("index", "last", "part")
+
+    def __init__(self, part: Any, index: Tensor, last: bool) -> None:
+        self.part, self.index, self.last = part, index, last
+
+
+class Step:
+    """One step of an optimizer: the verbs that a rule may use.
+
+    Attributes:
+        number: How many steps were taken before.
+    """
+
+    def __init__(self, optimizer: SharpnessAware, scaling: LossScale) -> None:
+        self._optimizer, self.scaling = optimizer, scaling
+        self._params, self._groups = optimizer.all_params(), optimizer.group_of_each()
+        self._perturbation, self._workers = optimizer._perturbation, optimizer._workers
+        self._passes: Any = None
+        self._finished = False
+        self._gradients = 0
+        self.seen_unperturbed = False
+        """Whether a pass at w has updated running statistics."""
+        self.number: int = optimizer.param_groups[0]["steps"]
+
+    # --- what a rule may ask
+
+    def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
+        """The class weights u and v of the method, None where all are zero."""
+        return self._passes.class_weights()  # type: ignore[no-any-return]
+
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """The batch in micro-batches of ``size`` samples, the last of which may be smaller."""
+        return self._passes.micro_batches(size)  # type: ignore[no-any-return]
+
+    def state(self, name: str) -> State:
+        """State of the method, kept from step to step: a tensor for each parameter, None where there is none yet."""
+        optimizer = self._optimizer
+        optimizer.skipped.drop_doubtful()
+        # Before the first step there may be zeros that a checkpoint asked for.
+        found = [optimizer.state[param].get(name) if self.number else None for param in self._params]
+        return State(found, name)
+
+    def lacks(self, name: str) -> bool:
+        """Whether a parameter that may be perturbed has no state ``name`` yet."""
+        self._optimizer.skipped.drop_doubtful()
+        return any(name not in self._optimizer.state[param] for param in self._optimizer.ascent_params())
+
+    def dots(self, first: Gradient, second: Gradient) -> tuple[Tensor, Tensor, Tensor]:
+        """``<a, a>, <b, b>, <a, b>`` over all parameters, 0-d, on the device; of tensors that ``a`` has."""
+        a, b = first.tensors, second.tensors
+        if some_missing(a):
+            chosen = [i for i, tensor in enumerate(a) if tensor is not None]
+            a, b = [a[i] for i in chosen], [b[i] for i in chosen]
+        dots = self._workers.dots(a, b, f" {first.number} {second.number}")
+        self.scaling.note(dots[0])
+        if (scale := self.scaling.grad_scale) is not None:
+            x, y = (torch.ones_like(scale) if one.number < 0 else 1 / scale for one in (first, second))
+            dots = dots * torch.stack([x * x, y * y, x * y]).to(dots)
+        return dots[0], dots[1], dots[2]
+
+    # --- what a rule may do
+
+    def ascend(
+        self,
+        direction: Combination | None,
+        *,
+        rho: float | Sequence[float] | None = None,
+        ema: tuple[State, float] | None = None,
+        mask: str | None = None,
+        probability: float = 1.0,
+        by_tensor: bool = False,
+        seed: int = 0,
+        begins_included: bool = False,
+        unscaled: frozenset[Tensor] = frozenset(),
+    ) -> None:
+        """Perturbs the weights: ``w + rho T d / (|T' d| + norm_eps)``, with the groups' ``adaptive`` scaling T.
+
+        Weights that are perturbed already are perturbed anew, from w. None as direction does nothing.
+
+        Args:
+            direction: ``d``, over all parameters; a tensor that has none stays.
+            rho: The radius, or one for each group; None: the groups' ``rho``.
+            ema: A state m and its decay: m <- decay m + (1 - decay) g, with the direction's gradient g; m begins as g.
+            begins_included: Whether a mean that begins counts in the direction; else the ascent is along the gradient there.
+            mask: Name of a state with bits of elements that stay.
+            probability: Share of the elements that move, drawn at random.
+            by_tensor: Draw whole tensors; the others are left out of the norm, too.
+            seed: Seed of the draws.
+            unscaled: Parameters that ``adaptive`` does not scale.
+
+        Raises:
+            ValueError: No parameter has a gradient.
+        """
+        if direction is None:
+            return
+        optimizer, perturbation, workers = self._optimizer, self._perturbation, self._workers
+        gradient, _, combination = self._split(direction)
+        tensors = gradient.tensors
+        if workers.averages and not gradient.averaged and optimizer.ascent_sync:
+            tensors = workers.average(self._params, tensors)
+        again = bool(perturbation)
+        positions = perturbation.now.positions if again else self._ascending(tensors)
+        if by_tensor:
+            positions = self._drawn(positions, probability, seed)
+            probability = 1.0
+        params, groups = _at(self._params, positions), _at(self._groups, positions)
+        whole = workers.redistributed(params, _at(tensors, positions))
+        grads = workers.local(whole)
+        options: dict[str, Any] = {} if probability == 1.0 else {"probability": probability}
+        if ema is not None:
+            means = self._means(params, grads, _at(ema[0].tensors, positions), ema[0].name, begins_included)
+            options |= {"means": means, "decay": ema[1]}
+        if mask is not None:
+            options["mask"] = [optimizer.state[param].get(mask) for param in params]
+        adaptive, eta = optimizer.values("adaptive"), optimizer.values(optimizer.asam_constant)
+        radius = optimizer.values("rho") if rho is None else rho
+        rest = {"maximize": optimizer.values("maximize"), "eps": optimizer.values("norm_eps")}
+        if unscaled:  # each group counts for two: its parameters that are scaled, and the others
+            groups = [2 * group + (param in unscaled) for param, group in zip(params, groups, strict=True)]
+            adaptive = tuple(half for one in adaptive for half in (one, False))
+            eta, radius, *others = (
+                tuple(half for one in values for half in (one, one)) for values in (eta, radius, *rest.values())
+            )
+            rest = dict(zip(rest, others, strict=True))
+        norm = workers.norm(
+            whole,
+            params,
+            kept_grads=options.get("means"),
+            combination=combination,
+            adaptive=adaptive,
+            eta=eta,
+            groups=groups,
+            found_inf=self.scaling.found_inf,
+        )
+        signals = dict(self.scaling.signals)
+        if gradient.number < 0:
+            signals.pop("grad_scale", None)
+
+        def launch(backups: list[Tensor]) -> None:
+            stochastic, drawn = perturbation.low_precision, "probability" in options
+            if stochastic or drawn:
+                skipped = optimizer.skipped.count(optimizer.param_groups, self._params[0].device)
+                options.update(
+                    stochastic=stochastic, seed=seed if drawn else 0, step=self.number, skipped=skipped
+                )
+            table = workers.table("random_perturb_" if "seed" in options else "perturb_")
+            if not again:
+                perturbation.begin(Perturbed(params, backups, positions), table)
+            ops.perturb_(
+                workers.local(params),
+                grads,
+                None if again else backups,
+                norm,
+                rho=radius,
+                adaptive=adaptive,
+                eta=eta,
+                groups=groups,
+                combination=combination,
+                original_params=backups if again else None,
+                table=table,
+                **rest,
+                **signals,
+                **options,
+            )
+
+        self._perturb(params, launch)
+
+    def add_noise(self, amplitude: Sequence[float], clip: float, seed: int) -> None:
+        """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``amplitude``, one for each group."""
+        workers, optimizer = self._workers, self._optimizer
+        positions = [i for i in self._ascending(None) or range(len(self._params)) if self._params[i].requires_grad]
+        params = _at(self._params, positions)
+
+        def launch(backups: list[Tensor]) -> None:
+            table = workers.table("gaussian_perturb_")
+            self._perturbation.begin(Perturbed(params, backups, positions), table)
+            ops.gaussian_perturb_(
+                workers.local(params),
+                backups,
+                amplitude=amplitude,
+                clip=clip,
+                seed=seed,
+                step=self.number,
+                skipped=optimizer.skipped.count(optimizer.param_groups, self._params[0].device),
+                offsets=[first_element(param) for param in params] if workers.sharded else None,
+                groups=_at(self._groups, positions),
+                table=table,
+            )
+
+        self._perturb(params, launch)
+
+    def ascend_by_class(self, gradients: ClassGradients, scales: Callable[[Tensor, Tensor, int], Tensor]) -> None:
+        """Turns each class's gradients G_kt into perturbed weights of the class's own, ``w_t + s_kt G_kt``.
+
+        Args:
+            gradients: The answer to :class:`ByClass`, overwritten.
+            scales: ``scales(norms, weight_norm, size)`` gives s, shape (K, T), from the norms of all G_kt, shape (K, T), float64,
+                the joint norm of the weights and their number.
+        """
+        gradients.perturb(scales, self.scaling)
+
+    def keep(self, name: str, value: Combination) -> None:
+        """Makes ``value`` the state ``name`` of the parameters that its latest gradient has."""
+        optimizer, workers = self._optimizer, self._workers
+        gradient, other, combination = self._split(value)
+        chosen = [i for i, tensor in enumerate(gradient.tensors) if tensor is not None]
+        params, grads = _at(self._params, chosen), _at(gradient.tensors, chosen)
+        check_all_dense(grads)
+        missing = [i for i, param in enumerate(params) if name not in optimizer.state[param]]
+        for i in missing:
+            optimizer.state[params[i]][name] = torch.zeros_like(params[i], requires_grad=False)
+        out = workers.local([optimizer.state[param][name] for param in params])
+        optimizer.skipped.before_change(out, self.scaling)
+        optimizer.skipped.created([(optimizer.state[params[i]], name) for i in missing], self.scaling)
+        if self.scaling.grad_scale is not None:  # state is of gradients that are not scaled
+            combination = combination / self.scaling.grad_scale.to(combination)
+        ops.combine_(
+            out,
+            workers.local(grads),
+            [None] * len(out) if other is None else workers.local(_at(other.tensors, chosen)),
+            combination,
+            found_inf=self.scaling.found_inf,
+            table=workers.table("combine_"),
+        )
+
+    def set_mask(self, name: str, make: Callable[..., Tensor], *arguments: Any) -> None:
+        """Keeps which elements move, ``make(*arguments)``: a bool for each element of the parameters that may be perturbed.
+
+        Not kept are bools, but a bit for each element that stays, in the order of memory.
+        """
+        self._optimizer.set_mask(name, make(*arguments), self.scaling)
+
+    def restore(self) -> None:
+        """Puts the unperturbed weights back in the middle of a step."""
+        self._perturbation.restore(self._workers)
+
+    def descend(self, direction: Combination, *, decoupled: Combination | None = None) -> None:
+        """Restores the weights and steps: ``w <- base_step(w, direction) - lr decoupled``; the step ends with it.
+
+        A parameter moves if the latest gradient has a tensor for it; with a plain sum, if either has.
+        """
+        optimizer, workers, scaling = self._optimizer, self._workers, self.scaling
+        gradient, other, combination = self._split(direction, decoupled)
+        params, groups = self._params, self._groups
+        grads = workers.redistributed(params, self._averaged(gradient))
+        kept = None if other is None else workers.redistributed(params, self._averaged(other))
+        if workers.averages:
+            workers.share_overflow(scaling.found_inf)
+        if some_missing(grads):
+            if kept and combination is not None:
+                kept = [None if grad is None else one for grad, one in zip(grads, kept, strict=True)]
+            params, groups, grads, kept = self._only_with_gradient(params, groups, grads, kept)
+        norm, max_norm = None, optimizer.max_grad_norm
+        if params and (max_norm or scaling):
+            norm = workers.norm(
+                grads, use=" of the step", kept_grads=kept, combination=combination, found_inf=scaling.found_inf
+            )
+        update = Update(params, groups, grads, kept, combination, decoupled is not None, norm, max_norm)
+        optimizer._base_step(optimizer, update, self._perturbation, scaling, workers)
+        self.finish()
+        self._perturbation.updated(workers)
+
+    # --- the rest is the engine's
+
+    def finish(self) -> None:
+        """Counts the step, once."""
+        optimizer = self._optimizer
+        optimizer._count_step(self.number)
+        if self._finished:
+            return
+        self._finished = True
+        if self.scaling:
+            optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params[0].device)
+        self._perturbation.enable_running_stats()
+        # What torch's learning rate schedulers look for; one may have been given the base optimizer.
+        optimizer._opt_called = optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def gradient(self, tensors: list[Tensor | None], averaged: bool) -> Gradient:
+        """The gradient of a pass."""
+        self._gradients += 1
+        return Gradient(tensors, self._gradients, averaged)
+
+    def _split(
+        self, direction: Combination, decoupled: Combination | None = None
+    ) -> tuple[Gradient, Gradient | None, Tensor]:
+        """The latest gradient of a combination, the other one, and their coefficients; None for a plain sum."""
+        if decoupled is None:
+            if isinstance(direction, Gradient):
+                return direction, None, None  # type: ignore[return-value]
+            if isinstance(direction, Sum):
+                return direction.last, direction.before, None  # type: ignore[return-value]
+        terms, beside = direction.terms, {} if decoupled is None else decoupled.terms
+        latest, *others = sorted({*terms, *beside}, key=lambda one: -one.number)
+        other = others[0] if others else None
+        factors = [part.get(one, 0.0) for part in (terms, beside) for one in (latest, other)]  # type: ignore[call-overload]
+        return latest, other, self._coefficients(factors, (latest, other) * 2)
+
+    def _coefficients(self, factors: list[Any], gradients: tuple[Gradient | None, ...]) -> Tensor:
+        known = next((factor for factor in factors if isinstance(factor, Tensor)), None)
+        if known is None:
+            coefficients = self._optimizer.constant(tuple(map(float, factors)))
+        else:
+            nothing = torch.zeros_like(known)
+            coefficients = torch.stack([nothing + factor for factor in factors])
+        if (scale := self.scaling.grad_scale) is not None and any(one and one.number < 0 for one in gradients):
+            one = torch.ones_like(scale)  # of state that is not scaled
+            scales = [scale if gradient is not None and gradient.number < 0 else one for gradient in gradients]
+            coefficients = coefficients * torch.stack(scales).to(coefficients)
+        return coefficients
+
+    def _averaged(self, gradient: Gradient) -> list[Tensor | None]:
+        if gradient.averaged or not self._workers.averages:
+            return gradient.tensors
+        return self._workers.average(self._params, gradient.tensors)
+
+    def _ascending(self, tensors: list[Tensor | None] | None) -> list[int] | None:
+        """The positions of the parameters that are to be perturbed: in a group with ``perturb``, with a gradient. None: all."""
+        groups = self._optimizer.param_groups
+        excluded = {i for i, group in enumerate(groups) if not group["perturb"]}
+        if tensors is None:
+            return [i for i, group in enumerate(self._groups) if group not in excluded] if excluded else None
+        if not excluded and not some_missing(tensors):
+            return None
+        chosen = [i for i, group in enumerate(self._groups) if group not in excluded and tensors[i] is not None]
+        if not chosen and all_missing(tensors):
+            raise ValueError("no parameter has a gradient to ascend along: call loss.backward() before this phase")
+        return chosen
+
+    def _drawn(self, positions: list[int] | None, probability: float, seed: int) -> list[int]:
+        """Some of the parameters, at random."""
+        candidates = self._ascending(None) or range(len(self._params))
+        generator = torch.Generator().manual_seed(seed + 0x9E3779B9 * self.number)
+        drawn = torch.rand(len(candidates), dtype=torch.float32, generator=generator) < probability
+        moving = {i for i, one in zip(candidates, drawn.tolist(), strict=True) if one}
+        return [i for i in (range(len(self._params)) if positions is None else positions) if i in moving]
+
+    def _means(
+        self, params: list[Tensor], grads: list[Any], means: list[Tensor | None], name: str, included: bool
+    ) -> list[Tensor | None]:
+        """Means as the pass takes them: None where they begin, as the gradient, unless that is to be included."""
+        optimizer, workers, scale = self._optimizer, self._workers, self.scaling.grad_scale
+        beginning = [i for i, mean in enumerate(means) if mean is None]
+        check_all_dense(grads[i] for i in beginning)
+        for i in beginning:
+            inverse = 1.0 if scale is None else (1 / scale).to(grads[i])
+            mean = optimizer.state[params[i]][name] = torch.zeros_like(params[i], requires_grad=False)
+            workers.local([mean])[0].copy_(grads[i] * inverse)
+            if included:
+                means[i] = mean
+        means = workers.local(means)
+        optimizer.skipped.before_change([mean for mean in means if mean is not None], self.scaling)
+        optimizer.skipped.created([(optimizer.state[params[i]], name) for i in beginning], self.scaling)
+        return means
+
+    def _perturb(self, params: list[Tensor], launch: Any) -> None:
+        perturbation, workers = self._perturbation, self._workers
+        try:
+            launch(perturbation.backups_for(params, workers))
+        except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
+            if perturbation:
+                raise
+            perturbation.forget_backups()
+            launch(perturbation.backups_for(params, workers))
+        perturbation.done(workers)
+        if self.seen_unperturbed and self._optimizer.protects_running_stats:
+            perturbation.disable_running_stats(self._optimizer.model)
+
+    def _only_with_gradient(
+        self, params: list[Tensor], groups: list[int], grads: list[Tensor | None], kept: list[Tensor | None] | None
+    ) -> tuple[list[Tensor], list[int], list[Tensor | None], list[Tensor | None] | None]:
+        """The parameters that step; those that were perturbed and have no gradient since come back."""
+        stepping = [i for i, grad in enumerate(grads) if grad is not None or (kept is not None and kept[i] is not None)]
+        moving = {params[i] for i in stepping}
+        now = self._perturbation.now
+        back = now.at([i for i, param in enumerate(now.params) if param not in moving])
+        ops.restore_(self._workers.local(back.params), back.backups)
+        grads, kept = _at(grads, stepping), None if kept is None else _at(kept, stepping)
+        if kept is not None:  # a kept gradient that stands alone takes the first place, and counts in the norm
+            pairs = list(zip(grads, kept, strict=True))
+            grads = [one if grad is None else grad for grad, one in pairs]
+            kept = [None if grad is None else one for grad, one in pairs]
+        return _at(params, stepping), _at(groups, stepping), grads, kept
+
+
+def _at(items: list[Any], positions: list[int] | None) -> list[Any]:
+    return items if positions is None else [items[i] for i in positions]
