@@ -16,39 +16,33 @@ class LossScale:
     """What a GradScaler means for a step: losses are scaled up, and an overflow in any pass skips the whole update.
 
     Attributes:
-        signals: ``grad_scale`` and ``found_inf``, one-element tensors, as keywords of the ops; empty without a scaler.
+        signals: ``grad_scale`` and ``found_inf``, one-element tensors, as keywords of the ops; empty without a scaler. Their
+            names are attributes too: not zero once a pass has overflowed, and what the gradients are too large by; or None.
     """
 
     def __init__(self, scaler: Any = None, params: list[Tensor] | None = None) -> None:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self.signals: dict[str, Tensor] = {}
+        self._set(None, None)
         if self._scaler is not None and params:
             found_inf = torch.zeros((), dtype=torch.float32, device=params[0].device)
             self._scaler.scale(found_inf)  # makes the scale, if this is its first use
-            self.signals = {"grad_scale": self._scaler._get_scale_async(), "found_inf": found_inf}
+            self._set(self._scaler._get_scale_async(), found_inf)
 
-    def __bool__(self) -> bool:
-        return bool(self.signals)
-
-    def take_signals(self, optimizer: Optimizer) -> None:
-        """Takes the signals that torch.amp.GradScaler.step(), or the caller, has set as attributes of the optimizer."""
-        if self._scaler is not None:
-            return
-        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
-            found_inf = None if grad_scale is None else torch.zeros((), dtype=torch.float32, device=grad_scale.device)
+    def _set(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self.grad_scale, self.found_inf = grad_scale, found_inf
         pairs = {"grad_scale": grad_scale, "found_inf": found_inf}
         self.signals = {name: value for name, value in pairs.items() if value is not None}
 
-    @property
-    def found_inf(self) -> Tensor | None:
-        """Not zero once a pass has overflowed: one number on the device."""
-        return self.signals.get("found_inf")
-
-    @property
-    def grad_scale(self) -> Tensor | None:
-        """What the gradients are too large by: one number on the device."""
-        return self.signals.get("grad_scale")
+    def with_signals_of(self, optimizer: Any) -> LossScale:
+        """One with the signals that torch.amp.GradScaler.step(), or the caller, has set as attributes of the optimizer."""
+        if self._scaler is not None:
+            return self
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
+            found_inf = None if grad_scale is None else torch.zeros((), dtype=torch.float32, device=grad_scale.device)
+        scaling = LossScale()
+        scaling._set(grad_scale, found_inf)
+        return scaling
 
     def __call__(self, weights: Tensor) -> Tensor:
         """The weights of a loss, scaled up."""
@@ -76,6 +70,10 @@ class LossScale:
         record["stage"] = OptState.STEPPED
 
 
+NO_SCALE = LossScale()
+"""That of a step without a scaler."""
+
+
 class SkippedSteps:
     """How many steps overflowed, counted on the device, and the state that such a step must not leave behind."""
 
@@ -85,11 +83,11 @@ class SkippedSteps:
         self._created: list[tuple[dict[str, Any], str]] = []
         self._doubtful: tuple[Tensor, list[tuple[dict[str, Any], str]]] | None = None
 
-    def count(self, groups: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+    def count(self, groups: list[dict[str, Any]], params: list[Tensor]) -> Tensor | None:
         """The number of skipped steps, where the device counts it; None: no step had a scaler."""
         so_far = groups[0]["skipped_steps"]
         if self._count is None and so_far:
-            self._count = torch.tensor(float(so_far), dtype=torch.float32, device=device)
+            self._count = torch.tensor(float(so_far), dtype=torch.float32, device=params[0].device)
         return self._count
 
     def write(self, groups: list[dict[str, Any]]) -> None:
@@ -100,12 +98,12 @@ class SkippedSteps:
 
     def before_change(self, tensors: list[Tensor], scaling: LossScale) -> None:
         """Keeps copies of state that is about to change: a later pass may overflow."""
-        if scaling:
+        if scaling.signals:
             self._changed += [(tensor, tensor.clone()) for tensor in tensors]
 
     def created(self, entries: list[tuple[dict[str, Any], str]], scaling: LossScale) -> None:
         """Takes note of state that this step has begun: one that overflows has not begun it."""
-        if scaling:
+        if scaling.signals:
             self._created += entries
 
     def drop_doubtful(self) -> bool:
@@ -119,18 +117,18 @@ class SkippedSteps:
             state.pop(name, None)
         return True
 
-    def end_step(self, scaling: LossScale, groups: list[dict[str, Any]], device: torch.device) -> None:
+    def end_step(self, scaling: LossScale, groups: list[dict[str, Any]], params: list[Tensor]) -> None:
         """Counts the step if it overflowed, and takes its changes back then. The device decides."""
         found_inf = scaling.found_inf
         if found_inf is None:
             return
-        count = self.count(groups, device)
+        count = self.count(groups, params)
         self._count = found_inf.detach().clone() if count is None else count.add_(found_inf)
         floating = [pair for pair in self._changed if pair[0].is_floating_point()]
         if floating:
             now, before = (list(tensors) for tensors in zip(*floating, strict=True))
             # What is now becomes what is to be kept, unless the step was skipped.
-            whole = torch.zeros(4, dtype=torch.float64, device=device)
+            whole = torch.zeros(4, dtype=torch.float64, device=params[0].device)
             whole[0] = 1.0
             ops.combine_(before, now, [None] * len(now), whole, found_inf=found_inf)
             ops.restore_(now, before)

@@ -58,16 +58,18 @@ class FusedStep:
         self, optimizer: Any, update: Update, perturbation: Perturbation, scaling: LossScale, workers: Single
     ) -> None:
         """Restores the weights and steps."""
-        base, params, table = optimizer.base_optimizer, update.params, workers.table(self._op)
+        base, params, table = optimizer.base_optimizer, update.params, workers.tables[self._op]
         state = self._arguments(base.param_groups, update.groups, params, [base.state[param] for param in params])
-        state = {key: workers.local(value) if isinstance(value, list) else value for key, value in state.items()}
-        backups = perturbation.sources_of(params, workers)
+        backups, grads, kept = perturbation.sources_of(params, workers), update.grads, update.kept
         perturbation.begin_update(params, table)
+        if workers.sharded:
+            params, grads, kept = workers.local(params), workers.local(grads), kept and workers.local(kept)
+            state = {name: workers.local(values) for name, values in state.items()}
         getattr(ops, self._op)(
-            workers.local(params),
-            workers.local(update.grads),
+            params,
+            grads,
             backups=backups,
-            kept_grads=update.kept and workers.local(update.kept),
+            kept_grads=kept,
             max_norm=0.0 if update.norm is None else update.max_norm,
             norm=update.norm,
             combination=update.combination,
@@ -97,7 +99,7 @@ class UnfusedStep:
         totals, beside = _summed(update, optimizer.param_groups, scaling)
         for param, total in zip(update.params, totals, strict=True):
             param.grad = total
-        for param in optimizer.all_params():
+        for param in optimizer.all_params()[0]:
             if not param.requires_grad:  # frozen since its last backward
                 param.grad = None
         with optimizer.base_alone():
@@ -190,9 +192,12 @@ def _step_count(state: Group, param: Tensor) -> Tensor:
     return count
 
 
-def _options(groups: list[Group], *names: str) -> dict[str, tuple[float, ...]]:
+def _options(groups: list[Group], *names: str) -> dict[str, list[float]]:
     """Hyperparameters, one value a group."""
-    return {name: tuple(number(group[name]) for group in groups) for name in names}
+    return {
+        name: [value if isinstance(value := group[name], (int, float)) else number(value) for group in groups]
+        for name in names
+    }
 
 
 def _sgd(groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any]) -> dict[str, Any]:
@@ -231,8 +236,8 @@ def _adam(groups: list[Group], group_of: list[int], params: list[Tensor], states
         amsgrad = [bool(groups[group]["amsgrad"]) for group in group_of]
         state["max_exp_avg_sqs"] = _buffers("max_exp_avg_sq", states, params, amsgrad)
     for i in (0, 1):
-        state[f"beta{i + 1}"] = tuple(number(group["betas"][i]) for group in groups)
-    state["decoupled"] = tuple(float(group.get("decoupled_weight_decay", False)) for group in groups)
+        state[f"beta{i + 1}"] = [number(group["betas"][i]) for group in groups]
+    state["decoupled"] = [float(group.get("decoupled_weight_decay", False)) for group in groups]
     return state | _options(groups, "lr", "eps", "weight_decay", "maximize")
 
 

@@ -85,7 +85,7 @@ class ClassPasses:
             self._workers.add_up([grad for k in gradients.classes for grad in gradients.grads[k]])
             gradients.classes = sorted(members)  # those of other workers are not evaluated here
         averaged = not perturbs or not self._workers.averages
-        return passes._step.gradient(gradients_of(passes._params), averaged), gradients
+        return Gradient(gradients_of(passes._params), next(passes._step.gradient_numbers), averaged), gradients
 
     def _part_at_weights(
         self, number: int, part: Any, members: dict[int, dict[int, list[int]]], sizes: dict[int, int]
@@ -95,7 +95,7 @@ class ClassPasses:
         with self._head.watched() if self._head else contextlib.nullcontext():
             with shared.watching() if shared else contextlib.nullcontext():
                 losses = part.evaluate()
-        self._optimizer._graphs.check(losses)
+        self._optimizer.graphs.check(losses)
         if self._head and not self._head.keeps_apart(losses):
             self._head = None
         mean = self._scaling(torch.full_like(losses, self._share / self._passes.size))
@@ -121,10 +121,10 @@ class ClassPasses:
     def _find_head(self) -> Head | None:
         """The module of the scope's parameters, if it computes each row by itself. Looked at in each step: hooks come and go."""
         optimizer = self._optimizer
-        known = optimizer._head
+        known = optimizer.row_wise_head
         if known is None or not same_items(known[0], self._scope):
             owner = owner_of(self._scope, optimizer.model or optimizer.head_module)  # type: ignore[attr-defined]
-            known = optimizer._head = self._scope, None if owner is None else Head(owner, self._scope)
+            known = optimizer.row_wise_head = self._scope, None if owner is None else Head(owner, self._scope)
         head = known[1]
         return head if head and by_row_alone(head.module) else None
 
@@ -141,14 +141,15 @@ class ClassPasses:
         passes = self._passes
         perturbation = passes._step._perturbation
         share = share / passes.size
-        if self._head:
+        if not self._head:
+            perturbation.back_up(self._scope, self._positions, self._workers)
+        if self._optimizer.model is not None:
             perturbation.disable_running_stats(self._optimizer.model)
+        if self._head:
             self._by_row(self._head, share)
         else:
-            perturbation.back_up(self._scope, self._positions, self._workers)
-            perturbation.disable_running_stats(self._optimizer.model)
             self._class_by_class(share)
-        return passes._step.gradient(gradients_of(passes._params), True)
+        return Gradient(gradients_of(passes._params), next(passes._step.gradient_numbers), True)
 
     def _by_row(self, head: Head, share: float) -> None:
         """In one pass: nothing mixes samples from the head's input on."""

@@ -102,8 +102,8 @@ class ClassWise(Sharing):
         return self._known()[1][1]  # type: ignore[no-any-return]
 
     def class_weights_now(self) -> tuple[ClassWeights | None, ClassWeights | None]:
-        """u and v as a step uses them."""
-        return self._known()[2]  # type: ignore[no-any-return]
+        """u and v as a step uses them; :meth:`classes` has seen whether they are up to date."""
+        return self._class_weights[2]  # type: ignore[no-any-return]
 
     @property
     def pilot(self) -> int | None:
@@ -112,7 +112,7 @@ class ClassWise(Sharing):
 
     def classes(self) -> int:
         """The number of classes that there are weights for."""
-        weights = self.class_weights
+        weights = self._known()[1][1]
         if weights is None:
             raise ValueError(
                 "class_counts must be given to the constructor for step(closure, targets); the phases need none"

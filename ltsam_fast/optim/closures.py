@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.gradients import stash_gradients
+from ltsam_fast.optim.gradients import swap_gradients
 from ltsam_fast.weight_caches import clear_weight_caches
 
 Closure = Callable[..., Tensor]
@@ -34,6 +35,7 @@ class Part:
         self.losses: Tensor | None = None
         self.total: Any = 0
         self.weights: dict[Any, Tensor] = {}
+        self._needs_index = _needs_index(closure)
 
     def evaluate(self, index: Tensor | None = None, *, at_w: bool = True, graph: bool = True) -> Tensor:
         """The closure's per-sample losses, checked.
@@ -43,16 +45,19 @@ class Part:
             at_w: The weights are not perturbed: these losses count for what the step returns.
             graph: The losses are to be differentiated.
         """
-        if index is None and self.size >= 0 and _needs_index(self.closure):
+        if index is None and self.size >= 0 and self._needs_index:
             index = torch.arange(self.size, device=self.labels.device if self.labels is not None else None)
         clear_weight_caches()  # of an evaluation without gradients, too
-        with stash_gradients(self._params), torch.set_grad_enabled(graph):
-            try:
+        stash = _stash_gradients(self._params)
+        try:
+            with torch.set_grad_enabled(graph):
                 losses = self.closure() if index is None else self.closure(index)
-            except RuntimeError as error:
-                if graph or "does not require grad" not in str(error):
-                    raise
-                raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
+        except RuntimeError as error:
+            if graph or "does not require grad" not in str(error):
+                raise
+            raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
+        finally:
+            _put_back(self._params, stash)
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -78,9 +83,24 @@ class Part:
         return losses
 
 
-def mean_loss(parts: list[Part]) -> Tensor:
-    """The mean loss at w over all samples, 0-d."""
-    return torch.stack([part.total for part in parts]).sum() / sum(part.size for part in parts)
+def _stash_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
+    """Keeps gradients out of reach while a closure runs: it may begin with zero_grad(), as torch's documentation has it."""
+    kept = list(map(_grad, params))
+    if {*map(type, kept)} <= _NO_GRADIENT:
+        return None
+    for param in params:
+        param.grad = None
+    return kept
+
+
+def _put_back(params: list[Tensor], stash: list[Tensor | None] | None) -> None:
+    """Puts gradients back. What the closure left, such as by another optimizer's step, is not this step's."""
+    if stash is not None or not {*map(type, map(_grad, params))} <= _NO_GRADIENT:
+        swap_gradients(params, stash or [None] * len(params))
+
+
+_grad = operator.attrgetter("grad")
+_NO_GRADIENT = {type(None)}
 
 
 def _needs_index(closure: Closure) -> bool:
@@ -107,7 +127,7 @@ def check_takes_index(parts: list[Part], method: str) -> None:
             ) from None
         except ValueError:  # a callable without a signature
             continue
-        if part.labels is None and _needs_index(part.closure):
+        if part.labels is None and part._needs_index:
             raise ValueError(
                 "closure must give index a default, or targets must be given: else the batch's size is unknown"
             )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -124,8 +123,10 @@ def swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Ten
 
 
 def take_gradients(params: list[Tensor]) -> list[Tensor | None]:
-    """Returns the gradients and clears them in place."""
-    grads = gradients_of(params)
+    """Returns the gradients, as :func:`gradients_of` does, and clears them in place."""
+    grads = list(map(_grad, params))
+    if not all(map(_requires_grad, params)):
+        grads = gradients_of(params)
     for param in params:
         param.grad = None
     return grads
@@ -134,20 +135,6 @@ def take_gradients(params: list[Tensor]) -> list[Tensor | None]:
 def own_memory(grads: list[Tensor | None]) -> list[Tensor | None]:
     """The gradients, with copies of views: a view may be one of DDP's buckets, which the next backward overwrites."""
     return [grad.clone() if grad is not None and grad._is_view() else grad for grad in grads]
-
-
-@contextlib.contextmanager
-def stash_gradients(params: list[Tensor]) -> Iterator[None]:
-    """Keeps gradients out of reach while a closure runs: it may begin with zero_grad(), as torch's documentation has it."""
-    kept = list(map(_grad, params))
-    empty = all_missing(kept)
-    if not empty:
-        swap_gradients(params, [None] * len(params))
-    try:
-        yield
-    finally:  # what the closure left, such as by another optimizer's step, is not this step's
-        if not empty or {*map(type, map(_grad, params))} - {_NONE}:
-            swap_gradients(params, kept)
 
 
 def check_all_dense(grads: Iterable[Tensor | None]) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast import ops
-from ltsam_fast.optim.amp import LossScale, SkippedSteps
+from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
 from ltsam_fast.optim.checks import check_model
@@ -119,6 +119,7 @@ class SharpnessAware(Configurable, Optimizer):
             name: one.check(name, given.pop(name)) if one.keyword and name in given else one.default
             for name, one in self.options.items()
         }
+        self._sharded = False
         self.model = model
         self.check_options(own)
         own |= _COUNTS
@@ -150,6 +151,10 @@ class SharpnessAware(Configurable, Optimizer):
 
     def classes(self) -> int | None:
         """Below which number the samples' classes must lie; None: they are not looked at."""
+        return None
+
+    def class_weights_now(self) -> Any:
+        """The class weights u and v, of methods that have any."""
         return None
 
     def end_step(self) -> None:
@@ -185,7 +190,7 @@ class SharpnessAware(Configurable, Optimizer):
         """
         if closure is None and self._is_torchs_own_call():
             return self._torchs_own_call()  # type: ignore[no-any-return]
-        closures = _as_list(closure)
+        closures = list(closure) if isinstance(closure, (list, tuple)) else [] if closure is None else [closure]
         if getattr(self, "grad_scale", None) is not None:
             raise ValueError("scaler.step(optimizer, closure) is not supported: call step(closure, scaler=scaler)")
         if not closures or not all(map(callable, closures)):
@@ -194,12 +199,14 @@ class SharpnessAware(Configurable, Optimizer):
             )
         if self._running is not None:
             self._check_turn("step")
-        labels = self._check_targets(targets, len(closures))
+        labels: list[Any] = [None] * len(closures)
+        if targets is not None or self.classes() is not None:
+            labels = self._check_targets(targets, len(closures))
         step = self._begin(scaler)
         passes = Passes(self, step, closures, labels)
         try:
             self._clear_gradients()
-            with self._graphs.reusable() if self.several_gradients else _NOTHING:
+            with self.graphs.reusable() if self.several_gradients else _NOTHING:
                 rule = self.rule(step)
                 request = next(rule)
                 with contextlib.suppress(StopIteration):
@@ -207,7 +214,8 @@ class SharpnessAware(Configurable, Optimizer):
                         request = rule.send(passes(request))
             loss = passes.mean_loss()
             self._clear_gradients()
-            step.scaling.report(self)
+            if scaler is not None:
+                step.scaling.report(self)
             return loss
         except BaseException:
             self._abandon(step)
@@ -251,7 +259,7 @@ class SharpnessAware(Configurable, Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether weights are perturbed now: between two phases, or while a closure is evaluated at w + eps."""
-        return bool(self._perturbation)
+        return bool(self._perturbation.now.params)
 
     def restore(self) -> None:
         """Puts the unperturbed weights back and starts over with the first phase: for use after an error of your own.
@@ -271,8 +279,10 @@ class SharpnessAware(Configurable, Optimizer):
         scaling = run.step.scaling
         scaling.check_scaled(self)
         try:
-            scaling.take_signals(self)
-            self._check_join(bool(scaling))
+            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+                scaling = run.step.scaling = scaling.with_signals_of(self)
+            if self._workers.averages:
+                self._check_join(bool(scaling.signals))
             self._running = run
             finished = run.advance()
         except BaseException:
@@ -336,17 +346,16 @@ class SharpnessAware(Configurable, Optimizer):
         """Whether torch.distributed.checkpoint calls step() with learning rate 0 and gradients of zeros, to see the state."""
         if any(bool(group.get("lr", 0.0)) for group in self.param_groups):
             return False
-        params = [param for param in self.all_params() if param.requires_grad]
+        params = [param for param in self.all_params()[0] if param.requires_grad]
         grads = local_shards([param.grad for param in params])
         return bool(grads) and not any(grad is None or bool(grad.any()) for grad in grads)
 
     def _create_state(self) -> None:
         """Makes the state that the steps would make, for a checkpoint to be loaded into."""
-        pairs = zip(self.all_params(), self.group_of_each(), strict=True)
-        moving = [(param, group) for param, group in pairs if param.requires_grad]
+        moving = [(param, group) for param, group in zip(*self.all_params(), strict=True) if param.requires_grad]
         params, groups = [param for param, _ in moving], [group for _, group in moving]
         self.create_buffers(params)
-        self._base_step.create_state(self, params, groups)
+        self.base_step.create_state(self, params, groups)
 
     def create_buffers(self, params: list[Tensor]) -> None:
         """Makes the method's own state, where it is missing."""
@@ -366,10 +375,11 @@ class SharpnessAware(Configurable, Optimizer):
         """A step that begins now, with the workers that there are now."""
         if len(self.param_groups) > 1:
             self._check_equal_options()
-        if not self._workers.current(self._model):
+        if self._may_average and not self._workers.averages:  # torch.distributed may have been initialized since
             self._workers = workers_of(self._model, self._sharded)
-        scaling = LossScale() if scaler is None else LossScale(scaler, self.all_params())
-        self._check_join(bool(scaling))
+        scaling = NO_SCALE if scaler is None else LossScale(scaler, self.all_params()[0])
+        if self._workers.averages:
+            self._check_join(bool(scaling.signals))
         return Step(self, scaling)
 
     def _abandon(self, step: Step | None) -> None:
@@ -384,14 +394,14 @@ class SharpnessAware(Configurable, Optimizer):
             except KeyboardInterrupt:
                 continue
 
-    def all_params(self) -> list[Tensor]:
-        """All parameters, group by group."""
-        groups = self.param_groups
-        return groups[0]["params"] if len(groups) == 1 else [param for group in groups for param in group["params"]]
-
-    def group_of_each(self) -> list[int]:
-        """The group of each parameter."""
-        return [index for index, group in enumerate(self.param_groups) for _ in group["params"]]
+    def all_params(self) -> tuple[list[Tensor], list[int]]:
+        """All parameters, and the group of each."""
+        params: list[Tensor] = []
+        groups: list[int] = []
+        for index, group in enumerate(self.param_groups):
+            params += group["params"]
+            groups += [index] * len(group["params"])
+        return params, groups
 
     def ascent_params(self) -> list[Tensor]:
         """The parameters that may be perturbed."""
@@ -400,7 +410,7 @@ class SharpnessAware(Configurable, Optimizer):
 
     def all_weights(self) -> list[Tensor]:
         """All weights that are known: a loss may depend on some that are not to be stepped."""
-        return [*self.all_params(), *(self.model.parameters() if self.model is not None else ())]
+        return [*self.all_params()[0], *(self.model.parameters() if self.model is not None else ())]
 
     def values(self, name: str) -> tuple[Any, ...]:
         """An entry of each group; None where a group has none of this name."""
@@ -428,7 +438,7 @@ class SharpnessAware(Configurable, Optimizer):
                 state[name] = bits
                 self.skipped.created([(state, name)], scaling)
 
-    def _count_step(self, number: int) -> None:
+    def count_step(self, number: int) -> None:
         """Counts the step ``number``, a captured graph's too."""
         for group in self.param_groups:
             group["steps"] = number + 1
@@ -439,7 +449,8 @@ class SharpnessAware(Configurable, Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
-        self._workers.gradients_cleared()
+        if self._workers.finds_unused:
+            self._workers.gradients_cleared()
 
     def _check_join(self, scaled: bool) -> None:
         name = type(self).__name__
@@ -447,9 +458,9 @@ class SharpnessAware(Configurable, Optimizer):
 
     def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
         classes = self.classes()
-        if classes is not None and targets is None:
+        if targets is None:
             raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
-        labels: list[Any] = [None] * closures if targets is None else _as_list(targets)
+        labels: list[Any] = list(targets) if isinstance(targets, (list, tuple)) else [targets]
         if len(labels) != closures:
             raise ValueError(f"targets has {len(labels)} entries, but there are {closures} closures: give one each")
         if classes is not None:
@@ -485,7 +496,8 @@ class SharpnessAware(Configurable, Optimizer):
     @model.setter
     def model(self, model: torch.nn.Module | None) -> None:
         check_model(model)
-        self._model = model
+        self._model, self._may_average = model, hasattr(model, "no_sync")
+        self._workers = workers_of(model, self._sharded)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
@@ -502,6 +514,7 @@ class SharpnessAware(Configurable, Optimizer):
                         "samples or classes; use DistributedDataParallel"
                     )
                 self._sharded = True
+                self._workers = workers_of(self._model, True)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -551,7 +564,7 @@ class SharpnessAware(Configurable, Optimizer):
             raise
 
     def _check_settled(self, name: str) -> None:
-        if self._running is not None or self._perturbation:
+        if self._running is not None or self._perturbation.now.params:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
 
     def _base_state(self) -> dict[Any, Any]:
@@ -569,12 +582,11 @@ class SharpnessAware(Configurable, Optimizer):
         self._perturbation = Perturbation()
         self.skipped = SkippedSteps()
         self._constants: dict[Any, Tensor] = {}
-        self._graphs = CompiledGraphs()
-        self._sharing: SharedBackward | None = None
-        self._head: Any = None
-        self._base_step = base_step_of(self.base_optimizer)
-        self._sharded = False
-        self._workers = workers_of(self._model, False)
+        self.graphs = CompiledGraphs()
+        self.sharing: SharedBackward | None = None
+        self.row_wise_head: Any = None
+        self.base_step = base_step_of(self.base_optimizer)
+        self.model = self._model  # and with it the workers that there are
 
     def __getstate__(self) -> dict[str, Any]:
         self._check_settled("copy or pickle")
@@ -589,10 +601,10 @@ class SharpnessAware(Configurable, Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._sharded = any(map(is_sharded, self.all_params()[0]))
         self._reset_step_state()
         self.base_optimizer.__setstate__({"state": self._base_state(), "param_groups": self.param_groups})
         self.base_optimizer.state = self.state
-        self._sharded = any(map(is_sharded, self.all_params()))
         self._follow_base()
 
     def _follow_base(self) -> None:
@@ -628,7 +640,3 @@ def _with_options(params: Any, own: dict[str, Any]) -> Any:
     if params and not isinstance(params[0], dict):
         params = [{"params": params}]
     return [{**own, **group} if isinstance(group, dict) else group for group in params]
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]

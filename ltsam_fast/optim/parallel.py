@@ -19,6 +19,14 @@ from ltsam_fast.table import TensorTable
 Tensors = list[Tensor | None]
 
 
+class _Tables(dict[str, TensorTable]):
+    """The tables of the ops, kept from step to step; a key is an op's name, a space and a use where it has several."""
+
+    def __missing__(self, key: str) -> TensorTable:
+        table = self[key] = TensorTable(ops.OPS[key.partition(" ")[0]])
+        return table
+
+
 class Single:
     """The only worker."""
 
@@ -31,18 +39,7 @@ class Single:
 
     def __init__(self, model: torch.nn.Module | None = None) -> None:
         self.model = model
-        self._tables: dict[str, TensorTable] = {}
-
-    def current(self, model: torch.nn.Module | None) -> bool:
-        """Whether this is what the process still is, with this model: it may be wrapped, or torch.distributed be initialized."""
-        return model is self.model and self.averages == _is_replicated(model)
-
-    def table(self, op: str, use: str = "") -> TensorTable:
-        """The table of one op and use, kept from step to step."""
-        key = op + use
-        if key not in self._tables:
-            self._tables[key] = TensorTable(ops.OPS[op])
-        return self._tables[key]
+        self.tables = _Tables()
 
     def backward(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a pass, forward and backward: keeps it from averaging gradients unless it is the step's last one."""
@@ -58,11 +55,11 @@ class Single:
 
     def norm(self, grads: Tensors, params: list[Tensor] | None = None, use: str = "", **options: Any) -> Tensor:
         """The norm of whole gradients as by :func:`ltsam_fast.ops.grad_norm`, whose arguments these are."""
-        return ops.grad_norm(grads, params, table=self.table("grad_norm", use), **options)
+        return ops.grad_norm(grads, params, table=self.tables["grad_norm" + use], **options)
 
     def dots(self, grads: Tensors, other: Tensors, use: str = "") -> Tensor:
         """The inner products of two gradients as by :func:`ltsam_fast.ops.grad_dots`."""
-        return ops.grad_dots(grads, other, table=self.table("grad_dots", use))
+        return ops.grad_dots(grads, other, table=self.tables["grad_dots" + use])
 
     def average(self, params: list[Tensor], grads: Tensors) -> Tensors:
         """Gradients averaged over the workers."""
@@ -198,7 +195,7 @@ class Sharded(Single):
                 params and _chosen(params, chosen),
                 kept_grads=kept and _chosen(kept, chosen),
                 groups=groups and [groups[i] for i in chosen],
-                table=self.table("grad_norm", f"{use} {number}"),
+                table=self.tables[f"grad_norm{use} {number}"],
                 **options,
             )
             squares.append(_summed(norm.square(), mesh))
@@ -210,7 +207,7 @@ class Sharded(Single):
     def dots(self, grads: Tensors, other: Tensors, use: str = "") -> Tensor:
         sums = []
         for number, (mesh, chosen) in enumerate(_by_mesh(grads)):
-            table = self.table("grad_dots", f"{use} {number}")
+            table = self.tables[f"grad_dots{use} {number}"]
             sums.append(_summed(ops.grad_dots(_chosen(grads, chosen), _chosen(other, chosen), table=table), mesh))
         return torch.stack(sums).sum(0)
 

@@ -51,9 +51,8 @@ class Perturbation:
         self._memory: dict[Tensor, Tensor] = {}
         self._backed_up: tuple[list[Tensor], list[torch.dtype], list[Tensor]] = ([], [], [])
         self._disabled: list[tuple[Any, str, Any]] = []  # attributes of modules, and what they were
-
-    def __bool__(self) -> bool:
-        return bool(self.now.params)
+        self.low_precision = False
+        """Whether one of the weights that were backed up last has 16 bits."""
 
     def backups_for(self, params: list[Tensor], workers: Single) -> list[Tensor]:
         """Memory for the old weights, kept from step to step."""
@@ -68,17 +67,13 @@ class Perturbation:
                 (shard,) = workers.local([param])
                 self._memory[param] = torch.empty_like(shard, requires_grad=False)
         self._backed_up = params, now, [self._memory[param] for param in params]
+        self.low_precision = torch.bfloat16 in now or torch.float16 in now
         return self._backed_up[2]
 
     def forget_backups(self) -> None:
         """Lets go of the memory: a parameter may have changed its device or shape."""
         self._memory.clear()
         self._backed_up = ([], [], [])
-
-    @property
-    def low_precision(self) -> bool:
-        """Whether one of the weights that were backed up last has 16 bits."""
-        return torch.bfloat16 in self._backed_up[1] or torch.float16 in self._backed_up[1]
 
     def begin(self, perturbed: Perturbed, table: TensorTable) -> None:
         """Is told before a pass that fills the backups and perturbs the weights."""
@@ -90,7 +85,8 @@ class Perturbation:
         if self._perturbing is not None:
             self.now = self._perturbing[0]
             self._perturbing = None
-        workers.reshard()
+        if workers.sharded:
+            workers.reshard()
 
     def back_up(self, params: list[Tensor], positions: list[int], workers: Single) -> None:
         """Copies weights to their backups; the caller then may write anything into the weights."""
@@ -113,7 +109,8 @@ class Perturbation:
     def updated(self, workers: Single) -> None:
         """Is told when the step has been counted: nothing is perturbed any more."""
         self.now, self._updating = _NOTHING, None
-        workers.reshard()
+        if workers.sharded:
+            workers.reshard()
 
     def restore(self, workers: Single) -> bool:
         """Puts the unperturbed weights back; returns whether new ones were there already, from the base optimizer's pass."""
@@ -128,15 +125,16 @@ class Perturbation:
             self.now = self.now.at([i for i, param in enumerate(self.now.params) if param not in new])
             stepped, self._updating = bool(new), None
         if self.now.params:
-            ops.restore_(workers.local(self.now.params), self.now.backups, table=workers.table("restore_"))
+            ops.restore_(workers.local(self.now.params), self.now.backups, table=workers.tables["restore_"])
             self.now = _NOTHING
             workers.reshard()
-        self.enable_running_stats()
+        if self._disabled:
+            self.enable_running_stats()
         return stepped
 
-    def disable_running_stats(self, model: torch.nn.Module | None) -> None:
-        """Keeps running statistics of normalization layers from seeing the perturbed pass, if the model is known."""
-        for module in model.modules() if model is not None else ():
+    def disable_running_stats(self, model: torch.nn.Module) -> None:
+        """Keeps running statistics of normalization layers from seeing the perturbed pass."""
+        for module in model.modules():
             for name, value in _statistics(module) if module.training else ():
                 # What is disabled already is another optimizer's to enable: theirs may end before or after this one's step.
                 if getattr(module, name) is not value:

@@ -36,12 +36,9 @@ class PhaseRun:
         self._rule = optimizer.rule(step, **inputs)
         self._request: Any = None
         self._found: list[list[Tensor | None]] = []
+        self.class_weights = _GIVEN, _GIVEN
         step._passes = self
         self.names = optimizer.phases
-
-    def class_weights(self) -> tuple[ClassWeights, ClassWeights]:
-        """The caller weighs the losses."""
-        return _GIVEN, _GIVEN
 
     def advance(self) -> bool:
         """Runs the next phase; returns whether it was the last one."""
@@ -69,7 +66,7 @@ class PhaseRun:
 
     def _answer(self, request: Any, found: list[list[Tensor | None]]) -> Any:
         if isinstance(request, AtPerturbed):
-            gradient = self.step.gradient(found[0], True)
+            gradient = Gradient(found[0], next(self.step.gradient_numbers), True)
             if request.plus is None:
                 return gradient
             request.plus.averaged = True  # type: ignore[attr-defined]
@@ -78,7 +75,8 @@ class PhaseRun:
         workers, optimizer = self.step._workers, self._optimizer
         average = workers.averages and (request.averaged or (optimizer.ascent_sync and request.gradients == 1))
         answers = [
-            self.step.gradient(workers.average(self.step._params, one) if average else one, average) for one in found
+            Gradient(workers.average(self.step._params, one) if average else one, number, average)
+            for one, number in zip(found, self.step.gradient_numbers, strict=False)
         ]
         whole = answers[0] if len(answers) == 1 else answers
         return (whole, None) if request.squares else whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
 from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
-from ltsam_fast.optim.closures import Closure, Part, check_takes_index, mean_loss
+from ltsam_fast.optim.closures import Closure, Part, check_takes_index
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -61,6 +62,8 @@ class Passes:
         self.parts = [Part(*pair, self._params) for pair in zip(closures, labels, strict=True)]
         self._totals: Tensors = []  # of the micro-batches so far
         self._by_class: ClassPasses | None = None
+        self.class_weights = optimizer.class_weights_now()
+        """The class weights u and v of the method, if it has any."""
         step._passes = self
 
     def __call__(self, request: Any) -> Any:
@@ -68,12 +71,8 @@ class Passes:
         return getattr(self, _ANSWERS[type(request)])(request)
 
     def mean_loss(self) -> Tensor:
-        """The mean loss at w, 0-d."""
-        return mean_loss(self.parts)
-
-    def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
-        """The method's class weights."""
-        return self._optimizer.class_weights_now()  # type: ignore[attr-defined, no-any-return]
+        """The mean loss at w over all samples, 0-d."""
+        return torch.stack([part.total for part in self.parts]).sum() / self.size
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The batch in micro-batches."""
@@ -104,29 +103,34 @@ class Passes:
         """Gradients at w, for one or more weightings of the samples."""
         parts = self.parts if request.of is None else [request.of.part]
         index = None if request.of is None else request.of.index
+        optimizer, workers = self._optimizer, self._workers
         found: list[Tensors | None] = [None] * request.gradients
-        squares = None
+        squares, shared = None, None
+        if request.gradients == 2 and optimizer.param_groups[0]["shared_backward"] and None not in request.weights:
+            shared = self._shared(self._params)
         for part in parts:
-            with self._workers.backward(last=request.last and part is parts[-1]):
-                losses = self._evaluate(part, index, request)
+            with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
+                with shared.watching() if shared else _NOTHING:
+                    losses = part.evaluate(index)
+                if optimizer.several_gradients:
+                    optimizer.graphs.check(losses)
                 # Of a batch in parts the size is known at its end.
                 seeds = self._seeds(request.weights, part, losses, len(losses) if len(parts) == 1 else 1)
                 if request.squares and part is parts[0]:
                     squares = self._squares(losses, request.squares)
-                self._backward(losses, seeds, found)
+                if shared is None or not self._sweep(shared, losses, seeds, found):
+                    self._backward(losses, seeds, found)
         if len(parts) > 1:
             torch._foreach_mul_([g for one in found for g in one or () if g is not None], 1 / self.size)
         self._step.seen_unperturbed = True
-        answer = [None if one is None else self._at_w(one, request) for one in found]
+        averaged = request.last or not workers.averages
+        if not averaged and (request.averaged or (optimizer.ascent_sync and request.gradients == 1)):
+            found = [one and workers.average(self._params, one) for one in found]
+            averaged = True
+        numbers = self._step.gradient_numbers
+        answer = [None if one is None else Gradient(one, next(numbers), averaged) for one in found]
         whole = answer[0] if len(answer) == 1 else answer
         return (whole, squares) if request.squares else whole
-
-    def _at_w(self, tensors: Tensors, request: AtWeights) -> Gradient:
-        """A gradient at w; averaged over workers if the request says so, or the ascent is to be along the average."""
-        averaged = request.last or not self._workers.averages
-        if not averaged and (request.averaged or (self._optimizer.ascent_sync and request.gradients == 1)):
-            tensors, averaged = self._workers.average(self._params, tensors), True
-        return self._step.gradient(tensors, averaged)
 
     def _seeds(
         self, weights: tuple[ClassWeights | None, ...], part: Part, losses: Tensor, divisor: int
@@ -134,47 +138,39 @@ class Passes:
         """The weights (B,) that the losses are differentiated with; None where all are zero."""
         if not weights:
             return [self._scaling(torch.full_like(losses, 1 / divisor))]
-        return [None if one is None else self._scaling(self._weights(one, part, losses) / divisor) for one in weights]
-
-    def _weights(self, weights: ClassWeights, part: Part, losses: Tensor) -> Tensor:
-        if weights not in part.weights:
-            part.weights[weights] = weights.of(part.labels, losses)  # type: ignore[arg-type]
-        return part.weights[weights]
-
-    def _evaluate(self, part: Part, index: Tensor | None, request: AtWeights) -> Tensor:
-        """The losses at w; watched, if a sweep may be shared by the gradients."""
-        shared = self._shared(self._params) if sum(one is not None for one in request.weights) == 2 else None
-        if shared is None:
-            losses = part.evaluate(index)
-        else:
-            with shared.watching():
-                losses = part.evaluate(index)
-        if self._optimizer.several_gradients:
-            self._optimizer._graphs.check(losses)
-        return losses
+        seeds: list[Tensor | None] = []
+        for one in weights:
+            if one is None:
+                seeds.append(None)
+                continue
+            if one not in part.weights:
+                part.weights[one] = one.of(part.labels, losses)  # type: ignore[arg-type]
+            seed = part.weights[one] / divisor
+            seeds.append(self._scaling(seed) if self._scaling.signals else seed)
+        return seeds
 
     def _shared(self, params: list[Tensor]) -> SharedBackward | None:
         """What makes several gradients from one backward sweep, if the optimizer is told so."""
         optimizer = self._optimizer
-        mode = optimizer.values("shared_backward")[0]
+        mode = optimizer.param_groups[0]["shared_backward"]
         if not mode:
             return None
-        shared = optimizer._sharing
+        shared = optimizer.sharing
         if shared is None or shared.mode != mode or not same_items(shared.params, params):
-            shared = optimizer._sharing = SharedBackward(optimizer.model, params, mode)  # type: ignore[arg-type]
+            optimizer.check_options(optimizer.param_groups[0])
+            shared = optimizer.sharing = SharedBackward(optimizer.model, params, mode)  # type: ignore[arg-type]
         return shared
 
     def _backward(self, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]) -> None:
         """Adds the gradients for all seeds to those found so far."""
         chosen = [k for k, seed in enumerate(seeds) if seed is not None]
-        shared = self._optimizer._sharing if len(chosen) == 2 else None
-        if shared is not None and self._sweep(shared, losses, seeds, found):
-            return
         for k in chosen:
             if (before := found[k]) is not None:
                 swap_gradients(self._params, before)
             torch.autograd.backward(losses, seeds[k], retain_graph=k != chosen[-1])
-            found[k] = self._take()
+            found[k] = take_gradients(self._params)
+            if self._workers.finds_unused:
+                self._workers.gradients_cleared()
 
     def _sweep(
         self, shared: SharedBackward, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]
@@ -189,7 +185,7 @@ class Passes:
         else:
             made = shared(losses, seeds[pilot], (seeds[1 - pilot] / seeds[pilot],))  # type: ignore[arg-type, operator]
             if made is not None:
-                made.insert(pilot, self._take())
+                made.insert(pilot, take_gradients(self._params))
         if made is None:
             return False
         for k in (0, 1):
@@ -228,15 +224,17 @@ class Passes:
         else:
             size = sum(map(len, indices))  # type: ignore[arg-type]
         for part, index in zip(parts, indices, strict=True):  # type: ignore[arg-type]
-            with workers.backward(last=averaging and part is parts[-1]):
+            with workers.backward(averaging and part is parts[-1]) if workers.averages else _NOTHING:
                 losses = part.evaluate(index, at_w=first)
                 torch.autograd.backward(losses, *self._seeds(weights, part, losses, size if size > 0 else len(losses)))
-        tensors = gradients_of(self._params) if last else self._take()
+        tensors = gradients_of(self._params) if last else take_gradients(self._params)
+        if not last and workers.finds_unused:
+            workers.gradients_cleared()
         if first and len(parts) > 1:
             torch._foreach_mul_([grad for grad in tensors if grad is not None], 1 / self.size)
         if request.accumulate:
             self._totals = tensors
-        gradient = self._step.gradient(tensors, averaging or not workers.averages)
+        gradient = Gradient(tensors, next(self._step.gradient_numbers), averaging or not workers.averages)
         return gradient if plus is None or together is not None else Sum(gradient, plus)  # type: ignore[arg-type]
 
     def loss_increase(self, request: LossIncrease) -> list[Tensor]:
@@ -263,12 +261,8 @@ class Passes:
         assert self._by_class is not None
         return self._by_class.at_perturbed(request.share)
 
-    def _take(self) -> Tensors:
-        taken = take_gradients(self._params)
-        self._workers.gradients_cleared()
-        return taken
 
-
+_NOTHING = contextlib.nullcontext()
 _ANSWERS = {
     AtWeights: "at_weights",
     AtPerturbed: "at_perturbed",

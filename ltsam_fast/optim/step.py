@@ -11,6 +11,7 @@ A method's rule is a generator. It yields requests, receives the gradients, and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ class AtWeights:
             pair. None in their place: the caller of the phases has seen to it.
     """
 
-    __slots__ = ("averaged", "last", "of", "squares", "weights")
+    __slots__ = ("averaged", "gradients", "last", "of", "squares", "weights")
 
     def __init__(
         self,
@@ -65,11 +66,8 @@ class AtWeights:
         squares: int = 0,
     ) -> None:
         self.weights, self.of, self.averaged, self.last, self.squares = weights, of, averaged, last, squares
-
-    @property
-    def gradients(self) -> int:
+        self.gradients = len(weights) or 1
         """How many gradients are asked for."""
-        return len(self.weights) or 1
 
 
 class AtPerturbed:
@@ -155,11 +153,12 @@ class Step:
 
     def __init__(self, optimizer: SharpnessAware, scaling: LossScale) -> None:
         self._optimizer, self.scaling = optimizer, scaling
-        self._params, self._groups = optimizer.all_params(), optimizer.group_of_each()
+        self._params, self._groups = optimizer.all_params()
         self._perturbation, self._workers = optimizer._perturbation, optimizer._workers
         self._passes: Any = None
         self._finished = False
-        self._gradients = 0
+        self.gradient_numbers = itertools.count(1)
+        """Numbers for the gradients of the step's passes, in their order."""
         self.seen_unperturbed = False
         """Whether a pass at w has updated running statistics."""
         self.number: int = optimizer.param_groups[0]["steps"]
@@ -168,7 +167,7 @@ class Step:
 
     def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
         """The class weights u and v of the method, None where all are zero."""
-        return self._passes.class_weights()  # type: ignore[no-any-return]
+        return self._passes.class_weights  # type: ignore[no-any-return]
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The batch in micro-batches of ``size`` samples, the last of which may be smaller."""
@@ -236,72 +235,73 @@ class Step:
         if direction is None:
             return
         optimizer, perturbation, workers = self._optimizer, self._perturbation, self._workers
+        groups = optimizer.param_groups
         gradient, _, combination = self._split(direction)
         tensors = gradient.tensors
         if workers.averages and not gradient.averaged and optimizer.ascent_sync:
             tensors = workers.average(self._params, tensors)
-        again = bool(perturbation)
+        again = bool(perturbation.now.params)
         positions = perturbation.now.positions if again else self._ascending(tensors)
         if by_tensor:
             positions = self._drawn(positions, probability, seed)
             probability = 1.0
-        params, groups = _at(self._params, positions), _at(self._groups, positions)
-        whole = workers.redistributed(params, _at(tensors, positions))
-        grads = workers.local(whole)
-        options: dict[str, Any] = {} if probability == 1.0 else {"probability": probability}
+        params, group_of, grads = self._params, self._groups, tensors
+        if positions is not None:
+            params, group_of, grads = (_at(items, positions) for items in (params, group_of, grads))
+        whole, shards = grads, params
+        if workers.sharded:
+            whole = workers.redistributed(params, grads)
+            shards, grads = workers.local(params), workers.local(whole)
+        options: dict[str, Any] = {
+            "rho": [group["rho"] for group in groups] if rho is None else rho,
+            "maximize": [group.get("maximize", False) for group in groups],
+            "adaptive": [group["adaptive"] for group in groups],
+            "eta": [group[optimizer.asam_constant] for group in groups],
+            "eps": [group["norm_eps"] for group in groups],
+        }
+        if unscaled:  # each group counts for two: its parameters that are scaled, and the others
+            group_of = [2 * group + (param in unscaled) for param, group in zip(params, group_of, strict=True)]
+            for name, values in options.items():
+                options[name] = [half for one in values for half in (one, one and name != "adaptive" and one)]
+        if probability != 1.0:
+            options["probability"] = probability
         if ema is not None:
-            means = self._means(params, grads, _at(ema[0].tensors, positions), ema[0].name, begins_included)
-            options |= {"means": means, "decay": ema[1]}
+            means = _at(ema[0].tensors, positions) if positions is not None else list(ema[0].tensors)
+            options["means"] = self._means(params, grads, means, ema[0].name, begins_included)
+            options["decay"] = ema[1]
         if mask is not None:
             options["mask"] = [optimizer.state[param].get(mask) for param in params]
-        adaptive, eta = optimizer.values("adaptive"), optimizer.values(optimizer.asam_constant)
-        radius = optimizer.values("rho") if rho is None else rho
-        rest = {"maximize": optimizer.values("maximize"), "eps": optimizer.values("norm_eps")}
-        if unscaled:  # each group counts for two: its parameters that are scaled, and the others
-            groups = [2 * group + (param in unscaled) for param, group in zip(params, groups, strict=True)]
-            adaptive = tuple(half for one in adaptive for half in (one, False))
-            eta, radius, *others = (
-                tuple(half for one in values for half in (one, one)) for values in (eta, radius, *rest.values())
-            )
-            rest = dict(zip(rest, others, strict=True))
         norm = workers.norm(
             whole,
             params,
             kept_grads=options.get("means"),
             combination=combination,
-            adaptive=adaptive,
-            eta=eta,
-            groups=groups,
+            adaptive=options["adaptive"],
+            eta=options["eta"],
+            groups=group_of,
             found_inf=self.scaling.found_inf,
         )
-        signals = dict(self.scaling.signals)
+        options |= self.scaling.signals
         if gradient.number < 0:
-            signals.pop("grad_scale", None)
+            options.pop("grad_scale", None)
 
         def launch(backups: list[Tensor]) -> None:
-            stochastic, drawn = perturbation.low_precision, "probability" in options
-            if stochastic or drawn:
-                skipped = optimizer.skipped.count(optimizer.param_groups, self._params[0].device)
-                options.update(
-                    stochastic=stochastic, seed=seed if drawn else 0, step=self.number, skipped=skipped
-                )
-            table = workers.table("random_perturb_" if "seed" in options else "perturb_")
+            drawn = "probability" in options
+            if drawn or perturbation.low_precision:
+                options["stochastic"], options["seed"] = perturbation.low_precision, seed if drawn else 0
+                options["step"], options["skipped"] = self.number, optimizer.skipped.count(groups, params)
+            table = workers.tables["random_perturb_" if "seed" in options else "perturb_"]
             if not again:
                 perturbation.begin(Perturbed(params, backups, positions), table)
             ops.perturb_(
-                workers.local(params),
+                shards,
                 grads,
                 None if again else backups,
                 norm,
-                rho=radius,
-                adaptive=adaptive,
-                eta=eta,
-                groups=groups,
+                groups=group_of,
                 combination=combination,
                 original_params=backups if again else None,
                 table=table,
-                **rest,
-                **signals,
                 **options,
             )
 
@@ -314,7 +314,7 @@ class Step:
         params = _at(self._params, positions)
 
         def launch(backups: list[Tensor]) -> None:
-            table = workers.table("gaussian_perturb_")
+            table = workers.tables["gaussian_perturb_"]
             self._perturbation.begin(Perturbed(params, backups, positions), table)
             ops.gaussian_perturb_(
                 workers.local(params),
@@ -323,7 +323,7 @@ class Step:
                 clip=clip,
                 seed=seed,
                 step=self.number,
-                skipped=optimizer.skipped.count(optimizer.param_groups, self._params[0].device),
+                skipped=optimizer.skipped.count(optimizer.param_groups, params),
                 offsets=[first_element(param) for param in params] if workers.sharded else None,
                 groups=_at(self._groups, positions),
                 table=table,
@@ -362,7 +362,7 @@ class Step:
             [None] * len(out) if other is None else workers.local(_at(other.tensors, chosen)),
             combination,
             found_inf=self.scaling.found_inf,
-            table=workers.table("combine_"),
+            table=workers.tables["combine_"],
         )
 
     def set_mask(self, name: str, make: Callable[..., Tensor], *arguments: Any) -> None:
@@ -383,22 +383,26 @@ class Step:
         """
         optimizer, workers, scaling = self._optimizer, self._workers, self.scaling
         gradient, other, combination = self._split(direction, decoupled)
-        params, groups = self._params, self._groups
-        grads = workers.redistributed(params, self._averaged(gradient))
-        kept = None if other is None else workers.redistributed(params, self._averaged(other))
+        params, groups, grads = self._params, self._groups, gradient.tensors
+        kept = None if other is None else other.tensors
         if workers.averages:
+            grads = self._averaged(gradient)
+            kept = None if other is None else self._averaged(other)
             workers.share_overflow(scaling.found_inf)
+        if workers.sharded:
+            grads = workers.redistributed(params, grads)
+            kept = kept and workers.redistributed(params, kept)
         if some_missing(grads):
             if kept and combination is not None:
                 kept = [None if grad is None else one for grad, one in zip(grads, kept, strict=True)]
             params, groups, grads, kept = self._only_with_gradient(params, groups, grads, kept)
-        norm, max_norm = None, optimizer.max_grad_norm
-        if params and (max_norm or scaling):
+        norm, max_norm = None, optimizer.param_groups[0]["max_grad_norm"]
+        if params and (max_norm or scaling.signals):
             norm = workers.norm(
                 grads, use=" of the step", kept_grads=kept, combination=combination, found_inf=scaling.found_inf
             )
         update = Update(params, groups, grads, kept, combination, decoupled is not None, norm, max_norm)
-        optimizer._base_step(optimizer, update, self._perturbation, scaling, workers)
+        optimizer.base_step(optimizer, update, self._perturbation, scaling, workers)
         self.finish()
         self._perturbation.updated(workers)
 
@@ -407,20 +411,15 @@ class Step:
     def finish(self) -> None:
         """Counts the step, once."""
         optimizer = self._optimizer
-        optimizer._count_step(self.number)
+        optimizer.count_step(self.number)
         if self._finished:
             return
         self._finished = True
-        if self.scaling:
-            optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params[0].device)
+        if self.scaling.signals:
+            optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params)
         self._perturbation.enable_running_stats()
         # What torch's learning rate schedulers look for; one may have been given the base optimizer.
         optimizer._opt_called = optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
-
-    def gradient(self, tensors: list[Tensor | None], averaged: bool) -> Gradient:
-        """The gradient of a pass."""
-        self._gradients += 1
-        return Gradient(tensors, self._gradients, averaged)
 
     def _split(
         self, direction: Combination, decoupled: Combination | None = None
@@ -451,7 +450,7 @@ class Step:
         return coefficients
 
     def _averaged(self, gradient: Gradient) -> list[Tensor | None]:
-        if gradient.averaged or not self._workers.averages:
+        if gradient.averaged:
             return gradient.tensors
         return self._workers.average(self._params, gradient.tensors)
 
@@ -499,13 +498,14 @@ class Step:
         try:
             launch(perturbation.backups_for(params, workers))
         except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
-            if perturbation:
+            if perturbation.now.params:
                 raise
             perturbation.forget_backups()
             launch(perturbation.backups_for(params, workers))
         perturbation.done(workers)
-        if self.seen_unperturbed and self._optimizer.protects_running_stats:
-            perturbation.disable_running_stats(self._optimizer.model)
+        model = self._optimizer._model
+        if model is not None and self.seen_unperturbed and self._optimizer.protects_running_stats:
+            perturbation.disable_running_stats(model)
 
     def _only_with_gradient(
         self, params: list[Tensor], groups: list[int], grads: list[Tensor | None], kept: list[Tensor | None] | None

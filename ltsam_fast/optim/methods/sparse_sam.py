@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.optim import masks
-from ltsam_fast.optim.amp import LossScale
+from ltsam_fast.optim.amp import NO_SCALE
 from ltsam_fast.optim.gradients import Gradient, check_all_dense
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
@@ -84,7 +84,7 @@ class SparseSAM(SharpnessAware):
         scores = masks.fisher(
             losses, self.ascent_params(), torch.ones_like(losses), self.num_samples, self.all_weights()
         )
-        self.set_mask("mask", masks.largest(scores, self._count(scores)), LossScale())
+        self.set_mask("mask", masks.largest(scores, self._count(scores)), NO_SCALE)
 
     def _count(self, scores: Tensor) -> int:
         """Coordinates that are perturbed."""
@@ -92,7 +92,7 @@ class SparseSAM(SharpnessAware):
 
     def _exchanged(self, g: Gradient, number: int) -> Tensor:
         """A "dynamic" mask: the first one at random, a later one with some coordinates exchanged."""
-        chosen = {param: grad for param, grad in zip(self.all_params(), g.tensors, strict=True)}
+        chosen = {param: grad for param, grad in zip(self.all_params()[0], g.tensors, strict=True)}
         params = self.ascent_params()
         check_all_dense(chosen[param] for param in params)
         size, device = sum(param.numel() for param in params), params[0].device
