@@ -18,7 +18,7 @@ from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
 from ltsam_fast.optim.checks import check_model
-from ltsam_fast.optim.closures import Closure
+from ltsam_fast.optim.closures import Closure, check_takes_index
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.options import Configurable, option
@@ -89,6 +89,8 @@ class SharpnessAware(Configurable, Optimizer):
     """Whether losses are differentiated more than once."""
     whole_gradients = False
     """Whether the rule needs the gradients of single samples or classes of whole parameters."""
+    needs_index = False
+    """Whether closures are called with parts of a batch."""
     own_reductions = False
     """Whether workers do more in a step than averaging its last gradient."""
     host_only = ""
@@ -204,6 +206,8 @@ class SharpnessAware(Configurable, Optimizer):
             labels = self._check_targets(targets, len(closures))
         step = self._begin(scaler)
         passes = Passes(self, step, closures, labels)
+        if self.needs_index:
+            check_takes_index(passes.parts, type(self).__name__)
         try:
             self._clear_gradients()
             with self.graphs.reusable() if self.several_gradients else _NOTHING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
 from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
-from ltsam_fast.optim.closures import Closure, Part, check_takes_index
+from ltsam_fast.optim.closures import Closure, Part
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -76,7 +76,6 @@ class Passes:
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The batch in micro-batches."""
-        check_takes_index(self.parts, type(self._optimizer).__name__)
         for part in self.parts:
             if part.size < 0:
                 part.evaluate(at_w=False, graph=False)
@@ -243,7 +242,6 @@ class Passes:
         if len(signs) > 1:
             name = type(self._optimizer).__name__
             raise ValueError(f"maximize must be the same in all groups for {name}: it selects samples by their loss")
-        check_takes_index(self.parts, type(self._optimizer).__name__)
         found = []
         for part in self.parts:
             with self._workers.backward(last=False):

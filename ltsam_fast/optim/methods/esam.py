@@ -52,6 +52,10 @@ class ESAM(SharpnessAware):
 
     phases_are_fixed = False
 
+    @property
+    def needs_index(self) -> bool:  # type: ignore[override]
+        return self.gamma < 1  # type: ignore[no-any-return]
+
     def rule(self, step: Step) -> Rule:
         g = yield AtWeights()
         rho = [group["rho"] / self.beta for group in self.param_groups]

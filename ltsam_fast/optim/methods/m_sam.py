@@ -39,6 +39,7 @@ class MSAM(SharpnessAware):
     m = option(32, "Samples in a micro-batch.", ge=1, integer=True)
 
     own_reductions = True
+    needs_index = True
 
     def rule(self, step: Step) -> Rule:
         for part in step.micro_batches(self.m):
