@@ -157,8 +157,14 @@ class Configurable:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
-        cls.options = {**own, **{name: one for name, one in cls.options.items() if name not in own}}
-        if "__init__" not in vars(cls) and "rule" in vars(cls):
+        cls.options = {}
+        for base in cls.__mro__:
+            for name, value in vars(base).items():
+                if isinstance(value, Option):
+                    cls.options.setdefault(name, value)
+        if "__init__" in vars(cls):  # its own signature counts, not an inherited one
+            cls.__signature__ = None  # type: ignore[attr-defined]
+        elif "rule" in vars(cls):
             cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
         if cls.__doc__ and own and "Args:" not in cls.__doc__:
             cls.__doc__ = _documented(cls)
