@@ -50,7 +50,10 @@ class PhaseRun:
         if begins and isinstance(request, AtPerturbed):
             return False  # the rule perturbs before its first gradient
         if not isinstance(request, Pause):
-            keeps = isinstance(request, AtWeights) and (request.averaged or request.gradients > 1)
+            if isinstance(request, AtWeights):
+                keeps = request.averaged or request.gradients > 1
+            else:
+                keeps = not request.last
             params = self.step._params
             self._found.append(own_memory(take_gradients(params)) if keeps else gradients_of(params))
             if keeps:
