@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import pickle
 import random
@@ -754,3 +755,187 @@ def test_a_refused_optimizer_is_as_it_was():
     with pytest.raises(ValueError, match="LBFGS"):
         compat.ImbSAM(lbfgs, model, 0.1)
     assert {name: value for name, value in lbfgs.param_groups[0].items() if name != "params"} == before
+
+
+@pytest.mark.parametrize("bad", [{"rho": -1.0}, {"eta": -1.0}, {"eta": float("nan")}])
+def test_a_refused_number_leaves_the_optimizer_as_it_was(bad):
+    model = network()
+    base = SGD(model.parameters(), lr=0.1)
+    before = dict(base.param_groups[0])
+    with pytest.raises(ValueError, match="must be a finite number >= 0"):
+        compat.ASAM(base, model, **bad)
+    assert base.param_groups[0] == before
+
+
+def test_a_wrapped_optimizers_groups_keep_their_own_options():
+    """Those that are no arguments of the constructor, such as ``perturb``; what an earlier wrapper left does not count."""
+    model = network()
+    base = SGD([{"params": model[0].parameters(), "perturb": False}, {"params": model[2].parameters()}], lr=0.1)
+    compat.GSAM([], base, model, 0.9, compat.LinearScheduler(9, 0.3, 0.3))
+    optimizer = compat.ImbSAM(base, model, rho=RHO, eta=3)
+    assert [group["perturb"] for group in base.param_groups] == [False, True]
+    assert [group["rho"] for group in base.param_groups] == [RHO, RHO] and optimizer.eta == 3
+    before = flat(model[0])
+    losses(model, *batches()[0]).mean().backward()
+    optimizer.first_step()
+    losses(model, *batches()[0]).mean().backward()
+    optimizer.second_step()
+    assert optimizer.is_perturbed and torch.equal(flat(model[0]), before)
+
+
+@pytest.mark.parametrize(
+    ("cls", "names"),
+    [
+        (compat.SAM, "params base_optimizer rho adaptive optimizer kwargs"),
+        (compat.ASAM, "optimizer model rho eta"),
+        (compat.FriendlySAM, "params base_optimizer rho sigma lmbda adaptive kwargs"),
+        (compat.ImbSAM, "optimizer model rho class_counts eta tail_weight"),
+        (compat.SSESAM, "optimizer model head_rho tail_rho gamma total_epochs"),
+        (compat.GNM, "config params base_optimizer rho adaptive kwargs"),
+        (compat.GSAM, "params base_optimizer model gsam_alpha rho_scheduler adaptive perturb_eps kwargs"),
+        (compat.WeightedSAM, "model base_optimizer rho gamma sam_eps adaptive decouple max_norm kwargs"),
+        (compat.LookSAM, "k alpha model base_optimizer criterion rho kwargs"),
+        (compat.ESAM, "params base_optimizer rho beta gamma adaptive kwargs"),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_signatures_are_the_published_ones(cls, names):
+    assert list(inspect.signature(cls).parameters) == names.split()
+
+
+# --- a step by its phases, whatever their names
+
+
+def whole_step(optimizer, model, x, y, backward=torch.Tensor.backward, scaler=None, last=None):
+    """A step by the phases; ``last`` may stand in the place of the last one."""
+    *phases, end = optimizer.phases
+    tail = tail_of(y)
+    masks = (~tail, tail, tail) if isinstance(optimizer, compat.ImbSAM) else (~tail, ~tail, tail, tail)
+    if len(optimizer.phases) == 2:
+        masks = (torch.ones_like(tail),) * 2
+    begins = isinstance(optimizer, compat.GNM)
+    for number, phase in enumerate(phases):
+        if not begins:
+            backward((losses(model, x, y) * masks[number]).mean())
+        first = {"scaler": scaler} if scaler is not None and not number else {}
+        epsilon = {"n_i": number // 2} if phase == "compute_and_add_epsilon" else {}
+        getattr(optimizer, phase)(**epsilon, **first)
+        if optimizer.phases == ("first_step", "second_step"):
+            optimizer.zero_grad()
+    if end != "update":
+        backward((losses(model, x, y) * masks[len(phases)]).mean())
+    (last or getattr(optimizer, end))()
+    optimizer.zero_grad()
+
+
+CONFIG = SimpleNamespace(dis_mul=0.5, loss=SimpleNamespace(GCL=SimpleNamespace(reweight_epoch=2)))
+PHASED = {
+    **AROUND,
+    "FriendlySAM": lambda base, model: compat.FriendlySAM(model.parameters(), type(base), RHO, **base.defaults),
+    "GNM": lambda base, model: compat.GNM(CONFIG, model.parameters(), type(base), RHO, **base.defaults),
+}
+
+
+ONE_FORM = {
+    ("first phase", "ASAM"): "ascent_step takes no scaler",
+    ("last phase", "SSESAM"): "update leaves no gradient for a scaler to look at",
+    ("last phase", "FriendlySAM"): "the first phase has to know the scale of what is kept",
+}
+
+
+@pytest.mark.parametrize("base", [SGD, RMSprop])
+@pytest.mark.parametrize("form", ["first phase", "last phase"])
+@pytest.mark.parametrize("name", PHASED)
+def test_phases_with_a_scaler(name, form, base):
+    """It is given to the first phase, or takes the last one; an overflow skips the step."""
+    if (form, name) in ONE_FORM:
+        pytest.skip(ONE_FORM[form, name])
+    ends = []
+    for scaled in (False, True):
+        model = network()
+        random.seed(0)
+        optimizer = PHASED[name](base(model.parameters(), lr=0.1), model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        for number, (x, y) in enumerate(batches(steps=4)):
+            if not scaled:
+                if number != 2:
+                    whole_step(optimizer, model, x, y)
+                continue
+            overflow = torch.inf if number == 2 else 1.0
+
+            def backward(loss, scaler=scaler, overflow=overflow):
+                scaler.scale(loss * overflow).backward()
+
+            before = flat(model)
+            if form == "first phase":
+                whole_step(optimizer, model, x, y, backward, scaler)
+            else:
+                whole_step(optimizer, model, x, y, backward, last=functools.partial(scaler.step, optimizer))
+            scaler.update()
+            assert torch.equal(flat(model), before) == (number == 2)
+        ends.append(flat(model))
+    if name not in ("ESAM", "GNM"):  # whose draws go by the steps, skipped ones included
+        assert relative_error(*ends) < 1e-8
+
+
+def into_buckets(model):
+    """Has gradients lie where every backward writes: DDP's with ``gradient_as_bucket_view=True`` do."""
+    for param in model.parameters():
+        bucket = torch.zeros(param.numel() + 1, dtype=param.dtype)
+
+        def move(param, bucket=bucket):
+            view = bucket[1:].view_as(param)
+            view.copy_(param.grad)
+            param.grad = view
+
+        param.register_post_accumulate_grad_hook(move)
+
+
+@pytest.mark.parametrize("name", [*PHASED, "LookSAM"])
+def test_gradients_in_buckets(name):
+    ends = []
+    for buckets in (False, True):
+        model = network()
+        random.seed(0)
+        if buckets:
+            into_buckets(model)
+        if name == "LookSAM":
+            optimizer = compat.LookSAM(2, 0.7, model, SGD, nn.CrossEntropyLoss(), RHO, lr=0.1)
+        else:
+            optimizer = PHASED[name](SGD(model.parameters(), lr=0.1), model)
+        for step, (x, y) in enumerate(batches(steps=4)):
+            if name == "LookSAM":
+                losses(model, x, y).mean().backward()
+                optimizer.step(step, x, y)
+            else:
+                whole_step(optimizer, model, x, y)
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", PHASED)
+def test_hooks_are_called_once_a_step(name):
+    model, calls = network(), []
+    optimizer = PHASED[name](SGD(model.parameters(), lr=0.1), model)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    (x, y), *_ = batches(steps=1)
+    whole_step(optimizer, model, x, y)
+    assert calls == ["before", "after"] and optimizer.param_groups[0]["steps"] == 1
+    if isinstance(optimizer, (compat.WeightedSAM, compat.GSAM)):
+        optimizer.step(lambda: losses(model, x, y).mean().backward())
+        assert calls == ["before", "after"] * 2
+
+
+def test_between_two_phases_no_step_begins():
+    (x, y), *_ = batches(steps=1)
+    for name in ("SAM", "GSAM", "WeightedSAM"):
+        model = network()
+        optimizer = AROUND[name](SGD(model.parameters(), lr=0.1), model)
+        losses(model, x, y).mean().backward()
+        optimizer.first_step()
+        with pytest.raises(ValueError, match=r"step\(\) was called where second_step\(\) is next"):
+            optimizer.step(lambda model=model: losses(model, x, y).mean().backward())
+    sse = AROUND["SSESAM"](SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(ValueError, match=r"call compute_and_add_epsilon\(\), .*, update\(\)"):
+        sse.step(lambda: losses(model, x, y))
