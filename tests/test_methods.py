@@ -568,7 +568,7 @@ def snapshot(opt):
     """State with absent buffers as zeros, for the first step of a base optimizer makes them."""
     return {
         (i, key): torch.as_tensor(value).clone()
-        for i, param in enumerate(opt._parameters()[0])
+        for i, param in enumerate(opt.param_groups[0]["params"])
         for key, value in opt.state.get(param, {}).items()
         if value is not None
     }

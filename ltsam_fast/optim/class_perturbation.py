@@ -130,7 +130,7 @@ class ClassPasses:
 
     def _sizes_everywhere(self, sizes: dict[int, int]) -> dict[int, int]:
         """The numbers of samples of each class in all workers' batches."""
-        sums = torch.zeros(self._optimizer.classes(), dtype=torch.long, device=self._scope[0].device)
+        sums = torch.zeros(self._optimizer.classes() or 0, dtype=torch.long, device=self._scope[0].device)
         for k, size in sizes.items():
             sums[k] = size
         self._workers.add_up([sums])

@@ -103,7 +103,7 @@ class ClassWise(Sharing):
 
     def class_weights_now(self) -> tuple[ClassWeights | None, ClassWeights | None]:
         """u and v as a step uses them; :meth:`classes` has seen whether they are up to date."""
-        return self._class_weights[2]  # type: ignore[no-any-return]
+        return self._class_weights[2]  # type: ignore[return-value]
 
     @property
     def pilot(self) -> int | None:

@@ -59,9 +59,7 @@ class ESAM(SharpnessAware):
     def rule(self, step: Step) -> Rule:
         g = yield AtWeights()
         rho = [group["rho"] / self.beta for group in self.param_groups]
-        step.ascend(
-            g, rho=rho, probability=self.beta, by_tensor=self.granularity == "tensor", seed=self.seed
-        )
+        step.ascend(g, rho=rho, probability=self.beta, by_tensor=self.granularity == "tensor", seed=self.seed)
         chosen = None
         if self.gamma < 1:
             increase = yield LossIncrease()
