@@ -119,7 +119,7 @@ class ClassPasses:
         torch.autograd.backward(losses, mean)
 
     def _find_head(self) -> Head | None:
-        """The module of the scope's parameters, if it computes each row by itself. Looked at in each step: hooks come and go."""
+        """The module of the scope's parameters, if it computes each row by itself; hooks come and go from step to step."""
         optimizer = self._optimizer
         known = optimizer.row_wise_head
         if known is None or not same_items(known[0], self._scope):

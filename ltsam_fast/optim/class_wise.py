@@ -36,6 +36,7 @@ class Sharing(SharpnessAware):
     )
 
     def check_options(self, options: Any) -> None:
+        """Raises ValueError if options do not go together."""
         super().check_options(options)
         if options["shared_backward"] and self.model is None:
             raise ValueError(
@@ -161,5 +162,6 @@ class TailWise(ClassWise):
         return tail_of(options["class_counts"], options["eta"], options.get("tail_classes"))
 
     def check_options(self, options: Any) -> None:
+        """Raises ValueError if options do not go together."""
         super().check_options(options)
         self.tail(options)

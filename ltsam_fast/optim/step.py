@@ -103,8 +103,8 @@ class LossIncrease:
 class ByClass:
     """A request for the gradient at w of ``share`` times the mean loss, and of each class's mean loss.
 
-    Answered by a pair: that :class:`Gradient`, and :class:`ltsam_fast.optim.class_perturbation.ClassGradients`, which are of the
-    parameters at the positions ``scope``. Without any, or with share 1, there are no classes in these.
+    Answered by a pair: that :class:`Gradient`, and :class:`ltsam_fast.optim.class_perturbation.ClassGradients`, which are of
+    the parameters at the positions ``scope``. Without any, or with share 1, there are no classes in these.
     """
 
     gradients = 1
@@ -335,8 +335,8 @@ class Step:
 
         Args:
             gradients: The answer to :class:`ByClass`, overwritten.
-            scales: ``scales(norms, weight_norm, size)`` gives s, shape (K, T), from the norms of all G_kt, shape (K, T), float64,
-                the joint norm of the weights and their number.
+            scales: ``scales(norms, weight_norm, size)`` gives s, shape (K, T), from the norms of all G_kt, shape (K, T),
+                float64, the joint norm of the weights and their number.
         """
         gradients.perturb(scales, self.scaling)
 

@@ -44,8 +44,8 @@ class ESAM(SharpnessAware):
     gamma = option(0.5, "Share of the samples that are kept; 1 saves the forward without gradients.", gt=0, le=1)
     granularity = option(
         "element",
-        '"element": a draw for each coordinate, as in the paper; "tensor": for each parameter tensor, as in the published code, '
-        "where the others are left out of the norm too.",
+        '"element": a draw for each coordinate, as in the paper; "tensor": for each parameter tensor, as in the published '
+        "code, where the others are left out of the norm too.",
         choices=("element", "tensor"),
     )
     seed = option(0, "Seed of the draws.", ge=0, lt=2**53, integer=True)

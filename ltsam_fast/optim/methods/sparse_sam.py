@@ -72,6 +72,8 @@ class SparseSAM(SharpnessAware):
             g, fisher = yield AtWeights(squares=self.num_samples)
             if fisher is not None:
                 step.set_mask("mask", masks.largest, fisher, self._count(fisher))
+            elif step.lacks("mask"):
+                raise ValueError('mask "fisher" needs per-sample losses: call refresh_mask(losses) before first_step()')
         else:
             g = yield AtWeights()
             if due:
