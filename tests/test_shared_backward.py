@@ -99,7 +99,7 @@ def ways_apart(name, method, dtype):
             y = torch.tensor(y)
             opt.step(lambda y=y, seed=seed, model=model: losses_of(model, inputs, y, seed), targets=y)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert len(opt._sharing._plans) == 1  # it was the sweep that ran
+    assert len(opt.sharing._plans) == 1  # it was the sweep that ran
     begin = torch.cat([p.detach().flatten() for p in start.parameters()])
     return (ends[1] - ends[0]).norm(), (ends[0] - begin).norm()
 
@@ -367,7 +367,7 @@ def test_copies_and_frozen_parameters():
     frozen = inner[0].weight.clone()
     for _ in range(2):
         opt.step(lambda: losses_of(inner, (x,), y, 0), targets=y)
-    assert torch.equal(frozen, inner[0].weight) and len(opt._sharing._plans) == 2
+    assert torch.equal(frozen, inner[0].weight) and len(opt.sharing._plans) == 2
 
 
 # --- gradients of classes
@@ -428,7 +428,7 @@ def test_steps_of_cc_sam(scope):
 
             opt.step(closure, targets=y)
         ends.append(torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)]))
-    assert len(opt._sharing._plans) == 1
+    assert len(opt.sharing._plans) == 1
     assert (ends[1] - ends[0]).norm() < 1e-12 * ends[0].norm()
 
 
@@ -457,8 +457,8 @@ def test_what_has_no_gradient_is_looked_at_again_and_named(caplog):
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
     (record,) = caplog.records
-    assert "first" in record.getMessage() and not opt._sharing._plans
+    assert "first" in record.getMessage() and not opt.sharing._plans
     model.on = 1.0
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
-    assert len(opt._sharing._plans) == 1
+    assert len(opt.sharing._plans) == 1
