@@ -61,7 +61,7 @@ def both_ways(model, inputs, u, v, native=True):
     ]
     model.zero_grad(set_to_none=True)
     shared = SharedBackward(model, params)
-    with shared.watching():
+    with shared.record_outputs():
         losses = losses_of(model, inputs, targets, seed)
     u, v = u.to(losses), v.to(losses)
     if not native:
@@ -128,7 +128,7 @@ def test_batches_of_other_sizes_take_the_same_plan(make):
     for batch, length in ((4, 8), (6, 8), (3, 5)):
         x, y = torch.randn(batch, length, 5).double(), torch.randint(CLASSES, (batch,))
         v = torch.rand(batch).double()
-        with shared.watching():
+        with shared.record_outputs():
             losses = F.cross_entropy(model(x), y, reduction="none")
         wanted = torch.autograd.grad(losses, params, v, retain_graph=True)
         (found,) = shared(losses, torch.ones_like(v), [v])
@@ -233,7 +233,7 @@ def test_examining_disturbs_nothing():
     versions = [p._version for p in model.parameters()]
     params = [p for p in model.parameters() if p.requires_grad]
     shared, weighting = SharedBackward(model, params), torch.rand(BATCH)
-    with shared.watching():
+    with shared.record_outputs():
         losses = F.cross_entropy(model(*inputs), torch.tensor([0, 1, 2, 0]), reduction="none")
     state = torch.get_rng_state()
     assert shared(losses, torch.ones(BATCH), [weighting], native=False) is not None
@@ -271,7 +271,7 @@ def test_autocast_is_as_close_as_two_backwards():
         targets = torch.randint(CLASSES, (BATCH,))
         params = list(model.parameters())
         shared = SharedBackward(model, params)
-        with shared.watching():
+        with shared.record_outputs():
             losses = losses_of(model, inputs, targets, 0)
     wanted = torch.autograd.grad(losses, params, v.float(), retain_graph=True)
     (found,) = shared(losses, u.float(), [(v / u).float()])

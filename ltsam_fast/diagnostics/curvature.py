@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ltsam_fast.diagnostics.plots import curve, surface
 from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
 from ltsam_fast.extras import progress_bar
-from ltsam_fast.shared.graph import Graph
+from ltsam_fast.shared.autograd_graph import AutogradGraph
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def top_hessian_eigenvalue(
 def _hessian_product(probe: Probe, v: Tensor) -> Tensor:
     total = torch.zeros_like(v)
     for _, losses in probe.losses(probe.chosen):
-        if Graph(losses, []).reentrant:
+        if AutogradGraph(losses, []).reentrant:
             raise ValueError(
                 "model must not use torch.utils.checkpoint with use_reentrant=True, which has no second derivative: "
                 "set use_reentrant=False"

@@ -139,7 +139,7 @@ class Probe:
         remaining = self.counts.clone()
         sums: dict[int, list[Tensor]] = {}
         for batch in self._batches_of(order, at_once):
-            with shared.watching():
+            with shared.record_outputs():
                 ((_, losses),) = self.losses(batch)
             labels = self.y[batch]
             classes = labels.unique().tolist()

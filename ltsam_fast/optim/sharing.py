@@ -41,5 +41,5 @@ class Sharing(SharpnessAware):
             return part.evaluate()
         if self._sharing is None or not _same_items(self._sharing.params, params):
             self._sharing = SharedBackward(self.model, params, self.shared_backward)  # type: ignore[arg-type]
-        with self._sharing.watching():
+        with self._sharing.record_outputs():
             return part.evaluate()

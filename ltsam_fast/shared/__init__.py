@@ -5,8 +5,8 @@ each row of a gradient belongs to, ``examine`` decides whether a network qualifi
 forms gradients of weights, and ``sweep`` runs it all.
 """
 
+from ltsam_fast.shared.not_shared import NotShared
 from ltsam_fast.shared.products import Weighting
-from ltsam_fast.shared.refusal import NotShared
-from ltsam_fast.shared.sweep import SharedBackward
+from ltsam_fast.shared.shared_backward import SharedBackward
 
 __all__ = ["NotShared", "SharedBackward", "Weighting"]

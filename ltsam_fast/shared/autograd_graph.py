@@ -10,7 +10,7 @@ Node = Any
 """A node of autograd's graph. torch keeps one Python object for a node only while somebody holds it."""
 
 
-class Graph:
+class AutogradGraph:
     """The nodes that lead from ``losses`` to ``params``, in an order that is the same for equal structures.
 
     Attributes:
@@ -30,9 +30,9 @@ class Graph:
         self.leaf: list[int] = []
         edges: list[tuple[Node, ...]] = []
         names: list[str] = []
-        waiting = [losses.grad_fn]
-        while waiting:
-            node = waiting.pop()
+        stack = [losses.grad_fn]
+        while stack:
+            node = stack.pop()
             if node is None or node in self.number:
                 continue
             self.number[node] = len(self.nodes)
@@ -40,7 +40,7 @@ class Graph:
             edges.append(tuple(child for child, _ in node.next_functions))
             names.append(node.name())
             self.leaf.append(index.get(id(node.variable), -1) if hasattr(node, "variable") else -1)
-            waiting += edges[-1]
+            stack += edges[-1]
         self.reentrant = "CheckpointFunctionBackward" in names
         children = [tuple(-1 if child is None else self.number[child] for child in below) for below in edges]
         self.structure = hash((tuple(names), tuple(children), tuple(self.leaf)))
@@ -59,22 +59,22 @@ class Graph:
                 if child >= 0:
                     above[child].append(parent)
         leads = [leaf >= 0 for leaf in self.leaf]
-        waiting = [number for number, leading in enumerate(leads) if leading]
-        while waiting:
-            for number in above[waiting.pop()]:
+        stack = [number for number, leading in enumerate(leads) if leading]
+        while stack:
+            for number in above[stack.pop()]:
                 if not leads[number]:
                     leads[number] = True
-                    waiting.append(number)
+                    stack.append(number)
         return leads
 
     def below(self, number: int, without: int = -1) -> set[int]:
         """The places of a node and of all that its edges lead to, not by way of ``without``."""
         found = {without} - {-1}
-        waiting = [number]
-        while waiting:
-            if (one := waiting.pop()) >= 0 and one not in found:
+        stack = [number]
+        while stack:
+            if (one := stack.pop()) >= 0 and one not in found:
                 found.add(one)
-                waiting += self.children[one]
+                stack += self.children[one]
         return found - {without}
 
     def leaves(self, number: int) -> list[int]:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ltsam_fast.shared.graph import Graph
+from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.not_shared import NotShared
 from ltsam_fast.shared.products import is_linear
-from ltsam_fast.shared.refusal import NotShared
 
-ROUNDS = 3
+MAX_ROUNDS = 3
 """Pairs of sweeps at most."""
 
 
-class Pending(Exception):
+class Undetermined(Exception):
     """No gradient reaches a use of a parameter yet, which is named, so its layout cannot be seen."""
 
 
@@ -52,14 +52,14 @@ class Plan:
     boundaries: tuple[Boundary, ...]
 
 
-class Watch:
+class OutputRecorder:
     """Notes during a forward pass which nodes are modules' outputs, and what runs within activation checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
         self.outputs: dict[Any, str] = {}
         """Names of the modules, those within before those around them, by nodes that depend on the samples."""
         self._calls: list[tuple[nn.Module, list[Any]]] = []
-        self._regions: dict[Any, set[nn.Module]] = {}
+        self._checkpoints: dict[Any, set[nn.Module]] = {}
         self._hooks = [
             module.register_forward_hook(self._hook(name, module), with_kwargs=True)
             for name, module in eager_modules(model)
@@ -74,8 +74,8 @@ class Watch:
             for node in found:
                 self.outputs.setdefault(node, f"{name or 'model'} ({type(module).__name__})")
             self._calls.append((module, found))
-            if region := _checkpoint():
-                self._regions.setdefault(region, set()).add(module)
+            if region := _current_checkpoint():
+                self._checkpoints.setdefault(region, set()).add(module)
 
         return note
 
@@ -86,7 +86,7 @@ class Watch:
             NotShared: There is no such module.
         """
         units: dict[nn.Module, list[Any]] = {}
-        for inside in self._regions.values():
+        for inside in self._checkpoints.values():
             around = [module for module, _ in self._calls if inside <= set(module.modules())]
             if not around:
                 kind = type(next(iter(inside))).__name__
@@ -113,13 +113,13 @@ def _is_data(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter)
 
 
-def _checkpoint() -> Any:
+def _current_checkpoint() -> Any:
     """What tells the activation checkpoint that runs now from others, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks[0] if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "") else None
 
 
-def refuse_by_type(model: nn.Module, params: list[Tensor]) -> None:
+def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
     """Raises NotShared for what is known not to qualify."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
@@ -144,53 +144,59 @@ def refuse_by_type(model: nn.Module, params: list[Tensor]) -> None:
             )
 
 
-class Examination:
+class Qualification:
     """Two sweeps over the graph of one batch, which is kept, and what they show."""
 
-    def __init__(self, model: nn.Module, graph: Graph, losses: Tensor, params: list[Tensor], watch: Watch) -> None:
+    def __init__(
+        self, model: nn.Module, graph: AutogradGraph, losses: Tensor, params: list[Tensor], recorder: OutputRecorder
+    ) -> None:
         if graph.reentrant:
             raise NotShared(
                 "torch.utils.checkpoint with use_reentrant=True hides what it runs: use use_reentrant=False, "
                 "or shared_backward=False"
             )
-        self.model, self.graph, self.params, self.watch = model, graph, params, watch
+        self.model, self.graph, self.params, self.recorder = model, graph, params, recorder
         self.names = {id(param): name for name, param in model.named_parameters()}
-        self.leading = [i for i, leaf in enumerate(graph.leaf) if leaf < 0 and any(c >= 0 for c in graph.children[i])]
+        self.inner_nodes = [
+            i for i, leaf in enumerate(graph.leaf) if leaf < 0 and any(c >= 0 for c in graph.children[i])
+        ]
         self.samples: dict[tuple[int, int], Sample] = {}
         self.layouts: dict[int, dict[int, list[Layout]]] = {}
         """For each node and output what fits; an output without a gradient is not there."""
         self.seeds, units = distinct_seeds(len(losses)), torch.ones(len(losses), dtype=torch.float64)
-        with _without_zeros(model):
+        with _nonzero_params(model):
             for _ in range(
-                ROUNDS
+                MAX_ROUNDS
             ):  # where few elements have a gradient, noise is put into the others, and more is seen below
                 known = self.layouts
-                self.layouts, self.silent = {}, set[int]()
-                self._sweep(losses, units, known, self._remember)
-                self._sweep(losses, self.seeds, known, self._compare)
-                if not self.silent and all(len(some) < 2 for found in self.layouts.values() for some in found.values()):
+                self.layouts, self.zero_grad_nodes = {}, set[int]()
+                self._backward(losses, units, known, self._store)
+                self._backward(losses, self.seeds, known, self._compare)
+                if not self.zero_grad_nodes and all(
+                    len(some) < 2 for found in self.layouts.values() for some in found.values()
+                ):
                     break
         self.samples.clear()
 
-    def _sweep(self, losses: Tensor, seeds: Tensor, known: dict[int, dict[int, list[Layout]]], look: Any) -> None:
+    def _backward(self, losses: Tensor, seeds: Tensor, known: dict[int, dict[int, list[Layout]]], look: Any) -> None:
         def hook(number: int) -> Any:
             def visit(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
                 for i, grad in enumerate(grads):
                     if grad is not None:
                         look(number, i, grad)
                 layouts = known.get(number, {})
-                return tuple(_dense(grad, seeds, layouts.get(i, [])) for i, grad in enumerate(grads))
+                return tuple(_fill_zeros(grad, seeds, layouts.get(i, [])) for i, grad in enumerate(grads))
 
             return visit
 
-        hooks = [self.graph.nodes[number].register_prehook(hook(number)) for number in self.leading]
+        hooks = [self.graph.nodes[number].register_prehook(hook(number)) for number in self.inner_nodes]
         try:
             torch.autograd.grad(losses, self.params, seeds.to(losses), retain_graph=True, allow_unused=True)
         finally:
             for one in hooks:
                 one.remove()
 
-    def _remember(self, number: int, output: int, grad: Tensor) -> None:
+    def _store(self, number: int, output: int, grad: Tensor) -> None:
         self.samples[number, output] = Sample(grad)
 
     def _compare(self, number: int, output: int, grad: Tensor) -> None:
@@ -198,9 +204,9 @@ class Examination:
         if len(sample):
             self.layouts.setdefault(number, {})[output] = sample.layouts(grad, self.seeds)
         elif grad.dim():
-            self.silent.add(number)
+            self.zero_grad_nodes.add(number)
 
-    def _apart(self, number: int) -> bool:
+    def _separate(self, number: int) -> bool:
         """Whether samples stay apart at a node: each output has a layout."""
         found = self.layouts.get(number)
         return bool(found) and all(found.values())  # type: ignore[union-attr]
@@ -210,38 +216,38 @@ class Examination:
 
         Raises:
             NotShared: Samples mix, or a use cannot be followed.
-            Pending: A use has no gradient yet, or too little to tell its layout.
+            Undetermined: A use has no gradient yet, or too little to tell its layout.
         """
         uses = self._uses()
         found = self._recomputed()
         recomputed = {leaf for unit in found for leaf in unit.leaves}
         found += [self._boundary(*use) for use in uses if not self._leaves(*use) <= recomputed]
-        places = {one.node for one in found}
-        return Plan(tuple(replace(one, lowest=not (self.graph.below(one.node) - {one.node}) & places) for one in found))
+        nodes = {one.node for one in found}
+        return Plan(tuple(replace(one, lowest=not (self.graph.below(one.node) - {one.node}) & nodes) for one in found))
 
     def _uses(self) -> list[tuple[int, tuple[int, ...]]]:
         """The nodes where samples, which stay apart down to there, meet parameters, and the edges that lead to these."""
-        found, seen, waiting = [], {0}, [0]
-        while waiting:
-            number = waiting.pop()
+        found, seen, stack = [], {0}, [0]
+        while stack:
+            number = stack.pop()
             edges = []
             for i, child in enumerate(self.graph.children[number]):
                 if child < 0:
                     continue
-                if child in self.silent:
-                    raise self._pending(child)
-                if not self._apart(child):
+                if child in self.zero_grad_nodes:
+                    raise self._undetermined(child)
+                if not self._separate(child):
                     self._check_parameters_only(number, child)
                     edges.append(i)
                 elif child not in seen:
                     seen.add(child)
-                    waiting.append(child)
+                    stack.append(child)
             if edges:
                 found.append((number, tuple(edges)))
         return found
 
-    def _pending(self, number: int) -> Pending:
-        return Pending(self.names[id(self.params[self.graph.leaves(number)[0]])])
+    def _undetermined(self, number: int) -> Undetermined:
+        return Undetermined(self.names[id(self.params[self.graph.leaves(number)[0]])])
 
     def _leaves(self, number: int, edges: tuple[int, ...]) -> set[int]:
         return {leaf for i in edges for leaf in self.graph.leaves(self.graph.children[number][i])}
@@ -249,7 +255,7 @@ class Examination:
     def _check_parameters_only(self, number: int, child: int) -> None:
         """Raises NotShared if what an edge leads to is no function of parameters alone, so that samples mix at its node."""
         for one in sorted(self.graph.below(child)):
-            if name := self.watch.outputs.get(self.graph.nodes[one]):
+            if name := self.recorder.outputs.get(self.graph.nodes[one]):
                 raise NotShared(
                     f"samples mix after {name}, at {self.graph.nodes[number].name()}; use shared_backward=False"
                 )
@@ -276,18 +282,18 @@ class Examination:
     def _layouts(self, number: int) -> tuple[Any, ...]:
         found = self.layouts[number]
         if any(len(some) > 1 for some in found.values()):
-            raise self._pending(number)  # too few elements have a gradient to tell
+            raise self._undetermined(number)  # too few elements have a gradient to tell
         return tuple(found[i][0] if i in found else None for i in range(max(found) + 1))
 
     def _recomputed(self) -> list[Boundary]:
         """Modules that are computed anew in the backward, each as one use: every use in it would mean another time."""
-        units = self.watch.recomputed()
+        units = self.recorder.recomputed()
         inner = {other for module in units for other in module.modules() if other is not module}
         found = []
         for module, nodes in units.items():
-            places = [place for node in nodes if self._apart(place := self.graph.number.get(node, -1))]
-            if places and module not in inner:
-                found.append(self._unit(max(places, key=lambda one: len(self.graph.below(one))), module))
+            indices = [index for node in nodes if self._separate(index := self.graph.number.get(node, -1))]
+            if indices and module not in inner:
+                found.append(self._unit(max(indices, key=lambda one: len(self.graph.below(one))), module))
         return [unit for unit in found if unit.leaves]
 
     def _unit(self, number: int, module: nn.Module) -> Boundary:
@@ -300,7 +306,7 @@ class Examination:
         return Boundary(number, (), tuple(sorted(leaves)), self._layouts(number), "whole", False)
 
 
-def _dense(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor | None:
+def _fill_zeros(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor | None:
     """A gradient of known layout with noise, of the rows' seeds, where it is zero."""
     if grad is None or len(layouts) != 1 or not (missing := grad == 0).any():
         return grad
@@ -312,7 +318,7 @@ def _dense(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor 
 
 
 @contextmanager
-def _without_zeros(model: nn.Module) -> Iterator[None]:
+def _nonzero_params(model: nn.Module) -> Iterator[None]:
     """Fills parameters that are all zero, as of fresh adapters, with noise: a backward through zeros would show nothing.
 
     autograd's graph holds the same memory; ``data`` leaves its version as it is.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ltsam_fast.shared.examine import Boundary, Examination, Pending, Plan, Watch, refuse_by_type
-from ltsam_fast.shared.graph import Graph
+from ltsam_fast.shared.autograd_graph import AutogradGraph
+from ltsam_fast.shared.not_shared import NotShared
 from ltsam_fast.shared.products import Contribution, Weighting, at_leaf, from_whole, linear, through
-from ltsam_fast.shared.refusal import NotShared
+from ltsam_fast.shared.qualify import Boundary, OutputRecorder, Plan, Qualification, Undetermined, check_module_types
 
 _LOG = logging.getLogger("ltsam_fast")
-STRUCTURES = 32
+MAX_STRUCTURES = 32
 """So many structures of a network are examined, each once."""
 
 
@@ -47,7 +47,7 @@ class SharedBackward:
 
     >>> model = torch.nn.Linear(3, 2)
     >>> shared = SharedBackward(model, model.parameters())
-    >>> with shared.watching():
+    >>> with shared.record_outputs():
     ...     losses = model(torch.randn(4, 3)).square().sum(1)
     >>> weight, bias = shared(losses, torch.ones(4), [torch.tensor([0.0, 1.0, 0.0, 2.0])], native=False)[0]
     >>> weight.shape, bias.shape
@@ -57,28 +57,28 @@ class SharedBackward:
     def __init__(self, model: torch.nn.Module, params: Iterable[Tensor], mode: bool | str = True) -> None:
         self.model, self.params, self.mode = model, list(params), mode
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._watch: Watch | None = None
-        self._wants_watch = True
+        self._recorder: OutputRecorder | None = None
+        self._record_next = True
         self._refused = False
-        self._wait, self._waited = 0, 0
+        self._steps_to_wait, self._last_wait = 0, 0
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def record_outputs(self) -> Iterator[None]:
         """Around the forward pass: learns which nodes are the modules' outputs, if the next backward will be examined.
 
         Raises:
             NotShared: A module, such as batch norm in training, is known to mix samples, and ``mode`` is True.
         """
-        if self._wants_watch and not self._refused:
-            self._judge(lambda: refuse_by_type(self.model, self.params))
-        if self._refused or not self._wants_watch:
+        if self._record_next and not self._refused:
+            self._or_refuse(lambda: check_module_types(self.model, self.params))
+        if self._refused or not self._record_next:
             yield
             return
-        self._watch = Watch(self.model)
+        self._recorder = OutputRecorder(self.model)
         try:
             yield
         finally:
-            self._watch.close()
+            self._recorder.close()
 
     def __call__(
         self, losses: Tensor, seeds: Tensor, factors: Sequence[Tensor | Weighting], native: bool = True
@@ -101,19 +101,19 @@ class SharedBackward:
         if self._refused or len(losses) < 2 or losses.grad_fn is None:
             return None
         params = [param for param in self.params if param.requires_grad]
-        graph = Graph(losses, params)
-        plan = self._judge(lambda: self._plan(graph, losses, params))
+        graph = AutogradGraph(losses, params)
+        plan = self._or_refuse(lambda: self._plan(graph, losses, params))
         if plan is None:
             return None
         weightings = [one if isinstance(one, Weighting) else Weighting(one.to(seeds)) for one in factors]
-        sweep = _Sweep(graph, plan, params, seeds, weightings)
-        sweep.run(losses, native)
-        return [_owned(found, self.params) for found in sweep.found]
+        backward = _BackwardPass(graph, plan, params, seeds, weightings)
+        backward.run(losses, native)
+        return [_owned(found, self.params) for found in backward.grads]
 
-    def _judge(self, examine: Callable[[], Any]) -> Any:
-        """What ``examine`` returns; where it finds that the network does not qualify, the error, or one log line."""
+    def _or_refuse(self, qualify: Callable[[], Any]) -> Any:
+        """What ``qualify`` returns; where it finds that the network does not qualify, the error, or one log line."""
         try:
-            return examine()
+            return qualify()
         except NotShared as error:
             if self.mode is True:
                 raise
@@ -121,37 +121,39 @@ class SharedBackward:
             _LOG.warning("shared_backward: two backward passes instead of one: %s", error)
             return None
 
-    def _plan(self, graph: Graph, losses: Tensor, params: list[Tensor]) -> Plan | None:
-        watch, self._watch = self._watch, None
+    def _plan(self, graph: AutogradGraph, losses: Tensor, params: list[Tensor]) -> Plan | None:
+        recorder, self._recorder = self._recorder, None
         key = (graph.structure, hash(tuple(module.training for module in self.model.modules())))
         if key in self._plans:
             return self._plans[key]
-        if self._wait:
-            self._wait -= 1
+        if self._steps_to_wait:
+            self._steps_to_wait -= 1
             return None
-        if watch is None:  # its modules are not known: the next forward will be watched
-            self._wants_watch = True
+        if recorder is None:  # its modules are not known: the next forward will be watched
+            self._record_next = True
             return None
-        if len(self._plans) >= STRUCTURES:
-            raise NotShared(f"the model's graph is another one each step: it has had {STRUCTURES} structures so far")
+        if len(self._plans) >= MAX_STRUCTURES:
+            raise NotShared(
+                f"the model's graph is another one each step: it has had {MAX_STRUCTURES} structures so far"
+            )
         try:
-            self._plans[key] = Examination(self.model, graph, losses, params, watch).plan()
-        except Pending as error:  # nothing can be seen, and nothing is lost: look again 1, 3, 7, ... steps later
-            self._wait = self._waited = min(2 * self._waited + 1, 255)
-            if self._waited == 7:
+            self._plans[key] = Qualification(self.model, graph, losses, params, recorder).plan()
+        except Undetermined as error:  # nothing can be seen, and nothing is lost: look again 1, 3, 7, ... steps later
+            self._steps_to_wait = self._last_wait = min(2 * self._last_wait + 1, 255)
+            if self._last_wait == 7:
                 _LOG.warning("shared_backward: two backward passes as long as no gradient reaches %s", error)
-        self._wants_watch = False
+        self._record_next = False
         return self._plans.get(key)
 
 
-class _Sweep:
+class _BackwardPass:
     """One run: hooks at the boundaries form the products for all factors while gradients pass."""
 
     def __init__(
-        self, graph: Graph, plan: Plan, params: list[Tensor], seeds: Tensor, weightings: Sequence[Weighting]
+        self, graph: AutogradGraph, plan: Plan, params: list[Tensor], seeds: Tensor, weightings: Sequence[Weighting]
     ) -> None:
         self.graph, self.plan, self.params, self.seeds, self.weightings = graph, plan, params, seeds, weightings
-        self.found: list[dict[int, Tensor]] = [{} for _ in weightings]
+        self.grads: list[dict[int, Tensor]] = [{} for _ in weightings]
 
     def run(self, losses: Tensor, native: bool) -> None:
         """The sweep: fills ``found``, for each weighting the gradients by the parameters' ids."""
@@ -186,7 +188,7 @@ class _Sweep:
                 return
             inside = True
             try:
-                for weighting, found in zip(self.weightings, self.found, strict=True):
+                for weighting, found in zip(self.weightings, self.grads, strict=True):
                     self._add(found, leaves, self._contributions(node, boundary, grads, weighting))
             finally:
                 inside = False
@@ -204,17 +206,17 @@ class _Sweep:
 
     def _add(self, found: dict[int, Tensor], leaves: list[Tensor], contributions: list[Contribution]) -> None:
         """Brings contributions down to the parameters and adds them up there."""
-        there, rest = [], []
+        at_params, rest = [], []
         for edge, grad in contributions:
             if (pair := at_leaf(edge, grad)) is None:
                 rest.append((edge, grad))
             else:
-                there.append(pair)
+                at_params.append(pair)
         if rest:
             edges, grads = zip(*rest, strict=True)
             parts = torch.autograd.grad(edges, leaves, grads, retain_graph=True, allow_unused=True)
-            there += [(leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None]
-        for leaf, part in there:
+            at_params += [(leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None]
+        for leaf, part in at_params:
             mine = found.get(id(leaf))
             found[id(leaf)] = part if mine is None else mine + part
 
