@@ -9,6 +9,6 @@
 
 from ltsam_fast.train.config import Config, ConfigError, build, read_file
 from ltsam_fast.train.loop import Diverged, train
-from ltsam_fast.train.methods import METHODS
+from ltsam_fast.train.method_registry import METHODS
 
 __all__ = ["METHODS", "Config", "ConfigError", "Diverged", "build", "read_file", "train"]

@@ -29,14 +29,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str]) -> int:
     """Runs a command, ``argv[0]``; returns the exit code."""
     from ltsam_fast.data import DataError
+    from ltsam_fast.train.distributed import rank_and_world_size
     from ltsam_fast.train.loop import Diverged
-    from ltsam_fast.train.workers import place
 
     command, *arguments = argv
-    rank, size = place()
-    who = f" (process {rank})" if size > 1 else ""
+    rank, world_size = rank_and_world_size()
+    process = f" (process {rank})" if world_size > 1 else ""
     warnings, log = logging.StreamHandler(sys.stderr), logging.getLogger("ltsam_fast")
-    warnings.setFormatter(logging.Formatter(f"ltsam_fast {command}{who}: warning: %(message)s"))
+    warnings.setFormatter(logging.Formatter(f"ltsam_fast {command}{process}: warning: %(message)s"))
     log.addHandler(warnings)
     try:
         return COMMANDS[command](arguments)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             message = f"needs {error.name}: pip install 'ltsam_fast[train]'"
     finally:
         log.removeHandler(warnings)
-    print(f"ltsam_fast {command}{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ltsam_fast {command}{process}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
@@ -130,10 +130,10 @@ def train_command(arguments: Sequence[str]) -> int:
     add_settings(parser)
     options = parser.parse_args(arguments)
 
-    from ltsam_fast.train.checkpoint import NAME
+    from ltsam_fast.train.distributed import is_rank_zero
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
-    from ltsam_fast.train.workers import is_first
+    from ltsam_fast.train.run_checkpoint import NAME
 
     layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
@@ -149,7 +149,7 @@ def train_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
         return INTERRUPTED
-    if report and is_first():
+    if report and is_rank_zero():
         print(f"wrote {out}/: last.pt, log.csv, log.jsonl, config.json")
     return OK
 
@@ -167,10 +167,10 @@ def compare_command(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
 
     from ltsam_fast.train.compare import compare, grid
+    from ltsam_fast.train.distributed import is_rank_zero, process_group
     from ltsam_fast.train.log import Cells
-    from ltsam_fast.train.losses import LOSSES
-    from ltsam_fast.train.methods import METHODS
-    from ltsam_fast.train.workers import is_first, workers
+    from ltsam_fast.train.loss_registry import LOSSES
+    from ltsam_fast.train.method_registry import METHODS
 
     methods, losses = (
         list(there) if asked == ["all"] else asked
@@ -178,8 +178,8 @@ def compare_command(arguments: Sequence[str]) -> int:
     )
     cells = grid(given(options), methods, losses, options.seeds, options.out)
     try:
-        with workers(cells[0].config.device):
-            if options.quiet or not is_first():
+        with process_group(cells[0].config.device):
+            if options.quiet or not is_rank_zero():
                 rows, failures = compare(cells, options.out)
             else:
                 with Cells(len(cells)) as bar:
@@ -187,7 +187,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
-    if is_first():
+    if is_rank_zero():
         _show(rows, cells[0].config, options.out)
     for line in failures:
         print(f"ltsam_fast compare: {line}", file=sys.stderr)

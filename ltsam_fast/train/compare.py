@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ltsam_fast.data import DataError, Images
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build
+from ltsam_fast.train.distributed import is_rank_zero, rank_and_world_size
 from ltsam_fast.train.log import GROUPS
 from ltsam_fast.train.loop import Diverged, check_folder, finished, train
-from ltsam_fast.train.losses import accepted as losses_take
-from ltsam_fast.train.losses import check_options as check_loss
-from ltsam_fast.train.losses import label as loss_label
-from ltsam_fast.train.methods import accepted as methods_take
-from ltsam_fast.train.methods import check_options, label
+from ltsam_fast.train.loss_registry import check_options as check_loss
+from ltsam_fast.train.loss_registry import label as loss_label
+from ltsam_fast.train.loss_registry import options_of as loss_options_of
+from ltsam_fast.train.method_registry import check_options, label
+from ltsam_fast.train.method_registry import options_of as method_options_of
 from ltsam_fast.train.run import check, load_images
-from ltsam_fast.train.workers import is_first, place
 
 _ACCURACY = "accuracy (%)"
 TABLE = "table.md"
@@ -68,8 +68,8 @@ def grid(
     """
     cells = []
     taken = {
-        "options": {name: methods_take(name) for name in methods},
-        "loss_options": {name: losses_take(name) for name in losses},
+        "options": {name: method_options_of(name) for name in methods},
+        "loss_options": {name: loss_options_of(name) for name in losses},
     }
     for key, takers in taken.items():
         for name in (name for layer in layers for name in layer.get(key, {})):
@@ -141,7 +141,7 @@ def compare(
         histories.setdefault((cell.config.method, cell.config.loss), []).append(history)
     rows = [summary(method, loss, found) for (method, loss), found in histories.items()]
     rows.sort(key=lambda row: [cell.config.loss for cell in cells].index(row.loss))
-    if rows and is_first():
+    if rows and is_rank_zero():
         _write(rows, cells[0].config, out)
     return rows, failures
 
@@ -153,7 +153,7 @@ def _failure(cell: Cell, error: Exception) -> str:
     """
     if isinstance(error, Diverged):
         return f"{cell.folder}: {error}"
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         raise error
     trace = _trace(cell)
     trace.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
     best = best_of(rows)
     lines = [head(), ["---"] * 2 + ["---:"] * (len(GROUPS) + 1), *(cells_of(row, best) for row in rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    checkpoint.write(out / TABLE, f"{table}\n\n{caption(rows, config)}\n".encode())
+    run_checkpoint.write(out / TABLE, f"{table}\n\n{caption(rows, config)}\n".encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     spread = [name for group in GROUPS for name in (group, f"{group}_std")]
@@ -232,11 +232,11 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
     for row in rows:
         values = [value for group in GROUPS for value in row.accuracies[group] or (None, None)]
         writer.writerow([row.method, row.loss, row.seeds, *values, row.seconds])
-    checkpoint.write(out / "table.csv", text.getvalue().encode())
+    run_checkpoint.write(out / "table.csv", text.getvalue().encode())
     common = {
         name: value for name, value in config.as_dict().items() if name not in ("method", "options", "loss", "seed")
     }
-    checkpoint.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
+    run_checkpoint.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
     _draw(rows, out)
 
 
@@ -265,9 +265,9 @@ def _draw(rows: Sequence[Row], out: Path) -> None:
 def _bars(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
     width = 0.8 / len(groups)
     for index, group in enumerate(groups):
-        at = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(rows))]
+        x = [row + (index - (len(groups) - 1) / 2) * width for row in range(len(rows))]
         shown = [row.accuracies[group] or (0.0, None) for row in rows]
-        axes.bar(at, [mean for mean, _ in shown], width, yerr=[std or 0 for _, std in shown], capsize=2, label=group)
+        axes.bar(x, [mean for mean, _ in shown], width, yerr=[std or 0 for _, std in shown], capsize=2, label=group)
     turned = len(rows) > 4
     axes.set_xticks(
         range(len(rows)), [label(row.method) for row in rows], rotation=40 * turned, ha="right" if turned else "center"

@@ -241,8 +241,8 @@ def _of(options: Any, owner: str) -> dict[str, Any]:
     """The options that count with this method or loss, those named for it last."""
     if not isinstance(options, Mapping):
         raise ConfigError(f"options must be a table, got {options!r}")
-    from ltsam_fast.train.losses import LOSSES  # they know what a Config is
-    from ltsam_fast.train.methods import METHODS
+    from ltsam_fast.train.loss_registry import LOSSES  # they know what a Config is
+    from ltsam_fast.train.method_registry import METHODS
 
     for name in options:
         prefix, dot, _ = str(name).partition(".")

@@ -15,12 +15,12 @@ from torch import nn
 
 from ltsam_fast import data, diagnostics
 from ltsam_fast.losses import Loss
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import IMAGES, Config, ConfigError, build
+from ltsam_fast.train.distributed import device_of
 from ltsam_fast.train.loop import check_folder
-from ltsam_fast.train.losses import criterion
+from ltsam_fast.train.loss_registry import criterion
 from ltsam_fast.train.run import load_images, network_of
-from ltsam_fast.train.workers import device_of
 
 EIGENVALUE_CLASSES = ("many", "few")
 _LOG = logging.getLogger("ltsam_fast")
@@ -82,7 +82,7 @@ def diagnose(
         DataError: Something is wrong with the data.
     """
     folder = Path(out) if out is not None else _folder_of(Path(source)) / "diagnostics"
-    state = checkpoint.read(source)
+    state = run_checkpoint.read(source)
     check_folder(folder)
     report("reading images")
     subject = _subject(source, state, split, per_class, changes)
@@ -112,7 +112,7 @@ def diagnose(
         "slice": {"coordinates": along.coordinates.tolist(), "loss": along.loss.tolist()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
+    run_checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
     norms.plot(folder / "class_grad_norms.png", names)
     sharpness.plot(folder / "class_sharpness.png", names)
     along.plot(folder / "loss_slice.png")
@@ -142,7 +142,7 @@ def _subject(source: str | Path, state: dict[str, Any], split: str, per_class: i
         shape = " x ".join(map(str, train.pixels.shape[1:]))
         raise ConfigError(f"data {config.data}: images of {shape} do not fit the run's {config.model}") from error
     try:
-        checkpoint.check_images(state, (train, test), source)
+        run_checkpoint.check_images(state, (train, test), source)
     except ConfigError as error:
         if not changes.keys() & set(IMAGES):
             raise

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ltsam_fast.extras import needed
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 
 GROUPS = ("all", "many", "medium", "few")
 COLUMNS = ("epoch", "lr", "train_loss", *GROUPS, "seconds", "eval_seconds")
@@ -49,9 +49,9 @@ class Logs:
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        checkpoint.write(self.out / "log.csv", table.getvalue().encode())
+        run_checkpoint.write(self.out / "log.csv", table.getvalue().encode())
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        checkpoint.write(self.out / "log.jsonl", lines.encode())
+        run_checkpoint.write(self.out / "log.jsonl", lines.encode())
 
     def close(self) -> None:
         """Ends TensorBoard's file."""
@@ -96,12 +96,13 @@ class Console(Silent):
     def begin(self, run: Any) -> None:
         """Prints what is trained on what, and the head of the table."""
         config, counts = run.config, run.counts
+        devices = f" x {run.dist.world_size}" if run.dist.world_size > 1 else ""
         size = sum(param.numel() for param in run.network.parameters())
         _print(
             self.bar,
             f"{config.method}, {config.loss}: {config.model} ({size:,} parameters) on {len(run.train.labels):,} images of "
             f"{len(counts)} classes ({max(counts)} to {min(counts)} each), tested on {len(run.test.labels):,}; "
-            f"{config.epochs} epochs of {run.steps} steps on {run.at.device}" + f" x {run.at.size}" * (run.at.size > 1),
+            f"{config.epochs} epochs of {run.steps} steps on {run.dist.device}{devices}",
         )
         _print(self.bar, "".join(f"{name:>10}" for name in ("epoch", "lr", "loss", *GROUPS, "seconds")))
         self.task = self.bar.add_task(config.method, total=config.epochs * run.steps, completed=run.epoch * run.steps)

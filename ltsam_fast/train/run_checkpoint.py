@@ -21,7 +21,7 @@ VERSION = 1
 
 
 def write(path: Path, content: bytes | dict[str, Any]) -> None:
-    """Writes a file beside its place and then renames it, so that a kill at any time leaves the old one or the new one.
+    """Writes a temporary file and renames it to ``path``, so that a kill at any time leaves the old file or the new one.
 
     Raises:
         OSError: It can't be written, e.g. because the disk is full; the old one stays.
@@ -30,23 +30,23 @@ def write(path: Path, content: bytes | dict[str, Any]) -> None:
         buffer = io.BytesIO()  # torch.save into a file would hide the error of a full disk behind one of its own
         torch.save(content, buffer)
         content = buffer.getvalue()
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Removes what a :func:`write` that was killed left behind."""
-    for part in folder.glob("*.part"):
-        part.unlink(missing_ok=True)
+    for partial in folder.glob("*.part"):
+        partial.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ LOSSES: dict[str, tuple[str, type[losses.Loss]]] = {
     "gcl": ("GCL", losses.GCL),
 }
 """Name on the command line -> name in print and class."""
-COSINE = ("ldam", "gcl")
+COSINE_LOSSES = ("ldam", "gcl")
 """Losses whose logits are meant to be cosines."""
 _SUPPLIED = ("class_counts", "reduction", "weight")
 
@@ -35,13 +35,13 @@ def label(loss: str) -> str:
     return LOSSES[loss][0]
 
 
-def accepted(loss: str) -> dict[str, Any]:
+def options_of(loss: str) -> dict[str, Any]:
     """The options that a loss takes, with their defaults.
 
     Raises:
         ConfigError: There is no such loss.
 
-    >>> accepted("ldam")
+    >>> options_of("ldam")
     {'max_m': 0.5, 's': 30.0, 'label_smoothing': 0.0}
     """
     if loss not in LOSSES:
@@ -52,9 +52,9 @@ def accepted(loss: str) -> dict[str, Any]:
 
 def check_options(config: Config) -> None:
     """Raises ConfigError if the loss, or one of its options, is not there."""
-    there = accepted(config.loss)
-    if unknown := [name for name in config.loss_options if name not in there]:
-        raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(there)}")
+    known = options_of(config.loss)
+    if unknown := [name for name in config.loss_options if name not in known]:
+        raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
 
 
 def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Loss:
@@ -66,7 +66,7 @@ def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Lo
         ConfigError: There is no such loss, or an option is not accepted.
     """
     check_options(config)
-    supplied = {"seed": config.seed + rank} if "seed" in accepted(config.loss) else {}
+    supplied = {"seed": config.seed + rank} if "seed" in options_of(config.loss) else {}
     try:
         loss = LOSSES[config.loss][1](list(counts), reduction="none", **{**supplied, **config.loss_options})
         reweight(loss, config, counts, 0)
@@ -83,6 +83,6 @@ def reweight(loss: losses.Loss, config: Config, counts: Sequence[int], epoch: in
             loss.set_weight(weights)
 
 
-def one_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:
+def same_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:
     """A context for a step, in which all passes see the same loss."""
     return loss.hold() if isinstance(loss, losses.GCL) else contextlib.nullcontext()

@@ -35,14 +35,18 @@ METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
 }
 """Name on the command line -> name in print, class and fixed options; ``sgd`` is the base optimizer alone."""
 
-_BASES: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+_BASE_OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 _SUPPLIED = {"self", "params", "base_optimizer", "base_kwargs", "model", "class_counts", "head"}
 _SETTINGS = {"lr", "momentum", "nesterov", "weight_decay"}
 """Options of the base optimizers that are settings of their own."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunInfo:
     """What a method may need to know of the run: network as called, network itself, counts, and the number of steps."""
 
     model: nn.Module
@@ -61,13 +65,13 @@ def label(method: str) -> str:
     return METHODS[method][0]
 
 
-def accepted(method: str, optimizer: str = "sgd") -> dict[str, Any]:
+def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     """The options that a method takes, with their defaults: its own, those of all methods, and its base optimizer's.
 
     Raises:
         ConfigError: There is no such method.
 
-    >>> [name for name in accepted("focal_sam") if name in ("rho", "gamma", "lam", "class_counts")]
+    >>> [name for name in options_of("focal_sam") if name in ("rho", "gamma", "lam", "class_counts")]
     ['rho', 'gamma', 'lam']
     """
     return {name: parameter.default for name, parameter in _parameters(method, optimizer).items()}
@@ -77,7 +81,7 @@ def _parameters(method: str, optimizer: str) -> dict[str, inspect.Parameter]:
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     _, cls, fixed = METHODS[method]
-    base = inspect.signature(_BASES[optimizer]).parameters
+    base = inspect.signature(_BASE_OPTIMIZERS[optimizer]).parameters
     found = {name: parameter for name, parameter in base.items() if name not in _SETTINGS}
     for one in (SharpnessAware, cls) if cls else ():
         found |= inspect.signature(one).parameters
@@ -88,13 +92,13 @@ def _parameters(method: str, optimizer: str) -> dict[str, inspect.Parameter]:
 
 
 def check_options(config: Config) -> None:
-    """Raises ConfigError if the method, or one of its options, is not there."""
-    there = _parameters(config.method, config.optimizer)
-    if unknown := [name for name in config.options if name not in there]:
-        raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(there)}")
+    """Raises ConfigError if the method, or one of its options, is not known."""
+    known = _parameters(config.method, config.optimizer)
+    if unknown := [name for name in config.options if name not in known]:
+        raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
 
 
-def create(config: Config, setting: Setting) -> Optimizer:
+def create(config: Config, run: RunInfo) -> Optimizer:
     """The optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
     Class counts, the model, the classifier (CC-SAM's ``head``) and the run's seed are supplied; so are ``m`` of m-SAM, half a
@@ -106,35 +110,35 @@ def create(config: Config, setting: Setting) -> Optimizer:
     check_options(config)
     parameters = _parameters(config.method, config.optimizer)
     options = {
-        name: _steps(name, value, setting) if "int" in str(parameters[name].annotation) else value
+        name: _steps(name, value, run) if "int" in str(parameters[name].annotation) else value
         for name, value in config.options.items()
     }
-    base = _BASES[config.optimizer]
+    base = _BASE_OPTIMIZERS[config.optimizer]
     for name in ("lr", "weight_decay") + (("momentum", "nesterov") if config.optimizer == "sgd" else ()):
         options[name] = getattr(config, name)
     _, cls, fixed = METHODS[config.method]
     try:
         if cls is None:
-            return base(setting.network.parameters(), **options)
+            return base(run.network.parameters(), **options)
         taken = inspect.signature(cls).parameters
         supplied = {
-            "class_counts": list(setting.class_counts),
-            "head": classifier(setting.network) if "head" in taken else None,
+            "class_counts": list(run.class_counts),
+            "head": classifier(run.network) if "head" in taken else None,
             "m": max(1, config.batch_size // 2),
-            "total_steps": setting.steps,
+            "total_steps": run.steps,
             "seed": config.seed,
         }
         known = {name: value for name, value in supplied.items() if name in taken}
-        return cls(setting.network.parameters(), base, model=setting.model, **{**known, **fixed, **options})
+        return cls(run.network.parameters(), base, model=run.model, **{**known, **fixed, **options})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.method}: {error}") from error
 
 
-def _steps(name: str, value: Any, setting: Setting) -> Any:
+def _steps(name: str, value: Any, run: RunInfo) -> Any:
     """A number of steps from "140ep" or "70%"; anything else stays."""
     if not isinstance(value, str):
         return value
-    for suffix, unit in (("ep", setting.steps_per_epoch), ("%", setting.steps / 100)):
+    for suffix, unit in (("ep", run.steps_per_epoch), ("%", run.steps / 100)):
         if value.endswith(suffix):
             try:
                 return round(float(value.removesuffix(suffix)) * unit)

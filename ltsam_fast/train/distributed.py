@@ -17,43 +17,43 @@ from ltsam_fast.train.config import ConfigError
 
 
 @dataclass(frozen=True)
-class Workers:
+class Distributed:
     """This process's number, how many there are, and its device."""
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def joined(self, share: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The shares of all processes, equally many rows each, in order."""
-        if self.size == 1:
-            return share
-        parts = [torch.empty_like(share) for _ in range(self.size)]
-        dist.all_gather(parts, share)
-        return torch.cat(parts)
+        if self.world_size == 1:
+            return tensor
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return torch.cat(gathered)
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Gives every process what the first one has."""
-        if self.size > 1:
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What every process gives, in order; to all of them."""
-        found: list[Any] = [value] * self.size
-        if self.size > 1:
+        found: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
             dist.all_gather_object(found, value)
         return found
 
-    def replica(self, network: nn.Module) -> nn.Module:
+    def data_parallel(self, network: nn.Module) -> nn.Module:
         """The network as this process's copy of it, kept equal to the others' by DistributedDataParallel."""
-        if self.size == 1:
+        if self.world_size == 1:
             return network
         if self.device.type == "cuda":
             return DistributedDataParallel(network, [self.device])
@@ -63,32 +63,32 @@ class Workers:
 
 
 @contextlib.contextmanager
-def workers(device: str) -> Iterator[Workers]:
+def process_group(device_name: str) -> Iterator[Distributed]:
     """Joins the processes that torchrun started, gloo on the CPU and nccl on GPUs; alone without torchrun.
 
     Raises:
         ConfigError: The device is unknown or not there.
     """
-    rank, size = place()
-    here = device_of(device, int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else None)
-    joins = size > 1 and not dist.is_initialized()
+    rank, world_size = rank_and_world_size()
+    device = device_of(device_name, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    joins = world_size > 1 and not dist.is_initialized()
     if joins:
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Workers(rank, size, here)
+        yield Distributed(rank, world_size, device)
     finally:
         if joins:
             dist.destroy_process_group()
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's number, and how many torchrun started; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is the process that prints and writes."""
-    return place()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device:
