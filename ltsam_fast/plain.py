@@ -37,9 +37,9 @@ class _Plain(Optimizer):
         self.param_groups = (
             self.base_optimizer.param_groups
         )  # one list, so that schedulers reach the base's learning rate
-        self._old: list[tuple[Tensor, Tensor]] = []
+        self._backups: list[tuple[Tensor, Tensor]] = []
 
-    def _climb(self) -> None:
+    def _perturb(self) -> None:
         """w <- w + eps,  eps = rho T g / (|T' g| + 1e-12);  T = T' = 1, adaptive: T = w^2, T' = |w|."""
         norms = [
             (p.abs() * p.grad if group["adaptive"] else p.grad).norm(p=2)
@@ -53,14 +53,14 @@ class _Plain(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                self._old.append((p, p.data.clone()))
+                self._backups.append((p, p.data.clone()))
                 step = p.pow(2) * p.grad if group["adaptive"] else p.grad
                 p.add_(step * scale.to(p))
 
-    def _come_back(self) -> None:
-        for p, old in self._old:
-            p.data = old
-        self._old = []
+    def _restore(self) -> None:
+        for p, backup in self._backups:
+            p.data = backup
+        self._backups = []
 
 
 class SAM(_Plain):
@@ -90,14 +90,14 @@ class SAM(_Plain):
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Climbs along the present gradients."""
-        self._climb()
+        self._perturb()
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
         """Goes back and takes the base optimizer's step with the present gradients."""
-        self._come_back()
+        self._restore()
         self.base_optimizer.step()
         if zero_grad:
             self.zero_grad()
@@ -139,13 +139,13 @@ class FocalSAM(_Plain):
     @torch.no_grad()
     def second_step(self) -> None:
         """Climbs along the sharp loss's gradients and clears them."""
-        self._climb()
+        self._perturb()
         self.zero_grad()
 
     @torch.no_grad()
     def third_step(self) -> None:
         """Goes back, adds the kept gradients to the present ones, takes the base optimizer's step and clears them."""
-        self._come_back()
+        self._restore()
         for p, kept in self._kept:
             p.grad = kept if p.grad is None else p.grad + kept
         self.base_optimizer.step()

@@ -26,7 +26,7 @@ from PIL import Image
 from ltsam_fast.train import Config, ConfigError, build, cli, train
 from ltsam_fast.train import compare as comparison
 from ltsam_fast.train.diagnose import diagnose
-from ltsam_fast.train.losses import LOSSES, criterion
+from ltsam_fast.train.loss_registry import LOSSES, criterion
 from ltsam_fast.train.run import network_of
 
 SMALL = ("--model", "small_cnn", "--epochs", 1, "--no-tensorboard", "--batch-size", 8, "--threads", 1)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ltsam_fast as lf
-from ltsam_fast.diagnostics import by_class
+from ltsam_fast.diagnostics import per_class
 from ltsam_fast.shared import NotShared, SharedBackward, Weighting
 from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
 
@@ -379,11 +379,11 @@ def test_gradients_of_classes_in_mixed_batches(name, at_once, monkeypatch):
     make, (inputs, *_) = NETWORKS[name]()
     model, (x,) = cast(make, [inputs[:1].repeat(11, *[1] * (inputs.dim() - 1))], torch.float64)
     x = torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 50)
-    monkeypatch.setattr(by_class, "_GRADIENT_BYTES", at_once * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr(per_class, "_GRADIENT_BYTES", at_once * sum(p.nbytes for p in model.parameters()))
     y = torch.tensor([0, 2, 2, 0, 0, 4, 0, 2, 0, 0, 1])
     loss = nn.CrossEntropyLoss(reduction="none")
     norms = [
-        by_class.class_grad_norms(
+        per_class.class_grad_norms(
             model, lambda z, c: loss(z, c % CLASSES), x, y, num_classes=6, batch_size=size, exact=exact
         ).norms
         for exact, size in ((False, 256), (True, 4), (True, 7))
@@ -396,7 +396,7 @@ def test_gradients_of_classes_in_mixed_batches(name, at_once, monkeypatch):
 def test_gradients_of_classes_refuse_mixing():
     model = Norm(lambda h: h.mean(0))
     with pytest.raises(NotShared, match="first"):
-        by_class.class_grad_norms(
+        per_class.class_grad_norms(
             model,
             nn.CrossEntropyLoss(reduction="none"),
             torch.randn(6, 5),

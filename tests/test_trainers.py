@@ -928,7 +928,7 @@ def attributes(x, y):
     ],
 )
 def test_what_is_kept_is_a_copy(wrap, x_of):
-    from ltsam_fast.trainers.parts import copy_of
+    from ltsam_fast.trainers.micro_batches import copy_of
 
     memory = torch.zeros(1000)
     batch = wrap(memory[:4], torch.zeros(4))
@@ -1485,7 +1485,7 @@ def test_lightning_manual_optimization_with_ordinary_optimizers(tmp_path):
     ],
 )
 def test_samples_are_taken_from_mappings_and_dataclasses(wrap, x_of):
-    from ltsam_fast.trainers.parts import select
+    from ltsam_fast.trainers.micro_batches import select
 
     batch = wrap(torch.arange(4.0), torch.arange(4))
     taken = select(batch, torch.tensor([2, 0]))
@@ -1495,7 +1495,7 @@ def test_samples_are_taken_from_mappings_and_dataclasses(wrap, x_of):
 
 @pytest.mark.parametrize("wrap", [attributes, lambda x, y: (x.numpy(), y)])
 def test_samples_of_other_batches_are_refused(wrap):
-    from ltsam_fast.trainers.parts import select
+    from ltsam_fast.trainers.micro_batches import select
 
     batch = wrap(torch.arange(4.0), torch.arange(4))
     with pytest.raises(TypeError, match=r"batch must hold tensors, .*, got (SimpleNamespace|ndarray): return one of"):

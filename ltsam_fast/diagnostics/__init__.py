@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ltsam_fast.diagnostics.by_class import ClassGradNorms, ClassSharpness, class_grad_norms, class_sharpness
 from ltsam_fast.diagnostics.curvature import LossSlice, TopEigenvalue, loss_slice, top_hessian_eigenvalue
+from ltsam_fast.diagnostics.per_class import ClassGradNorms, ClassSharpness, class_grad_norms, class_sharpness
 
 __all__ = [
     "ClassGradNorms",

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ltsam_fast.diagnostics.evaluator import Evaluator, LossFn, Prepare
 from ltsam_fast.diagnostics.plots import curve, surface
-from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
 from ltsam_fast.extras import progress_bar
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 
@@ -93,16 +93,16 @@ def top_hessian_eigenvalue(
         raise ValueError(f"iterations must be at least 1, got {iterations!r}")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
-    probe = Probe(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
-    v = torch.cat([one.flatten() for one in _random(probe.params, generator)])
+    evaluator = Evaluator(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
+    v = torch.cat([one.flatten() for one in _random(evaluator.params, generator)])
     v /= v.norm()
     history: list[float] = []
     shift = residual = 0.0
     converged = False
     # Attention's fused kernels have no second derivative.
-    with probe.watching(), sdpa_kernel(SDPBackend.MATH):
+    with evaluator.eval_mode(), sdpa_kernel(SDPBackend.MATH):
         while len(history) < iterations:
-            product = _hessian_product(probe, v)
+            product = _hessian_product(evaluator, v)
             history.append(float(v @ product))
             residual = float((product - history[-1] * v).norm())
             converged = residual <= tolerance * max(abs(history[-1]), abs(shift))
@@ -111,30 +111,30 @@ def top_hessian_eigenvalue(
             if converged:
                 shift = history[-1]
                 # v itself is that eigenvector, which the shift takes to zero.
-                v = torch.cat([one.flatten() for one in _random(probe.params, generator)])
+                v = torch.cat([one.flatten() for one in _random(evaluator.params, generator)])
                 v /= v.norm()
                 converged = False
                 continue
             v = product - shift * v
             v /= v.norm()
-    sizes = [param.numel() for param in probe.params]
-    vector = [part.view_as(param) for part, param in zip(v.split(sizes), probe.params, strict=True)]
+    sizes = [param.numel() for param in evaluator.params]
+    vector = [part.view_as(param) for part, param in zip(v.split(sizes), evaluator.params, strict=True)]
     return TopEigenvalue(history[-1], residual, converged, history, vector)
 
 
-def _hessian_product(probe: Probe, v: Tensor) -> Tensor:
+def _hessian_product(evaluator: Evaluator, v: Tensor) -> Tensor:
     total = torch.zeros_like(v)
-    for _, losses in probe.losses(probe.chosen):
+    for _, losses in evaluator.losses(evaluator.indices):
         if AutogradGraph(losses, []).reentrant:
             raise ValueError(
                 "model must not use torch.utils.checkpoint with use_reentrant=True, which has no second derivative: "
                 "set use_reentrant=False"
             )
-        loss = losses.sum() / len(probe.chosen)
-        grads = torch.autograd.grad(loss, probe.params, create_graph=True, materialize_grads=True)
+        loss = losses.sum() / len(evaluator.indices)
+        grads = torch.autograd.grad(loss, evaluator.params, create_graph=True, materialize_grads=True)
         slope = torch.cat([grad.flatten() for grad in grads]) @ v
         if slope.requires_grad:  # not where the loss is linear in the weights
-            products = torch.autograd.grad(slope, probe.params, materialize_grads=True)
+            products = torch.autograd.grad(slope, evaluator.params, materialize_grads=True)
             total += torch.cat([product.flatten() for product in products])
     return total
 
@@ -210,21 +210,21 @@ def loss_slice(
         raise ValueError(f"radius must be a finite number > 0, got {radius!r}")
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps!r}")
-    probe = Probe(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
-    moves = _directions(probe.params, directions, generator)
+    evaluator = Evaluator(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
+    moves = _directions(evaluator.params, directions, generator)
     coordinates = torch.linspace(-radius, radius, steps, dtype=torch.float64)
     points = torch.cartesian_prod(*[coordinates] * len(moves)).reshape(-1, len(moves))
     losses = []
     with (
-        probe.watching(),
+        evaluator.eval_mode(),
         progress_bar(progress, len(points), "loss slice", "point") as bar,
-        probe.moving() as weights,
+        evaluator.restored_afterwards() as weights,
         torch.no_grad(),
     ):
         for point in points.tolist():
-            for param, weight, *move in zip(probe.params, weights, *moves, strict=True):
+            for param, weight, *move in zip(evaluator.params, weights, *moves, strict=True):
                 param.copy_(weight + sum(a * d for a, d in zip(point, move, strict=True)))
-            losses.append(probe.mean_loss(probe.chosen))
+            losses.append(evaluator.mean_loss(evaluator.indices))
             bar.update()
     return LossSlice(coordinates, torch.tensor(losses, dtype=torch.float64).reshape([steps] * len(moves)), moves)
 

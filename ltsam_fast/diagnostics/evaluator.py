@@ -20,7 +20,7 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[Tensor], Tensor]
 
 
-class Probe:
+class Evaluator:
     """What all diagnostics share.
 
     The network is in evaluation mode while it is looked at, where it must keep samples apart: a batch may be of one class.
@@ -58,15 +58,15 @@ class Probe:
         self.model, self.loss_fn, self.x, self.y = model, loss_fn, x, y.cpu()
         self.batch_size, self.prepare = batch_size, prepare
         self.counts = self.y.bincount(minlength=self.num_classes)
-        chosen = torch.ones(len(y), dtype=torch.bool)
+        indices = torch.ones(len(y), dtype=torch.bool)
         if classes is not None:
-            chosen = torch.isin(self.y, torch.as_tensor(classes, dtype=torch.long).cpu())
-        self.chosen = chosen.nonzero().flatten()
-        if not len(self.chosen):
+            indices = torch.isin(self.y, torch.as_tensor(classes, dtype=torch.long).cpu())
+        self.indices = indices.nonzero().flatten()
+        if not len(self.indices):
             raise ValueError(f"classes must have a sample in y, got {list(map(int, classes or []))}")
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def eval_mode(self) -> Iterator[None]:
         """The network in evaluation mode, with gradients; every module's mode is put back."""
         modes = [(module, module.training) for module in self.model.modules()]
         try:
@@ -78,7 +78,7 @@ class Probe:
                 module.training = training
 
     @contextmanager
-    def moving(self) -> Iterator[list[Tensor]]:
+    def restored_afterwards(self) -> Iterator[list[Tensor]]:
         """Gives a copy of the weights; whatever happens to the weights, they are put back from it."""
         backups = [param.detach().clone() for param in self.params]
         try:
@@ -112,7 +112,7 @@ class Probe:
         """Returns the mean loss of each class, float64, shape (num_classes,); NaN for a class without samples."""
         sums = torch.zeros(self.num_classes, dtype=torch.float64)
         with torch.no_grad():
-            for batch, losses in self.losses(self.chosen):
+            for batch, losses in self.losses(self.indices):
                 sums.index_add_(0, self.y[batch], losses.double().cpu())
         return sums / self.counts
 
@@ -129,13 +129,13 @@ class Probe:
 
     def gradients_by_class(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields each class that has samples, and the gradient of its mean loss: one backward for each batch of a class."""
-        for c, members in self.members():
-            yield c, self.gradient(members)
+        for c, indices in self.class_indices():
+            yield c, self.gradient(indices)
 
     def gradients_in_mixed_batches(self, at_once: int) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields what :meth:`gradients_by_class` does, from full batches of at most ``at_once`` classes, one backward each."""
         shared = SharedBackward(self.model, self.params)
-        order = self.chosen[self.y[self.chosen].argsort(stable=True)]
+        order = self.indices[self.y[self.indices].argsort(stable=True)]
         remaining = self.counts.clone()
         sums: dict[int, list[Tensor]] = {}
         for batch in self._batches_of(order, at_once):
@@ -166,15 +166,15 @@ class Probe:
             yield batch[first < at_once]
             order = order[int((first < at_once).sum()) :]
 
-    def members(self) -> list[tuple[int, Tensor]]:
+    def class_indices(self) -> list[tuple[int, Tensor]]:
         """Returns each class that has samples, and their indices."""
         by_class = self.y.argsort(stable=True).split(self.counts.tolist())
         return [(c, indices) for c, indices in enumerate(by_class) if len(indices)]
 
     @contextmanager
-    def climbed(self, grads: Sequence[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
+    def perturbed(self, grads: Sequence[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
         """The weights moved to where SAM (ASAM if adaptive) with radius ``rho`` takes its second gradient."""
-        with self.moving():
+        with self.restored_afterwards():
             norm = ops.grad_norm(grads, self.params, adaptive=adaptive)
             ops.perturb_(self.params, grads, None, norm, rho=rho, adaptive=adaptive)
             yield

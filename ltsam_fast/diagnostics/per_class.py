@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ltsam_fast import ops
+from ltsam_fast.diagnostics.evaluator import Evaluator, LossFn, Prepare
 from ltsam_fast.diagnostics.plots import bars
-from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
 
 _GRADIENT_BYTES = 256 << 20
 """Gradients of several classes are kept for one pass over their norms up to this much, and never fewer than one."""
@@ -76,14 +76,14 @@ def class_grad_norms(
     >>> class_grad_norms(model, loss, torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 0, 0]), num_classes=3).counts
     tensor([4, 2, 0])
     """
-    probe = Probe(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
+    evaluator = Evaluator(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
     norms = torch.full((num_classes,), math.nan, dtype=torch.float64)
-    at_once = max(1, _GRADIENT_BYTES // sum(param.nbytes for param in probe.params))
-    with probe.watching():
-        remaining = probe.gradients_in_mixed_batches(at_once) if exact else probe.gradients_by_class()
-        while some := list(islice(remaining, at_once)):
-            norms[[c for c, _ in some]] = ops.class_grad_norms([grads for _, grads in some]).double().cpu()
-    return ClassGradNorms(norms, probe.counts)
+    at_once = max(1, _GRADIENT_BYTES // sum(param.nbytes for param in evaluator.params))
+    with evaluator.eval_mode():
+        gradients = evaluator.gradients_in_mixed_batches(at_once) if exact else evaluator.gradients_by_class()
+        while chunk := list(islice(gradients, at_once)):
+            norms[[c for c, _ in chunk]] = ops.class_grad_norms([grads for _, grads in chunk]).double().cpu()
+    return ClassGradNorms(norms, evaluator.counts)
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,14 @@ def class_sharpness(
     """
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-    probe = Probe(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
-    with probe.watching():
-        loss = probe.loss_by_class()
+    evaluator = Evaluator(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
+    with evaluator.eval_mode():
+        loss = evaluator.loss_by_class()
         if shared:
-            with probe.climbed(probe.gradient(probe.chosen), rho, adaptive):
-                return ClassSharpness(loss, probe.loss_by_class(), probe.counts)
+            with evaluator.perturbed(evaluator.gradient(evaluator.indices), rho, adaptive):
+                return ClassSharpness(loss, evaluator.loss_by_class(), evaluator.counts)
         perturbed = torch.full_like(loss, math.nan)
-        for c, members in probe.members():
-            with probe.climbed(probe.gradient(members), rho, adaptive):
-                perturbed[c] = probe.mean_loss(members)
-    return ClassSharpness(loss, perturbed, probe.counts)
+        for c, indices in evaluator.class_indices():
+            with evaluator.perturbed(evaluator.gradient(indices), rho, adaptive):
+                perturbed[c] = evaluator.mean_loss(indices)
+    return ClassSharpness(loss, perturbed, evaluator.counts)

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of
+from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of
 
 _ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Single devices and DDP."""
@@ -77,7 +77,7 @@ class AcceleratedStep:
             raise ValueError(f"distributed_type must be NO, MULTI_CPU or MULTI_GPU, got {accelerator.distributed_type}")
         self.accelerator, self.optimizer = accelerator, optimizer
         self.method: SharpnessAware = optimizer.optimizer
-        self._parts = Parts(lambda batch: check_per_sample(losses(batch), "losses"), targets)
+        self._micro_batches = MicroBatches(lambda batch: check_per_sample(losses(batch), "losses"), targets)
         self.method.model = model
 
     def __call__(self, batch: Any) -> Tensor | None:
@@ -91,11 +91,11 @@ class AcceleratedStep:
             TypeError: A batch that has to be kept can't be copied.
             ValueError: ``losses`` returned something else than losses of shape (B,).
         """
-        self._parts.add(batch, last=self.accelerator.sync_gradients)
+        self._micro_batches.add(batch, last=self.accelerator.sync_gradients)
         if not self.accelerator.sync_gradients:
             return None
         scaler = self.optimizer.scaler
-        loss = self._parts.step(self.method, scaler)
+        loss = self._micro_batches.step(self.method, scaler)
         if scaler is not None:
             scale = scaler.get_scale()
             scaler.update()

@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.trainers.accelerate import AcceleratedStep
-from ltsam_fast.trainers.parts import check_per_sample, set_clipping
+from ltsam_fast.trainers.micro_batches import check_per_sample, set_clipping
 
 
 class SharpnessAwareTrainer(Trainer):

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.gnm import GNM
 from ltsam_fast.optim.m_sam import MSAM
-from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of, set_clipping
+from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of, set_clipping
 
 
 class SharpnessAwareModule(LightningModule):
@@ -73,7 +73,7 @@ class SharpnessAwareModule(LightningModule):
     _current_fx_name: str | None  # Lightning's
     _seen: list[Tensor]
     """The per-sample losses of the step's batches at the unperturbed weights."""
-    _parts: Parts | None = None
+    _micro_batches: MicroBatches | None = None
     _in_pass = False
     _stepping = False
     _passing = False
@@ -112,9 +112,14 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(method, SharpnessAware) or trainer.fit_loop._skip_backward:
             return self.training_losses(batch, batch_idx).mean()
         self._check(method)
-        if self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0:  # an interrupted step left some
-            self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
-        self._parts.add((batch, batch_idx), last=self._stepping)
+        if (
+            self._micro_batches is None or batch_idx % trainer.accumulate_grad_batches == 0
+        ):  # an interrupted step left some
+            self._micro_batches, self._seen = (
+                MicroBatches(self._losses, lambda micro_batch: self.training_targets(micro_batch[0])),
+                [],
+            )
+        self._micro_batches.add((batch, batch_idx), last=self._stepping)
         self._kept = True
         self._known = (
             trainer.accumulate_grad_batches > 1
@@ -167,13 +172,13 @@ class SharpnessAwareModule(LightningModule):
         finally:
             self._stepping = False
         # Weight averaging ends with forwards, for batch norm; training_step may leave batches out.
-        if trainer.fit_loop._skip_backward or self._parts is None:
+        if trainer.fit_loop._skip_backward or self._micro_batches is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        known, parts, self._parts = self._known, self._parts, None
+        known, micro_batches, self._micro_batches = self._known, self._micro_batches, None
         self._passing = True
         try:
-            parts.step(method, scaler)
+            micro_batches.step(method, scaler)
         finally:
             self._passing = False
         self.training_loss = torch.cat(self._seen).detach().mean()
@@ -231,11 +236,11 @@ class SharpnessAwareModule(LightningModule):
     def _own_training_step(self) -> bool:
         return _overrides(self, "training_step", SharpnessAwareModule)
 
-    def _losses(self, part: tuple[Any, int]) -> Tensor:
+    def _losses(self, micro_batch: tuple[Any, int]) -> Tensor:
         hook, self._current_fx_name = self._current_fx_name, "training_step"  # under which everything is logged
         self._in_pass, own = True, self._own_training_step
         try:
-            losses = self.trainer.strategy.training_step(*part)
+            losses = self.trainer.strategy.training_step(*micro_batch)
         finally:
             self._in_pass, self._current_fx_name = False, hook
         if own and isinstance(losses, Mapping):

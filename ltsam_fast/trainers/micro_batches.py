@@ -110,7 +110,7 @@ def check_per_sample(losses: Any, source: str) -> Tensor:
     return losses
 
 
-class Parts:
+class MicroBatches:
     """The micro-batches of one optimizer step.
 
     Args:
