@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from bench.measure import Roof, interleaved
+from bench.measure import MemoryBandwidth, interleaved
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
@@ -14,7 +14,7 @@ signal.signal(
 
 
 @pytest.fixture(scope="session")
-def measured_roof():
-    """Bytes a second that the machine's memory gives, measured once."""
-    roof = Roof()
-    return roof.bandwidth(interleaved(roof.steps, 10))
+def measured_bandwidth():
+    """The memory bandwidth in bytes per second, measured once."""
+    memory = MemoryBandwidth()
+    return memory.bandwidth(interleaved(memory.steps, 10))

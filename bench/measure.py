@@ -1,4 +1,4 @@
-"""Optimizer steps to be timed, the bandwidth roof, and interleaved timing."""
+"""Optimizer steps to be timed, the memory bandwidth, and interleaved timing."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Step:
         self.grads = [make(0.01) for _ in PHASES[method]]
         others: dict[str, Any] = {
             "plain": lambda: getattr(plain, method),
-            "foreach": lambda: peers.built_on(peers.Foreach, getattr(peers, method)),
-            "compiled": lambda: peers.built_on(peers.Compiled, getattr(peers, method)),
+            "foreach": lambda: peers.with_engine(peers.Foreach, getattr(peers, method)),
+            "compiled": lambda: peers.with_engine(peers.Compiled, getattr(peers, method)),
             PEER: lambda: peers.published(method),
         }
         self.backend = None if implementation in others else implementation
@@ -78,8 +78,8 @@ class Step:
         return spent
 
 
-class Handed(torch.autograd.Function):
-    """Losses whose backward hands out prepared gradients."""
+class FixedGradients(torch.autograd.Function):
+    """Losses whose backward returns prepared gradients."""
 
     @staticmethod
     def forward(ctx: Any, grads: list[torch.Tensor], samples: int, *params: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class WholeStep:
         self.elements = sum(p.numel() for p in self.params)
 
     def closure(self, index: Any = None) -> torch.Tensor:
-        return Handed.apply(self.grads, 8 if index is None else len(index), *self.params)
+        return FixedGradients.apply(self.grads, 8 if index is None else len(index), *self.params)
 
     def __call__(self) -> float:
         """Takes one step and returns the seconds of the optimizer's work: those inside autograd are left out."""
@@ -141,8 +141,8 @@ def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[floa
     return times
 
 
-class Roof:
-    """The memory's bandwidth: ``steps`` that copy, copy past the caches, and read, 256 MiB each, to be timed in turns."""
+class MemoryBandwidth:
+    """The memory bandwidth: ``steps`` copy, copy past the caches, and read, 256 MiB each; time them in turns."""
 
     def __init__(self, elements: int = 1 << 26) -> None:
         x, y = (torch.rand(elements, device=DEVICE) for _ in range(2))
@@ -156,9 +156,9 @@ class Roof:
 
 
 def machine(request: Any) -> dict[str, Any]:
-    """What every benchmark tells of where it ran. The roof is measured when the first asks, which a smoke test never does."""
+    """The facts of the machine. The bandwidth is measured at the first call; a smoke test makes none."""
     return {
-        "roof_gb_per_s": request.getfixturevalue("measured_roof") / 1e9,
+        "bandwidth_gb_per_s": request.getfixturevalue("measured_bandwidth") / 1e9,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
@@ -166,15 +166,15 @@ def machine(request: Any) -> dict[str, Any]:
     }
 
 
-def facts(request: Any, elements: int, moved: float, seconds: float, roof: float | None = None) -> dict[str, Any]:
-    """What a timed pass tells: ``moved`` bytes in ``seconds``, against the roof, which may have been timed in turns with it."""
-    where = machine(request)
-    if roof is not None:
-        where["roof_gb_per_s"] = roof / 1e9
-    return where | {
+def facts(request: Any, elements: int, moved: float, seconds: float, bandwidth: float | None = None) -> dict[str, Any]:
+    """The facts of a timed pass of ``moved`` bytes in ``seconds``. ``bandwidth``: bytes per second, default: the machine's."""
+    found = machine(request)
+    if bandwidth is not None:
+        found["bandwidth_gb_per_s"] = bandwidth / 1e9
+    return found | {
         "elements": elements,
         "bytes": moved,
         "fused_ms": 1e3 * seconds,
         "gb_per_s": moved / seconds / 1e9,
-        "share_of_roof": moved / seconds / 1e9 / where["roof_gb_per_s"],
+        "share_of_bandwidth": moved / seconds / 1e9 / found["bandwidth_gb_per_s"],
     }

@@ -1,4 +1,4 @@
-"""What ours is measured against: the fastest SAM and Focal-SAM from torch's own parts, and the strongest package there is."""
+"""What this package is compared with: SAM and Focal-SAM by torch._foreach_* and torch.compile, and pytorch_optimizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 Tensors = list[torch.Tensor]
 
 
-def climb(params: Tensors, grads: Tensors, old: Tensors, rho: float) -> None:
-    """Keeps the weights and perturbs them along the gradients."""
+def ascend(params: Tensors, grads: Tensors, old: Tensors, rho: float) -> None:
+    """Saves the weights and perturbs them along the gradients."""
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     torch._foreach_copy_(old, params)
     torch._foreach_add_(params, torch._foreach_mul(grads, rho / (norm + 1e-12)))
@@ -44,9 +44,9 @@ class Foreach(torch.optim.Optimizer):
         return grads
 
     @torch.no_grad()
-    def climb(self) -> None:
+    def ascend(self) -> None:
         self.old = [torch.empty_like(p) for p in self.params]
-        climb(self.params, self.gradients(), self.old, self.rho)
+        ascend(self.params, self.gradients(), self.old, self.rho)
 
     @torch.no_grad()
     def descend(self) -> None:
@@ -67,10 +67,10 @@ class Compiled(Foreach):
         self.old = [torch.empty_like(p) for p in self.params]
         self.weights = [p.detach() for p in self.params]
         # Of its own for each network: shapes are fixed, and a cache shared by many networks would run full.
-        self.compiled = [torch.compile(one, dynamic=False) for one in (climb, descend)]
+        self.compiled = [torch.compile(one, dynamic=False) for one in (ascend, descend)]
 
     @torch.no_grad()
-    def climb(self) -> None:
+    def ascend(self) -> None:
         self.compiled[0](self.weights, self.gradients(), self.old, self.rho)
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class SAM:
     """The phases of SAM."""
 
     def first_step(self) -> None:
-        self.climb()
+        self.ascend()
 
     def second_step(self) -> None:
         self.descend()
@@ -95,13 +95,13 @@ class FocalSAM:
         self.kept = self.gradients()
 
     def second_step(self) -> None:
-        self.climb()
+        self.ascend()
 
     def third_step(self) -> None:
         self.descend()
 
 
-def built_on(engine: type, phases: type) -> Any:
+def with_engine(engine: type, phases: type) -> Any:
     """A method's phases, run by :class:`Foreach` or :class:`Compiled`."""
     return type(f"{engine.__name__}{phases.__name__}", (phases, engine), {})
 

@@ -56,11 +56,11 @@ if ((gpu)); then
     LTSAM_CUDA_ARCHS=${LTSAM_CUDA_ARCHS:-$(python3 -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")}
     export LTSAM_CUDA_ARCHS
     steps=(bench/test_end2end.py bench/test_shared.py)
-    benches=(bench/test_steps.py bench/test_losses.py bench/test_precision.py)
+    benches=(bench/test_steps.py bench/test_loss_time.py bench/test_precision.py)
 else
     echo "== no GPU: a dry run on the CPU"
     steps=(bench/test_end2end.py -k resnet32)
-    benches=(bench/test_steps.py bench/test_losses.py -k "test_step and resnet32 or growth or family and resnet32 and GNM or losses and 10")
+    benches=(bench/test_steps.py bench/test_loss_time.py -k "test_step and resnet32 or growth or methods and resnet32 and GNM or test_loss and 10")
 fi
 
 run_steps() { benchmark steps 280 "${steps[@]}"; }

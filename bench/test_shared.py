@@ -1,4 +1,4 @@
-"""A training step with one backward sweep for both of Focal-SAM's gradients, against SAM's and against two backwards."""
+"""A training step with one backward pass for both of Focal-SAM's gradients, against SAM's and against two backwards."""
 
 from __future__ import annotations
 

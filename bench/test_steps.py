@@ -11,7 +11,18 @@ import torch
 
 import ltsam_fast as lf
 from bench import peers
-from bench.measure import BYTES, DEVICE, PEER, Roof, Step, WholeStep, facts, interleaved, machine, synchronize
+from bench.measure import (
+    BYTES,
+    DEVICE,
+    PEER,
+    MemoryBandwidth,
+    Step,
+    WholeStep,
+    facts,
+    interleaved,
+    machine,
+    synchronize,
+)
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
 from ltsam_fast.table import Table
@@ -21,7 +32,7 @@ NETWORKS = [*names(), "tiny"]
 COMPILED = ("resnet32", "resnet50")
 """Networks for which torch.compile is measured too: it takes half a minute for each."""
 COUNTS = {"class_counts": [50, 5]}
-FAMILY = {
+METHODS = {
     "SAM": ({}, 40),
     "FocalSAM": (COUNTS, 44),
     "ImbSAM": (COUNTS, 44),
@@ -85,13 +96,14 @@ def test_step(benchmark, method, network, request):
         benchmark.pedantic(steps[0], rounds=1)
         return
     small_network = steps[0].elements < 1e6
-    roof = None if small_network else Roof()  # a shared machine's bandwidth drifts, so it takes its turns too
+    # The bandwidth of a shared machine drifts, so it is timed in the same rounds.
+    memory = None if small_network else MemoryBandwidth()
     # A GPU's events need no more rounds, and 2000 tensors take the plain loop long.
     rounds = 200 if small_network and DEVICE == "cpu" else 20
-    times = interleaved([*steps, *(roof.steps if roof else [])], rounds)
+    times = interleaved([*steps, *(memory.steps if memory else [])], rounds)
     benchmark.pedantic(steps[0], rounds=5)
     seconds = dict(zip((*backends, *others), map(statistics.median, times[: len(steps)]), strict=True))
-    bandwidth = roof.bandwidth(times[len(steps) :]) if roof else None
+    bandwidth = memory.bandwidth(times[len(steps) :]) if memory else None
     for backend in backends:
         ours = seconds[backend]
         row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours, bandwidth)
@@ -101,18 +113,18 @@ def test_step(benchmark, method, network, request):
         host = statistics.median(interleaved([small], 50 if DEVICE == "cpu" else 20)[0])
         row |= {"method": method, "network": network, "backend": backend, "tensors": len(shapes)}
         row |= {"launches": launches(small), "host_us": 1e6 * host, "ratio": row["ratio_plain"]}
-        row["ratio_at_roof"] = seconds["plain"] / (row["bytes"] / (1e9 * row["roof_gb_per_s"]))
+        row["ratio_at_bandwidth"] = seconds["plain"] / (row["bytes"] / (1e9 * row["bandwidth_gb_per_s"]))
         benchmark.extra_info.setdefault("rows", []).append(row)
     benchmark.extra_info.update(machine(request), table="phases")
 
 
 @pytest.mark.parametrize("network", ("resnet32", "vit_b16"))
-@pytest.mark.parametrize("method", FAMILY)
-def test_family(benchmark, method, network, request):
-    """The optimizer's work in a step of every method against its twin in plain PyTorch; autograd's is left out."""
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(benchmark, method, network, request):
+    """The optimizer's work in a step of every method against the backend torch; autograd's time is left out."""
     backends = available()
-    benchmark.group = f"family, {network}"
-    options, moved = FAMILY[method]
+    benchmark.group = f"methods, {network}"
+    options, moved = METHODS[method]
     shapes = SHAPES[network]() if not benchmark.disabled else [(7, 3), (5,), (4, 7), (4,)]
     steps = [WholeStep(method, options, name, shapes) for name in (*backends, "torch")]
     for step in steps:
@@ -125,9 +137,9 @@ def test_family(benchmark, method, network, request):
     benchmark.pedantic(steps[0], rounds=2)
     for backend, ours in zip(backends, times, strict=False):
         row = facts(request, steps[0].elements, moved * steps[0].elements, ours)
-        row |= {"method": method, "network": network, "backend": backend, "twin_ms": 1e3 * times[-1]}
+        row |= {"method": method, "network": network, "backend": backend, "torch_ms": 1e3 * times[-1]}
         benchmark.extra_info.setdefault("rows", []).append(row | {"ratio": times[-1] / ours})
-    benchmark.extra_info.update(machine(request), table="family")
+    benchmark.extra_info.update(machine(request), table="methods")
 
 
 @pytest.mark.parametrize("tensors", [1, 10, 100, 1000, 2000, 4000])

@@ -78,7 +78,7 @@ class Call:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(benchmark, name, shape, request):
-    """Each backend, the twin, and the published formula by torch (of plain cross entropy: torch's own)."""
+    """Each backend, torch among them, and the published formula by torch (of plain cross entropy: torch's own)."""
     backends = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
     if not backends:
         pytest.skip(f"none of {', '.join(BACKENDS)} is available")
@@ -104,7 +104,7 @@ def test_loss(benchmark, name, shape, request):
             "implementation": implementation,
             "call_us": 1e6 * seconds,
             "ratio_plain": times[-1] / seconds,
-            "ratio_twin": times[-2] / seconds,
+            "ratio_torch": times[-2] / seconds,
         }
         benchmark.extra_info.setdefault("rows", []).append(row)
     benchmark.extra_info.update(machine(request), table="losses")
