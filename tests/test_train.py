@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import inspect
 import json
 import os
 import shlex
@@ -28,7 +29,7 @@ from ltsam_fast.train.config import differing
 from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import Silent
 from ltsam_fast.train.loss_registry import LOSSES, reweight, same_noise
-from ltsam_fast.train.method_registry import options_of
+from ltsam_fast.train.method_registry import check_options, options_of
 from ltsam_fast.train.run import prepare
 
 from .networks import smooth
@@ -519,6 +520,27 @@ def test_published_settings():
         for method in METHODS:
             settings = build({"recipe": recipe, "data": "x", "method": method})
             assert settings.options.keys() <= options_of(method).keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_keyword_of_a_method_is_an_option(method):
+    _, cls, fixed = METHODS[method]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    keywords = {one.name for one in inspect.signature(cls or torch.optim.SGD).parameters.values() if one.kind in kinds}
+    supplied = {
+        "params",
+        "base_optimizer",
+        "model",
+        "class_counts",
+        "head",
+        "lr",
+        "momentum",
+        "nesterov",
+        "weight_decay",
+    }
+    assert keywords - supplied - fixed.keys() <= options_of(method).keys()
+    with pytest.raises(ConfigError, match=f"^{method} has no option 'gama'; it takes .*{list(options_of(method))[-1]}"):
+        check_options(Config(method=method, options={"gama": 1}))
 
 
 def test_deterministic_runs_tell_cublas(tmp_path, monkeypatch):

@@ -40,14 +40,15 @@ _BASE_OPTIMIZERS: dict[str, type[Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-_SUPPLIED = {"self", "params", "base_optimizer", "base_kwargs", "model", "class_counts", "head"}
-_SETTINGS = {"lr", "momentum", "nesterov", "weight_decay"}
-"""Options of the base optimizers that are settings of their own."""
+_SUPPLIED = {"params", "base_optimizer", "model", "class_counts", "head", "lr", "momentum", "nesterov", "weight_decay"}
+"""Keywords that come from the run and from settings of their own, not from ``options``."""
+_STEP_COUNTS = ("_step", "_steps", "_every")
+"""How the names of options end that count steps, which may be given in epochs or percent."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a method may need to know of the run: network as called, network itself, counts, and the number of steps."""
+    """What a method may take from the run: the model that is called, the network in it, class counts, numbers of steps."""
 
     model: nn.Module
     network: nn.Module
@@ -57,7 +58,7 @@ class RunInfo:
 
 
 def label(method: str) -> str:
-    """The method's name in print.
+    """Returns the method's name in print.
 
     >>> label("focal_sam")
     'Focal-SAM'
@@ -66,7 +67,9 @@ def label(method: str) -> str:
 
 
 def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
-    """The options that a method takes, with their defaults: its own, those of all methods, and its base optimizer's.
+    """Returns the options of a method with their defaults: every keyword of its class, then those of the base optimizer.
+
+    Keywords that the run supplies and those that the method fixes are left out.
 
     Raises:
         ConfigError: There is no such method.
@@ -74,45 +77,37 @@ def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     >>> [name for name in options_of("focal_sam") if name in ("rho", "gamma", "lam", "class_counts")]
     ['rho', 'gamma', 'lam']
     """
-    return {name: parameter.default for name, parameter in _parameters(method, optimizer).items()}
-
-
-def _parameters(method: str, optimizer: str) -> dict[str, inspect.Parameter]:
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     _, cls, fixed = METHODS[method]
-    base = inspect.signature(_BASE_OPTIMIZERS[optimizer]).parameters
-    found = {name: parameter for name, parameter in base.items() if name not in _SETTINGS}
-    for one in (SharpnessAware, cls) if cls else ():
-        found |= inspect.signature(one).parameters
-    order = [*(inspect.signature(cls).parameters if cls else ()), *found]
-    return {
-        name: found[name] for name in dict.fromkeys(order) if name in found and name not in _SUPPLIED | fixed.keys()
-    }
+    classes = [one for one in cls.__mro__ if issubclass(one, SharpnessAware)] if cls else []
+    found: dict[str, Any] = {}
+    for one in (*classes, _BASE_OPTIMIZERS[optimizer]):
+        for name, parameter in inspect.signature(one).parameters.items():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(name, parameter.default)
+    return {name: default for name, default in found.items() if name not in _SUPPLIED | fixed.keys()}
 
 
 def check_options(config: Config) -> None:
-    """Raises ConfigError if the method, or one of its options, is not known."""
-    known = _parameters(config.method, config.optimizer)
+    """Raises ConfigError unless the method exists and has all options of the config."""
+    known = options_of(config.method, config.optimizer)
     if unknown := [name for name in config.options if name not in known]:
         raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
 
 
 def create(config: Config, run: RunInfo) -> Optimizer:
-    """The optimizer of a run: a method around its base optimizer, or the base optimizer alone.
+    """Returns the optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
-    Class counts, the model, the classifier (CC-SAM's ``head``) and the run's seed are supplied; so are ``m`` of m-SAM, half a
-    batch, and ``total_steps`` of sparse SAM. Options that count steps may be given as "140ep" (epochs) or "70%" (of the run).
+    The run supplies class counts, the model and the classifier (CC-SAM's ``head``). It also supplies defaults for its seed,
+    for ``m`` (m-SAM: half a batch) and for ``total_steps``. Options that count steps may be "140ep" (epochs) or "70%" (of the
+    run).
 
     Raises:
         ConfigError: An option is unknown or out of its range.
     """
     check_options(config)
-    parameters = _parameters(config.method, config.optimizer)
-    options = {
-        name: _steps(name, value, run) if "int" in str(parameters[name].annotation) else value
-        for name, value in config.options.items()
-    }
+    options = {name: _number_of_steps(name, value, run) for name, value in config.options.items()}
     base = _BASE_OPTIMIZERS[config.optimizer]
     for name in ("lr", "weight_decay") + (("momentum", "nesterov") if config.optimizer == "sgd" else ()):
         options[name] = getattr(config, name)
@@ -120,23 +115,23 @@ def create(config: Config, run: RunInfo) -> Optimizer:
     try:
         if cls is None:
             return base(run.network.parameters(), **options)
-        taken = inspect.signature(cls).parameters
+        keywords = inspect.signature(cls).parameters
         supplied = {
             "class_counts": list(run.class_counts),
-            "head": classifier(run.network) if "head" in taken else None,
+            "head": classifier(run.network) if "head" in keywords else None,
             "m": max(1, config.batch_size // 2),
             "total_steps": run.steps,
             "seed": config.seed,
         }
-        known = {name: value for name, value in supplied.items() if name in taken}
-        return cls(run.network.parameters(), base, model=run.model, **{**known, **fixed, **options})
+        accepted = {name: value for name, value in supplied.items() if name in keywords}
+        return cls(run.network.parameters(), base, model=run.model, **{**accepted, **fixed, **options})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.method}: {error}") from error
 
 
-def _steps(name: str, value: Any, run: RunInfo) -> Any:
-    """A number of steps from "140ep" or "70%"; anything else stays."""
-    if not isinstance(value, str):
+def _number_of_steps(name: str, value: Any, run: RunInfo) -> Any:
+    """Converts "140ep" or "70%" for an option that counts steps; returns anything else as it is."""
+    if not isinstance(value, str) or not name.endswith(_STEP_COUNTS):
         return value
     for suffix, unit in (("ep", run.steps_per_epoch), ("%", run.steps / 100)):
         if value.endswith(suffix):
