@@ -1,4 +1,4 @@
-"""What a network looks like from each class: gradient norm, sharpness, curvature, slices of its loss; as data and plots."""
+"""Gradient norm and sharpness of each class, Hessian eigenvalues and slices of the loss, as data and plots."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ltsam_fast.data import LongTailed, digits
 from ltsam_fast.demo import METHODS, Setting, accuracies
-from ltsam_fast.optim.base import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 
 BATCH = 64
 

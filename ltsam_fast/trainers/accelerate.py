@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.accelerate needs Accelerate: pip install 'ltsam_fast[accelerate]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim.base import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of
 
 _ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.hugging_face needs transformers: pip install 'ltsam_fast[hugging-face]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim.base import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.trainers.accelerate import AcceleratedStep
 from ltsam_fast.trainers.micro_batches import check_per_sample, set_clipping
 

@@ -18,9 +18,7 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.lightning needs Lightning: pip install 'ltsam_fast[lightning]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.optim.gnm import GNM
-from ltsam_fast.optim.m_sam import MSAM
+from ltsam_fast.optim import GNM, MSAM, SharpnessAware
 from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of, set_clipping
 
 
@@ -30,7 +28,7 @@ class SharpnessAwareModule(LightningModule):
     Optimization is Lightning's automatic one, so the Trainer's settings hold: ``accumulate_grad_batches`` (one perturbation
     for the whole step, weighted by samples), ``gradient_clip_val`` (becomes ``max_grad_norm``; clipping by value is refused),
     ``precision`` with its GradScaler, schedulers, checkpoints, DDP (``optimizer.model`` becomes the wrapped model: see
-    :class:`~ltsam_fast.optim.base.SharpnessAware`). Any other torch optimizer trains with the mean of the losses.
+    :class:`~ltsam_fast.optim.SharpnessAware`). Any other torch optimizer trains with the mean of the losses.
 
     What Lightning shows and uses is the mean loss at the unperturbed weights, as with any optimizer: the ``loss`` in
     ``outputs``, and what ``training_losses`` logs, once a batch. ``training_loss`` is that of the last step's batches

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ltsam_fast.optim.base import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 
 LABELS = ("labels", "label", "targets", "target")
 """Where a batch that is a mapping has its classes."""
