@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import ltsam_fast as lf
 from ltsam_fast.diagnostics import per_class
 from ltsam_fast.shared import NotShared, SharedBackward, Weighting
-from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
 
 from .networks import BATCH, CLASSES, NETWORKS, Encoder, Residual, ResNet, Tied, images
 
@@ -250,7 +250,7 @@ def test_examining_disturbs_nothing():
 def test_layouts_are_recognized(shape, dim, outer, inner):
     grad = torch.randn(shape)
     seeds, truth = distinct_seeds(4), Layout(dim, outer, inner)
-    (found,) = Sample(grad).layouts(grad * truth.rows(seeds, grad), seeds)
+    (found,) = SampledElements(grad).layouts(grad * truth.rows(seeds, grad), seeds)
     for batch in (4,) if outer > 1 and inner > 1 else (4, 2):
         other = torch.zeros([size // 4 * batch if d == dim else size for d, size in enumerate(shape)])
         marks = torch.arange(batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltsam_fast.shared.autograd_graph import AutogradGraph
-from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
 from ltsam_fast.shared.qualify import eager_modules
 
 
@@ -111,7 +111,7 @@ class Head:
             torch.autograd.grad(losses, x, some.to(losses), retain_graph=True, materialize_grads=True)[0]
             for some in (torch.ones_like(seeds), seeds)
         ]
-        sample = Sample(grads[0])  # gradients of zeros alone show nothing
+        sample = SampledElements(grads[0])  # gradients of zeros alone show nothing
         return len(sample) > 0 and Layout(0, 1, -1) in sample.layouts(grads[1], seeds)
 
     @contextlib.contextmanager

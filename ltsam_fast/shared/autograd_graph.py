@@ -1,4 +1,4 @@
-"""Autograd's graph, read from a loss down to the parameters."""
+"""Reads autograd's graph from a loss to the parameters."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any
 from torch import Tensor
 
 Node = Any
-"""A node of autograd's graph. torch keeps one Python object for a node only while somebody holds it."""
+"""A node of autograd's graph. torch returns the same Python object for a node only while a reference to it exists."""
 
 
 class AutogradGraph:
-    """The nodes that lead from ``losses`` to ``params``, in an order that is the same for equal structures.
+    """The nodes between ``losses`` and ``params``, in an order that depends on the structure alone.
+
+    Methods take and return the nodes' indices.
 
     Attributes:
-        nodes: The nodes, the losses' first.
-        number: The place of each node in ``nodes``.
-        children: For each node the places of those that its edges lead to; -1 where no parameter is below.
-        parents: How many nodes have an edge to each.
-        leaf: For each node the index of the parameter it accumulates, or -1.
-        structure: Equal for graphs of the same nodes, edges and parameters; sizes don't matter.
+        nodes: The nodes; the first is that of the losses.
+        number: The index of each node in ``nodes``.
+        children: For each node the indices of the next functions, one per edge; -1 where no parameter is below.
+        parents: For each node the number of nodes with an edge to it.
+        leaf: For each node the index of the parameter that it accumulates, or -1.
+        structure: A hash, equal for graphs with the same nodes, edges and parameters; sizes do not matter.
         reentrant: Whether a checkpoint with ``use_reentrant=True`` hides a part of the graph.
     """
 
@@ -44,31 +46,31 @@ class AutogradGraph:
         self.reentrant = "CheckpointFunctionBackward" in names
         children = [tuple(-1 if child is None else self.number[child] for child in below) for below in edges]
         self.structure = hash((tuple(names), tuple(children), tuple(self.leaf)))
-        leads = self._leading(children)
-        self.children = [tuple(c if c >= 0 and leads[c] else -1 for c in below) for below in children]
+        has_params = self._has_params(children)
+        self.children = [tuple(c if c >= 0 and has_params[c] else -1 for c in below) for below in children]
         self.parents = [0] * len(self.nodes)
         for below in self.children:
             for number in set(below) - {-1}:
                 self.parents[number] += 1
 
-    def _leading(self, children: list[tuple[int, ...]]) -> list[bool]:
-        """Whether a parameter is below each node."""
+    def _has_params(self, children: list[tuple[int, ...]]) -> list[bool]:
+        """Returns for each node whether a parameter is below it."""
         above: list[list[int]] = [[] for _ in self.nodes]
         for parent, below in enumerate(children):
             for child in below:
                 if child >= 0:
                     above[child].append(parent)
-        leads = [leaf >= 0 for leaf in self.leaf]
-        stack = [number for number, leading in enumerate(leads) if leading]
+        found = [leaf >= 0 for leaf in self.leaf]
+        stack = [number for number, one in enumerate(found) if one]
         while stack:
             for number in above[stack.pop()]:
-                if not leads[number]:
-                    leads[number] = True
+                if not found[number]:
+                    found[number] = True
                     stack.append(number)
-        return leads
+        return found
 
     def below(self, number: int, without: int = -1) -> set[int]:
-        """The places of a node and of all that its edges lead to, not by way of ``without``."""
+        """Returns the indices of a node and its descendants, except paths through ``without``."""
         found = {without} - {-1}
         stack = [number]
         while stack:
@@ -78,5 +80,5 @@ class AutogradGraph:
         return found - {without}
 
     def leaves(self, number: int) -> list[int]:
-        """The indices of the parameters below a node, ascending."""
+        """Returns the indices of the parameters below a node, ascending."""
         return sorted(self.leaf[one] for one in self.below(number) if self.leaf[one] >= 0)

@@ -1,5 +1,5 @@
-"""Why a network does not qualify."""
+"""The error that says why a network does not qualify."""
 
 
 class NotShared(ValueError):
-    """The network mixes samples, or uses a parameter in a way that cannot be followed; the message names the module."""
+    """The network mixes samples, or uses a parameter in a way that is not supported; the message names the module."""

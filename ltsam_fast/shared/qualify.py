@@ -1,4 +1,4 @@
-"""Whether a network's samples stay apart, and where its parameters are used: found out on a batch."""
+"""Finds out on a batch whether a network mixes samples, and where it uses its parameters."""
 
 from __future__ import annotations
 
@@ -12,52 +12,45 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast.shared.autograd_graph import AutogradGraph
-from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
 from ltsam_fast.shared.not_shared import NotShared
 from ltsam_fast.shared.products import is_linear
 
 MAX_ROUNDS = 3
-"""Pairs of sweeps at most."""
+"""The most pairs of backward passes."""
 
 
 class Undetermined(Exception):
-    """No gradient reaches a use of a parameter yet, which is named, so its layout cannot be seen."""
+    """The use of a parameter, which the message names, has no gradient yet, so its layout cannot be determined."""
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """A node where a parameter, or what is made of parameters alone, meets the samples.
+class ParameterUse:
+    """A node whose inputs are the samples' activations and a function of parameters alone.
 
     Attributes:
-        node: Its place in the graph.
-        edges: The edges that lead to parameters.
-        leaves: Indices of the parameters there.
-        layouts: For each of its outputs which rows are whose; None: no gradient comes in there.
-        rule: How products are formed there, see ``products``: "linear", "whole" or "through".
-        lowest: No other boundary is below.
+        node: The index of the node in the graph.
+        edges: The edges to parameters; none for a recomputed module.
+        leaves: Indices of the parameters below these edges.
+        layouts: For each output of the node the layout of its gradient; None: it has no gradient.
+        kind: The function of ``products`` that forms the gradient: "linear", "at_node" or "call_node".
+        lowest: Whether no other use is below.
     """
 
     node: int
     edges: tuple[int, ...]
     leaves: tuple[int, ...]
     layouts: tuple[Any, ...]
-    rule: str
+    kind: str
     lowest: bool
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep through one structure of a network does."""
-
-    boundaries: tuple[Boundary, ...]
-
-
 class OutputRecorder:
-    """Notes during a forward pass which nodes are modules' outputs, and what runs within activation checkpoints."""
+    """Records during a forward pass which nodes are outputs of modules, and which modules run in activation checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
         self.outputs: dict[Any, str] = {}
-        """Names of the modules, those within before those around them, by nodes that depend on the samples."""
+        """The name of the innermost module for each node that depends on the samples."""
         self._calls: list[tuple[nn.Module, list[Any]]] = []
         self._checkpoints: dict[Any, set[nn.Module]] = {}
         self._hooks = [
@@ -66,61 +59,61 @@ class OutputRecorder:
         ]
 
     def _hook(self, name: str, module: nn.Module) -> Any:
-        def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if not any(_is_data(one) for one in (*args, *kwargs.values())):
-                return  # made of parameters alone, such as a table of relative positions
+        def record(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not any(_is_activation(one) for one in (*args, *kwargs.values())):
+                return  # a function of parameters alone, such as a table of relative positions
             outputs = output if isinstance(output, (tuple, list)) else [output]
-            found = [one.grad_fn for one in outputs if isinstance(one, Tensor) and one.grad_fn is not None]
-            for node in found:
+            nodes = [one.grad_fn for one in outputs if isinstance(one, Tensor) and one.grad_fn is not None]
+            for node in nodes:
                 self.outputs.setdefault(node, f"{name or 'model'} ({type(module).__name__})")
-            self._calls.append((module, found))
-            if region := _current_checkpoint():
-                self._checkpoints.setdefault(region, set()).add(module)
+            self._calls.append((module, nodes))
+            if checkpoint := _current_checkpoint():
+                self._checkpoints.setdefault(checkpoint, set()).add(module)
 
-        return note
+        return record
 
     def recomputed(self) -> dict[nn.Module, list[Any]]:
-        """The smallest modules with all that an activation checkpoint computes anew, and their outputs' nodes.
+        """Returns the smallest modules that contain an activation checkpoint each, and the nodes of their outputs.
 
         Raises:
             NotShared: There is no such module.
         """
-        units: dict[nn.Module, list[Any]] = {}
+        found: dict[nn.Module, list[Any]] = {}
         for inside in self._checkpoints.values():
-            around = [module for module, _ in self._calls if inside <= set(module.modules())]
-            if not around:
+            containers = [module for module, _ in self._calls if inside <= set(module.modules())]
+            if not containers:
                 kind = type(next(iter(inside))).__name__
                 raise NotShared(f"an activation checkpoint with {kind} is in no module; use shared_backward=False")
-            unit = min(around, key=lambda one: len(list(one.modules())))
-            units[unit] = [node for module, nodes in self._calls if module is unit for node in nodes]
-        return units
+            smallest = min(containers, key=lambda one: len(list(one.modules())))
+            found[smallest] = [node for module, nodes in self._calls if module is smallest for node in nodes]
+        return found
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for hook in self._hooks:
             hook.remove()
 
 
 def eager_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules, down to those that torch.compile took over: hooks would have them compiled again."""
+    """Yields names and modules, but not compiled ones and those in them: a hook would have them compiled again."""
     if getattr(module, "_compiled_call_impl", None) is None and not hasattr(module, "_orig_mod"):
         yield name, module
         for child, inner in module.named_children():
             yield from eager_modules(inner, f"{name}.{child}" if name else child)
 
 
-def _is_data(value: Any) -> bool:
+def _is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter)
 
 
 def _current_checkpoint() -> Any:
-    """What tells the activation checkpoint that runs now from others, or None."""
+    """Returns an object that identifies the activation checkpoint that is running, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks[0] if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "") else None
 
 
 def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
-    """Raises NotShared for what is known not to qualify."""
+    """Raises NotShared for modules and parameters that are known not to qualify."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise NotShared(
@@ -145,7 +138,10 @@ def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
 
 
 class Qualification:
-    """Two sweeps over the graph of one batch, which is kept, and what they show."""
+    """Runs two backward passes through the graph of one batch, which is retained, and compares their gradients.
+
+    The second has other seeds. A node does not mix samples if each row of its gradient is scaled by the seed of one sample.
+    """
 
     def __init__(
         self, model: nn.Module, graph: AutogradGraph, losses: Tensor, params: list[Tensor], recorder: OutputRecorder
@@ -160,14 +156,13 @@ class Qualification:
         self.inner_nodes = [
             i for i, leaf in enumerate(graph.leaf) if leaf < 0 and any(c >= 0 for c in graph.children[i])
         ]
-        self.samples: dict[tuple[int, int], Sample] = {}
+        self.elements: dict[tuple[int, int], SampledElements] = {}
         self.layouts: dict[int, dict[int, list[Layout]]] = {}
-        """For each node and output what fits; an output without a gradient is not there."""
+        """For each node and output the possible layouts; outputs without a gradient are missing."""
         self.seeds, units = distinct_seeds(len(losses)), torch.ones(len(losses), dtype=torch.float64)
         with _nonzero_params(model):
-            for _ in range(
-                MAX_ROUNDS
-            ):  # where few elements have a gradient, noise is put into the others, and more is seen below
+            for _ in range(MAX_ROUNDS):
+                # Zeros in a gradient of known layout become noise, so that more gradients below are not zero.
                 known = self.layouts
                 self.layouts, self.zero_grad_nodes = {}, set[int]()
                 self._backward(losses, units, known, self._store)
@@ -176,18 +171,18 @@ class Qualification:
                     len(some) < 2 for found in self.layouts.values() for some in found.values()
                 ):
                     break
-        self.samples.clear()
+        self.elements.clear()
 
-    def _backward(self, losses: Tensor, seeds: Tensor, known: dict[int, dict[int, list[Layout]]], look: Any) -> None:
+    def _backward(self, losses: Tensor, seeds: Tensor, known: dict[int, dict[int, list[Layout]]], visit: Any) -> None:
         def hook(number: int) -> Any:
-            def visit(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            def prehook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
                 for i, grad in enumerate(grads):
                     if grad is not None:
-                        look(number, i, grad)
+                        visit(number, i, grad)
                 layouts = known.get(number, {})
                 return tuple(_fill_zeros(grad, seeds, layouts.get(i, [])) for i, grad in enumerate(grads))
 
-            return visit
+            return prehook
 
         hooks = [self.graph.nodes[number].register_prehook(hook(number)) for number in self.inner_nodes]
         try:
@@ -197,36 +192,36 @@ class Qualification:
                 one.remove()
 
     def _store(self, number: int, output: int, grad: Tensor) -> None:
-        self.samples[number, output] = Sample(grad)
+        self.elements[number, output] = SampledElements(grad)
 
     def _compare(self, number: int, output: int, grad: Tensor) -> None:
-        sample = self.samples[number, output]
-        if len(sample):
-            self.layouts.setdefault(number, {})[output] = sample.layouts(grad, self.seeds)
+        elements = self.elements[number, output]
+        if len(elements):
+            self.layouts.setdefault(number, {})[output] = elements.layouts(grad, self.seeds)
         elif grad.dim():
             self.zero_grad_nodes.add(number)
 
-    def _separate(self, number: int) -> bool:
-        """Whether samples stay apart at a node: each output has a layout."""
+    def _is_separate(self, number: int) -> bool:
+        """Whether the gradients of a node do not mix samples: each has a layout."""
         found = self.layouts.get(number)
         return bool(found) and all(found.values())  # type: ignore[union-attr]
 
-    def plan(self) -> Plan:
-        """The uses of all parameters.
+    def uses(self) -> tuple[ParameterUse, ...]:
+        """Returns the uses of all parameters.
 
         Raises:
-            NotShared: Samples mix, or a use cannot be followed.
-            Undetermined: A use has no gradient yet, or too little to tell its layout.
+            NotShared: Samples are mixed, or a use is not supported.
+            Undetermined: A use has no gradient yet, or too few nonzero elements to determine its layout.
         """
-        uses = self._uses()
-        found = self._recomputed()
-        recomputed = {leaf for unit in found for leaf in unit.leaves}
-        found += [self._boundary(*use) for use in uses if not self._leaves(*use) <= recomputed]
-        nodes = {one.node for one in found}
-        return Plan(tuple(replace(one, lowest=not (self.graph.below(one.node) - {one.node}) & nodes) for one in found))
+        nodes_and_edges = self._nodes_and_edges()
+        uses = self._recomputed()
+        recomputed = {leaf for use in uses for leaf in use.leaves}
+        uses += [self._use(*one) for one in nodes_and_edges if not self._leaves(*one) <= recomputed]
+        nodes = {use.node for use in uses}
+        return tuple(replace(use, lowest=not (self.graph.below(use.node) - {use.node}) & nodes) for use in uses)
 
-    def _uses(self) -> list[tuple[int, tuple[int, ...]]]:
-        """The nodes where samples, which stay apart down to there, meet parameters, and the edges that lead to these."""
+    def _nodes_and_edges(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Returns the nodes that have samples, not mixed so far, and parameters as inputs, with the edges to the parameters."""
         found, seen, stack = [], {0}, [0]
         while stack:
             number = stack.pop()
@@ -236,7 +231,7 @@ class Qualification:
                     continue
                 if child in self.zero_grad_nodes:
                     raise self._undetermined(child)
-                if not self._separate(child):
+                if not self._is_separate(child):
                     self._check_parameters_only(number, child)
                     edges.append(i)
                 elif child not in seen:
@@ -253,14 +248,14 @@ class Qualification:
         return {leaf for i in edges for leaf in self.graph.leaves(self.graph.children[number][i])}
 
     def _check_parameters_only(self, number: int, child: int) -> None:
-        """Raises NotShared if what an edge leads to is no function of parameters alone, so that samples mix at its node."""
+        """Raises NotShared if the child depends on samples, too, so that the node mixes samples."""
         for one in sorted(self.graph.below(child)):
             if name := self.recorder.outputs.get(self.graph.nodes[one]):
                 raise NotShared(
                     f"samples mix after {name}, at {self.graph.nodes[number].name()}; use shared_backward=False"
                 )
 
-    def _boundary(self, number: int, edges: tuple[int, ...]) -> Boundary:
+    def _use(self, number: int, edges: tuple[int, ...]) -> ParameterUse:
         graph = self.graph
         children = [graph.children[number][i] for i in edges]
         below = set().union(*(graph.below(child) for child in children))
@@ -271,43 +266,43 @@ class Qualification:
         leaves = tuple(sorted(graph.leaf[one] for one in below if graph.leaf[one] >= 0))
         layouts = self._layouts(number)
         if is_linear(graph.nodes[number], edges, layouts):
-            return Boundary(number, edges, leaves, layouts, "linear", False)
+            return ParameterUse(number, edges, leaves, layouts, "linear", False)
         if shared and not callable(graph.nodes[number]):
             raise NotShared(
                 f"{self.names[id(self.params[leaves[0]])]} is used twice, once by {graph.nodes[number].name()}, which runs "
                 "as a whole only; use shared_backward=False"
             )
-        return Boundary(number, edges, leaves, layouts, "through" if shared else "whole", False)
+        return ParameterUse(number, edges, leaves, layouts, "call_node" if shared else "at_node", False)
 
     def _layouts(self, number: int) -> tuple[Any, ...]:
         found = self.layouts[number]
         if any(len(some) > 1 for some in found.values()):
-            raise self._undetermined(number)  # too few elements have a gradient to tell
+            raise self._undetermined(number)  # too few nonzero elements
         return tuple(found[i][0] if i in found else None for i in range(max(found) + 1))
 
-    def _recomputed(self) -> list[Boundary]:
-        """Modules that are computed anew in the backward, each as one use: every use in it would mean another time."""
-        units = self.recorder.recomputed()
-        inner = {other for module in units for other in module.modules() if other is not module}
-        found = []
-        for module, nodes in units.items():
-            indices = [index for node in nodes if self._separate(index := self.graph.number.get(node, -1))]
+    def _recomputed(self) -> list[ParameterUse]:
+        """Returns a use for each module that the backward recomputes: uses inside it would recompute it once each."""
+        recomputed = self.recorder.recomputed()
+        inner = {other for module in recomputed for other in module.modules() if other is not module}
+        uses = []
+        for module, nodes in recomputed.items():
+            indices = [index for node in nodes if self._is_separate(index := self.graph.number.get(node, -1))]
             if indices and module not in inner:
-                found.append(self._unit(max(indices, key=lambda one: len(self.graph.below(one))), module))
-        return [unit for unit in found if unit.leaves]
+                uses.append(self._recomputed_use(max(indices, key=lambda one: len(self.graph.below(one))), module))
+        return [use for use in uses if use.leaves]
 
-    def _unit(self, number: int, module: nn.Module) -> Boundary:
+    def _recomputed_use(self, number: int, module: nn.Module) -> ParameterUse:
         graph, own = self.graph, {id(param) for param in module.parameters()}
         leaves = {i for i in graph.leaves(number) if id(self.params[i]) in own}
-        for place in graph.below(0, without=number):
-            if graph.leaf[place] in leaves:
-                name = self.names[id(self.params[graph.leaf[place]])]
+        for index in graph.below(0, without=number):
+            if graph.leaf[index] in leaves:
+                name = self.names[id(self.params[graph.leaf[index]])]
                 raise NotShared(f"{name}, of an activation checkpoint, is used outside too; use shared_backward=False")
-        return Boundary(number, (), tuple(sorted(leaves)), self._layouts(number), "whole", False)
+        return ParameterUse(number, (), tuple(sorted(leaves)), self._layouts(number), "at_node", False)
 
 
 def _fill_zeros(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Tensor | None:
-    """A gradient of known layout with noise, of the rows' seeds, where it is zero."""
+    """Returns a gradient of known layout with noise in place of its zeros, scaled by the rows' seeds."""
     if grad is None or len(layouts) != 1 or not (missing := grad == 0).any():
         return grad
     rows = layouts[0].rows(seeds.to(grad), grad)
@@ -319,9 +314,9 @@ def _fill_zeros(grad: Tensor | None, seeds: Tensor, layouts: list[Layout]) -> Te
 
 @contextmanager
 def _nonzero_params(model: nn.Module) -> Iterator[None]:
-    """Fills parameters that are all zero, as of fresh adapters, with noise: a backward through zeros would show nothing.
+    """A context that puts noise into parameters that are all zero, as in new adapters: gradients through them would be zero.
 
-    autograd's graph holds the same memory; ``data`` leaves its version as it is.
+    Writes go through ``data``: autograd's graph reads the same memory, and its version counters do not change.
     """
     zeros = [param for param in model.parameters() if param.is_floating_point() and not param.any()]
     generator = torch.Generator().manual_seed(0)

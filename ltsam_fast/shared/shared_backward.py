@@ -1,4 +1,4 @@
-"""One backward sweep, several weightings of the samples."""
+"""Runs one backward pass for several weightings of the samples."""
 
 from __future__ import annotations
 
@@ -14,36 +14,41 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.shared.not_shared import NotShared
-from ltsam_fast.shared.products import Contribution, Weighting, at_leaf, from_whole, linear, through
-from ltsam_fast.shared.qualify import Boundary, OutputRecorder, Plan, Qualification, Undetermined, check_module_types
+from ltsam_fast.shared.products import Contribution, Weighting, at_leaf, at_node, call_node, linear
+from ltsam_fast.shared.qualify import (
+    OutputRecorder,
+    ParameterUse,
+    Qualification,
+    Undetermined,
+    check_module_types,
+)
 
 _LOG = logging.getLogger("ltsam_fast")
 MAX_STRUCTURES = 32
-"""So many structures of a network are examined, each once."""
+"""The most structures of a graph that are analyzed, once each."""
 
 
 class SharedBackward:
-    r"""Gradients :math:`\sum_j a_j \nabla \ell_j` for several weightings a of the samples from one backward sweep.
+    r"""Gradients :math:`\sum_j a_j \nabla \ell_j` for several weightings a of the samples from one backward pass.
 
     .. code-block:: text
 
-        delta_j          gradient of sample j's loss where a parameter is used: one sweep, with seeds s_j
+        delta_j          gradient of sample j's loss at a use of a parameter: one backward pass, with seeds s_j
         g_a            = sum over uses of  (product of the use)(a_j / s_j * delta_j)
 
-    Where samples don't mix, weighting sample j's loss scales its rows of every gradient inside the network and does nothing
-    else. So a sweep is paid once, and a weighting costs the products with the weights only. Products are those of autograd's
-    own nodes, whatever these are; nothing is known about layers.
+    If a network does not mix samples, a weight on sample j's loss scales the sample's rows of every gradient of activations
+    and changes nothing else. So the backward pass runs once, and each weighting costs only the gradients of weights. These
+    are computed by autograd's own nodes; no types of layers are assumed.
 
-    What a network has to satisfy is found out, not assumed: on the first batch, and on the first of every further structure,
-    two sweeps with different seeds show which sample each row of each gradient belongs to. They draw no random numbers and
-    leave ``grad``, weights and running statistics as they are.
+    The first batch of each graph structure is analyzed: two backward passes with different seeds show which sample each row
+    of each gradient belongs to. They draw no random numbers and leave ``grad``, weights and running statistics as they are.
 
     Args:
         model: The network.
-        params: Its parameters that count.
-        mode: True: a network that does not qualify is an error; "auto": it gets one log line, and ``None`` from ``__call__``.
+        params: The parameters whose gradients are wanted.
+        mode: True: a network that does not qualify is an error; "auto": ``__call__`` returns ``None``, after one log line.
 
-    Memory: a scaled copy of one gradient at a time, besides the results; examining keeps the graph, as two backwards do.
+    Memory: besides the results a scaled copy of one gradient at a time; the analysis retains the graph, as two backwards do.
 
     >>> model = torch.nn.Linear(3, 2)
     >>> shared = SharedBackward(model, model.parameters())
@@ -56,7 +61,7 @@ class SharedBackward:
 
     def __init__(self, model: torch.nn.Module, params: Iterable[Tensor], mode: bool | str = True) -> None:
         self.model, self.params, self.mode = model, list(params), mode
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans: dict[tuple[Any, ...], tuple[ParameterUse, ...]] = {}
         self._recorder: OutputRecorder | None = None
         self._record_next = True
         self._refused = False
@@ -64,13 +69,13 @@ class SharedBackward:
 
     @contextmanager
     def record_outputs(self) -> Iterator[None]:
-        """Around the forward pass: learns which nodes are the modules' outputs, if the next backward will be examined.
+        """A context for the forward pass: records the modules' outputs if the next backward is analyzed.
 
         Raises:
-            NotShared: A module, such as batch norm in training, is known to mix samples, and ``mode`` is True.
+            NotShared: A module mixes samples, such as batch norm in training, and ``mode`` is True.
         """
         if self._record_next and not self._refused:
-            self._or_refuse(lambda: check_module_types(self.model, self.params))
+            self._checked(lambda: check_module_types(self.model, self.params))
         if self._refused or not self._record_next:
             yield
             return
@@ -83,17 +88,17 @@ class SharedBackward:
     def __call__(
         self, losses: Tensor, seeds: Tensor, factors: Sequence[Tensor | Weighting], native: bool = True
     ) -> list[list[Tensor | None]] | None:
-        """Runs the sweep.
+        """Runs the backward pass.
 
         Args:
-            losses: Losses of the samples, shape (B,), with their graph, which is gone afterwards.
-            seeds: Weights (B,) of the sweep itself, none of them zero.
-            factors: K weightings (B,), relative to ``seeds``; a :class:`Weighting` may name the few samples it is about.
-            native: Whether the gradient with weights ``seeds`` is wanted too; it is added to the parameters' ``grad``.
+            losses: Losses of the samples, shape (B,), with their graph, which is freed.
+            seeds: Weights (B,) of the backward pass itself, none of them zero.
+            factors: K weightings (B,), relative to ``seeds``; a :class:`Weighting` may name the samples with nonzero weights.
+            native: Whether to add the gradient with weights ``seeds`` to the parameters' ``grad``, too.
 
         Returns:
-            For each factor a gradient for each parameter; or ``None``, when nothing was done: the network does not qualify,
-            or nothing is known of this structure yet.
+            For each factor a gradient for each parameter. ``None`` if nothing was done: the network does not qualify, or this
+            structure of its graph is not analyzed yet.
 
         Raises:
             NotShared: The network does not qualify, and ``mode`` is True.
@@ -102,16 +107,16 @@ class SharedBackward:
             return None
         params = [param for param in self.params if param.requires_grad]
         graph = AutogradGraph(losses, params)
-        plan = self._or_refuse(lambda: self._plan(graph, losses, params))
-        if plan is None:
+        uses = self._checked(lambda: self._uses(graph, losses, params))
+        if uses is None:
             return None
         weightings = [one if isinstance(one, Weighting) else Weighting(one.to(seeds)) for one in factors]
-        backward = _BackwardPass(graph, plan, params, seeds, weightings)
+        backward = _BackwardPass(graph, uses, params, seeds, weightings)
         backward.run(losses, native)
         return [_owned(found, self.params) for found in backward.grads]
 
-    def _or_refuse(self, qualify: Callable[[], Any]) -> Any:
-        """What ``qualify`` returns; where it finds that the network does not qualify, the error, or one log line."""
+    def _checked(self, qualify: Callable[[], Any]) -> Any:
+        """Returns ``qualify()``. Its NotShared is raised if ``mode`` is True, else logged once."""
         try:
             return qualify()
         except NotShared as error:
@@ -121,7 +126,7 @@ class SharedBackward:
             _LOG.warning("shared_backward: two backward passes instead of one: %s", error)
             return None
 
-    def _plan(self, graph: AutogradGraph, losses: Tensor, params: list[Tensor]) -> Plan | None:
+    def _uses(self, graph: AutogradGraph, losses: Tensor, params: list[Tensor]) -> tuple[ParameterUse, ...] | None:
         recorder, self._recorder = self._recorder, None
         key = (graph.structure, hash(tuple(module.training for module in self.model.modules())))
         if key in self._plans:
@@ -129,16 +134,16 @@ class SharedBackward:
         if self._steps_to_wait:
             self._steps_to_wait -= 1
             return None
-        if recorder is None:  # its modules are not known: the next forward will be watched
+        if recorder is None:  # record the next forward
             self._record_next = True
             return None
         if len(self._plans) >= MAX_STRUCTURES:
             raise NotShared(
-                f"the model's graph is another one each step: it has had {MAX_STRUCTURES} structures so far"
+                f"the model's graph changes from step to step: it has had {MAX_STRUCTURES} structures so far"
             )
         try:
-            self._plans[key] = Qualification(self.model, graph, losses, params, recorder).plan()
-        except Undetermined as error:  # nothing can be seen, and nothing is lost: look again 1, 3, 7, ... steps later
+            self._plans[key] = Qualification(self.model, graph, losses, params, recorder).uses()
+        except Undetermined as error:  # try again 1, 3, 7, ... steps later
             self._steps_to_wait = self._last_wait = min(2 * self._last_wait + 1, 255)
             if self._last_wait == 7:
                 _LOG.warning("shared_backward: two backward passes as long as no gradient reaches %s", error)
@@ -147,65 +152,70 @@ class SharedBackward:
 
 
 class _BackwardPass:
-    """One run: hooks at the boundaries form the products for all factors while gradients pass."""
+    """One backward pass: hooks at the parameters' uses form the gradients of all weightings."""
 
     def __init__(
-        self, graph: AutogradGraph, plan: Plan, params: list[Tensor], seeds: Tensor, weightings: Sequence[Weighting]
+        self,
+        graph: AutogradGraph,
+        uses: Sequence[ParameterUse],
+        params: list[Tensor],
+        seeds: Tensor,
+        weightings: Sequence[Weighting],
     ) -> None:
-        self.graph, self.plan, self.params, self.seeds, self.weightings = graph, plan, params, seeds, weightings
+        self.graph, self.uses, self.params, self.seeds, self.weightings = graph, uses, params, seeds, weightings
         self.grads: list[dict[int, Tensor]] = [{} for _ in weightings]
 
     def run(self, losses: Tensor, native: bool) -> None:
-        """The sweep: fills ``found``, for each weighting the gradients by the parameters' ids."""
+        """Fills ``grads``: for each weighting the gradients by the parameters' ids."""
         nodes = self.graph.nodes
-        hooks = [nodes[one.node].register_prehook(self._hook(one)) for one in self.plan.boundaries]
+        hooks = [nodes[use.node].register_prehook(self._hook(use)) for use in self.uses]
         try:
             if native:
                 torch.autograd.backward(losses, self.seeds)
-            else:  # down to the lowest uses of parameters, and no products but theirs
-                ends = [one for one in self.plan.boundaries if one.lowest or one.rule == "through"]
-                edges = [edge for one in ends for edge in self._edges(one)]
+            else:  # stop at the lowest uses
+                ends = [use for use in self.uses if use.lowest or use.kind == "call_node"]
+                edges = [edge for use in ends for edge in self._edges(use)]
                 torch.autograd.grad(losses, edges, self.seeds, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _edges(self, boundary: Boundary) -> list[GradientEdge]:
-        """Edges that make a sweep which goes down to them run the boundary's node."""
-        below = self.graph.nodes[boundary.node].next_functions
-        if not boundary.edges:  # a recomputed module
-            return [get_gradient_edge(self.params[i]) for i in boundary.leaves[:1]]
-        return [GradientEdge(*below[i]) for i in boundary.edges]
+    def _edges(self, use: ParameterUse) -> list[GradientEdge]:
+        """Returns edges for which autograd has to run the node."""
+        below = self.graph.nodes[use.node].next_functions
+        if not use.edges:  # a recomputed module
+            return [get_gradient_edge(self.params[i]) for i in use.leaves[:1]]
+        return [GradientEdge(*below[i]) for i in use.edges]
 
-    def _hook(self, boundary: Boundary) -> Any:
-        node = self.graph.nodes[boundary.node]
-        leaves = [self.params[i] for i in boundary.leaves]
-        inside = False
+    def _hook(self, use: ParameterUse) -> Any:
+        node = self.graph.nodes[use.node]
+        leaves = [self.params[i] for i in use.leaves]
+        running = False
 
-        def products(grads: tuple[Tensor | None, ...]) -> None:
-            nonlocal inside
-            if inside:  # autograd runs this node within _add
+        def add_products(grads: tuple[Tensor | None, ...]) -> None:
+            nonlocal running
+            if running:  # autograd runs this node inside _add
                 return
-            inside = True
+            running = True
             try:
                 for weighting, found in zip(self.weightings, self.grads, strict=True):
-                    self._add(found, leaves, self._contributions(node, boundary, grads, weighting))
+                    self._add(found, leaves, self._contributions(node, use, grads, weighting))
             finally:
-                inside = False
+                running = False
 
-        return products
+        return add_products
 
     def _contributions(
-        self, node: Any, boundary: Boundary, grads: tuple[Tensor | None, ...], weighting: Weighting
+        self, node: Any, use: ParameterUse, grads: tuple[Tensor | None, ...], weighting: Weighting
     ) -> list[Contribution]:
-        if boundary.rule == "linear":
-            return [] if grads[0] is None else linear(node, boundary.edges, boundary.layouts[0], grads[0], weighting)
-        pairs = zip(grads, boundary.layouts, strict=False)
+        if use.kind == "linear":
+            return [] if grads[0] is None else linear(node, use.edges, use.layouts[0], grads[0], weighting)
+        pairs = zip(grads, use.layouts, strict=False)
         scaled = [None if grad is None else weighting.scaled(grad, layout) for grad, layout in pairs]
-        return from_whole(node, scaled) if boundary.rule == "whole" else through(node, boundary.edges, scaled)
+        return at_node(node, scaled) if use.kind == "at_node" else call_node(node, use.edges, scaled)
 
     def _add(self, found: dict[int, Tensor], leaves: list[Tensor], contributions: list[Contribution]) -> None:
-        """Brings contributions down to the parameters and adds them up there."""
+        """Propagates contributions to the parameters and adds them up."""
         at_params, rest = [], []
         for edge, grad in contributions:
             if (pair := at_leaf(edge, grad)) is None:
@@ -214,22 +224,22 @@ class _BackwardPass:
                 at_params.append(pair)
         if rest:
             edges, grads = zip(*rest, strict=True)
-            parts = torch.autograd.grad(edges, leaves, grads, retain_graph=True, allow_unused=True)
-            at_params += [(leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None]
-        for leaf, part in at_params:
-            mine = found.get(id(leaf))
-            found[id(leaf)] = part if mine is None else mine + part
+            results = torch.autograd.grad(edges, leaves, grads, retain_graph=True, allow_unused=True)
+            at_params += [(leaf, grad) for leaf, grad in zip(leaves, results, strict=True) if grad is not None]
+        for leaf, grad in at_params:
+            total = found.get(id(leaf))
+            found[id(leaf)] = grad if total is None else total + grad
 
 
 def _owned(found: dict[int, Tensor], params: list[Tensor]) -> list[Tensor | None]:
-    """Gradients in memory of their own, laid out like the parameters, as autograd leaves them in ``grad``."""
+    """Returns gradients with storage of their own and the parameters' strides, as autograd leaves them in ``grad``."""
     grads = [found.get(id(param)) for param in params]
     users = Counter(grad.untyped_storage().data_ptr() for grad in grads if grad is not None)
     for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
         if grad is None:
             continue
-        memory = grad.untyped_storage()
-        alone = users[memory.data_ptr()] == 1 and memory.nbytes() == grad.nbytes
-        if not alone or grad.stride() != param.stride() or grad.dtype != param.dtype:
+        storage = grad.untyped_storage()
+        owned = users[storage.data_ptr()] == 1 and storage.nbytes() == grad.nbytes
+        if not owned or grad.stride() != param.stride() or grad.dtype != param.dtype:
             grads[i] = torch.empty_like(param, requires_grad=False).copy_(grad)
     return grads
