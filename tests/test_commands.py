@@ -524,7 +524,7 @@ def test_a_table_of_finished_runs_needs_no_images(sources, tmp_path, monkeypatch
     (tmp_path / "tree").rename("gone")
     capsys.readouterr()
     assert run("compare", *grid, "--methods", "sgd") == 0
-    assert "whether these are still the images of the finished runs is not checked" in capsys.readouterr().err
+    assert "the images of the finished runs are not checked" in capsys.readouterr().err
     assert run("compare", *grid, "--methods", "sgd,sam") == 2
     one_line(capsys, "compare", "tree: no such file or folder")
 

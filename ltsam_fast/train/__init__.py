@@ -1,4 +1,4 @@
-"""Training from the command line and from Python: ``python -m ltsam_fast train``, or :func:`train` with a :class:`Config`.
+"""Training: type ``python -m ltsam_fast train``, or call :func:`train` with a :class:`Config`.
 
 .. code-block:: python
 

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started."""
+"""The processes of a run: one, or those that torchrun started, by torch.distributed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ltsam_fast.train.config import ConfigError
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's number, how many there are, and its device."""
+    """Rank, world size and device of this process, and the collectives that a run needs; no-ops for a single process."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Returns the sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The shares of all processes, equally many rows each, in order."""
+        """Returns the tensors of all processes, which have equal shapes, concatenated by rank."""
         if self.world_size == 1:
             return tensor
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -39,63 +39,63 @@ class Distributed:
         return torch.cat(gathered)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Gives every process what the first one has."""
+        """Copies the tensors of rank 0 to every process."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """What every process gives, in order; to all of them."""
+        """Returns the values of all processes by rank."""
         found: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(found, value)
         return found
 
     def data_parallel(self, network: nn.Module) -> nn.Module:
-        """The network as this process's copy of it, kept equal to the others' by DistributedDataParallel."""
+        """Returns the network, wrapped in DistributedDataParallel if there are several processes."""
         if self.world_size == 1:
             return network
         if self.device.type == "cuda":
             return DistributedDataParallel(network, [self.device])
-        # A process group lives as long as what DDP leaves behind of itself, and gloo's threads abort a program that ends
-        # while they let go of a tensor (pytorch/pytorch#190489): it gets a group of its own, and the default one ends.
+        # DDP keeps its process group alive, and gloo's threads abort a program that ends while they free a tensor
+        # (pytorch/pytorch#190489). So DDP gets a group of its own, and the default group is destroyed.
         return DistributedDataParallel(network, process_group=dist.new_group())
 
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[Distributed]:
-    """Joins the processes that torchrun started, gloo on the CPU and nccl on GPUs; alone without torchrun.
+    """Initializes the process group that torchrun started, gloo on the CPU and nccl on GPUs; without torchrun there is none.
 
     Raises:
-        ConfigError: The device is unknown or not there.
+        ConfigError: The device is unknown or not available.
     """
     rank, world_size = rank_and_world_size()
     device = device_of(device_name, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
-    joins = world_size > 1 and not dist.is_initialized()
-    if joins:
+    initializes = world_size > 1 and not dist.is_initialized()
+    if initializes:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Distributed(rank, world_size, device)
     finally:
-        if joins:
+        if initializes:
             dist.destroy_process_group()
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's number, and how many torchrun started; (0, 1) without it."""
+    """Returns rank and world size from torchrun's environment; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Returns whether this is the process that prints and writes files."""
     return rank_and_world_size()[0] == 0
 
 
 def device_of(name: str, local_rank: int | None = None) -> torch.device:
-    """The device of that name, for a process of that number among those of its machine.
+    """Returns the device of that name, for a process with that local rank.
 
     Raises:
-        ConfigError: It is unknown or not there.
+        ConfigError: It is unknown or not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -105,11 +105,11 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"device {name!r} is not there: torch sees no GPU; use cpu or auto")
+            raise ConfigError(f"device {name!r} is not available: torch sees no GPU; use cpu or auto")
         number = device.index if local_rank is None else local_rank
         if number is not None:
             if number >= torch.cuda.device_count():
-                raise ConfigError(f"device cuda:{number} is not there: torch sees {torch.cuda.device_count()} GPUs")
+                raise ConfigError(f"device cuda:{number} is not available: torch sees {torch.cuda.device_count()} GPUs")
             torch.cuda.set_device(number)
             device = torch.device("cuda", number)
     elif device.type != "cpu":

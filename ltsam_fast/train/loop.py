@@ -1,4 +1,4 @@
-"""The training loop: an epoch, its accuracies, and how it all goes on after an interruption."""
+"""The training loop: epochs, test accuracies, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CONFIG = "config.json"
 
 
 class Diverged(RuntimeError):
-    """The training loss is not finite any more."""
+    """The training loss is not finite."""
 
 
 def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
-    """Trains for one epoch, each process on its share of every batch; returns the mean loss at the unperturbed weights."""
+    """Trains for one epoch, each process on its part of every batch; returns the mean loss at the unperturbed weights."""
     run.model.train()
     dist, config = run.dist, run.config
     reweight(run.loss, config, run.counts, run.epoch)
@@ -51,9 +51,9 @@ def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
 
 
 def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
-    """One step of the method on one batch, in each process on its share; returns the share's mean loss at w, on the device.
+    """Takes one step on this process's part of a batch; returns its mean loss at the unperturbed weights, on the device.
 
-    Weights of the classes divide by their sum over the whole batch, as in the code that deferred reweighting is from.
+    Class weights are normalized by their mean over the whole batch, as in LDAM's code for deferred reweighting.
     """
     batch = None if run.loss.weight is None else run.dist.all_gather(y)
 
@@ -76,22 +76,22 @@ def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
-    """Test accuracies in percent: ``all`` images, the mean over the classes of each shot group, and ``per_class``."""
+    """Returns test accuracies in percent: of ``all`` images, the class mean of each shot group, and ``per_class``."""
     run.network.eval()
-    run.dist.broadcast(run.network.buffers())  # running statistics: the checkpoint has those of the first process
+    run.dist.broadcast(run.network.buffers())  # running statistics: the checkpoint has those of rank 0
     dist, classes = run.dist, len(run.counts)
-    found = torch.zeros(2, classes, dtype=torch.float64, device=dist.device)  # right answers, images
+    sums = torch.zeros(2, classes, dtype=torch.float64, device=dist.device)  # correct predictions, images
     for index in torch.arange(dist.rank, len(run.test.labels), dist.world_size).split(EVAL_BATCH):
         x = _in_memory_format(run, run.test_transform(_select(run.test.pixels, index, dist.device)))
         y = run.test.labels[index].to(dist.device)
         with run.autocast():
-            right = run.network(x).argmax(1) == y
-        found += torch.stack([y[right].bincount(minlength=classes), y.bincount(minlength=classes)])
-    right, images = dist.all_reduce(found).cpu()
-    per_class = 100 * right / images
+            correct = run.network(x).argmax(1) == y
+        sums += torch.stack([y[correct].bincount(minlength=classes), y.bincount(minlength=classes)])
+    correct, images = dist.all_reduce(sums).cpu()
+    per_class = 100 * correct / images
     groups = data.shot_split(run.counts, run.config.many, run.config.few)
     means = {name: per_class[members].nanmean().item() for name, members in groups.items()}
-    shown = {"all": (100 * right.sum() / images.sum()).item(), **means}
+    shown = {"all": (100 * correct.sum() / images.sum()).item(), **means}
     return {name: _rounded(shown[name]) for name in GROUPS} | {
         "per_class": [_rounded(one) for one in per_class.tolist()]
     }
@@ -102,7 +102,7 @@ def _rounded(value: float) -> float | None:
 
 
 def _on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, if they take no more than a quarter of its free memory."""
+    """Returns the images on the device if they take less than a quarter of its free memory, else as they are."""
     if device.type == "cuda" and pixels.device != device:
         free, _ = torch.cuda.mem_get_info(device)
         return pixels.to(device) if pixels.nbytes < free / 4 else pixels
@@ -125,18 +125,17 @@ def train(
     report: Any = None,
     images: tuple[data.Images, data.Images] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains a network and leaves a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
+    """Trains a network and writes a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
 
-    The checkpoint is written before the first and after every epoch. A run that was killed at any time and is resumed ends
-    with the weights of one that was not, bit for bit: always on a CPU with the same number of threads, on GPUs with
-    ``deterministic``.
+    The checkpoint is written before the first and after every epoch. A run that was killed and resumed ends with the same
+    weights as an uninterrupted one, bit for bit: on a CPU with the same number of threads, on GPUs with ``deterministic``.
 
     Args:
         config: The settings.
-        out: The run folder; made if need be.
-        resume: Go on from the folder's checkpoint; without one, begin.
-        report: What is told of the progress: ``log.Silent`` (default), ``log.Console``, or alike.
-        images: What :func:`load_images` gives for these settings, if it is there already.
+        out: The run folder; created if missing.
+        resume: Resume from the folder's checkpoint, if there is one.
+        report: Reports progress: ``log.Silent`` (default), ``log.Console``, or the like.
+        images: The images that :func:`load_images` returns for these settings, if they are loaded already.
 
     Returns:
         A row for each epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, accuracies in percent (``all``, ``many``,
@@ -144,10 +143,10 @@ def train(
         ``eval_seconds``.
 
     Raises:
-        ConfigError: A setting does not fit, or the folder has a run that is not to be resumed, or one of other settings, or of
-            other images: a checkpoint holds a hash of them, see :attr:`ltsam_fast.data.Images.digest`.
+        ConfigError: A setting does not fit; or the folder has a run and ``resume`` is False, or a run with other settings or
+            images, whose hash the checkpoint has, see :attr:`ltsam_fast.data.Images.digest`.
         DataError: Something is wrong with the data.
-        Diverged: The loss is not finite; the checkpoint is that of the epoch before.
+        Diverged: The loss is not finite; the checkpoint of the previous epoch stays.
 
     >>> import tempfile
     >>> from ltsam_fast.train import build
@@ -185,7 +184,7 @@ def train(
         finally:
             if logs:
                 logs.close()
-        dist.all_gather_object(None)  # the last checkpoint is written before any process goes on
+        dist.all_gather_object(None)  # no process continues before the last checkpoint is written
         return run.history
 
 
@@ -209,7 +208,7 @@ def _run_epoch(run: Run, reporter: Any) -> dict[str, Any]:
 
 
 def stored_config(out: str | Path) -> Config | None:
-    """The config of the run in a folder, if there is one."""
+    """Returns the config of the run in a folder, or None."""
     path = Path(out) / CONFIG
     if not path.exists():
         return None
@@ -220,7 +219,7 @@ def stored_config(out: str | Path) -> Config | None:
 
 
 def check_folder(out: Path) -> None:
-    """Raises ConfigError, before anything long is done, unless files can be written below ``out``."""
+    """Raises ConfigError unless files can be written below ``out``."""
     existing = next(folder for folder in (out, *out.parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"out {out}: {existing} is a file, not a folder")
@@ -231,21 +230,21 @@ def check_folder(out: Path) -> None:
 def finished(
     config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None
 ) -> list[dict[str, Any]] | None:
-    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`, whose errors these are.
+    """Returns the rows of the run in a folder if all its epochs are finished, else None; errors are those of :func:`train`.
 
-    Without ``images`` it is not looked at whether these are still the run's.
+    Without ``images`` they are not compared with the run's.
     """
     state = _checkpoint_to_resume(config, Path(out), resume=True)
     if state is None:
         return None
     done = state["epoch"] >= config.epochs
-    if images is not None and (done or "data" in state):  # of a run that goes on train() warns
+    if images is not None and (done or "data" in state):  # train() warns for a run that it resumes
         run_checkpoint.check_images(state, images, out)
     return state["history"] if done else None
 
 
 def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if it may be gone on from."""
+    """Returns the checkpoint in the run folder, or None; raises ConfigError if it must not be resumed."""
     if not (out / run_checkpoint.NAME).exists():
         return None
     if not resume:
@@ -259,7 +258,7 @@ def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, 
 
 
 def _save(run: Run, out: Path) -> None:
-    """Writes the checkpoint, and before the first one the config; process 0 does, with what all of them give."""
+    """Writes config and checkpoint on rank 0, with the random states of all processes."""
     states = run.dist.all_gather_object(run_checkpoint.random_state(run.sampler_generator, run.augment_generator))
     if run.dist.rank:
         return
@@ -288,7 +287,7 @@ def _save(run: Run, out: Path) -> None:
 
 
 def _restore(run: Run, state: dict[str, Any], out: Path) -> None:
-    """Takes up a checkpoint, the random numbers last."""
+    """Loads a checkpoint into the run, the random states last."""
     if len(state["random"]) != run.dist.world_size:
         raise ConfigError(
             f"the run had {len(state['random'])} processes, not {run.dist.world_size}: start it with as many"
@@ -297,7 +296,7 @@ def _restore(run: Run, state: dict[str, Any], out: Path) -> None:
         raise ConfigError(f"data: class counts were {state['class_counts']}, now they are {run.counts}")
     for was, now in zip(state["classes"], run.train.classes, strict=True):
         if was != now:
-            raise ConfigError(f"data: a class was {was!r}, now it is {now!r}: name it as it was, or begin another run")
+            raise ConfigError(f"data: a class was {was!r}, now it is {now!r}: rename it back, or start another run")
     run_checkpoint.check_images(state, (run.train, run.test), out)
     run.network.load_state_dict(state["model"])
     run.loss.load_state_dict(state["loss"])

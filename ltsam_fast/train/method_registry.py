@@ -1,4 +1,4 @@
-"""Methods by name: their options read off their signatures, the rest supplied from the run."""
+"""Makes the optimizers that ``--method`` names, with the options of their signatures."""
 
 from __future__ import annotations
 
