@@ -143,7 +143,7 @@ class FocalSAM(_Plain):
 
     @torch.no_grad()
     def third_step(self) -> None:
-        """Restores the weights, adds the stored gradients to the current ones, takes the base optimizer's step and clears them."""
+        """Restores the weights, adds the stored gradients to the current ones, takes the base's step and clears them."""
         self._restore()
         for p, grad in self._clean_grads:
             p.grad = grad if p.grad is None else p.grad + grad
