@@ -1,4 +1,4 @@
-"""What all benchmarks share."""
+"""Fixtures of all benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.measure import MemoryBandwidth, interleaved
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
-)  # a time limit's; in a shell's background job it starts out ignored
+)  # for time limits; background jobs of a shell ignore it by default
 
 
 @pytest.fixture(scope="session")

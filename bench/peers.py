@@ -18,7 +18,7 @@ def ascend(params: Tensors, grads: Tensors, old: Tensors, rho: float) -> None:
 
 
 def descend(params: Tensors, grads: Tensors, kept: Tensors, old: Tensors, buffers: Tensors, options: Any) -> None:
-    """Restores, adds up gradients and takes SGD's step with momentum, in functional form for a compiler to fuse."""
+    """Restores the weights, adds up gradients and takes SGD's step with momentum; torch.compile fuses it."""
     torch._foreach_copy_(params, old)
     if kept:
         grads = torch._foreach_add(grads, kept)
@@ -58,7 +58,7 @@ class Foreach(torch.optim.Optimizer):
 
 
 class Compiled(Foreach):
-    """The same by torch.compile, which fuses the whole descent with its own C++ or Triton code."""
+    """The same by torch.compile, which fuses the descent into C++ or Triton code."""
 
     def __init__(self, params: Any, base_optimizer: Any, rho: float, **base: Any) -> None:
         super().__init__(params, base_optimizer, rho, **base)
@@ -66,7 +66,7 @@ class Compiled(Foreach):
         self.buffers = [torch.zeros_like(p) for p in self.params]
         self.old = [torch.empty_like(p) for p in self.params]
         self.weights = [p.detach() for p in self.params]
-        # Of its own for each network: shapes are fixed, and a cache shared by many networks would run full.
+        # Compiled for each network: shapes are fixed, and a cache for many networks would overflow.
         self.compiled = [torch.compile(one, dynamic=False) for one in (ascend, descend)]
 
     @torch.no_grad()
@@ -102,12 +102,12 @@ class FocalSAM:
 
 
 def with_engine(engine: type, phases: type) -> Any:
-    """A method's phases, run by :class:`Foreach` or :class:`Compiled`."""
+    """Returns a method's phases, run by :class:`Foreach` or :class:`Compiled`."""
     return type(f"{engine.__name__}{phases.__name__}", (phases, engine), {})
 
 
 def published(method: str) -> Any:
-    """pytorch_optimizer's class of that name, or None."""
+    """Returns pytorch_optimizer's class of that name, or None."""
     try:
         return getattr(importlib.import_module("pytorch_optimizer"), method, None)
     except ImportError:

@@ -1,6 +1,6 @@
-"""``python -m bench.report FILE.json [OUTDIR]``: the benchmarks' JSON as a Markdown table and a chart.
+"""``python -m bench.report FILE.json [OUTDIR]``: prints the benchmarks' JSON as Markdown tables, and draws a chart.
 
-Reads and draws only; it does not import the package, which the repository root on the path would hide.
+It does not import the package, which the repository root on the path would hide.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SECTIONS = {
         "ratios within a round.",
     ),
 }
-"""Tables: the rows' facts that are its columns, and what it is about."""
+"""Table -> its columns, and its caption."""
 HEADS = {
     "plain_ms": "plain (ms)",
     "torch_ms": "torch (ms)",
@@ -94,7 +94,7 @@ FORMATS = {
 
 
 def rows(results: dict[str, Any], table: str) -> list[dict[str, Any]]:
-    """The figures of one table. A benchmark that compares several things gives several rows."""
+    """Returns the rows of one table; a benchmark may have several."""
     found = [entry["extra_info"] for entry in results["benchmarks"] if entry["extra_info"].get("table") == table]
     return [row for info in found for row in info.get("rows", [info])]
 
@@ -114,12 +114,12 @@ def _table(found: list[dict[str, Any]], names: str) -> str:
 
 
 def _where(results: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the machine, which each benchmark that timed something tells."""
+    """Returns the facts of the machine, which every timed benchmark has."""
     return next(entry["extra_info"] for entry in results["benchmarks"] if "threads" in entry["extra_info"])
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown tables with what was measured, on which machine and commit."""
+    """Returns Markdown tables of the results, with machine and commit."""
     machine = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     commit = results.get("commit_info", {}).get("id", "unknown")[:10]
     facts = _where(results)
@@ -135,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Ratio bars, GB/s against the bandwidth, and time against N and T, of what there is of these."""
+    """Draws ratios, GB/s against the bandwidth, and time against N and T, as far as they were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -188,7 +188,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; with a folder, writes report.md and report.png there."""
+    """Prints the tables; with a folder, writes report.md and report.png to it."""
     if not 1 <= len(arguments) <= 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Forward and backward of each loss: loss x shape x implementation, rounds in turns."""
+"""Times forward and backward of each loss: loss x shape x implementation, in turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOSSES = ("CrossEntropy", "LogitAdjusted", "BalancedSoftmax", "LDAM", "VS", "Cla
 
 
 def plain(name, n):
-    """The loss as published code has it, by torch's functions; its constants are made beforehand."""
+    """Returns the loss as in published code, by torch's functions; its constants are computed before."""
     priors, rarity, margins = (n / n.sum()).log(), n.log().max() - n.log(), n**-0.25
     margins = 0.5 * margins / margins.max()
     scale, rarity = (n / n.max()) ** 0.3, 0.5 * rarity / rarity.max()
@@ -61,7 +61,7 @@ class Call:
         self.loss = fused(n, reduction="none").to(DEVICE) if self.backend else plain(name, n.to(DEVICE))
 
     def run(self):
-        """The losses and the gradient of their mean."""
+        """Returns the losses and the gradient of their mean."""
         if self.backend is None:
             return self.both()
         with lf.use_backend(self.backend):
@@ -86,7 +86,7 @@ def test_loss(benchmark, name, shape, request):
     calls = [Call(name, implementation, shape) for implementation in names]
     benchmark.group = f"{name}, {shape[0]} x {shape[1]}"
     results = [call.run() for call in calls]
-    # No figure for a wrong result. The plain formula draws other noise.
+    # Check the results before they are timed. The plain formula draws other noise.
     for other in results[1 : -1 if name == "GCL" else None]:
         for mine, its in zip(results[0], other, strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Optimizer work of a whole step: method x network x backend, with the plain loop in the same run."""
+"""Times the optimizer's work in a step: method x network x backend, in turns with the plain loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ltsam_fast.table import Table
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
 NETWORKS = [*names(), "tiny"]
 COMPILED = ("resnet32", "resnet50")
-"""Networks for which torch.compile is measured too: it takes half a minute for each."""
+"""Networks for which torch.compile is measured, too; compiling takes long."""
 COUNTS = {"class_counts": [50, 5]}
 METHODS = {
     "SAM": ({}, 40),
@@ -47,11 +47,11 @@ METHODS = {
     "GSAM": ({}, 52),
     "WSAM": ({}, 44),
 }
-"""Options, and bytes moved per parameter and step (of LookSAM on average)."""
+"""Options, and bytes moved per parameter and step (for LookSAM the mean)."""
 
 
 def launches(step):
-    """Kernels that one step launches on a GPU; calls of native code on the CPU."""
+    """Returns the number of kernels that a step launches on a GPU, or of calls of native code on the CPU."""
     if DEVICE == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
@@ -64,15 +64,15 @@ def launches(step):
 
 
 def available():
-    """The backends to be timed; a missing one is told of."""
-    there = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
-    if not there:
+    """Returns the backends to be timed; skips the test if there is none."""
+    found = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
+    if not found:
         pytest.skip(f"none of {', '.join(BACKENDS)} is available")
-    return there
+    return found
 
 
 def assert_alike(steps):
-    """No figure for a wrong result."""
+    """Checks the results before they are timed."""
     for other in steps[1:]:
         for mine, its in zip(steps[0].params, other.params, strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
@@ -98,7 +98,7 @@ def test_step(benchmark, method, network, request):
     small_network = steps[0].elements < 1e6
     # The bandwidth of a shared machine drifts, so it is timed in the same rounds.
     memory = None if small_network else MemoryBandwidth()
-    # A GPU's events need no more rounds, and 2000 tensors take the plain loop long.
+    # The plain loop takes long for 2000 tensors.
     rounds = 200 if small_network and DEVICE == "cpu" else 20
     times = interleaved([*steps, *(memory.steps if memory else [])], rounds)
     benchmark.pedantic(steps[0], rounds=5)
@@ -144,14 +144,14 @@ def test_methods(benchmark, method, network, request):
 
 @pytest.mark.parametrize("tensors", [1, 10, 100, 1000, 2000, 4000])
 def test_growth_in_tensors(benchmark, tensors, request):
-    """The norm of many tiny tensors: call overhead."""
+    """Times the norm of many tiny tensors, for its overhead."""
     grads = [torch.randn(16 + i % 17, device=DEVICE) for i in range(tensors)]
     grow(benchmark, request, "T", tensors, grads)
 
 
 @pytest.mark.parametrize("power", range(10, 28, 2))
 def test_growth_in_elements(benchmark, power, request):
-    """The norm of one tensor."""
+    """Times the norm of one tensor."""
     grow(
         benchmark, request, "N", 2**power, [torch.randn(2 ** (power if not benchmark.disabled else 10), device=DEVICE)]
     )
@@ -166,7 +166,7 @@ PASSES = {
 
 @pytest.mark.parametrize("name", PASSES)
 def test_billion(benchmark, name, request):
-    """One tensor of a billion elements, through the passes one by one, where there is the memory."""
+    """Times each pass over one tensor of a billion elements, if there is enough memory."""
     elements = 10**9 if not benchmark.disabled else 1000
     if DEVICE == "cuda":
         free = torch.cuda.mem_get_info()[0]

@@ -705,7 +705,9 @@ def test_lightning_looks_without_a_trace(method, seed, tmp_path, monkeypatch):
     def fit(look):
         module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
         if not look:
-            module._look = lambda batch, batch_idx: module._seen.append(torch.zeros(1)) or torch.zeros(())
+            module._loss_before_step = lambda batch, batch_idx: (
+                module._losses_at_w.append(torch.zeros(1)) or torch.zeros(())
+            )
         lightning_trainer(tmp_path, accumulate_grad_batches=2).fit(
             module, DataLoader(TensorDataset(*make_data(seed)), batch_size=BATCH // 2)
         )

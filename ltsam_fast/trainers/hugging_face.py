@@ -82,15 +82,15 @@ class SharpnessAwareTrainer(Trainer):
         if method is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
             raise ValueError("method must be None where optimizers or optimizer_cls_and_kwargs are given")
         self.method, self.method_options = method, method_options or {}
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._step: AcceleratedStep | None = None
-        self._taken = False
+        self._step_taken = False
         """Whether training_step has taken the step for which the Trainer calls optimizer.step()."""
-        self._first = True
+        self._before_first_step = True
         """Whether no step has been taken yet."""
-        self._faults: list[tuple[Tensor, Callable[[], str]]] = []
+        self._checks: list[tuple[Tensor, Callable[[], str]]] = []
         """Checks to evaluate after the step: a 0-d tensor that is true for an error, and the message."""
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -106,8 +106,8 @@ class SharpnessAwareTrainer(Trainer):
         method = getattr(self.optimizer, "optimizer", None)
         if isinstance(method, SharpnessAware):
             set_clipping(method, self.args.max_grad_norm or 0.0, "max_grad_norm")
-            self.optimizer.step = types.MethodType(lambda *_: self._check_taken(), self.optimizer)
-        self._begin()
+            self.optimizer.step = types.MethodType(lambda *_: self._check_step_taken(), self.optimizer)
+        self._reset()
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -120,9 +120,9 @@ class SharpnessAwareTrainer(Trainer):
             self._step = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
         loss = self._step(dict(self._prepare_inputs(inputs)))
         if loss is not None:
-            self._taken, self._first = True, False
-            faults, self._faults = self._faults, []
-            for wrong, message in faults:
+            self._step_taken, self._before_first_step = True, False
+            checks, self._checks = self._checks, []
+            for wrong, message in checks:
                 _raise_if(wrong, message)
         return torch.zeros((), device=self.args.device) if loss is None else loss.to(self.args.device)
 
@@ -140,13 +140,13 @@ class SharpnessAwareTrainer(Trainer):
                     "only inside the optimizer's update; on_step_begin comes before every step, on_step_end after it"
                 )
 
-    def _check_taken(self) -> None:
+    def _check_step_taken(self) -> None:
         """Replaces the accelerated optimizer's step(), which training_step has taken already."""
-        if not self._taken:
+        if not self._step_taken:
             raise ValueError(
                 "training_step() must call super().training_step(model, inputs, num_items_in_batch), which takes the steps"
             )
-        self._taken = False
+        self._step_taken = False
 
     def _labels(self, inputs: dict[str, Any]) -> Tensor:
         name = self.label_names[0] if len(self.label_names) == 1 else None
@@ -185,10 +185,10 @@ class SharpnessAwareTrainer(Trainer):
         return losses
 
     def _check(self, wrong: Tensor, message: Callable[[], str]) -> None:
-        if self._first or wrong.device.type == "cpu":
+        if self._before_first_step or wrong.device.type == "cpu":
             _raise_if(wrong, message)
         else:  # without a synchronization
-            self._faults.append((wrong, message))
+            self._checks.append((wrong, message))
 
     def _losses_of(self, outputs: Any, labels: Tensor) -> Tensor:
         """Returns the per-sample losses whose mean transformers' classifiers return."""

@@ -69,16 +69,18 @@ class SharpnessAwareModule(LightningModule):
 
     training_loss: Tensor | None = None
     _current_fx_name: str | None  # an attribute of Lightning
-    _seen: list[Tensor]
+    _losses_at_w: list[Tensor]
     """The per-sample losses of the step's micro-batches at the unperturbed weights."""
     _micro_batches: MicroBatches | None = None
     _in_pass = False
-    _stepping = False
-    _passing = False
+    """Whether the optimizer calls training_step."""
+    _in_closure = False
+    """Whether Lightning's closure runs inside a step."""
+    _in_step = False
     """Whether the optimizer runs its passes."""
-    _kept = False
+    _batch_stored = False
     """Whether training_step has stored the batch for which Lightning calls backward()."""
-    _known = False
+    _loss_known = False
     """Whether the loss of the current batch is known and logged."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -110,27 +112,24 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(method, SharpnessAware) or trainer.fit_loop._skip_backward:
             return self.training_losses(batch, batch_idx).mean()
         self._check(method)
-        if (
-            self._micro_batches is None or batch_idx % trainer.accumulate_grad_batches == 0
-        ):  # an interrupted step may have left some
-            self._micro_batches, self._seen = (
-                MicroBatches(self._losses, lambda micro_batch: self.training_targets(micro_batch[0])),
-                [],
-            )
-        self._micro_batches.add((batch, batch_idx), last=self._stepping)
-        self._kept = True
-        self._known = (
+        if self._micro_batches is None or batch_idx % trainer.accumulate_grad_batches == 0:
+            # Batches of an interrupted step, if there are any, are dropped.
+            self._micro_batches = MicroBatches(self._losses, lambda one: self.training_targets(one[0]))
+            self._losses_at_w = []
+        self._micro_batches.add((batch, batch_idx), last=self._in_closure)
+        self._batch_stored = True
+        self._loss_known = (
             trainer.accumulate_grad_batches > 1
-            or not self._stepping
+            or not self._in_closure
             or isinstance(method, (GNM, MSAM))
             or self._own_training_step
             or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())
         )
-        return self._loss_before_step(batch, batch_idx) if self._known else torch.zeros((), device=self.device)
+        return self._loss_before_step(batch, batch_idx) if self._loss_known else torch.zeros((), device=self.device)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; in the optimizer's passes only once per batch, at the unperturbed weights."""
-        if not (self._in_pass and self._known):
+        if not (self._in_pass and self._loss_known):
             super().log(*args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -138,12 +137,12 @@ class SharpnessAwareModule(LightningModule):
         self._check_automatic()
         if not isinstance(self._method, SharpnessAware):
             super().backward(loss, *args, **kwargs)
-        elif not self._kept:
+        elif not self._batch_stored:
             raise ValueError(
                 "training_step() must call super().training_step(batch, batch_idx): write training_losses(), which returns "
                 "the per-sample losses, instead"
             )
-        self._kept = False
+        self._batch_stored = False
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:  # type: ignore[override]
         """As Lightning's; an error in manual optimization."""
@@ -162,25 +161,25 @@ class SharpnessAwareModule(LightningModule):
         trainer, method = self.trainer, self._method
         model = trainer.model
         loss: Any = None
-        self._stepping = True
+        self._in_closure = True
         try:
             with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():  # type: ignore[operator]
                 if closure is not None:
                     loss = closure()  # Lightning's bookkeeping, and training_step, which stores the batch
         finally:
-            self._stepping = False
+            self._in_closure = False
         # Weight averaging ends with forwards for batch norm; training_step may skip batches.
         if trainer.fit_loop._skip_backward or self._micro_batches is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        known, micro_batches, self._micro_batches = self._known, self._micro_batches, None
-        self._passing = True
+        loss_known, micro_batches, self._micro_batches = self._loss_known, self._micro_batches, None
+        self._in_step = True
         try:
             micro_batches.step(method, scaler)
         finally:
-            self._passing = False
-        self.training_loss = torch.cat(self._seen).detach().mean()
-        if not known:
+            self._in_step = False
+        self.training_loss = torch.cat(self._losses_at_w).detach().mean()
+        if not loss_known:
             loss.data = self.training_loss  # the loss in Lightning's outputs
         if scaler is not None:
             scaler.update()
@@ -223,7 +222,7 @@ class SharpnessAwareModule(LightningModule):
             losses = check_per_sample(self.training_losses(batch, batch_idx), "training_losses()")
             for buffer, value in before:
                 buffer.copy_(value)
-        self._seen.append(losses)
+        self._losses_at_w.append(losses)
         return losses.mean()
 
     @property
@@ -244,9 +243,9 @@ class SharpnessAwareModule(LightningModule):
         if own and isinstance(losses, Mapping):
             losses = losses["loss"]
         losses = check_per_sample(losses, "training_step()" if own else "training_losses()")
-        if not self._known:  # a step's first pass is at the unperturbed weights
-            self._known = True
-            self._seen.append(losses.detach())
+        if not self._loss_known:  # a step's first pass is at the unperturbed weights
+            self._loss_known = True
+            self._losses_at_w.append(losses.detach())
         return losses
 
 
@@ -269,7 +268,7 @@ def _with_passes(own: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(own)
     def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         def check(*_: Any) -> None:
-            if not self._passing:
+            if not self._in_step:
                 raise ValueError(
                     "optimizer_step() must call optimizer.step(closure), got a call of optimizer.optimizer.step()"
                 )
