@@ -167,7 +167,7 @@ def machine(request: Any) -> dict[str, Any]:
 
 
 def facts(request: Any, elements: int, moved: float, seconds: float, bandwidth: float | None = None) -> dict[str, Any]:
-    """Returns facts of a pass that moved ``moved`` bytes in ``seconds``; ``bandwidth``: bytes per second, default: the machine's."""
+    """Facts of a pass that moved ``moved`` bytes in ``seconds``; ``bandwidth``: bytes per second, else the machine's."""
     found = machine(request)
     if bandwidth is not None:
         found["bandwidth_gb_per_s"] = bandwidth / 1e9
