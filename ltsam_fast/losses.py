@@ -538,7 +538,7 @@ class GCL(Loss):
     def hold(self) -> Iterator[None]:
         """A context in which all calls have the same noise, newly drawn."""
         if self._held:
-            raise RuntimeError("hold() must not be nested")
+            raise RuntimeError("hold() contexts do not nest")
         self.draws += 1
         self._held = True
         try:
