@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
-from ltsam_fast.shared.not_shared import NotShared
+from ltsam_fast.shared.not_shared import REMEDY, NotShared
 from ltsam_fast.shared.products import is_linear
 
 MAX_ROUNDS = 3
@@ -83,7 +83,7 @@ class OutputRecorder:
             containers = [module for module, _ in self._calls if inside <= set(module.modules())]
             if not containers:
                 kind = type(next(iter(inside))).__name__
-                raise NotShared(f"an activation checkpoint with {kind} is in no module; use shared_backward=False")
+                raise NotShared(f"an activation checkpoint with {kind} is in no module; {REMEDY}")
             smallest = min(containers, key=lambda one: len(list(one.modules())))
             found[smallest] = [node for module, nodes in self._calls if module is smallest for node in nodes]
         return found
@@ -118,7 +118,7 @@ def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise NotShared(
                 f"{name} ({type(module).__name__}) normalizes by the batch and so mixes samples: "
-                "put it in eval mode, or use shared_backward=False"
+                f"put it in eval mode, or {REMEDY}"
             )
     names = {id(param): name for name, param in model.named_parameters()}
     for param in params:
@@ -132,9 +132,7 @@ def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
             or hasattr(param, "_local_tensor")
         ):
             kind = "sharded" if hasattr(param, "_local_tensor") else "hooked"
-            raise NotShared(
-                f"{names[id(param)]} is {kind}: its gradient is not autograd's alone; use shared_backward=False"
-            )
+            raise NotShared(f"{names[id(param)]} is {kind}: its gradient is not autograd's alone; {REMEDY}")
 
 
 class Qualification:
@@ -149,7 +147,7 @@ class Qualification:
         if graph.reentrant:
             raise NotShared(
                 "torch.utils.checkpoint with use_reentrant=True hides what it runs: use use_reentrant=False, "
-                "or shared_backward=False"
+                f"or {REMEDY}"
             )
         self.model, self.graph, self.params, self.recorder = model, graph, params, recorder
         self.names = {id(param): name for name, param in model.named_parameters()}
@@ -251,9 +249,7 @@ class Qualification:
         """Raises NotShared if the child depends on samples, too, so that the node mixes samples."""
         for one in sorted(self.graph.below(child)):
             if name := self.recorder.outputs.get(self.graph.nodes[one]):
-                raise NotShared(
-                    f"samples mix after {name}, at {self.graph.nodes[number].name()}; use shared_backward=False"
-                )
+                raise NotShared(f"samples mix after {name}, at {self.graph.nodes[number].name()}; {REMEDY}")
 
     def _use(self, number: int, edges: tuple[int, ...]) -> ParameterUse:
         graph = self.graph
@@ -270,7 +266,7 @@ class Qualification:
         if shared and not callable(graph.nodes[number]):
             raise NotShared(
                 f"{self.names[id(self.params[leaves[0]])]} is used twice, once by {graph.nodes[number].name()}, which runs "
-                "as a whole only; use shared_backward=False"
+                f"as a whole only; {REMEDY}"
             )
         return ParameterUse(number, edges, leaves, layouts, "call_node" if shared else "at_node", False)
 
@@ -297,7 +293,7 @@ class Qualification:
         for index in graph.below(0, without=number):
             if graph.leaf[index] in leaves:
                 name = self.names[id(self.params[graph.leaf[index]])]
-                raise NotShared(f"{name}, of an activation checkpoint, is used outside too; use shared_backward=False")
+                raise NotShared(f"{name}, of an activation checkpoint, is used outside too; {REMEDY}")
         return ParameterUse(number, (), tuple(sorted(leaves)), self._layouts(number), "at_node", False)
 
 

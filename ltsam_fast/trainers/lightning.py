@@ -255,7 +255,7 @@ _NO_GRADIENTS = {
 }
 _REFUSED = {
     SharpnessAwareModule: {
-        "backward": "put what the loss needs into training_losses",
+        "backward": "what the loss needs belongs in training_losses",
         "configure_gradient_clipping": "clip with the Trainer's gradient_clip_val or the optimizer's max_grad_norm",
         **_NO_GRADIENTS,
     },
