@@ -93,7 +93,7 @@ class ClassPasses:
         classes, grads = self.gradients.classes, self.gradients.grads
         shared = self._passes._shared(self._scope) if classes else None
         with self._head.watched() if self._head else contextlib.nullcontext():
-            with shared.watching() if shared else contextlib.nullcontext():
+            with shared.record_outputs() if shared else contextlib.nullcontext():
                 losses = part.evaluate()
         self._optimizer.graphs.check(losses)
         if self._head and not self._head.keeps_apart(losses):

@@ -109,7 +109,7 @@ class Passes:
             shared = self._shared(self._params)
         for part in parts:
             with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
-                with shared.watching() if shared else _NOTHING:
+                with shared.record_outputs() if shared else _NOTHING:
                     losses = part.evaluate(index)
                 if optimizer.several_gradients:
                     optimizer.graphs.check(losses)

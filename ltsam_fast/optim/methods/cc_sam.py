@@ -42,7 +42,7 @@ class CCSAM(Sharing):
     has a pass each has a mask.
 
     ``shared_backward=True`` takes the gradients of all classes and the mean's from one sweep, see
-    :class:`ltsam_fast.optim.sharing.Sharing`; it pays with ``scope="all"``.
+    :class:`ltsam_fast.optim.class_wise.Sharing`; it pays with ``scope="all"``.
 
     Targets on the cpu are read without waiting for the device. With ``ascent_sync=True`` the mean loss of a class is that of
     all workers' samples.
