@@ -1,4 +1,4 @@
-"""What all benchmarks share."""
+"""Fixtures of all benchmarks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import signal
 
 import pytest
 
-from bench.measure import Roof, interleaved
+from bench.measure import MemoryBandwidth, interleaved
 
 signal.signal(
     signal.SIGINT, signal.default_int_handler
-)  # a time limit's; in a shell's background job it starts out ignored
+)  # for time limits; background jobs of a shell ignore it by default
 
 
 @pytest.fixture(scope="session")
-def measured_roof():
-    """Bytes a second that the machine's memory gives, measured once."""
-    roof = Roof()
-    return roof.bandwidth(interleaved(roof.steps, 10))
+def measured_bandwidth():
+    """The memory bandwidth in bytes per second, measured once."""
+    memory = MemoryBandwidth()
+    return memory.bandwidth(interleaved(memory.steps, 10))

@@ -1,4 +1,4 @@
-"""Optimizer steps to be timed, the bandwidth roof, and interleaved timing."""
+"""Optimizer steps to be timed, the memory bandwidth, and interleaved timing."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from ltsam_fast import ops, plain
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
 BYTES = {"SAM": 40, "FocalSAM": 44}
-"""Moved per fp32 parameter and step, each input and output counted once (SGD with momentum)."""
+"""Bytes moved per fp32 parameter and step, each input and output counted once (SGD with momentum)."""
 PHASES = {"SAM": ("first_step", "second_step"), "FocalSAM": ("first_step", "second_step", "third_step")}
 
 
 PEER = "pytorch_optimizer"
-"""The strongest package there is, in version 4.1.0 from PyPI."""
+"""The fastest other package, in version 4.1.0."""
 
 
 def synchronize() -> None:
-    """Waits for the device, so that a host clock sees its work."""
+    """Waits for the device, so that a host clock measures its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Returns the seconds that a call takes."""
     synchronize()
     start = time.perf_counter()
     run()
@@ -43,7 +43,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 class Step:
-    """One optimizer's phases on tensors of the given shapes. Gradients are set outside the time that is measured."""
+    """One optimizer's phases on tensors of the given shapes. Setting gradients is not timed."""
 
     def __init__(self, method: str, implementation: str, shapes: list[Any]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -52,8 +52,8 @@ class Step:
         self.grads = [make(0.01) for _ in PHASES[method]]
         others: dict[str, Any] = {
             "plain": lambda: getattr(plain, method),
-            "foreach": lambda: peers.built_on(peers.Foreach, getattr(peers, method)),
-            "compiled": lambda: peers.built_on(peers.Compiled, getattr(peers, method)),
+            "foreach": lambda: peers.with_engine(peers.Foreach, getattr(peers, method)),
+            "compiled": lambda: peers.with_engine(peers.Compiled, getattr(peers, method)),
             PEER: lambda: peers.published(method),
         }
         self.backend = None if implementation in others else implementation
@@ -78,8 +78,8 @@ class Step:
         return spent
 
 
-class Handed(torch.autograd.Function):
-    """Losses whose backward hands out prepared gradients."""
+class FixedGradients(torch.autograd.Function):
+    """Losses whose backward returns prepared gradients."""
 
     @staticmethod
     def forward(ctx: Any, grads: list[torch.Tensor], samples: int, *params: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class Handed(torch.autograd.Function):
 
 
 class WholeStep:
-    """``step(closure, targets)`` of any method, with a closure that costs next to nothing."""
+    """``step(closure, targets)`` of any method, with a closure of negligible cost."""
 
     def __init__(self, method: str, options: dict[str, Any], backend: str, shapes: list[Any]) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -106,17 +106,17 @@ class WholeStep:
         self.elements = sum(p.numel() for p in self.params)
 
     def closure(self, index: Any = None) -> torch.Tensor:
-        return Handed.apply(self.grads, 8 if index is None else len(index), *self.params)
+        return FixedGradients.apply(self.grads, 8 if index is None else len(index), *self.params)
 
     def __call__(self) -> float:
-        """Takes one step and returns the seconds of the optimizer's work: those inside autograd are left out."""
-        inside = 0.0
+        """Takes one step and returns its seconds without those in autograd."""
+        autograd_seconds = 0.0
 
-        def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal inside
+                nonlocal autograd_seconds
                 results: list[Any] = []
-                inside += timed(lambda: results.append(function(*arguments, **named)))
+                autograd_seconds += timed(lambda: results.append(function(*arguments, **named)))
                 return results[0]
 
             return call
@@ -124,14 +124,14 @@ class WholeStep:
         with (
             lf.use_backend(self.backend),
             unittest.mock.patch.multiple(
-                torch.autograd, backward=noted(torch.autograd.backward), grad=noted(torch.autograd.grad)
+                torch.autograd, backward=counted(torch.autograd.backward), grad=counted(torch.autograd.grad)
             ),
         ):
-            return timed(lambda: self.optimizer.step(self.closure, targets=self.targets)) - inside
+            return timed(lambda: self.optimizer.step(self.closure, targets=self.targets)) - autograd_seconds
 
 
 def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Seconds of each, in turns, so that a noisy neighbour hits all alike. The first three rounds warm up."""
+    """Times the steps in turns, so that other load affects all of them. The first three rounds warm up. Returns seconds."""
     times: list[list[float]] = [[] for _ in steps]
     for index in range(rounds + 3):
         for step, column in zip(steps, times, strict=True):
@@ -141,8 +141,8 @@ def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[floa
     return times
 
 
-class Roof:
-    """The memory's bandwidth: ``steps`` that copy, copy past the caches, and read, 256 MiB each, to be timed in turns."""
+class MemoryBandwidth:
+    """The memory bandwidth: ``steps`` copy, copy past the caches, and read, 256 MiB each; time them in turns."""
 
     def __init__(self, elements: int = 1 << 26) -> None:
         x, y = (torch.rand(elements, device=DEVICE) for _ in range(2))
@@ -151,14 +151,14 @@ class Roof:
         self.steps: list[Callable[[], float]] = [functools.partial(timed, run) for run in runs]
 
     def bandwidth(self, times: list[list[float]]) -> float:
-        """Bytes a second of the fastest, from the times of the steps."""
+        """Returns the bytes per second of the fastest step, from the times of the steps."""
         return max(moved / statistics.median(column) for moved, column in zip(self._moved, times, strict=True))
 
 
 def machine(request: Any) -> dict[str, Any]:
-    """What every benchmark tells of where it ran. The roof is measured when the first asks, which a smoke test never does."""
+    """Returns facts of the machine. The bandwidth is measured at the first call; a smoke test makes none."""
     return {
-        "roof_gb_per_s": request.getfixturevalue("measured_roof") / 1e9,
+        "bandwidth_gb_per_s": request.getfixturevalue("measured_bandwidth") / 1e9,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
@@ -166,15 +166,15 @@ def machine(request: Any) -> dict[str, Any]:
     }
 
 
-def facts(request: Any, elements: int, moved: float, seconds: float, roof: float | None = None) -> dict[str, Any]:
-    """What a timed pass tells: ``moved`` bytes in ``seconds``, against the roof, which may have been timed in turns with it."""
-    where = machine(request)
-    if roof is not None:
-        where["roof_gb_per_s"] = roof / 1e9
-    return where | {
+def facts(request: Any, elements: int, moved: float, seconds: float, bandwidth: float | None = None) -> dict[str, Any]:
+    """Facts of a pass that moved ``moved`` bytes in ``seconds``; ``bandwidth``: bytes per second, else the machine's."""
+    found = machine(request)
+    if bandwidth is not None:
+        found["bandwidth_gb_per_s"] = bandwidth / 1e9
+    return found | {
         "elements": elements,
         "bytes": moved,
         "fused_ms": 1e3 * seconds,
         "gb_per_s": moved / seconds / 1e9,
-        "share_of_roof": moved / seconds / 1e9 / where["roof_gb_per_s"],
+        "share_of_bandwidth": moved / seconds / 1e9 / found["bandwidth_gb_per_s"],
     }

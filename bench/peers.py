@@ -1,4 +1,4 @@
-"""What ours is measured against: the fastest SAM and Focal-SAM from torch's own parts, and the strongest package there is."""
+"""What this package is compared with: SAM and Focal-SAM by torch._foreach_* and torch.compile, and pytorch_optimizer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 Tensors = list[torch.Tensor]
 
 
-def climb(params: Tensors, grads: Tensors, old: Tensors, rho: float) -> None:
-    """Keeps the weights and perturbs them along the gradients."""
+def ascend(params: Tensors, grads: Tensors, old: Tensors, rho: float) -> None:
+    """Saves the weights and perturbs them along the gradients."""
     norm = torch.stack(torch._foreach_norm(grads)).norm()
     torch._foreach_copy_(old, params)
     torch._foreach_add_(params, torch._foreach_mul(grads, rho / (norm + 1e-12)))
 
 
 def descend(params: Tensors, grads: Tensors, kept: Tensors, old: Tensors, buffers: Tensors, options: Any) -> None:
-    """Restores, adds up gradients and takes SGD's step with momentum, in functional form for a compiler to fuse."""
+    """Restores the weights, adds up gradients and takes SGD's step with momentum; torch.compile fuses it."""
     torch._foreach_copy_(params, old)
     if kept:
         grads = torch._foreach_add(grads, kept)
@@ -44,9 +44,9 @@ class Foreach(torch.optim.Optimizer):
         return grads
 
     @torch.no_grad()
-    def climb(self) -> None:
+    def ascend(self) -> None:
         self.old = [torch.empty_like(p) for p in self.params]
-        climb(self.params, self.gradients(), self.old, self.rho)
+        ascend(self.params, self.gradients(), self.old, self.rho)
 
     @torch.no_grad()
     def descend(self) -> None:
@@ -58,7 +58,7 @@ class Foreach(torch.optim.Optimizer):
 
 
 class Compiled(Foreach):
-    """The same by torch.compile, which fuses the whole descent with its own C++ or Triton code."""
+    """The same by torch.compile, which fuses the descent into C++ or Triton code."""
 
     def __init__(self, params: Any, base_optimizer: Any, rho: float, **base: Any) -> None:
         super().__init__(params, base_optimizer, rho, **base)
@@ -66,11 +66,11 @@ class Compiled(Foreach):
         self.buffers = [torch.zeros_like(p) for p in self.params]
         self.old = [torch.empty_like(p) for p in self.params]
         self.weights = [p.detach() for p in self.params]
-        # Of its own for each network: shapes are fixed, and a cache shared by many networks would run full.
-        self.compiled = [torch.compile(one, dynamic=False) for one in (climb, descend)]
+        # Compiled for each network: shapes are fixed, and a cache for many networks would overflow.
+        self.compiled = [torch.compile(one, dynamic=False) for one in (ascend, descend)]
 
     @torch.no_grad()
-    def climb(self) -> None:
+    def ascend(self) -> None:
         self.compiled[0](self.weights, self.gradients(), self.old, self.rho)
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class SAM:
     """The phases of SAM."""
 
     def first_step(self) -> None:
-        self.climb()
+        self.ascend()
 
     def second_step(self) -> None:
         self.descend()
@@ -95,19 +95,19 @@ class FocalSAM:
         self.kept = self.gradients()
 
     def second_step(self) -> None:
-        self.climb()
+        self.ascend()
 
     def third_step(self) -> None:
         self.descend()
 
 
-def built_on(engine: type, phases: type) -> Any:
-    """A method's phases, run by :class:`Foreach` or :class:`Compiled`."""
+def with_engine(engine: type, phases: type) -> Any:
+    """Returns a method's phases, run by :class:`Foreach` or :class:`Compiled`."""
     return type(f"{engine.__name__}{phases.__name__}", (phases, engine), {})
 
 
 def published(method: str) -> Any:
-    """pytorch_optimizer's class of that name, or None."""
+    """Returns pytorch_optimizer's class of that name, or None."""
     try:
         return getattr(importlib.import_module("pytorch_optimizer"), method, None)
     except ImportError:

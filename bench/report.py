@@ -1,6 +1,6 @@
-"""``python -m bench.report FILE.json [OUTDIR]``: the benchmarks' JSON as a Markdown table and a chart.
+"""``python -m bench.report FILE.json [OUTDIR]``: prints the benchmarks' JSON as Markdown tables, and draws a chart.
 
-Reads and draws only; it does not import the package, which the repository root on the path would hide.
+It does not import the package, which the repository root on the path would hide.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 SECTIONS = {
     "phases": (
         "method network backend plain_ms fused_ms ratio ratio_foreach ratio_compiled ratio_pytorch_optimizer gb_per_s "
-        "roof_gb_per_s share_of_roof ratio_at_roof launches host_us",
+        "bandwidth_gb_per_s share_of_bandwidth ratio_at_bandwidth launches host_us",
         "Optimizer work of a step through the phases (SGD with momentum), rounds in turns; ratios to the plain loop, to "
-        "torch's foreach and fused parts, to those under torch.compile, and to pytorch_optimizer 4.1.0. The roof is the "
-        "fastest of copy, streaming copy and read; with large networks it takes its turns in the same rounds. Calls alone: "
+        "torch's foreach and fused parts, to those under torch.compile, and to pytorch_optimizer 4.1.0. The bandwidth "
+        "is the fastest of copy, streaming copy and read; with large networks it is timed in the same rounds. Calls alone: "
         "the same step on tensors of four elements. tiny: 2000 tensors of 16 to 32 elements. Launches are kernels on a GPU, "
         "calls of native code on the CPU.",
     ),
-    "family": (
-        "method network backend twin_ms fused_ms ratio gb_per_s",
-        "The optimizer's work in a whole step of every method, against its twin in plain PyTorch; what autograd takes is "
-        "left out of both.",
+    "methods": (
+        "method network backend torch_ms fused_ms ratio gb_per_s",
+        "The optimizer's work in a whole step of every method, against the same step on the backend torch, in "
+        "plain PyTorch; autograd's time is left out of both.",
     ),
     "losses": (
-        "loss shape implementation call_us ratio_plain ratio_twin gb_per_s",
+        "loss shape implementation call_us ratio_plain ratio_torch gb_per_s",
         "Forward and backward of the losses on fp32 logits (samples x classes), rounds in turns; ratios to the published "
-        "formula by torch's functions (of plain cross entropy: F.cross_entropy) and to the twin, the backend torch. GB/s "
+        "formula by torch's functions (of plain cross entropy: F.cross_entropy) and to the backend torch. GB/s "
         "counts the logits twice, for two passes read them, and their gradient once.",
     ),
     "growth": (
@@ -36,7 +36,7 @@ SECTIONS = {
         "The norm pass against the number of elements in one tensor (N) and of tiny tensors (T).",
     ),
     "one tensor": (
-        "pass elements fused_ms gb_per_s share_of_roof",
+        "pass elements fused_ms gb_per_s share_of_bandwidth",
         "The passes over one tensor of a billion elements.",
     ),
     "16 bits": (
@@ -51,14 +51,14 @@ SECTIONS = {
     ),
     "shared": (
         "network trained method ms ratio_sam peak_mb",
-        "A training step with both gradients from one backward sweep (shared_backward=True), against SAM's: medians of the "
+        "A training step with both gradients from one backward pass (shared_backward=True), against SAM's: medians of the "
         "ratios within a round.",
     ),
 }
-"""Tables: the rows' facts that are its columns, and what it is about."""
+"""Table -> its columns, and its caption."""
 HEADS = {
     "plain_ms": "plain (ms)",
-    "twin_ms": "twin (ms)",
+    "torch_ms": "torch (ms)",
     "fused_ms": "fused (ms)",
     "ratio": "ratio",
     "ratio_foreach": "to foreach + fused",
@@ -67,14 +67,14 @@ HEADS = {
     "ratio_plain": "to the plain formula",
     "ratio_reference": "to the eager reference",
     "ratio_sgd": "to eager SGD",
-    "ratio_twin": "to the twin",
+    "ratio_torch": "to the backend torch",
     "call_us": "both passes (us)",
     "ratio_sam": "times SAM's",
     "peak_mb": "peak (MB)",
     "gb_per_s": "GB/s",
-    "roof_gb_per_s": "roof (GB/s)",
-    "share_of_roof": "share of roof",
-    "ratio_at_roof": "ratio if at the roof",
+    "bandwidth_gb_per_s": "bandwidth (GB/s)",
+    "share_of_bandwidth": "share of bandwidth",
+    "ratio_at_bandwidth": "ratio at full bandwidth",
     "host_us": "calls alone (us)",
     "us": "time (us)",
     "ms": "step (ms)",
@@ -84,9 +84,9 @@ FORMATS = {
     "length": ".3f",
     "ratio_sam": ".3f",
     "peak_mb": ".0f",
-    "share_of_roof": ".0%",
+    "share_of_bandwidth": ".0%",
     "gb_per_s": ".0f",
-    "roof_gb_per_s": ".0f",
+    "bandwidth_gb_per_s": ".0f",
     "host_us": ".0f",
     "us": ".1f",
     "call_us": ".0f",
@@ -94,7 +94,7 @@ FORMATS = {
 
 
 def rows(results: dict[str, Any], table: str) -> list[dict[str, Any]]:
-    """The figures of one table. A benchmark that compares several things gives several rows."""
+    """Returns the rows of one table; a benchmark may have several."""
     found = [entry["extra_info"] for entry in results["benchmarks"] if entry["extra_info"].get("table") == table]
     return [row for info in found for row in info.get("rows", [info])]
 
@@ -114,19 +114,19 @@ def _table(found: list[dict[str, Any]], names: str) -> str:
 
 
 def _where(results: dict[str, Any]) -> dict[str, Any]:
-    """The facts of the machine, which each benchmark that timed something tells."""
+    """Returns the facts of the machine, which every timed benchmark has."""
     return next(entry["extra_info"] for entry in results["benchmarks"] if "threads" in entry["extra_info"])
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown tables with what was measured, on which machine and commit."""
+    """Returns Markdown tables of the results, with machine and commit."""
     machine = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     commit = results.get("commit_info", {}).get("id", "unknown")[:10]
     facts = _where(results)
     malloc = "".join(f", {name}={value}" for name, value in facts.get("malloc", {}).items())
     parts = [
         f"{results['datetime'][:10]}, {machine}, {facts['threads']} threads, device {facts['device']}, "
-        f"torch {facts['torch']}, commit {commit}{malloc}; roof {facts['roof_gb_per_s']:.0f} GB/s."
+        f"torch {facts['torch']}, commit {commit}{malloc}; bandwidth {facts['bandwidth_gb_per_s']:.0f} GB/s."
     ]
     for name, (columns, about) in SECTIONS.items():
         if found := rows(results, name):
@@ -135,14 +135,14 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Ratio bars, the share of the roof, and time against N and T, of what there is of these."""
+    """Draws ratios, GB/s against the bandwidth, and time against N and T, as far as they were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    phases, family, growth = (rows(results, name) for name in ("phases", "family", "growth"))
-    if not phases and not family and not growth:
+    phases, methods, growth = (rows(results, name) for name in ("phases", "methods", "growth"))
+    if not phases and not methods and not growth:
         return
     figure, axes = plt.subplots(2, 2, figsize=(14, 9))
     labels = [f"{row['method']}\n{row['network']}\n{row['backend']}" for row in phases]
@@ -161,17 +161,17 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes[0, 0].legend(frameon=False)
     bars = axes[0, 1].bar(range(len(phases)), [row["gb_per_s"] for row in phases])
     axes[0, 1].bar_label(bars, fmt="%.0f")
-    axes[0, 1].plot([row["roof_gb_per_s"] for row in phases], "_", color="black", markersize=24)
+    axes[0, 1].plot([row["bandwidth_gb_per_s"] for row in phases], "_", color="black", markersize=24)
     axes[0, 1].set_xticks(range(len(phases)), labels, fontsize=7)
-    axes[0, 1].set_title("GB/s, and the roof")
-    for index, network in enumerate(sorted({row["network"] for row in family})):
-        found = [row for row in family if row["network"] == network]
+    axes[0, 1].set_title("GB/s, and the memory bandwidth")
+    for index, network in enumerate(sorted({row["network"] for row in methods})):
+        found = [row for row in methods if row["network"] == network]
         axes[1, 0].bar(
             [i + 0.4 * index for i in range(len(found))], [row["ratio"] for row in found], 0.4, label=network
         )
         axes[1, 0].set_xticks(range(len(found)), [row["method"] for row in found], rotation=40, ha="right", fontsize=8)
-    axes[1, 0].set_title("optimizer work: times faster than the twin (line: 3)")
-    if family:
+    axes[1, 0].set_title("optimizer work: times faster than the backend torch (line: 3)")
+    if methods:
         axes[1, 0].set_yscale("log")
         axes[1, 0].axhline(3, color="black", linestyle="--")
         axes[1, 0].legend(frameon=False)
@@ -180,7 +180,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes[1, 1].loglog([row["size"] for row in found], [row["us"] for row in found], "o-", label=label)
     axes[1, 1].set_title("the norm pass (us)")
     axes[1, 1].legend(frameon=False)
-    for one, shown in zip(axes.flat, (phases, phases, family, growth), strict=True):
+    for one, shown in zip(axes.flat, (phases, phases, methods, growth), strict=True):
         one.set_visible(bool(shown))
         one.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -188,7 +188,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the table; with a folder, writes report.md and report.png there."""
+    """Prints the tables; with a folder, writes report.md and report.png to it."""
     if not 1 <= len(arguments) <= 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bench/run_gpu.sh OUTDIR [steps|tests|bench|checks]...: what is to be done on a GPU machine, each part within 8 minutes; without a
-# part all four, in this order. Each begins with the build. Needs torch, pytest, pytest-benchmark, pybind11 and ninja (with
+# bench/run_gpu.sh OUTDIR [steps|tests|bench|checks]...: runs tests and benchmarks on a GPU, each part within 8 minutes; without a
+# part all four, in this order. Each starts with the build. Needs torch, pytest, pytest-benchmark, pybind11 and ninja (with
 # pytest-xdist the tests take less time); no network.
 #
 #   steps   whole training steps, eager and as CUDA graphs         OUTDIR/steps/bench.json, report.md
@@ -8,11 +8,11 @@
 #   bench   optimizer work and losses                              OUTDIR/bench/bench.json, report.md, report.png
 #   checks  memory and races of our kernels, graphs, counters      OUTDIR/memcheck.txt, racecheck.txt, graphs.txt, ncu.txt
 #
-# A step that takes too long is interrupted as by Ctrl-C, so that what it has found until then is written. The logs of steps that
+# A step that takes too long is interrupted as by Ctrl-C, so that its results so far are written. The logs of steps that
 # failed stay. LTSAM_LIMIT=SECONDS is a lower limit for each step.
 #
 # Without a GPU it runs the same commands, Triton in its interpreter and CUDA compiled only, the GPU's tests up to where they need
-# one, and a few quick benchmarks: so that a typing error is found before a GPU is paid for.
+# one, and a few quick benchmarks, to find errors without a GPU.
 set -uo pipefail
 usage="usage: bench/run_gpu.sh OUTDIR [steps|tests|bench|checks]..."
 out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
@@ -56,11 +56,11 @@ if ((gpu)); then
     LTSAM_CUDA_ARCHS=${LTSAM_CUDA_ARCHS:-$(python3 -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")}
     export LTSAM_CUDA_ARCHS
     steps=(bench/test_end2end.py bench/test_shared.py)
-    benches=(bench/test_steps.py bench/test_losses.py bench/test_precision.py)
+    benches=(bench/test_steps.py bench/test_loss_time.py bench/test_precision.py)
 else
     echo "== no GPU: a dry run on the CPU"
     steps=(bench/test_end2end.py -k resnet32)
-    benches=(bench/test_steps.py bench/test_losses.py -k "test_step and resnet32 or growth or family and resnet32 and GNM or losses and 10")
+    benches=(bench/test_steps.py bench/test_loss_time.py -k "test_step and resnet32 or growth or methods and resnet32 and GNM or test_loss and 10")
 fi
 
 run_steps() { benchmark steps 280 "${steps[@]}"; }

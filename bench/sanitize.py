@@ -1,7 +1,7 @@
-"""A small call of each op, for compute-sanitizer: odd sizes, empty tensors, an unaligned view.
+"""Calls each op once, for compute-sanitizer, with odd sizes, empty tensors and an unaligned view.
 
-With "large": passes over a tensor that no cache holds, for counters. With "graphs": steps as CUDA graphs, and whether they
-end where ordinary steps do.
+"large": passes over a tensor larger than all caches, for hardware counters. "graphs": steps as CUDA graphs, compared with
+eager steps.
 """
 
 import sys
@@ -12,7 +12,7 @@ import ltsam_fast as lf
 
 
 def large(device: str) -> None:
-    """Steps over a tensor that no cache holds."""
+    """Takes steps over a tensor larger than all caches."""
     param = torch.randn(2**26 if device == "cuda" else 2**10, device=device).requires_grad_()
     optimizer = lf.FocalSAM([param], torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
     for _ in range(2):
@@ -26,10 +26,10 @@ def large(device: str) -> None:
 
 
 def graphs(device: str) -> None:
-    """Five steps of graph_step, four of them replays with changing learning rates, end where ordinary steps do."""
+    """Compares five steps of graph_step, four of them replays with changing learning rates, with eager steps."""
     counts = [40, 20, 5]
     for method, options in ((lf.SAM, {}), (lf.FocalSAM, {"class_counts": counts}), (lf.ESAM, {})):
-        ends = []
+        results = []
         for captured in (False, True):
             torch.manual_seed(0)
             layers = torch.nn.Linear(4, 33), torch.nn.BatchNorm1d(33), torch.nn.Tanh(), torch.nn.Linear(33, 3)
@@ -44,11 +44,13 @@ def graphs(device: str) -> None:
                     step(inputs, targets)
                 else:
                     every = torch.arange(9, device=device)
-                    optimizer.step(lambda at=every: criterion(model(inputs[at]), targets[at]), targets=targets)  # noqa: B023
+                    optimizer.step(lambda index=every: criterion(model(inputs[index]), targets[index]), targets=targets)  # noqa: B023
                 schedule.step()
-            ends.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
-        torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
-        print(f"{method.__name__}: {float((ends[1] - ends[0]).norm() / ends[0].norm()):.1e} apart")
+            results.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+        print(
+            f"{method.__name__}: {float((results[1] - results[0]).norm() / results[0].norm()):.1e} relative difference"
+        )
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Parameter shapes of the networks that figures are quoted for, written out so that no model zoo is needed."""
+"""Parameter shapes of the measured networks, so that no model zoo is needed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def vit_b16(classes: int = 1000) -> list[Shape]:
 
 
 def tiny(count: int = 2000) -> list[Shape]:
-    """Many small tensors: what is left of a pass when there is nothing to move."""
+    """Many small tensors: measures the overhead of a pass."""
     return [(16 + index % 17,) for index in range(count)]
 
 
@@ -51,5 +51,5 @@ SHAPES = {"resnet32": resnet32, "resnet50": resnet50, "vit_b16": vit_b16, "tiny"
 
 
 def names() -> Iterator[str]:
-    """The networks, smallest first."""
+    """Returns the networks, smallest first."""
     return iter(("resnet32", "resnet50", "vit_b16"))

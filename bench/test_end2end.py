@@ -1,4 +1,4 @@
-"""A whole training step: network x method x implementation, rounds in turns."""
+"""Times whole training steps: network x method x implementation, in turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import ltsam_fast as lf
 from bench.measure import BASE, DEVICE, interleaved, machine, timed
 from ltsam_fast import models, ops, plain
 
-RATE = BASE | {"lr": 1e-3}  # with 0.1 rounding alone sets a network's weights 0.2 of their way apart in five steps
+RATE = BASE | {"lr": 1e-3}  # with 0.1, rounding alone makes weights differ by 0.2 of their change in five steps
 COUNTS = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 losses_of = functools.partial(F.cross_entropy, reduction="none")
 NETWORKS = {
@@ -26,7 +26,7 @@ NETWORKS = {
         torch.bfloat16,
     ),
 }
-"""Network, shape of a batch, and autocast's dtype."""
+"""Network, shape of a batch, dtype of autocast."""
 
 
 class Training:
@@ -45,7 +45,7 @@ class Training:
             cls = getattr(plain, method, None)
             self.optimizer = cls(params, torch.optim.SGD, rho=0.2, **RATE) if cls else torch.optim.SGD(params, **RATE)
             return
-        # Focal-SAM with lam = 0 is SGD, and runs one pass.
+        # Focal-SAM with lam = 0 is SGD, with one pass.
         options = {"FocalSAM": {"class_counts": COUNTS, "gamma": 3.0}, "SGD": {"class_counts": COUNTS, "lam": 0.0}}
         cls = lf.SAM if method == "SAM" else lf.FocalSAM
         self.optimizer = cls(params, torch.optim.SGD, rho=0.2, **options.get(method, {}), **RATE)
@@ -84,24 +84,26 @@ class Training:
         return timed(self.run)
 
     def weights(self):
-        """All weights, one after the other."""
+        """Returns all weights, concatenated."""
         return torch.nn.utils.parameters_to_vector(self.model.parameters()).detach()
 
 
-def assert_together(trainings, start):
-    """No figure for a wrong result: the same steps from the same weights must have led to about the same place."""
+def assert_same_steps(trainings, start):
+    """Checks the results before they are timed: the same steps must have changed the weights alike."""
     reference, *others = (training.weights() - start for training in trainings)
     for training, moved in zip(trainings[1:], others, strict=True):
-        apart = float((moved - reference).norm() / reference.norm())
-        limit = 0.05 if training.autocast is None else 0.3  # 16 bits round the gradients of the two losses apart
-        assert apart < limit, f"weights are {apart:.3f} of their way apart, but should be less than {limit}"
+        difference = float((moved - reference).norm() / reference.norm())
+        limit = 0.05 if training.autocast is None else 0.3  # 16 bits round the gradients of the two losses differently
+        assert difference < limit, (
+            f"weights differ by {difference:.3f} of their change, but should by less than {limit}"
+        )
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_training_step(benchmark, network, request):
-    """The reference's, ours, and ours captured in a CUDA graph."""
+    """The plain implementation, the fused one, and the fused one captured in a CUDA graph."""
     if network == "vit_b16" and DEVICE == "cpu":
-        pytest.skip("takes minutes a step without a GPU")
+        pytest.skip("a step takes minutes without a GPU")
     implementations = ["reference", "fused", *(["graph"] if DEVICE == "cuda" else [])]
     names = [(method, one) for method in ("SGD", "SAM", "FocalSAM") for one in implementations]
     trainings = [Training(network, *name, small=benchmark.disabled) for name in names]
@@ -109,7 +111,7 @@ def test_training_step(benchmark, network, request):
     for training in trainings * (5 if DEVICE == "cuda" else 1):  # graphs are captured in the fourth step
         training()
     for first in range(0, len(trainings), len(implementations)):
-        assert_together(trainings[first : first + len(implementations)], start)
+        assert_same_steps(trainings[first : first + len(implementations)], start)
     rounds = 1 if benchmark.disabled else 20 if DEVICE == "cuda" else 5
     times = dict(zip(names, map(statistics.median, interleaved(trainings, rounds)), strict=True))
     benchmark.pedantic(trainings[-1], rounds=1)

@@ -1,4 +1,4 @@
-"""What is left of a perturbation after rounding: weights in 16 bits, and fp32 weights under autocast."""
+"""Measures a perturbation after rounding: weights in 16 bits, and fp32 weights under autocast."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from bench.measure import DEVICE, machine
 from ltsam_fast import ops
 
 WEIGHTS = 25_000_000
-"""As many as ResNet-50 has; the more there are, the less falls to each."""
+"""As many as in ResNet-50; the more weights, the smaller the perturbation of each."""
 DRAWS = 256
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32 (autocast)": torch.float32}
 
 
 def moved(w, g, rho, dtype, **options):
-    """The perturbation that weights of a dtype get."""
+    """Returns the rounded perturbation of weights of a dtype."""
     stored = w.to(dtype)
     before = stored.double()
     ops.perturb_([stored], [g], None, g.norm(), rho=rho, **options)
@@ -23,14 +23,14 @@ def moved(w, g, rho, dtype, **options):
 
 
 def alike(actual, wanted):
-    """Cosine, and the length along the wanted perturbation in units of that one's."""
+    """Returns the cosine to the wanted perturbation, and the length along it in units of its norm."""
     along = (actual @ wanted) / wanted.norm()
     return {"cosine": (along / actual.norm()).item(), "length": (along / wanted.norm()).item()}
 
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_perturbation_that_is_left(benchmark, name, request):
-    """Nearest rounding loses most of it, random rounding keeps its mean, fp32 weights keep it."""
+    """Rounding to nearest loses most of it, stochastic rounding keeps its mean, fp32 weights keep it."""
     count = WEIGHTS if not benchmark.disabled else 10_000
     generator = torch.Generator().manual_seed(0)
     w, g = ((scale * torch.randn(count, generator=generator)).to(DEVICE) for scale in (0.05, 1.0))
@@ -39,7 +39,7 @@ def test_perturbation_that_is_left(benchmark, name, request):
     benchmark.pedantic(moved, (w, g, 0.05, DTYPES[name]), rounds=1)
     rows = [{"weights": name, "rounding": "to nearest", **alike(moved(w, g, 0.05, DTYPES[name]), wanted)}]
     if DTYPES[name] != torch.float32:
-        # Of the mean a hundredth of the weights tells as much; each gets what it would get among all.
+        # A hundredth of the weights, with the perturbation that they have among all, is enough for the mean.
         few, share = slice(0, count // 100), 0.05 * g[: count // 100].norm().item() / g.norm().item()
         mean = torch.zeros_like(wanted[few])
         for step in range(DRAWS):

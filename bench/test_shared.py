@@ -1,4 +1,4 @@
-"""A training step with one backward sweep for both of Focal-SAM's gradients, against SAM's and against two backwards."""
+"""Times training steps with one backward pass for both gradients, against SAM's and against two backwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMPLEMENTATIONS = {
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer, with what is learned in 8 dimensions."""
+    """A frozen linear layer with a trained update of rank 8."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class LoRA(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A frozen linear layer, then a bottleneck of 16 dimensions."""
+    """A frozen linear layer and a trained bottleneck of 16 dimensions."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Adapter(nn.Module):
 
 
 def _frozen(model, wrap, chosen):
-    """The network with its linear layers wrapped, where ``chosen``, and its last one trained."""
+    """Freezes the network, wraps the linear layers that ``chosen`` selects, and trains the last one."""
     model.requires_grad_(False)
     linear = [
         (m, name, child) for m in model.modules() for name, child in m.named_children() if type(child) is nn.Linear
@@ -94,7 +94,7 @@ class Training:
 
 
 def _peak(training):
-    """MB that a step adds at most, on a GPU."""
+    """Returns the peak memory of a step in MB, on a GPU."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     training()
@@ -105,11 +105,11 @@ def _peak(training):
 @pytest.mark.parametrize("network", ("small_vit", "vit_b16"))
 def test_shared_backward(benchmark, network, trained, request):
     if network == "vit_b16" and DEVICE == "cpu":
-        pytest.skip("takes minutes a step without a GPU")
+        pytest.skip("a step takes minutes without a GPU")
     make = functools.partial(Training, network, trained, small=benchmark.disabled)
     trainings = {name: make(name) for name in IMPLEMENTATIONS}
     for training in trainings.values():
-        training()  # the shared ones are examined in their first step
+        training()  # the first step analyzes the network
     rounds = 1 if benchmark.disabled else 20 if DEVICE == "cuda" else 9
     times = dict(zip(trainings, interleaved(list(trainings.values()), rounds), strict=True))
     benchmark.pedantic(trainings["SAM"], rounds=1)

@@ -1,4 +1,4 @@
-"""Optimizer work of a whole step: method x network x backend, with the plain loop in the same run."""
+"""Times the optimizer's work in a step: method x network x backend, in turns with the plain loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import torch
 
 import ltsam_fast as lf
 from bench import peers
-from bench.measure import BYTES, DEVICE, PEER, Roof, Step, WholeStep, facts, interleaved, machine, synchronize
+from bench.measure import (
+    BYTES,
+    DEVICE,
+    PEER,
+    MemoryBandwidth,
+    Step,
+    WholeStep,
+    facts,
+    interleaved,
+    machine,
+    synchronize,
+)
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
 from ltsam_fast.table import TensorTable
@@ -19,9 +30,9 @@ from ltsam_fast.table import TensorTable
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
 NETWORKS = [*names(), "tiny"]
 COMPILED = ("resnet32", "resnet50")
-"""Networks for which torch.compile is measured too: it takes half a minute for each."""
+"""Networks for which torch.compile is measured, too; compiling takes long."""
 COUNTS = {"class_counts": [50, 5]}
-FAMILY = {
+METHODS = {
     "SAM": ({}, 40),
     "FocalSAM": (COUNTS, 44),
     "ImbSAM": (COUNTS, 44),
@@ -36,11 +47,11 @@ FAMILY = {
     "GSAM": ({}, 52),
     "WSAM": ({}, 44),
 }
-"""Options, and bytes moved per parameter and step (of LookSAM on average)."""
+"""Options, and bytes moved per parameter and step (for LookSAM the mean)."""
 
 
 def launches(step):
-    """Kernels that one step launches on a GPU; calls of native code on the CPU."""
+    """Returns the number of kernels that a step launches on a GPU, or of calls of native code on the CPU."""
     if DEVICE == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
@@ -53,15 +64,15 @@ def launches(step):
 
 
 def available():
-    """The backends to be timed; a missing one is told of."""
-    there = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
-    if not there:
+    """Returns the backends to be timed; skips the test if there is none."""
+    found = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
+    if not found:
         pytest.skip(f"none of {', '.join(BACKENDS)} is available")
-    return there
+    return found
 
 
 def assert_alike(steps):
-    """No figure for a wrong result."""
+    """Checks the results before they are timed."""
     for other in steps[1:]:
         for mine, its in zip(steps[0].params, other.params, strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
@@ -85,13 +96,14 @@ def test_step(benchmark, method, network, request):
         benchmark.pedantic(steps[0], rounds=1)
         return
     small_network = steps[0].elements < 1e6
-    roof = None if small_network else Roof()  # a shared machine's bandwidth drifts, so it takes its turns too
-    # A GPU's events need no more rounds, and 2000 tensors take the plain loop long.
+    # The bandwidth of a shared machine drifts, so it is timed in the same rounds.
+    memory = None if small_network else MemoryBandwidth()
+    # The plain loop takes long for 2000 tensors.
     rounds = 200 if small_network and DEVICE == "cpu" else 20
-    times = interleaved([*steps, *(roof.steps if roof else [])], rounds)
+    times = interleaved([*steps, *(memory.steps if memory else [])], rounds)
     benchmark.pedantic(steps[0], rounds=5)
     seconds = dict(zip((*backends, *others), map(statistics.median, times[: len(steps)]), strict=True))
-    bandwidth = roof.bandwidth(times[len(steps) :]) if roof else None
+    bandwidth = memory.bandwidth(times[len(steps) :]) if memory else None
     for backend in backends:
         ours = seconds[backend]
         row = facts(request, steps[0].elements, BYTES[method] * steps[0].elements, ours, bandwidth)
@@ -101,18 +113,18 @@ def test_step(benchmark, method, network, request):
         host = statistics.median(interleaved([small], 50 if DEVICE == "cpu" else 20)[0])
         row |= {"method": method, "network": network, "backend": backend, "tensors": len(shapes)}
         row |= {"launches": launches(small), "host_us": 1e6 * host, "ratio": row["ratio_plain"]}
-        row["ratio_at_roof"] = seconds["plain"] / (row["bytes"] / (1e9 * row["roof_gb_per_s"]))
+        row["ratio_at_bandwidth"] = seconds["plain"] / (row["bytes"] / (1e9 * row["bandwidth_gb_per_s"]))
         benchmark.extra_info.setdefault("rows", []).append(row)
     benchmark.extra_info.update(machine(request), table="phases")
 
 
 @pytest.mark.parametrize("network", ("resnet32", "vit_b16"))
-@pytest.mark.parametrize("method", FAMILY)
-def test_family(benchmark, method, network, request):
-    """The optimizer's work in a step of every method against its twin in plain PyTorch; autograd's is left out."""
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(benchmark, method, network, request):
+    """The optimizer's work in a step of every method against the backend torch; autograd's time is left out."""
     backends = available()
-    benchmark.group = f"family, {network}"
-    options, moved = FAMILY[method]
+    benchmark.group = f"methods, {network}"
+    options, moved = METHODS[method]
     shapes = SHAPES[network]() if not benchmark.disabled else [(7, 3), (5,), (4, 7), (4,)]
     steps = [WholeStep(method, options, name, shapes) for name in (*backends, "torch")]
     for step in steps:
@@ -125,21 +137,21 @@ def test_family(benchmark, method, network, request):
     benchmark.pedantic(steps[0], rounds=2)
     for backend, ours in zip(backends, times, strict=False):
         row = facts(request, steps[0].elements, moved * steps[0].elements, ours)
-        row |= {"method": method, "network": network, "backend": backend, "twin_ms": 1e3 * times[-1]}
+        row |= {"method": method, "network": network, "backend": backend, "torch_ms": 1e3 * times[-1]}
         benchmark.extra_info.setdefault("rows", []).append(row | {"ratio": times[-1] / ours})
-    benchmark.extra_info.update(machine(request), table="family")
+    benchmark.extra_info.update(machine(request), table="methods")
 
 
 @pytest.mark.parametrize("tensors", [1, 10, 100, 1000, 2000, 4000])
 def test_growth_in_tensors(benchmark, tensors, request):
-    """The norm of many tiny tensors: call overhead."""
+    """Times the norm of many tiny tensors, for its overhead."""
     grads = [torch.randn(16 + i % 17, device=DEVICE) for i in range(tensors)]
     grow(benchmark, request, "T", tensors, grads)
 
 
 @pytest.mark.parametrize("power", range(10, 28, 2))
 def test_growth_in_elements(benchmark, power, request):
-    """The norm of one tensor."""
+    """Times the norm of one tensor."""
     grow(
         benchmark, request, "N", 2**power, [torch.randn(2 ** (power if not benchmark.disabled else 10), device=DEVICE)]
     )
@@ -154,7 +166,7 @@ PASSES = {
 
 @pytest.mark.parametrize("name", PASSES)
 def test_billion(benchmark, name, request):
-    """One tensor of a billion elements, through the passes one by one, where there is the memory."""
+    """Times each pass over one tensor of a billion elements, if there is enough memory."""
     elements = 10**9 if not benchmark.disabled else 1000
     if DEVICE == "cuda":
         free = torch.cuda.mem_get_info()[0]

@@ -17,7 +17,7 @@ import ltsam_fast
 from ltsam_fast import backend
 
 COMMANDS = {
-    "info": "versions, and which backends are available or why not",
+    "info": "versions, and available backends, with the reason for each that is not",
     "demo": "train a small network on long-tailed digits with SGD, SAM, Focal-SAM and others (demo --help tells more)",
     "train": "train a network on long-tailed data, with any method, loss and dataset",
     "compare": "train a grid of methods, losses and seeds; table and charts",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def info() -> str:
-    """Returns what a bug report needs: versions, threads, and every backend with the reason if it is not available."""
+    """Returns versions, threads and all backends, with the reason for each that is not available."""
     cpu, cuda = _core("_cpu"), _core("_cuda")
     facts = {
         "ltsam_fast": ltsam_fast.__version__,
@@ -80,7 +80,7 @@ def _triton_version() -> str:
         return "not installed"
     try:
         return str(importlib.import_module("triton").__version__)
-    except Exception as error:  # an import that runs much foreign code; info must not fail with it
+    except Exception as error:  # info must not fail with a broken Triton
         return f"does not load: {type(error).__name__}: {error}"
 
 

@@ -1,4 +1,4 @@
-"""``python -m ltsam_fast demo``: the methods on long-tailed digits, and what a step costs fused and plain."""
+"""``python -m ltsam_fast demo``: trains the methods on long-tailed digits and times fused and plain steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ltsam_fast.models import create
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
 MANY, FEW = 60, 10
-"""Shot groups of the digits, whose largest class has about 130 training images: more than 60, fewer than 10."""
+"""Shot groups of the digits: more than 60 and fewer than 10 training images; the largest class has about 130."""
 GROUPS = ("all", "many", "medium", "few")
 BASE: dict[str, Any] = {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
 
@@ -32,13 +32,13 @@ Step = Callable[[Tensor, Tensor], object]
 
 
 def network() -> nn.Sequential:
-    """A new network for the digits."""
+    """Returns a new network for the digits."""
     return create("small_cnn", 10, (1, 8, 8))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method may need to know: the network, the training images per class and the number of steps."""
+    """What a method's options may depend on: the network, the training images per class and the number of steps."""
 
     model: nn.Sequential
     counts: list[int]
@@ -76,12 +76,12 @@ METHODS: dict[str, tuple[str, Callable[..., Any] | None, Options]] = {
     "gsam": ("GSAM", lf.GSAM, lambda s: {"rho": 0.1, "alpha": 0.2}),
     "wsam": ("WSAM", lf.WSAM, lambda s: {"rho": 0.1, "gamma": 0.8}),
 }
-"""Name on the command line -> name in print, class and its options. SGD has no class: it is the base of the others."""
+"""Name on the command line -> name in print, class and its options. SGD has no class: it is the base optimizer alone."""
 DEFAULT = ("sgd", "sam", "focal_sam")
 
 
 def _trainer(name: str, setting: Setting) -> tuple[torch.optim.Optimizer, Step]:
-    """The optimizer, and what takes one step with it."""
+    """Returns the optimizer and a function that takes one step."""
     _, method, options = METHODS[name]
     params, model = setting.model.parameters(), setting.model
     if method is None:
@@ -104,12 +104,12 @@ def _trainer(name: str, setting: Setting) -> tuple[torch.optim.Optimizer, Step]:
 
 
 def accuracies(model: nn.Module, data: LongTailed) -> dict[str, float]:
-    """Test accuracy in percent: over all classes, and the mean over the classes of each shot group."""
+    """Returns the test accuracy in percent: of all images, and the class mean of each shot group."""
     with torch.no_grad():
-        right = (model(data.test_x).argmax(1) == data.test_y).float()
-    per_class = torch.stack([right[data.test_y == c].mean() for c in range(len(data.class_counts))])
+        correct = (model(data.test_x).argmax(1) == data.test_y).float()
+    per_class = torch.stack([correct[data.test_y == c].mean() for c in range(len(data.class_counts))])
     groups = shot_split(data.class_counts, MANY, FEW)
-    return {"all": 100 * right.mean().item()} | {
+    return {"all": 100 * correct.mean().item()} | {
         name: 100 * per_class[classes].mean().item() for name, classes in groups.items()
     }
 
@@ -135,7 +135,7 @@ def train(method: str, data: LongTailed, epochs: int, seed: int, advance: Callab
 
 
 def _phases(optimizer: Any, counts: list[int] | None, model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """One step through the explicit phases: seconds in the optimizer, and in all."""
+    """Takes one step through the explicit phases; returns the seconds in the optimizer and in total."""
     spent = 0.0
 
     def timed(phase: Callable[..., None], *arguments: bool) -> None:
@@ -163,7 +163,7 @@ def _phases(optimizer: Any, counts: list[int] | None, model: nn.Module, x: Tenso
 
 
 def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
-    """Median time of a step in milliseconds, fused and plain, in turns on the same batch."""
+    """Returns the median time of a step in milliseconds, fused and plain, in turns on the same batch."""
     x, y = data.train_x[:BATCH], data.train_y[:BATCH]
     runs = {}
     for name, fused, loop in (("SAM", lf.SAM, plain.SAM), ("Focal-SAM", lf.FocalSAM, plain.FocalSAM)):
@@ -176,7 +176,7 @@ def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
     for index in range(rounds + 5):
         for key, (optimizer, counts, model) in runs.items():
             measured = _phases(optimizer, counts, model, x, y)
-            if index >= 5:  # the first few warm up
+            if index >= 5:  # the first rounds warm up
                 times[key].append(measured)
     result: dict[str, dict[str, float]] = {}
     for (name, kind), measured_times in times.items():
@@ -201,9 +201,9 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
         1, 3, figsize=(sum(widths) + 1, 4.2), gridspec_kw={"width_ratios": widths}
     )
     for index, group in enumerate(GROUPS):
-        at = [position + (index - (len(GROUPS) - 1) / 2) * 0.2 for position in range(len(names))]
+        x = [position + (index - (len(GROUPS) - 1) / 2) * 0.2 for position in range(len(names))]
         means, spreads = ([accuracy[name][group][what] for name in names] for what in ("mean", "std"))
-        left.bar(at, means, 0.2, yerr=spreads, capsize=2, label=group)
+        left.bar(x, means, 0.2, yerr=spreads, capsize=2, label=group)
     left.set_ylabel("test accuracy (%)")
     left.set_ylim(0, 118)
     left.set_title("Accuracy by shot group, mean ± std over seeds")
@@ -242,7 +242,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"'all' (unless asked otherwise with 3 seeds), or some of {','.join(METHODS)} (default %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for demo.json and demo.png")
-    parser.add_argument("--quick", action="store_true", help="two seeds, a few epochs: only to see it run")
+    parser.add_argument("--quick", action="store_true", help="two seeds and three epochs")
     options = parser.parse_args(argv)
     if options.seeds is None:
         options.seeds = 3 if options.methods == "all" else 5
@@ -258,7 +258,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit code: 0, or 2 where something is missing."""
+    """Runs the demo; returns the exit code: 0, or 2 if a package is missing or an argument is wrong."""
     options = _parse(argv)
     try:
         import matplotlib as _  # noqa: F401
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ltsam_fast demo: {error}", file=sys.stderr)
         return 2
-    torch.set_num_threads(1)  # for 24 k parameters a second thread costs more than it brings
+    torch.set_num_threads(1)  # a second thread slows a network of 24 k parameters down
     print(f"long-tailed digits, training images per class: {first.class_counts}")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}
     with tqdm(

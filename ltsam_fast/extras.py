@@ -1,4 +1,4 @@
-"""What only some of the package needs: modules that may not be installed, and the progress bar."""
+"""Imports optional dependencies, and makes the progress bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def needed(module: str, package: str) -> ModuleType:
-    """Imports a module that only the tools around the optimizers need.
+    """Imports an optional dependency.
 
     Raises:
         ModuleNotFoundError: It is not installed; the message names what to install.
@@ -21,10 +21,10 @@ def needed(module: str, package: str) -> ModuleType:
 
 
 def progress_bar(shown: bool, total: int, description: str, unit: str) -> Any:
-    """Returns tqdm's bar, or one that shows nothing and doesn't need tqdm.
+    """Returns tqdm's bar, or one that shows nothing and does not need tqdm.
 
     Raises:
-        ModuleNotFoundError: The bar is to be shown and tqdm is not installed.
+        ModuleNotFoundError: ``shown`` is True and tqdm is not installed.
     """
     if not shown:
         return _NoBar()
@@ -35,8 +35,10 @@ class _NoBar:
     def __enter__(self) -> _NoBar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
     def update(self) -> None:
-        """Counts nothing."""
+        """Does nothing."""

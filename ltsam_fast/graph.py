@@ -17,9 +17,9 @@ from torch.optim import optimizer as torch_optimizer
 from ltsam_fast import reference
 from ltsam_fast.backend import backend_for
 from ltsam_fast.live import Trace, live_options
-from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.descent import no_hooks
 from ltsam_fast.optim.fused import FUSED, Update
+from ltsam_fast.optim.optimizer import SharpnessAware
 
 Loss = Callable[[Any, Tensor], Tensor]
 

@@ -1,23 +1,24 @@
-r"""Losses for imbalanced classes, each one fused pass over the logits forward and one backward.
+r"""Losses for imbalanced classes: modules that are called with logits (B, C) and integer targets (B,).
 
-All are modules, called with logits (B, C) and integer targets (B,), built on :func:`ltsam_fast.ops.adjusted_cross_entropy`.
-What holds for all, with training counts :math:`n_c`, their sum n and :math:`\pi_c = n_c / n`:
+Each is one fused pass over the logits forward and one backward, see :func:`ltsam_fast.ops.adjusted_cross_entropy`. In the
+formulas :math:`n_c` are the training counts, n is their sum, and :math:`\pi_c = n_c / n`. All losses have:
 
-* ``class_counts``: C finite numbers >= 0, not all 0. Where a loss has no finite value for a class without samples, a count of 0
-  is an error that says so; losses that need no counts take them only to check that logits have C columns.
-* ``reduction``: ``"none"`` gives the losses of the samples, (B,), each multiplied by its class's weight: what the optimizers of
-  this package want from a closure. ``"sum"`` adds these up. ``"mean"`` divides the sum by the sum of the samples' weights, as
-  torch does, which without weights is B.
+* ``class_counts``: C finite numbers >= 0, not all 0. A count of 0 is an error in losses that have no finite value for a class
+  without samples. Losses that do not use the counts only check that logits have C columns.
+* ``reduction``: ``"none"`` returns the losses of the samples, (B,), each multiplied by its class's weight, as the optimizers of
+  this package expect from a closure. ``"sum"`` is their sum. ``"mean"`` divides the sum by the sum of the samples' weights, as
+  torch does; without weights that is B.
 * ``weight``: C weights >= 0, or ``None``; :meth:`Loss.set_weight` changes them during training.
 * ``batch``, an argument of the call: the labels of all samples of the step. With ``reduction="none"`` the losses are then
-  scaled so that their mean over the step is what ``"mean"`` gives for the whole batch: how published code trains with weights.
-  Without it the mean divides by B, and a step's length varies with the classes in the batch.
-* ``label_smoothing``: in [0, 1], with torch's meaning, applied to the adjusted logits.
-* Logits in float32, bfloat16, float16 (also those of ``torch.autocast``) give float32 losses, float64 gives float64. Constants
-  are buffers in float64: they move with ``.to(device)``, stay float64 under ``.half()`` and are part of the ``state_dict``.
-* A target out of range is an error on cpu; on a GPU, where nobody waits for the device, it makes its loss NaN.
+  scaled so that their mean over the step equals ``"mean"`` of the whole batch, as in published code. Without it the mean
+  divides by B, and the length of a step varies with the classes in the batch.
+* ``label_smoothing``: in [0, 1], as in torch, applied to the adjusted logits.
+* Dtypes: logits in float32, bfloat16 and float16 (those of ``torch.autocast``, too) give float32 losses, float64 gives
+  float64. Constants are float64 buffers: they move with ``.to(device)``, stay float64 under ``.half()`` and are in the
+  ``state_dict``.
+* Targets out of range: an error on the CPU; on a GPU, which is not synchronized, the sample's loss is NaN.
 
-Any of them can be the closure's loss:
+Use any of them in a closure:
 
 >>> import ltsam_fast as lf
 >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
@@ -25,7 +26,7 @@ Any of them can be the closure's loss:
 >>> opt = lf.FocalSAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, class_counts=[50, 10, 2])
 >>> loss = opt.step(lambda: criterion(model(x), y), targets=y)
 
-With weights, here those of deferred reweighting, the loop of any method:
+With weights, here those of deferred reweighting:
 
 >>> def losses(index=slice(None)):
 ...     return criterion(model(x[index]), y[index], batch=y)
@@ -69,7 +70,7 @@ def _check_number(name: str, value: Any, low: float = 0.0, below: float = math.i
 
 
 def _sampled(class_counts: Any, why: str) -> Tensor:
-    """Counts that must all be positive."""
+    """Returns the counts; raises ValueError unless all are positive."""
     counts = ops.check_counts(class_counts).cpu()
     if not bool((counts > 0).all()):
         empty = int((counts == 0).int().argmax())
@@ -83,16 +84,16 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _labels_of(batch: Tensor | Sequence[Tensor], classes: int) -> Tensor:
-    """The labels of a batch, or of its parts, one after the other."""
-    parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, (list, tuple)) else []
-    if not all(isinstance(part, Tensor) and part.dim() == 1 and part.dtype in _INTEGERS for part in parts) or not sum(
-        map(len, parts)
-    ):
+    """Returns the labels of a batch, or of its chunks, concatenated."""
+    chunks = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, (list, tuple)) else []
+    if not all(
+        isinstance(chunk, Tensor) and chunk.dim() == 1 and chunk.dtype in _INTEGERS for chunk in chunks
+    ) or not sum(map(len, chunks)):
         raise ValueError(
-            "batch must be the labels of the step's samples, an integer tensor of shape (B,) or a list of those of its parts, "
+            "batch must be the labels of the step's samples, an integer tensor of shape (B,) or a list of such chunks, "
             f"got {type(batch).__name__} {getattr(batch, 'dtype', '')} {tuple(getattr(batch, 'shape', ()))}"
         )
-    labels = torch.cat(parts)
+    labels = torch.cat(chunks)
     if labels.device.type == "cpu":
         low, high = map(int, labels.aminmax())
         if not 0 <= low <= high < classes:
@@ -101,10 +102,10 @@ def _labels_of(batch: Tensor | Sequence[Tensor], classes: int) -> Tensor:
 
 
 class Loss(nn.Module):
-    """What the losses share: constants of the classes, the call, the reduction. Not a loss of its own.
+    """Base class of the losses: class constants, call and reduction.
 
     Attributes: ``scale``, ``shift``, ``margin``, ``spread`` and ``weight``, buffers of shape (C,), float64, or ``None``: see
-    :func:`ltsam_fast.ops.adjusted_cross_entropy`; ``classes``: C, or ``None`` where any number will do; ``reduction``.
+    :func:`ltsam_fast.ops.adjusted_cross_entropy`; ``classes``: C, or ``None`` for any number; ``reduction``.
     """
 
     scale: Tensor | None
@@ -137,13 +138,13 @@ class Loss(nn.Module):
         self.set_weight(weight)
 
     def set_weight(self, weight: Any) -> None:
-        """Sets the weights of the classes from now on.
+        """Sets the weights of the classes.
 
         Args:
-            weight: C finite numbers >= 0, e.g. from :func:`deferred_reweighting`, or ``None``: all are 1.
+            weight: C finite numbers >= 0, e.g. from :func:`deferred_reweighting`; ``None``: all weights are 1.
 
         Raises:
-            ValueError: They are no such numbers, or not as many as there are classes.
+            ValueError: A weight is negative or not finite, or there is not one per class.
         """
         if weight is None:
             self.weight = None
@@ -163,20 +164,21 @@ class Loss(nn.Module):
         self.weight = values.to(like.device)
 
     def forward(self, logits: Tensor, targets: Tensor, *, batch: Tensor | Sequence[Tensor] | None = None) -> Tensor:
-        """The loss.
+        """Returns the loss.
 
         Args:
             logits: (B, C), floating point, contiguous or not.
             targets: (B,), integers in [0, C).
-            batch: With ``reduction="none"``: the labels of the whole batch that these samples are of, or a sequence with those
-                of its parts. The losses are divided by their mean weight. Under DDP the labels of all workers give the joined
-                batch's mean; each worker's own give the mean of the workers' means, as in published code.
+            batch: With ``reduction="none"``: the labels of the whole batch to which these samples belong, or a sequence of its
+                chunks. The losses are divided by the mean weight of these labels. Under DDP the labels of all processes give
+                the mean of the global batch; those of each process give the mean of the processes' means, as in published
+                code.
 
         Returns:
             (B,) with ``reduction="none"``, else 0-d; float32, or float64 for float64 logits.
 
         Raises:
-            ValueError: Shapes do not fit, C is another than that of ``class_counts``, a target is out of range (on cpu), or
+            ValueError: Shapes do not match, C differs from that of ``class_counts``, a target is out of range (on the CPU), or
                 ``batch`` is given with another reduction.
             TypeError: The logits' dtype is not supported.
         """
@@ -215,17 +217,17 @@ class Loss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Returns what ``print`` shows."""
         shown = [f"classes={self.classes}", f"reduction={self.reduction!r}"]
         shown += [f"{name}={value:g}" for name in ("label_smoothing", "gamma") if (value := getattr(self, name))]
         return ", ".join(shown)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Loss:
-        # Constants follow to a device, but not into a dtype that would round them.
+        # Constants move to a device, but keep their dtype, which another one would round.
         return super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        # Weights may have been set, or taken back, since the loss was made.
+        # Weights may have been set, or removed, after construction.
         saved = state_dict.get(f"{prefix}weight")
         if saved is None:
             self.weight = None
@@ -235,18 +237,18 @@ class Loss(nn.Module):
 
 
 class CrossEntropy(Loss):
-    r"""Cross entropy: torch's, fused.
+    r"""Cross entropy, as torch's, fused.
 
     .. math:: \ell = w_y \Big(\log \sum_k e^{z_k} - z_y\Big)
 
     Args:
-        class_counts: C training counts; only C is looked at, to check the logits.
+        class_counts: C training counts; only C is used, to check the logits.
         weight: C weights of the classes, or ``None``.
         label_smoothing: In [0, 1].
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     >>> CrossEntropy(reduction="none")(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor([1.3863, 1.3863])
@@ -271,7 +273,7 @@ class LogitAdjusted(Loss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10, with the 1e-9 of Focal-SAM's code.
 
@@ -306,7 +308,7 @@ class BalancedSoftmax(Loss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     Source: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020.
 
@@ -322,11 +324,11 @@ class BalancedSoftmax(Loss):
 
 
 class LDAM(Loss):
-    r"""Label-distribution-aware margins: rare classes must win by more.
+    r"""Label-distribution-aware margins: rare classes have larger margins.
 
     .. math:: \ell = w_y \, \mathrm{CE}(s (z_c - m_y [c = y]), y), \qquad m_c = m_\max (n_\min / n_c)^{1/4}
 
-    The logits are meant to be cosines: features and weights of the last layer normalized.
+    Logits should be cosines: features and weights of the last layer are normalized.
 
     Args:
         class_counts: C training counts > 0.
@@ -337,7 +339,7 @@ class LDAM(Loss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     Source: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
 
@@ -377,7 +379,7 @@ class VS(Loss):
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     Source: Kini et al., "Label-imbalanced and group-sensitive classification under overparameterization", NeurIPS 2021.
 
@@ -409,16 +411,16 @@ class ClassBalanced(Loss):
     .. math:: \ell = w_y \, \mathrm{CE}(z_c, y), \qquad w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \quad \sum_c w_c = C
 
     Difference from the authors' code: ``"mean"`` divides by the sum of the samples' weights, as torch and LDAM's code do;
-    theirs by B, which is the plain mean of what ``"none"`` gives.
+    theirs divides by B, which is the plain mean of ``"none"``.
 
     Args:
         class_counts: C training counts > 0.
-        beta: In [0, 1); 0 weighs all classes alike.
+        beta: In [0, 1); 0: equal weights.
         label_smoothing: In [0, 1].
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     Source: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
 
@@ -433,26 +435,26 @@ class ClassBalanced(Loss):
 
 
 class Focal(Loss):
-    r"""Focal loss: samples that are right already count less.
+    r"""Focal loss: samples with a high probability of their class have a smaller loss.
 
     .. math:: \ell = w_y (1 - p)^\gamma (-\ln p), \qquad p = \mathrm{softmax}(z)_y
 
-    ``"mean"`` is over samples, or weights, as everywhere here; it is not normalized by the number of positives.
+    ``"mean"`` is the mean over samples, or weights, as for all losses here; it is not normalized by the number of positives.
 
-    Differences from LDAM's code: with weights, p is the softmax's, as in the paper; there p = exp(-w_y CE), so that the weight
-    changes the focus too, and the mean divides by B.
+    Differences from LDAM's code: with weights, p is the softmax, as in the paper. There p = exp(-w_y CE), so that weights
+    change the focus, too, and the mean divides by B.
 
     Args:
-        class_counts: C training counts; only C is looked at, to check the logits.
+        class_counts: C training counts; only C is used, to check the logits.
         gamma: Focus, >= 0; 0 is cross entropy.
         weight: C weights of the classes, or ``None``.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
-    Source: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 5, of the softmax instead of the sigmoid; gamma
-    as in LDAM's code.
+    Source: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 5, with softmax instead of sigmoid; gamma as in
+    LDAM's code.
 
     >>> Focal(gamma=2.0)(torch.zeros(1, 2), torch.tensor([1]))
     tensor(0.1733)
@@ -465,17 +467,17 @@ class Focal(Loss):
 
 
 class GCL(Loss):
-    r"""Gaussian clouded logits: noise pushes the logits of rare classes down while training.
+    r"""Gaussian clouded logits: noise lowers the logits of rare classes in training.
 
     .. math:: z'_c = z_c - \nu |e_c| \frac{m_c}{\max_k m_k} - m [c = y], \quad m_c = \max_k \ln n_k - \ln n_c, \quad
         \ell = w_y (1 - p)^\gamma \, \mathrm{CE}(s z', y)
 
-    with e ~ clamp(N(0, 1/9), -1, 1) for each sample and class, in training mode only (``eval()`` leaves it out); no gradient
-    flows through (1 - p)^gamma. The logits are meant to be cosines.
+    with e ~ clamp(N(0, 1/9), -1, 1) for each sample and class, in training mode only; no gradient flows through
+    (1 - p)^gamma. Logits should be cosines.
 
-    The noise is a function of ``seed``, of the buffer ``draws``, of a sample's place in the batch and of the class: the same on
-    every backend, and never kept in memory. Every call in training mode counts ``draws`` up, so the passes of a sharpness-aware
-    step would each see another loss. :meth:`hold` gives all calls inside one noise:
+    The noise is a function of ``seed``, the buffer ``draws``, the sample's index in the batch and the class: it is the same on
+    every backend, and never stored. Every call in training mode increments ``draws``, so each pass of a sharpness-aware step
+    would have another loss. Take steps inside :meth:`hold`, where all calls have the same noise:
 
     >>> import ltsam_fast as lf
     >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
@@ -488,14 +490,14 @@ class GCL(Loss):
         class_counts: C training counts > 0.
         m: Margin of the label, >= 0.
         s: Scale of the logits, > 0.
-        noise_mul: Amplitude ``nu`` of the rarest class's noise, >= 0.
+        noise_mul: Amplitude ``nu`` of the noise of the rarest class, >= 0.
         gamma: Focus, >= 0.
         weight: C weights of the classes, or ``None``.
-        seed: Of the noise, in [0, 2^53); give each process of a distributed run its own.
+        seed: Seed of the noise, in [0, 2^53); each process of a distributed run needs another one.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
     Raises:
-        ValueError: An argument is not as described.
+        ValueError: An argument is out of its range.
 
     Source: Li et al., "Long-tailed visual recognition via Gaussian clouded logit adjustment", CVPR 2022, with the
     defaults of its first stage.
@@ -522,7 +524,9 @@ class GCL(Loss):
             raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
         logs = _sampled(class_counts, "an infinite margin").log()
         rarity = logs.max() - logs
-        spread = noise_mul * rarity / rarity.max().clamp(min=torch.finfo(torch.float64).tiny)  # of equal counts none
+        spread = (
+            noise_mul * rarity / rarity.max().clamp(min=torch.finfo(torch.float64).tiny)
+        )  # no noise for equal counts
         scale, margin = torch.full_like(logs, s), torch.full_like(logs, s * m)
         super().__init__(
             class_counts, weight, reduction, gamma=gamma, detach=True, scale=scale, margin=margin, spread=spread
@@ -532,9 +536,9 @@ class GCL(Loss):
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """A context in which all calls see the same noise, one that no call before has seen."""
+        """A context in which all calls have the same noise, newly drawn."""
         if self._held:
-            raise RuntimeError("hold() is already in force: its contexts do not nest")
+            raise RuntimeError("hold() contexts do not nest")
         self.draws += 1
         self._held = True
         try:
@@ -547,36 +551,36 @@ class GCL(Loss):
             return super()._losses(logits, targets)
         if not self._held:
             self.draws += 1
-        # A copy, for the backward reads it again, maybe after further calls.
+        # A copy, since the backward reads it after further calls.
         return super()._losses(logits, targets, spread=self.spread, draw=self.draws.clone(), seed=self.seed)
 
 
 def _balancing(class_counts: Any, beta: float) -> Tensor:
-    """Weights by the effective number of samples, summing to C."""
+    """Returns weights by the effective number of samples; their sum is C."""
     _check_number("beta", beta, below=1.0)
     counts = _sampled(class_counts, "an infinite weight")
-    # 1 - beta^n without cancellation; of beta = 0 the logarithm is -inf, which is right.
+    # 1 - beta^n without cancellation; for beta = 0 the logarithm is -inf, which gives the right result.
     effective = -torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())
     weights = (1 - beta) / effective
     return weights * (len(weights) / weights.sum())
 
 
 def deferred_reweighting(epoch: int, class_counts: Any, start: int = 160, beta: float = 0.9999) -> Tensor:
-    r"""Weights of the classes that set in late in training: 1 before epoch ``start``, then those of :class:`ClassBalanced`.
+    r"""Returns class weights for an epoch: 1 before epoch ``start``, then those of :class:`ClassBalanced`.
 
     Args:
-        epoch: Number of the epoch, from 0 on.
+        epoch: Index of the epoch, from 0.
         class_counts: C training counts > 0.
         start: First epoch with weights.
         beta: In [0, 1).
 
     Returns:
-        Shape (C,), float64, summing to C; for :meth:`Loss.set_weight`, and then ``batch=y`` when the loss is called. As in the
-        published code, the mean of a closure's losses must divide by the sum of the batch's weights: those of torch's own, with
-        ``w = weights.float()`` and ``reduction="none"``, are divided by ``w[y].mean()``, y being the whole batch.
+        Shape (C,), float64, with sum C. Pass them to :meth:`Loss.set_weight`, and ``batch=y`` to the loss: as in the published
+        code, the mean of a closure's losses must be divided by the sum of the batch's weights. With a loss of torch,
+        ``reduction="none"`` and ``w = weights.float()``, divide by ``w[y].mean()``, where y is the whole batch.
 
     Raises:
-        ValueError: An argument is not as described; at any epoch, not only from ``start`` on.
+        ValueError: An argument is out of its range, at any epoch.
 
     Source: Cao et al. 2019 (LDAM) and its code: from epoch 160 of 200.
 

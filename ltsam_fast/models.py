@@ -1,4 +1,4 @@
-"""Networks for long-tailed images: ResNets for CIFAR, a small ViT, a small CNN; others by name from timm and torchvision."""
+"""Networks: ResNets for CIFAR, a small ViT and a small CNN; :func:`create` also makes those of timm and torchvision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class NormedLinear(nn.Module):
-    """A classifier that gives the cosine between features and each class's weight, from -1 to 1.
+    """A classifier whose outputs are the cosines between the features and each class's weight.
 
     Losses for it multiply the cosines by a scale (LDAM's ``s``, 30 as published).
 
@@ -28,7 +28,7 @@ class NormedLinear(nn.Module):
     """
 
     keeps_samples_apart = True
-    """Each row of the output comes from its own row of the input, see :class:`ltsam_fast.CCSAM`."""
+    """Each row of the output depends on its own row of the input only, see :class:`ltsam_fast.CCSAM`."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -49,10 +49,10 @@ def _head(features: int, num_classes: int, cosine: bool) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with batch norm beside a shortcut without weights.
+    """Two 3 x 3 convolutions with batch norm, and a shortcut without weights.
 
-    Where the block halves the image and doubles the channels, the shortcut takes every second pixel and adds channels of
-    zeros on both sides ("option A").
+    If the block halves the image and doubles the channels, the shortcut takes every second pixel and pads channels with zeros
+    on both sides ("option A").
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns what the classifier sees, shape (B, 64), of images x, shape (B, in_channels, height, width)."""
+        """Returns the input of the classifier, shape (B, 64), for images x, shape (B, in_channels, height, width)."""
         return self.blocks(F.relu(self.bn1(self.conv1(x)))).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def resnet(num_classes: int, in_channels: int = 3, cosine_head: bool = False, *,
         depth: Layers with weights: 6 n + 2.
 
     Raises:
-        ValueError: ``depth`` is none of these numbers.
+        ValueError: ``depth`` is not of this form.
 
     Source: He et al. 2016 (arXiv 1512.03385), section 4.2, with option A shortcuts; Kaiming initialization as in Cao et al.
     2019, the network of the published CIFAR-LT results.
@@ -195,7 +195,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def features(self, x: Tensor) -> Tensor:
-        """Returns what the classifier sees, shape (B, dim), of images x, shape (B, in_channels, size, size)."""
+        """Returns the input of the classifier, shape (B, dim), for images x, shape (B, in_channels, size, size)."""
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], 1) + self.position
         return self.norm(self.blocks(tokens))[:, 0]
@@ -229,7 +229,7 @@ def small_vit(
         cosine_head: End in :class:`NormedLinear`.
 
     Raises:
-        ValueError: ``patch`` or ``heads`` doesn't divide what it should.
+        ValueError: ``patch`` does not divide ``image_size``, or ``heads`` not ``dim``.
 
     Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), section 3.1.
 
@@ -274,7 +274,7 @@ def _square(image_shape: tuple[int, int, int]) -> int:
 
 
 def _default_patch(size: int) -> int:
-    """About 8 x 8 patches (4 pixels for CIFAR), or what divides the size nearest below."""
+    """Returns the patch size for about 8 x 8 patches (4 pixels for CIFAR): the largest divisor of ``size`` up to size / 8."""
     return max(patch for patch in range(1, max(1, size // 8) + 1) if size % patch == 0)
 
 
@@ -295,7 +295,7 @@ _OWN: dict[str, Factory] = {
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of this module's own networks for :func:`create`; others are ``timm/...``, ``torchvision/...``.
+    """Returns the names of this module's networks for :func:`create`; others are ``timm/...`` and ``torchvision/...``.
 
     >>> "resnet32" in names()
     True
@@ -305,7 +305,7 @@ def names() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _float32() -> Iterator[None]:
-    """New tensors are float32, and random weights the same ones, whatever torch's default dtype."""
+    """A context in which torch's default dtype is float32, so that random weights do not depend on the user's default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -316,7 +316,7 @@ def _float32() -> Iterator[None]:
 
 @_float32()
 def create(name: str, num_classes: int, image_shape: tuple[int, int, int], *, cosine_head: bool = False) -> nn.Module:
-    """Returns a new network by its name, in float32 as :class:`ltsam_fast.data.Augment`'s images are.
+    """Returns a new network by its name, in float32.
 
     Args:
         name: One of :func:`names`, or ``"timm/<name>"`` or ``"torchvision/<name>"`` where that package is installed.
@@ -325,8 +325,8 @@ def create(name: str, num_classes: int, image_shape: tuple[int, int, int], *, co
         cosine_head: End in :class:`NormedLinear`; this module's own networks only.
 
     Raises:
-        ValueError: There is no such network, or it can't take such images.
-        ModuleNotFoundError: The package it comes from is not installed.
+        ValueError: There is no such network, or it does not accept such images.
+        ModuleNotFoundError: Its package is not installed.
 
     >>> create("small_cnn", 10, (1, 8, 8))(torch.zeros(1, 1, 8, 8)).shape
     torch.Size([1, 10])
@@ -354,7 +354,7 @@ def _timm(timm: Any, name: str, num_classes: int, image_shape: tuple[int, int, i
         usual = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the part of the name after the dot
         raise ValueError(f"name: timm has no model {name!r}: {error}") from error
-    # Transformers are made for one size of images; convolutional networks take any and have no such argument.
+    # Transformers have a fixed image size; convolutional networks take any size and have no such argument.
     size = {"img_size": image_shape[1:]} if usual is not None and usual.fixed_input_size else {}
     return timm.create_model(name, num_classes=num_classes, in_chans=image_shape[0], **size)
 
@@ -374,10 +374,10 @@ _OTHERS: dict[str, Callable[[Any, str, int, tuple[int, int, int]], nn.Module]] =
 
 
 def classifier(model: nn.Module) -> nn.Module:
-    """Returns the last linear or cosine layer of a network: what CC-SAM calls its head.
+    """Returns the last linear or cosine layer of a network, which CC-SAM calls its head.
 
     Raises:
-        ValueError: It has none.
+        ValueError: There is none.
 
     >>> classifier(resnet32(10))
     Linear(in_features=64, out_features=10, bias=True)

@@ -1,8 +1,8 @@
-"""SAM and Focal-SAM the way most people run them today: a Python loop over the parameters, one small torch call at a time.
+"""SAM and Focal-SAM as usually implemented: a Python loop over the parameters, with small torch calls for each.
 
-This is what the fused optimizers are measured against, in the demo and in the benchmarks, and an oracle in their tests. It
-was written from the published rules and reads like them; :mod:`ltsam_fast.optim` is for use. Every parameter tensor costs a
-norm, a clone, a multiplication, an addition and an assignment, and the base optimizer comes as torch makes it by default.
+Demo and benchmarks compare the fused optimizers with these classes, and tests use them as a reference. For training use
+:mod:`ltsam_fast.optim`. Every parameter costs a norm, a clone, a multiplication, an addition and an assignment; the base
+optimizer has torch's default implementation.
 
 Sources: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021 (arXiv 2010.01412),
 Algorithm 1; Kwon et al., "ASAM", ICML 2021 (arXiv 2102.11600), here with eta = 0; "Focal-SAM: Focal Sharpness-Aware
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 
 class _Plain(Optimizer):
-    """Climbing, coming back, and the base optimizer's step."""
+    """Perturbs and restores the weights, and holds the base optimizer."""
 
     def __init__(
         self,
@@ -34,12 +34,11 @@ class _Plain(Optimizer):
             raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
-        self.param_groups = (
-            self.base_optimizer.param_groups
-        )  # one list, so that schedulers reach the base's learning rate
-        self._old: list[tuple[Tensor, Tensor]] = []
+        # One list for both, so that schedulers change the base optimizer's learning rate.
+        self.param_groups = self.base_optimizer.param_groups
+        self._backups: list[tuple[Tensor, Tensor]] = []
 
-    def _climb(self) -> None:
+    def _perturb(self) -> None:
         """w <- w + eps,  eps = rho T g / (|T' g| + 1e-12);  T = T' = 1, adaptive: T = w^2, T' = |w|."""
         norms = [
             (p.abs() * p.grad if group["adaptive"] else p.grad).norm(p=2)
@@ -53,23 +52,23 @@ class _Plain(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                self._old.append((p, p.data.clone()))
+                self._backups.append((p, p.data.clone()))
                 step = p.pow(2) * p.grad if group["adaptive"] else p.grad
                 p.add_(step * scale.to(p))
 
-    def _come_back(self) -> None:
-        for p, old in self._old:
-            p.data = old
-        self._old = []
+    def _restore(self) -> None:
+        for p, backup in self._backups:
+            p.data = backup
+        self._backups = []
 
 
 class SAM(_Plain):
-    """SAM, and ASAM with ``adaptive=True``, with the phases of the common PyTorch ports.
+    """SAM, or ASAM with ``adaptive=True``, with the phases of the common PyTorch implementations.
 
     Args:
         params: Parameters or groups, as for any torch optimizer; floating point, any device. A group may have its own
             ``rho`` and ``adaptive``; the norm is one for all groups.
-        base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.
+        base_optimizer: The class of the base optimizer, e.g. ``torch.optim.SGD``.
         rho: Radius, in units of the weights, finite and >= 0.
         adaptive: Scale the perturbation by the weights.
         **kwargs: Options of ``base_optimizer``.
@@ -89,22 +88,22 @@ class SAM(_Plain):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Climbs along the present gradients."""
-        self._climb()
+        """Perturbs the weights along the current gradients."""
+        self._perturb()
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Goes back and takes the base optimizer's step with the present gradients."""
-        self._come_back()
+        """Restores the weights and takes the base optimizer's step with the current gradients."""
+        self._restore()
         self.base_optimizer.step()
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
-        """Both phases, with a closure that does forward and backward in between."""
+        """Takes both phases; ``closure`` runs forward and backward at the perturbed weights."""
         self.first_step(zero_grad=True)
         with torch.enable_grad():
             closure()
@@ -112,15 +111,15 @@ class SAM(_Plain):
 
 
 class FocalSAM(_Plain):
-    """Focal-SAM with the three phases of the published code; the caller weighs the losses.
+    """Focal-SAM with the three phases of the published code; the caller weights the losses.
 
-    With v the sharp loss's weights of the samples (:func:`ltsam_fast.ops.focal_weights` of their classes): backward of
-    mean((1 - v) * losses) comes before the first phase, of mean(v * losses) before the second and, at the perturbed weights,
-    before the third.
+    Let v be the sample weights of the sharp loss (:func:`ltsam_fast.ops.focal_weights` of their classes). Call backward on
+    mean((1 - v) * losses) before the first phase, on mean(v * losses) before the second and, at the perturbed weights, before
+    the third.
 
     Args:
         params: Parameters or groups, as for :class:`SAM`.
-        base_optimizer: The class that takes the step, e.g. ``torch.optim.SGD``.
+        base_optimizer: The class of the base optimizer, e.g. ``torch.optim.SGD``.
         rho: Radius, in units of the weights, finite and >= 0.
         adaptive: Scale the perturbation by the weights.
         **kwargs: Options of ``base_optimizer``.
@@ -131,22 +130,22 @@ class FocalSAM(_Plain):
 
     @torch.no_grad()
     def first_step(self) -> None:
-        """Keeps a clone of the clean loss's gradients and clears them."""
+        """Stores a clone of the clean loss's gradients and clears them."""
         params = [p for group in self.param_groups for p in group["params"]]
-        self._kept = [(p, p.grad.clone()) for p in params if p.grad is not None]
+        self._clean_grads = [(p, p.grad.clone()) for p in params if p.grad is not None]
         self.zero_grad()
 
     @torch.no_grad()
     def second_step(self) -> None:
-        """Climbs along the sharp loss's gradients and clears them."""
-        self._climb()
+        """Perturbs the weights along the sharp loss's gradients and clears them."""
+        self._perturb()
         self.zero_grad()
 
     @torch.no_grad()
     def third_step(self) -> None:
-        """Goes back, adds the kept gradients to the present ones, takes the base optimizer's step and clears them."""
-        self._come_back()
-        for p, kept in self._kept:
-            p.grad = kept if p.grad is None else p.grad + kept
+        """Restores the weights, adds the stored gradients to the current ones, takes the base's step and clears them."""
+        self._restore()
+        for p, grad in self._clean_grads:
+            p.grad = grad if p.grad is None else p.grad + grad
         self.base_optimizer.step()
         self.zero_grad()

@@ -1,4 +1,4 @@
-"""What torch keeps of weights until a context ends; whatever moves weights must clear it, or nobody sees that they moved."""
+"""Clears torch's caches of values computed from weights. Call it after every change of weights inside a context."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch.nn.utils import parametrize
 
 
 def clear_weight_caches() -> None:
-    """Clears autocast's 16-bit casts of weights, and what ``torch.nn.utils.parametrize.cached()`` keeps."""
+    """Clears autocast's 16-bit copies of weights and the cache of ``torch.nn.utils.parametrize.cached()``."""
     torch.clear_autocast_cache()
     parametrize._cache.clear()

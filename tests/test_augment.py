@@ -116,7 +116,7 @@ def test_digits_as_the_reader_and_as_the_tensor_set_gives_them():
     assert test.labels.tolist() == tensors.test_y.tolist()
     normalized = Augment.for_testing(train)(test.pixels)
     # The same images up to the statistics, which differ in the training sets' samples.
-    assert torch.corrcoef(torch.stack([normalized.flatten(), tensors.test_x.flatten()]))[0, 1] > 0.999999
+    assert torch.corrcoef(torch.stack([normalized.flatten(), tensors.test_x.flatten()]).double())[0, 1] > 0.999999
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from PIL import Image
 from ltsam_fast.train import Config, ConfigError, build, cli, train
 from ltsam_fast.train import compare as comparison
 from ltsam_fast.train.diagnose import diagnose
-from ltsam_fast.train.losses import LOSSES, criterion
+from ltsam_fast.train.loss_registry import LOSSES, criterion
 from ltsam_fast.train.run import network_of
 
 SMALL = ("--model", "small_cnn", "--epochs", 1, "--no-tensorboard", "--batch-size", 8, "--threads", 1)
@@ -524,7 +524,7 @@ def test_a_table_of_finished_runs_needs_no_images(sources, tmp_path, monkeypatch
     (tmp_path / "tree").rename("gone")
     capsys.readouterr()
     assert run("compare", *grid, "--methods", "sgd") == 0
-    assert "whether these are still the images of the finished runs is not checked" in capsys.readouterr().err
+    assert "the images of the finished runs are not checked" in capsys.readouterr().err
     assert run("compare", *grid, "--methods", "sgd,sam") == 2
     one_line(capsys, "compare", "tree: no such file or folder")
 

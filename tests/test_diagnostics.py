@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ltsam_fast import models
 from ltsam_fast.diagnostics import class_grad_norms, class_sharpness, loss_slice, top_hessian_eigenvalue
-from ltsam_fast.diagnostics.probe import Probe
+from ltsam_fast.diagnostics.evaluator import Evaluator
 
 CE = nn.CrossEntropyLoss(reduction="none")
 
@@ -91,11 +91,11 @@ def test_class_grad_norms(seed, batch_size, backend):
 
 
 def test_class_grad_norms_of_one_class_at_a_time(seed, monkeypatch):
-    from ltsam_fast.diagnostics import by_class
+    from ltsam_fast.diagnostics import per_class
 
     model, x, y = problem(seed)
     expected = class_grad_norms(model, CE, x, y, num_classes=4).norms
-    monkeypatch.setattr(by_class, "_GRADIENT_BYTES", 0)
+    monkeypatch.setattr(per_class, "_GRADIENT_BYTES", 0)
     torch.testing.assert_close(class_grad_norms(model, CE, x, y, num_classes=4).norms, expected, equal_nan=True)
 
 
@@ -399,7 +399,7 @@ def test_the_probe_puts_weights_back_by_value(seed):
     """The storage stays the same: an optimizer or a view may hold it."""
     model, x, y = problem(seed)
     addresses = [param.data_ptr() for param in model.parameters()]
-    with Probe(model, CE, x, y).moving(), torch.no_grad():
+    with Evaluator(model, CE, x, y).restored_afterwards(), torch.no_grad():
         for param in model.parameters():
             param.add_(1)
     assert addresses == [param.data_ptr() for param in model.parameters()]

@@ -629,13 +629,13 @@ def decodes(monkeypatch):
     """The names of the files that were decoded."""
     from ltsam_fast.data import decode
 
-    seen, original = [], decode._one
+    seen, original = [], decode._decode
 
     def counted(module, path, size):
         seen.append(path.name)
         return original(module, path, size)
 
-    monkeypatch.setattr(decode, "_one", counted)
+    monkeypatch.setattr(decode, "_decode", counted)
     return seen
 
 
@@ -695,14 +695,14 @@ def test_a_build_that_was_stopped_does_not_count(tree, tmp_path, monkeypatch):
 
     root, _ = tree
     with monkeypatch.context() as patch:
-        original = decode._one
+        original = decode._decode
 
         def stopped(module, path, size):
             if path.parent.name == "dog":
                 raise KeyboardInterrupt
             return original(module, path, size)
 
-        patch.setattr(decode, "_one", stopped)
+        patch.setattr(decode, "_decode", stopped)
         with pytest.raises(KeyboardInterrupt):
             load(root, cache=tmp_path / "cache")
     assert any(path.name.endswith(".partial") for path in (tmp_path / "cache").iterdir())

@@ -33,4 +33,4 @@ def test_any_part_of_the_benchmarks_has_a_report(name, tmp_path, capsys):
     text = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out == text + "\n" and report.SECTIONS[name][1] in text
     assert text.count("\n| ") == 1 + len(report.rows(part, name))
-    assert (tmp_path / "report.png").exists() == (name in ("phases", "family", "growth"))
+    assert (tmp_path / "report.png").exists() == (name in ("phases", "methods", "growth"))

@@ -145,4 +145,4 @@ def test_graphs_are_compared_with_ordinary_steps(wrong, monkeypatch, capsys):
             sanitize.graphs("cpu")
         return
     sanitize.graphs("cpu")
-    assert capsys.readouterr().out.count(" apart") == 3
+    assert capsys.readouterr().out.count(" relative difference") == 3

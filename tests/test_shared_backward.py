@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ltsam_fast as lf
-from ltsam_fast.diagnostics import by_class
+from ltsam_fast.diagnostics import per_class
 from ltsam_fast.shared import NotShared, SharedBackward, Weighting
-from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
 
 from .networks import BATCH, CLASSES, NETWORKS, Encoder, Residual, ResNet, Tied, images
 
@@ -61,7 +61,7 @@ def both_ways(model, inputs, u, v, native=True):
     ]
     model.zero_grad(set_to_none=True)
     shared = SharedBackward(model, params)
-    with shared.watching():
+    with shared.record_outputs():
         losses = losses_of(model, inputs, targets, seed)
     u, v = u.to(losses), v.to(losses)
     if not native:
@@ -99,7 +99,7 @@ def ways_apart(name, method, dtype):
             y = torch.tensor(y)
             opt.step(lambda y=y, seed=seed, model=model: losses_of(model, inputs, y, seed), targets=y)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert len(opt._sharing._plans) == 1  # it was the sweep that ran
+    assert len(opt.sharing._plans) == 1  # it was the sweep that ran
     begin = torch.cat([p.detach().flatten() for p in start.parameters()])
     return (ends[1] - ends[0]).norm(), (ends[0] - begin).norm()
 
@@ -128,7 +128,7 @@ def test_batches_of_other_sizes_take_the_same_plan(make):
     for batch, length in ((4, 8), (6, 8), (3, 5)):
         x, y = torch.randn(batch, length, 5).double(), torch.randint(CLASSES, (batch,))
         v = torch.rand(batch).double()
-        with shared.watching():
+        with shared.record_outputs():
             losses = F.cross_entropy(model(x), y, reduction="none")
         wanted = torch.autograd.grad(losses, params, v, retain_graph=True)
         (found,) = shared(losses, torch.ones_like(v), [v])
@@ -233,7 +233,7 @@ def test_examining_disturbs_nothing():
     versions = [p._version for p in model.parameters()]
     params = [p for p in model.parameters() if p.requires_grad]
     shared, weighting = SharedBackward(model, params), torch.rand(BATCH)
-    with shared.watching():
+    with shared.record_outputs():
         losses = F.cross_entropy(model(*inputs), torch.tensor([0, 1, 2, 0]), reduction="none")
     state = torch.get_rng_state()
     assert shared(losses, torch.ones(BATCH), [weighting], native=False) is not None
@@ -250,7 +250,7 @@ def test_examining_disturbs_nothing():
 def test_layouts_are_recognized(shape, dim, outer, inner):
     grad = torch.randn(shape)
     seeds, truth = distinct_seeds(4), Layout(dim, outer, inner)
-    (found,) = Sample(grad).layouts(grad * truth.rows(seeds, grad), seeds)
+    (found,) = SampledElements(grad).layouts(grad * truth.rows(seeds, grad), seeds)
     for batch in (4,) if outer > 1 and inner > 1 else (4, 2):
         other = torch.zeros([size // 4 * batch if d == dim else size for d, size in enumerate(shape)])
         marks = torch.arange(batch)
@@ -271,7 +271,7 @@ def test_autocast_is_as_close_as_two_backwards():
         targets = torch.randint(CLASSES, (BATCH,))
         params = list(model.parameters())
         shared = SharedBackward(model, params)
-        with shared.watching():
+        with shared.record_outputs():
             losses = losses_of(model, inputs, targets, 0)
     wanted = torch.autograd.grad(losses, params, v.float(), retain_graph=True)
     (found,) = shared(losses, u.float(), [(v / u).float()])
@@ -367,7 +367,7 @@ def test_copies_and_frozen_parameters():
     frozen = inner[0].weight.clone()
     for _ in range(2):
         opt.step(lambda: losses_of(inner, (x,), y, 0), targets=y)
-    assert torch.equal(frozen, inner[0].weight) and len(opt._sharing._plans) == 2
+    assert torch.equal(frozen, inner[0].weight) and len(opt.sharing._plans) == 2
 
 
 # --- gradients of classes
@@ -379,11 +379,11 @@ def test_gradients_of_classes_in_mixed_batches(name, at_once, monkeypatch):
     make, (inputs, *_) = NETWORKS[name]()
     model, (x,) = cast(make, [inputs[:1].repeat(11, *[1] * (inputs.dim() - 1))], torch.float64)
     x = torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 50)
-    monkeypatch.setattr(by_class, "_GRADIENT_BYTES", at_once * sum(p.nbytes for p in model.parameters()))
+    monkeypatch.setattr(per_class, "_GRADIENT_BYTES", at_once * sum(p.nbytes for p in model.parameters()))
     y = torch.tensor([0, 2, 2, 0, 0, 4, 0, 2, 0, 0, 1])
     loss = nn.CrossEntropyLoss(reduction="none")
     norms = [
-        by_class.class_grad_norms(
+        per_class.class_grad_norms(
             model, lambda z, c: loss(z, c % CLASSES), x, y, num_classes=6, batch_size=size, exact=exact
         ).norms
         for exact, size in ((False, 256), (True, 4), (True, 7))
@@ -396,7 +396,7 @@ def test_gradients_of_classes_in_mixed_batches(name, at_once, monkeypatch):
 def test_gradients_of_classes_refuse_mixing():
     model = Norm(lambda h: h.mean(0))
     with pytest.raises(NotShared, match="first"):
-        by_class.class_grad_norms(
+        per_class.class_grad_norms(
             model,
             nn.CrossEntropyLoss(reduction="none"),
             torch.randn(6, 5),
@@ -428,7 +428,7 @@ def test_steps_of_cc_sam(scope):
 
             opt.step(closure, targets=y)
         ends.append(torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)]))
-    assert len(opt._sharing._plans) == 1
+    assert len(opt.sharing._plans) == 1
     assert (ends[1] - ends[0]).norm() < 1e-12 * ends[0].norm()
 
 
@@ -457,8 +457,8 @@ def test_what_has_no_gradient_is_looked_at_again_and_named(caplog):
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
     (record,) = caplog.records
-    assert "first" in record.getMessage() and not opt._sharing._plans
+    assert "first" in record.getMessage() and not opt.sharing._plans
     model.on = 1.0
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
-    assert len(opt._sharing._plans) == 1
+    assert len(opt.sharing._plans) == 1

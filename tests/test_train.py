@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import inspect
 import json
 import os
 import shlex
@@ -25,11 +26,11 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, loop, read_file, train
 from ltsam_fast.train.config import differing
+from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import Silent
-from ltsam_fast.train.losses import LOSSES, one_noise, reweight
-from ltsam_fast.train.methods import accepted
+from ltsam_fast.train.loss_registry import LOSSES, reweight, same_noise
+from ltsam_fast.train.method_registry import check_options, options_of
 from ltsam_fast.train.run import prepare
-from ltsam_fast.train.workers import workers
 
 from .networks import smooth
 
@@ -136,12 +137,12 @@ def before_a_step(method, loss):
     """A run with reweighted classes before its first step, and a batch of it."""
     settings = {"method": method, "loss": loss, "drw_start": 0, "batch_size": 32, "momentum": 0.0, "imbalance": 20.0}
     config = build({**settings, "tensorboard": False})
-    with workers("cpu") as at:
-        run = prepare(config, at)
+    with process_group("cpu") as dist:
+        run = prepare(config, dist)
     reweight(run.loss, config, run.counts, 0)
     run.network.train()
     batch = torch.randperm(len(run.train), generator=torch.Generator().manual_seed(1))[:32]
-    return run, run.plain(run.train.pixels[batch]), run.train.labels[batch]
+    return run, run.test_transform(run.train.pixels[batch]), run.train.labels[batch]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_weights_of_the_classes_divide_by_their_sum_over_the_batch(method, loss)
     assert weight.max() > 5 * weight.min()
     if method == "sgd":
         other.loss.reduction = "mean"
-        with one_noise(other.loss):
+        with same_noise(other.loss):
             published = other.loss(other.network(x), y)
         published.backward()
         other.optimizer.step()
@@ -295,7 +296,7 @@ def test_killed_in_mid_epoch_and_resumed_the_weights_are_those_of_an_undisturbed
 
 KILLED_WHILE_WRITING = """
 import os, signal, sys
-from ltsam_fast.train import checkpoint, cli
+from ltsam_fast.train import cli, run_checkpoint
 
 def fsync(number, seen=[]):
     if "last.pt" in os.readlink(f"/proc/self/fd/{number}"):
@@ -304,7 +305,7 @@ def fsync(number, seen=[]):
             os.truncate(f"/proc/self/fd/{number}", 1000)  # what a kill between two writes leaves
             os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.os.fsync = fsync
+run_checkpoint.os.fsync = fsync
 cli.main(["train", *sys.argv[1:]])
 """
 
@@ -340,7 +341,7 @@ TWO_PROCESSES = """
 import pathlib, sys, torch
 from ltsam_fast import models
 from ltsam_fast.train import cli
-from ltsam_fast.train.workers import workers
+from ltsam_fast.train.distributed import process_group
 
 sys.path.append({root!r})
 from tests.networks import smooth
@@ -350,10 +351,10 @@ models._OWN["smooth"] = smooth
 def threads():
     return [(thread / "comm").read_text() for thread in pathlib.Path("/proc/self/task").glob("*")].count("pt_gloo_runloop\\n")
 
-with workers("cpu") as at:
+with process_group("cpu") as dist:
     norm = torch.nn.BatchNorm1d(3)
-    norm.running_mean += at.rank
-    at.share(norm.buffers())
+    norm.running_mean += dist.rank
+    dist.broadcast(norm.buffers())
     assert norm.running_mean.eq(0).all()
     for call in {calls}:
         assert cli.main(call) == 0
@@ -518,7 +519,28 @@ def test_published_settings():
     for recipe in ("digits-lt", "cifar10-lt", "cifar100-lt"):
         for method in METHODS:
             settings = build({"recipe": recipe, "data": "x", "method": method})
-            assert settings.options.keys() <= accepted(method).keys()
+            assert settings.options.keys() <= options_of(method).keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_keyword_of_a_method_is_an_option(method):
+    _, cls, fixed = METHODS[method]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    keywords = {one.name for one in inspect.signature(cls or torch.optim.SGD).parameters.values() if one.kind in kinds}
+    supplied = {
+        "params",
+        "base_optimizer",
+        "model",
+        "class_counts",
+        "head",
+        "lr",
+        "momentum",
+        "nesterov",
+        "weight_decay",
+    }
+    assert keywords - supplied - fixed.keys() <= options_of(method).keys()
+    with pytest.raises(ConfigError, match=f"^{method} has no option 'gama'; it takes .*{list(options_of(method))[-1]}"):
+        check_options(Config(method=method, options={"gama": 1}))
 
 
 def test_deterministic_runs_tell_cublas(tmp_path, monkeypatch):

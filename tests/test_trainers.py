@@ -705,7 +705,9 @@ def test_lightning_looks_without_a_trace(method, seed, tmp_path, monkeypatch):
     def fit(look):
         module = lightning_module(lambda net: optimizer_of(net, method, METHODS[method]))
         if not look:
-            module._look = lambda batch, batch_idx: module._seen.append(torch.zeros(1)) or torch.zeros(())
+            module._loss_before_step = lambda batch, batch_idx: (
+                module._losses_at_w.append(torch.zeros(1)) or torch.zeros(())
+            )
         lightning_trainer(tmp_path, accumulate_grad_batches=2).fit(
             module, DataLoader(TensorDataset(*make_data(seed)), batch_size=BATCH // 2)
         )
@@ -928,7 +930,7 @@ def attributes(x, y):
     ],
 )
 def test_what_is_kept_is_a_copy(wrap, x_of):
-    from ltsam_fast.trainers.parts import copy_of
+    from ltsam_fast.trainers.micro_batches import copy_of
 
     memory = torch.zeros(1000)
     batch = wrap(memory[:4], torch.zeros(4))
@@ -1485,7 +1487,7 @@ def test_lightning_manual_optimization_with_ordinary_optimizers(tmp_path):
     ],
 )
 def test_samples_are_taken_from_mappings_and_dataclasses(wrap, x_of):
-    from ltsam_fast.trainers.parts import select
+    from ltsam_fast.trainers.micro_batches import select
 
     batch = wrap(torch.arange(4.0), torch.arange(4))
     taken = select(batch, torch.tensor([2, 0]))
@@ -1495,7 +1497,7 @@ def test_samples_are_taken_from_mappings_and_dataclasses(wrap, x_of):
 
 @pytest.mark.parametrize("wrap", [attributes, lambda x, y: (x.numpy(), y)])
 def test_samples_of_other_batches_are_refused(wrap):
-    from ltsam_fast.trainers.parts import select
+    from ltsam_fast.trainers.micro_batches import select
 
     batch = wrap(torch.arange(4.0), torch.arange(4))
     with pytest.raises(TypeError, match=r"batch must hold tensors, .*, got (SimpleNamespace|ndarray): return one of"):

@@ -48,18 +48,18 @@ def test_what_waits_is_seen():
 def test_an_epoch_of_training(monkeypatch):
     loop = pytest.importorskip("ltsam_fast.train.loop")
     monkeypatch.setattr(loop, "take_step", lambda run, x, y: (x.mean() + y.float().mean()).detach())
-    monkeypatch.setattr(loop, "_resident", lambda pixels, device: pixels.to(device))
+    monkeypatch.setattr(loop, "_on_device_if_small", lambda pixels, device: pixels.to(device))
     monkeypatch.setattr(loop, "reweight", lambda *_: None)
     monkeypatch.setattr(loop.data, "batches", lambda *_, **__: torch.arange(64).split(16))
     begun, ended = [], []
-    total = lambda values: ended.append(len(mode.waits)) or torch.ones(2)  # noqa: E731
+    all_reduce = lambda values: ended.append(len(mode.waits)) or torch.ones(2)  # noqa: E731
     run = types.SimpleNamespace(
-        at=types.SimpleNamespace(device=GPU, size=1, rank=0, total=total),
+        dist=types.SimpleNamespace(device=GPU, world_size=1, rank=0, all_reduce=all_reduce),
         config=types.SimpleNamespace(batch_size=16, channels_last=True),
         train=types.SimpleNamespace(pixels=torch.zeros(64, 3, 8, 8, dtype=torch.uint8), labels=torch.arange(64) % 10),
         model=torch.nn.Linear(1, 1),
-        augment=lambda pixels, noise: pixels.float(),
-        **dict.fromkeys(("loss", "counts", "epoch", "order", "noise")),
+        train_transform=lambda pixels, noise: pixels.float(),
+        **dict.fromkeys(("loss", "counts", "epoch", "sampler_generator", "augment_generator")),
     )
     with Waiting() as mode:
         loop.train_epoch(run, lambda _: begun.append(len(mode.waits)))

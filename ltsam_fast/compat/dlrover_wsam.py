@@ -72,6 +72,7 @@ class WeightedSAM(ForwardBackward, Wrapper, optim.WSAM):
         return alphas.pop()
 
     def rule(self, step: Step) -> Rule:
+        """WSAM's step with the groups' ``alpha`` and both gradients clipped."""
         a = self._alpha
         g = yield AtWeights(averaged=True)
         step.ascend(g)

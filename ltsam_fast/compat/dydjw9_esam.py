@@ -60,6 +60,7 @@ class ESAM(ForwardBackward, Wrapper):
         super().__init__(*self._around(base_optimizer, norm_eps=1e-7), rho, adaptive, beta=beta, gamma=gamma)
 
     def rule(self, step: Step) -> Rule:
+        """SAM's step with the radius rho / beta."""
         g = yield AtWeights()
         step.ascend(g, rho=[group["rho"] / self.beta for group in self.param_groups])
         g_p = yield AtPerturbed()

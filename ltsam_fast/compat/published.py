@@ -27,12 +27,12 @@ class Wrapper(SharpnessAware):
 
         Args:
             optimizer: The optimizer. Its groups get the method's options when these have been checked.
-            **options: Those that are no keywords of the constructor.
+            **options: Options of the groups that are no keywords of the constructor.
         """
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, SharpnessAware):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, such as SGD, got {optimizer!r}")
         check_base(type(optimizer))
-        options = {name: self.options[name].check(name, value) for name, value in options.items()}
+        self.base_optimizer = optimizer
         # An earlier wrapper may have left options of this name, and Adadelta has a rho of its own.
         given = {name for name, one in self.options.items() if one.keyword}
         groups = [
@@ -41,6 +41,8 @@ class Wrapper(SharpnessAware):
         ]
 
         def base(complete: list[dict[str, Any]], **_: Any) -> Optimizer:
+            for group in complete:
+                self.check_group_options(group)
             for group, one in zip(optimizer.param_groups, complete, strict=True):
                 group.update(one)
             return optimizer

@@ -35,6 +35,7 @@ class ASAM(Wrapper, optim.SAM):
         super().__init__(*self._around(optimizer, eta=eta, norm_eps=1e-16), rho, adaptive=True)
 
     def rule(self, step: Step) -> Rule:
+        """SAM's step, where only the parameters in ``scaled`` are scaled."""
         g = yield AtWeights()
         step.ascend(g, unscaled=frozenset(self.all_params()[0]) - self.scaled)
         g_p = yield AtPerturbed()

@@ -52,6 +52,7 @@ class SSESAM(Wrapper):
         super().__init__(*self._around(optimizer, norm_eps=1e-16), head_rho)
 
     def rule(self, step: Step) -> Rule:
+        """Adds up the gradients at two perturbed weights."""
         g = yield AtWeights()
         step.ascend(g, rho=self.rho_is[self.n_i])
         first = yield AtPerturbed(last=False)

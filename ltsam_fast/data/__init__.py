@@ -1,4 +1,4 @@
-"""Long-tailed data: profiles and subsets, readers for the usual data sets, batches on the device."""
+"""Long-tailed data: profiles and subsets, readers for common data sets, augmentation on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches on the device: uint8 images become normalized, augmented input; and the order in which they come."""
+"""Augments and normalizes batches of uint8 images on their device; draws the batches of an epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ltsam_fast.data.images import Images
-from ltsam_fast.data.longtail import whole
+from ltsam_fast.data.longtail import check_integer
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -20,21 +20,21 @@ class Augment:
 
     .. code-block:: text
 
-        x <- a random window of x padded with crop_padding zeros on each side        each image has its own
-        x <- x mirrored left to right, with probability 1/2                          each image by itself
-        x <- RandAugment(x)                                                          each image has its own
+        x <- a random window of x padded with crop_padding zeros on each side        drawn for each image
+        x <- x mirrored left to right, with probability 1/2                          drawn for each image
+        x <- RandAugment(x)                                                          drawn for each image
         x <- (x / 255 - mean) / std
 
     Args:
         mean: Mean of each channel, in [0, 1].
-        std: Standard deviation of each channel, > 0, same scale.
-        crop_padding: Pixels of zeros on each side before a window of the old size is cut out; 0: no crop.
+        std: Standard deviation of each channel, > 0, in the same scale.
+        crop_padding: Pixels of zeros on each side before a window of the original size is cropped; 0: no crop.
         flip: Mirror half of the images.
         randaugment: ``(operations, magnitude)`` of RandAugment, by torchvision.
 
     Raises:
         ValueError: An argument is out of its range.
-        ModuleNotFoundError: RandAugment is asked for and torchvision is not installed.
+        ModuleNotFoundError: ``randaugment`` is given and torchvision is not installed.
 
     Source: Krizhevsky, CIFAR's crop and flip as in He et al. 2016 (arXiv 1512.03385), section 4.2; Cubuk et al. 2020,
     RandAugment (arXiv 1909.13719).
@@ -56,13 +56,13 @@ class Augment:
         if len(mean) != len(std) or not len(mean) or not all(value > 0 for value in std):
             raise ValueError(f"mean and std must be one number per channel, std > 0, got {mean!r} and {std!r}")
         self.mean, self.std = tuple(mean), tuple(std)
-        self.crop_padding = whole("crop_padding", crop_padding, least=0)
+        self.crop_padding = check_integer("crop_padding", crop_padding, low=0)
         self.flip = flip
         self.randaugment = randaugment
         self._random_ops = None
         if randaugment is not None:
             operations, magnitude = randaugment
-            self._random_ops = _transforms().RandAugment(whole("randaugment", operations, least=1), magnitude)
+            self._random_ops = _transforms().RandAugment(check_integer("randaugment", operations, low=1), magnitude)
         # x / 255 / std - mean / std, as one product and one sum
         spread = torch.tensor(std, dtype=torch.float64)
         self._scale = (1 / (255 * spread)).float().reshape(-1, 1, 1)
@@ -70,7 +70,7 @@ class Augment:
 
     @classmethod
     def for_training(cls, images: Images, *, randaugment: tuple[int, int] | None = None) -> Augment:
-        """What is usual for such images: crop and flip for colour images, neither for one channel (digits).
+        """Returns the usual augmentation for such images: crop and flip for colour images, neither for one channel (digits).
 
         Statistics are CIFAR's for 32 x 32 colour images, ImageNet's for other colour images, else those of ``images``.
         """
@@ -80,15 +80,15 @@ class Augment:
 
     @classmethod
     def for_testing(cls, images: Images) -> Augment:
-        """The same normalization and nothing random. ``images`` is the training set here too: its statistics count."""
+        """Returns the same normalization without augmentation. ``images`` is the training set here, too."""
         return cls(*_statistics(images))
 
     def __call__(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Returns the batch for the network.
+        """Returns the network's input.
 
         Args:
             pixels: uint8, shape (B, channels, height, width).
-            generator: Where all random numbers come from, on any device; default: that of the device of ``pixels``.
+            generator: Generator of all random numbers, on any device; default: that of the device of ``pixels``.
 
         Returns:
             fp32, same shape and device.
@@ -112,9 +112,9 @@ class Augment:
     def _crop_and_flip(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
         batch, channels, height, width = pixels.shape
         padding, device = self.crop_padding, pixels.device
-        where = device if generator is None else generator.device
-        offsets = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator, device=where)
-        mirrored = torch.randint(2, (batch, 1), generator=generator, device=where) * int(self.flip)
+        drawn_on = device if generator is None else generator.device
+        offsets = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator, device=drawn_on)
+        mirrored = torch.randint(2, (batch, 1), generator=generator, device=drawn_on) * int(self.flip)
         offsets, mirrored = offsets.to(device, non_blocking=True), mirrored.to(device, non_blocking=True)
         rows = torch.arange(height, device=device) + offsets[0]
         columns = torch.arange(width, device=device)
@@ -124,16 +124,16 @@ class Augment:
         return padded.gather(2, source.reshape(batch, 1, -1).expand(-1, channels, -1)).reshape(pixels.shape)
 
     def _random_augment(self, pixels: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Torchvision draws from torch's global state and would treat a batch as one image, hence seed and loop."""
+        """Applies RandAugment image by image, as torchvision needs it; torchvision draws from torch's global random state."""
         assert self._random_ops is not None
-        where = pixels.device if generator is None else generator.device
-        seed = int(torch.randint(2**62, (1,), generator=generator, device=where))
+        drawn_on = pixels.device if generator is None else generator.device
+        seed = int(torch.randint(2**62, (1,), generator=generator, device=drawn_on))
         with torch.random.fork_rng(devices=[]):
             torch.random.manual_seed(seed)
             return torch.stack([self._random_ops(image) for image in pixels])
 
 
-def _transforms():  # type: ignore[no-untyped-def]  # torchvision may not be there
+def _transforms():  # type: ignore[no-untyped-def]  # torchvision may not be installed
     try:
         from torchvision.transforms import v2
     except ModuleNotFoundError as error:
@@ -152,20 +152,20 @@ def _statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
         for channel in range(channels):
             histogram[channel] += block[:, channel].flatten().bincount(minlength=256)
     values = torch.arange(256, dtype=torch.float64) / 255
-    share = histogram / histogram.sum(1, keepdim=True)
-    mean = share @ values
-    std = (share @ values.square() - mean.square()).sqrt()
+    frequency = histogram / histogram.sum(1, keepdim=True)
+    mean = frequency @ values
+    std = (frequency @ values.square() - mean.square()).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def batches(n: int, batch_size: int, *, generator: torch.Generator, drop_last: bool = False) -> Iterator[Tensor]:
-    """Yields the indices of an epoch's batches: a random order of n samples, cut into pieces.
+    """Yields the indices of an epoch's batches, from a random permutation of n samples.
 
     Args:
         n: Number of samples.
         batch_size: Samples per batch; the last batch may have fewer.
-        generator: Where the order comes from; it is used once, at the first batch.
-        drop_last: Leave out a last batch that isn't full.
+        generator: Generator of the permutation, which is drawn at the first batch.
+        drop_last: Leave out an incomplete last batch.
 
     Yields:
         LongTensors on the generator's device.
@@ -176,8 +176,8 @@ def batches(n: int, batch_size: int, *, generator: torch.Generator, drop_last: b
     >>> [len(batch) for batch in batches(10, 4, generator=torch.Generator().manual_seed(0))]
     [4, 4, 2]
     """
-    whole("n", n, least=1)
-    whole("batch_size", batch_size, least=1)
+    check_integer("n", n, low=1)
+    check_integer("batch_size", batch_size, low=1)
     for batch in torch.randperm(n, generator=generator, device=generator.device).split(batch_size):
         if len(batch) == batch_size or not drop_last:
             yield batch

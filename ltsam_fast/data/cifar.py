@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as Krizhevsky's site offers them for Python: pickles, read without trusting them."""
+"""Reads CIFAR-10 and CIFAR-100 in Krizhevsky's Python version: pickles, without executing code in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CODES = ("u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a version of CIFAR keeps what."""
+    """The names of files and entries of a version of CIFAR."""
 
     folder: str
     train: tuple[str, ...]
@@ -49,9 +49,9 @@ LAYOUTS = {
 
 
 def folder_of(source: Path, layout: Layout) -> Path | None:
-    """Returns the folder with the files of ``layout``: ``source`` or the folder of the archive below it."""
+    """Returns the folder with the files of ``layout``: ``source``, or the archive's folder in it; else None."""
     for folder in (source, source / layout.folder):
-        # CIFAR-100's "train" and "test" may also be folders of another data set: one of its files must be one.
+        # Other data sets may have folders called "train" and "test" as CIFAR-100 has files: so check for files.
         if (
             folder.name == layout.folder
             and folder.is_dir()
@@ -65,7 +65,7 @@ def read(source: Path, format: str, split: str) -> Images:
     """Reads one split of CIFAR.
 
     Raises:
-        DataError: A file is missing, or isn't what it should be.
+        DataError: A file is missing or malformed.
     """
     layout = LAYOUTS[format]
     folder = folder_of(source, layout)
@@ -74,8 +74,8 @@ def read(source: Path, format: str, split: str) -> Images:
     if split not in ("train", "test"):
         raise DataError(f"{folder}: no split {split!r}, only 'train' and 'test'")
     names = _names(folder / layout.meta, layout)
-    parts = [_batch(folder / name, layout) for name in (layout.train if split == "train" else layout.test)]
-    pixels, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    batches = [_batch(folder / name, layout) for name in (layout.train if split == "train" else layout.test)]
+    pixels, labels = (np.concatenate(column) for column in zip(*batches, strict=True))
     return Images(torch.from_numpy(pixels), torch.from_numpy(labels), names)
 
 
@@ -107,7 +107,7 @@ def _batch(path: Path, layout: Layout) -> tuple[np.ndarray[Any, Any], np.ndarray
 
 def _entry(content: Any, key: str, path: Path) -> Any:
     found = content if isinstance(content, dict) else {}
-    for name in (key.encode(), key):  # bytes where Python 2 wrote them
+    for name in (key.encode(), key):  # keys are bytes in pickles of Python 2
         if name in found:
             return found[name]
     raise DataError(f"{path}: no {key!r} in this pickle")
@@ -128,26 +128,26 @@ def _unpickled(path: Path) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows arrays of whole numbers and nothing else that could be called; a pickle may name any function there is.
+    """An unpickler that can load arrays of integers but call nothing else; a pickle may name any function.
 
-    What the pickle takes for NumPy are the stand-ins below: not even NumPy sees unchecked input. They are made anew for each
-    file, because a pickle may also set attributes of what it is given.
+    NumPy's names resolve to the stubs below, so that NumPy gets no unchecked input. Stubs are created for each file, because a
+    pickle may set attributes of them.
     """
 
     def __init__(self, file: Any, encoding: str) -> None:
         super().__init__(file, encoding=encoding)
-        self._known = _stand_ins()
+        self._stubs = _stubs()
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy.core is called numpy._core since NumPy 2
-        known = self._known.get((module.replace("numpy._core", "numpy.core"), name))
-        if known is None:
+        found = self._stubs.get((module.replace("numpy._core", "numpy.core"), name))
+        if found is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return known
+        return found
 
 
-def _stand_ins() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What a pickled array of NumPy asks for, by any version of NumPy and any protocol."""
+def _stubs() -> dict[tuple[str, str], Callable[..., Any]]:
+    """Returns stubs for the names in pickled NumPy arrays, of any version of NumPy and any protocol."""
 
     class DType:
         def __init__(self, code: Any, *_: Any) -> None:

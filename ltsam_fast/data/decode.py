@@ -1,4 +1,4 @@
-"""Images decoded once: in parallel, into memory or into a file that is mapped from then on."""
+"""Decodes images once, in parallel, into memory or into a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltsam_fast.data.files import FileList, described
+from ltsam_fast.data.files import FileList, file_states
 from ltsam_fast.data.images import DataError
 from ltsam_fast.extras import needed, progress_bar
 
 _BLOCK = 1024
-"""Images decoded before the next ones are handed to the threads; what waits in memory is one block."""
+"""Images per block; at most one block of decoded images waits in memory."""
 _CHECKED_BYTES = 1 << 30
-"""How much of a cache is compared with its checksums: all of it up to 1 GiB, evenly spaced images beyond."""
+"""Bytes of a cache that are compared with checksums: evenly spaced images of larger caches."""
 _VERSION = 2
-"""Of what is done to an image: raised where other pixels come out."""
+"""Version of the decoding; increase it with every change of the pixels."""
 _16_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")
-"""Formats whose grey values of more than 8 bits have a known largest one."""
+"""Formats with a known largest value of 16-bit grey."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
-"""Tags of a TIFF."""
+"""Numbers of TIFF tags."""
 
 Pixels = np.ndarray[Any, Any]
 
@@ -47,14 +47,14 @@ def in_memory(files: FileList, size: int | None, progress: bool) -> Tensor:
 
 
 def cached(files: FileList, size: int | None, progress: bool, cache: Path, name: str) -> Tensor:
-    """Returns the decoded images mapped from ``cache/name``, which is made if it isn't there, complete and up to date.
+    """Returns the decoded images mapped from ``cache/name``, which is rebuilt if it is missing, damaged or out of date.
 
-    The folder is written under another name and renamed when all is there; a lock lets one process build at a time.
+    The folder is written under a temporary name and renamed at the end; a lock admits one process at a time.
     """
     filelock = needed("filelock", "filelock")
     cache.mkdir(parents=True, exist_ok=True)
     fingerprint = hashlib.sha256(
-        "\n".join([f"{_VERSION} {size}", *described(files)]).encode("utf-8", "surrogateescape")
+        "\n".join([f"{_VERSION} {size}", *file_states(files)]).encode("utf-8", "surrogateescape")
     ).hexdigest()
     folder = cache / name
     with filelock.FileLock(cache / f"{name}.lock"):
@@ -88,52 +88,50 @@ def _build(folder: Path, fingerprint: str, images: Iterator[Pixels]) -> None:
 
 
 def _mapped(folder: Path, fingerprint: str) -> Tensor | None:
-    """The images in ``folder``, or None where it has others, too few or damaged ones."""
+    """Returns the images in ``folder``, or None if they are others, too few or damaged."""
     try:
         about = json.loads((folder / "about.json").read_text())
         length = (folder / "pixels").stat().st_size
-    except (OSError, ValueError):  # no cache, or a damaged one: it is made again
+    except (OSError, ValueError):  # no cache, or a damaged one: rebuild it
         return None
     if not isinstance(about, dict) or about.get("fingerprint") != fingerprint:
         return None
     shape, checksums = about["shape"], about["crc32"]
     if length != int(np.prod(shape)):
         return None
-    # Private: whoever writes to the images changes a copy of the page, never the file.
+    # A private mapping: writes to the images never change the file.
     pixels = torch.from_file(str(folder / "pixels"), shared=False, size=length, dtype=torch.uint8).reshape(shape)
     step = -(-length // _CHECKED_BYTES)
-    sound = all(zlib.crc32(pixels[i].numpy().data) == checksums[i] for i in range(0, len(pixels), step))
-    return pixels if sound else None
+    intact = all(zlib.crc32(pixels[i].numpy().data) == checksums[i] for i in range(0, len(pixels), step))
+    return pixels if intact else None
 
 
 def _decoded(paths: Sequence[Path], size: int | None, progress: bool) -> Iterator[Pixels]:
-    """The images in order, each uint8 of shape (3, height, width), all of one size."""
+    """Yields the images in order: uint8, shape (3, height, width), all of one size."""
     image_module = needed("PIL.Image", "pillow")
     first: Pixels | None = None
     with progress_bar(progress, len(paths), "decoding", "image") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         for begin in range(0, len(paths), _BLOCK):
             block = paths[begin : begin + _BLOCK]
-            for path, image in zip(block, pool.map(lambda path: _one(image_module, path, size), block), strict=True):
+            for path, image in zip(block, pool.map(lambda path: _decode(image_module, path, size), block), strict=True):
                 first = image if first is None else first
                 if image.shape != first.shape:
                     raise DataError(
                         f"{path}: {_extent(image)} pixels where {paths[0]} has {_extent(first)}; "
-                        f"give size= to bring all images to one size"
+                        f"give size= to resize all images"
                     )
                 yield image
                 bar.update()
 
 
-def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
+def _decode(image_module: Any, path: Path, size: int | None) -> Pixels:
     try:
-        # Of a file that it opens itself Pillow maps some TIFFs into memory, and scrambles those that are to be turned.
+        # Pillow maps some TIFFs into memory if it opens the file itself, and then rotates them wrongly.
         with path.open("rb") as file, image_module.open(file) as image:
             if size is not None:
-                image.draft(
-                    "RGB", (2 * size, 2 * size)
-                )  # JPEGs are decoded at a half, a quarter, ... where that is enough
+                image.draft("RGB", (2 * size, 2 * size))  # JPEGs may be decoded at a half, a quarter, ... of their size
             image.load()
-            with contextlib.suppress(Exception):  # an EXIF block that is broken turns nothing
+            with contextlib.suppress(Exception):  # ignore a broken EXIF block
                 needed("PIL.ImageOps", "pillow").exif_transpose(image, in_place=True)
             picture = _with_8_bits(image_module, image, path).convert("RGB")
             if size is not None:
@@ -142,25 +140,27 @@ def _one(image_module: Any, path: Path, size: int | None) -> Pixels:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except Exception as error:  # each format's decoder has errors of its own
+    except Exception as error:  # each format's decoder raises other errors
         raise DataError(f"{path}: not a readable image: {' '.join(str(error).split())}") from error
     return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))
 
 
 def _with_8_bits(image_module: Any, image: Any, path: Path) -> Any:
-    """The image, its greys of 16 bits scaled to 8; Pillow's convert() would cut off all above 255."""
+    """Returns the image with 16-bit grey scaled to 8 bits; Pillow's convert() would clip it at 255."""
     mode, tags = image.mode, getattr(image, "tag_v2", {})
-    wide = mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM"))  # as Pillow opens 16 bits
+    is_16_bit = mode.startswith("I;16") or (
+        mode == "I" and image.format in ("PNG", "PPM")
+    )  # Pillow's modes of 16-bit grey
     if (
-        (wide and image.format not in _16_BITS)
-        or (mode in ("I", "F") and not wide)
+        (is_16_bit and image.format not in _16_BITS)
+        or (mode in ("I", "F") and not is_16_bit)
         or set(tags.get(_SAMPLE_FORMAT, (1,))) != {1}  # signed
     ):
         raise DataError(
             f"{path}: no scale to 8 bits is known for its pixels (mode {mode!r}): save it as grey of 8 or 16 bits, or as RGB"
         )
-    if not wide:
-        return image.convert("LA") if mode == "La" else image  # from La to RGB there is no way but this
+    if not is_16_bit:
+        return image.convert("LA") if mode == "La" else image  # the only way from La to RGB
     top = 2 ** tags.get(_BITS, (16,))[0] - 1
     values = np.asarray(image).astype(np.int64)
     if tags.get(_PHOTOMETRIC) == 0:  # white is zero
@@ -169,7 +169,7 @@ def _with_8_bits(image_module: Any, image: Any, path: Path) -> Any:
 
 
 def _resized(picture: Any, size: int, resampling: Any) -> Any:
-    """The square in the centre of the picture, brought to size x size."""
+    """Returns the picture's centre square, resized to size x size."""
     width, height = picture.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: real images that need no download."""
+"""scikit-learn's digits: real images without a download."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class LongTailed:
 
 
 def digits(imbalance: float = 50, seed: int = 0, *, held_out: str = "test") -> LongTailed:
-    """Returns scikit-learn's digits, 8 x 8 pixels in 10 classes, with a long tail; nothing is downloaded.
+    """Returns a long-tailed subset of scikit-learn's digits, 8 x 8 pixels in 10 classes; nothing is downloaded.
 
-    40 images of each class are the test set, the same ones whatever the seed. The training set is drawn from the others,
-    with 134 images of the digit 0 and ever fewer of the following ones. Pixels are scaled to [0, 1] and then standardised
-    by mean and standard deviation of the training set.
+    40 images of each class are the test set, the same for every seed. The training set is drawn from the others, with 134
+    images of the digit 0 and fewer of each following digit. Pixels are scaled to [0, 1] and then standardised by mean and
+    standard deviation of the training set.
 
     Args:
         imbalance: Most frequent over least frequent class, 1 to 134 (104 for validation).
-        seed: Seed of the draw.
-        held_out: ``"test"``; or ``"validation"``, for choosing hyperparameters without a look at the test set: then
-            ``test_x`` are 30 images of each class that are drawn from the others too, and training has 104 zeros at most.
+        seed: Seed of the subset.
+        held_out: ``"test"``; or ``"validation"``, for choosing hyperparameters without the test set: then ``test_x`` are 30
+            of the other images of each class, and at most 104 images of the digit 0 are left for training.
 
     Raises:
         ValueError: ``imbalance`` or ``held_out`` is out of range.
@@ -68,14 +68,14 @@ def digits(imbalance: float = 50, seed: int = 0, *, held_out: str = "test") -> L
     return LongTailed(x[train], y[train], x[test], y[test], counts)
 
 
-def _without(indices: Tensor, taken: Tensor) -> Tensor:
-    return indices[~torch.isin(indices, taken)]
+def _without(indices: Tensor, excluded: Tensor) -> Tensor:
+    return indices[~torch.isin(indices, excluded)]
 
 
 def digit_images(split: str) -> Images:
-    """The split of :func:`digits`, without a long tail: 40 images of each class are ``"test"``, the others ``"train"``.
+    """Returns a split of the digits without a long tail: ``"test"``, 40 images of each class, or ``"train"``, the others.
 
-    Pixels are 15 times those of scikit-learn, which go from 0 to 16.
+    Pixels are 15 times those of scikit-learn, which are from 0 to 16.
 
     Raises:
         DataError: There is no such split.
@@ -89,7 +89,7 @@ def digit_images(split: str) -> Images:
 
 
 def _pixels_and_labels() -> tuple[Tensor, Tensor]:
-    """All digits: uint8 from 0 to 16, shape (1797, 1, 8, 8), and their classes."""
+    """Returns all digits, uint8 from 0 to 16, shape (1797, 1, 8, 8), and their classes."""
     load_digits = needed("sklearn.datasets", "scikit-learn").load_digits
     pixels, labels = load_digits(return_X_y=True)
     return torch.from_numpy(pixels).to(torch.uint8).reshape(-1, 1, 8, 8), torch.from_numpy(labels).long()

@@ -1,4 +1,4 @@
-"""Which image files a split has, and their classes: from a tree of folders or from a text list."""
+"""Lists the image files of a split with their classes, from a tree of folders or a text list."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ltsam_fast.data.images import DataError
 
 SPLITS = ("train", "val", "test")
 _LINE = re.compile(r"(.*[^ \t])[ \t]+([0-9]{1,9})", re.DOTALL)
-"""A path, in which any character may be, and a label."""
+"""A path of any characters, and a label."""
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -28,7 +28,7 @@ class FileList:
 
 
 def tree(source: Path, split: str) -> FileList:
-    """Lists a tree ``[split/]class/**/image``; classes are the folders in the order of their names.
+    """Lists a tree ``[split/]class/**/image``; classes are the folders in alphabetical order.
 
     Raises:
         DataError: There is no such split, a class has no image, or the splits have different classes.
@@ -38,9 +38,9 @@ def tree(source: Path, split: str) -> FileList:
         others = [name for name in SPLITS if (source / name).is_dir()]
         if others:
             raise DataError(f"{source}: no folder {split!r} here, only {', '.join(others)}")
-        root = _taken_as_it_is(source, split)
+        root = _single_split(source, split)
     classes = _class_folders(root)
-    # The number of a class is its place among the folders: it must be the same one in training.
+    # The index of a class is that of its folder, so the training set must have the same folders.
     reference = source / "train"
     if root.parent == source and reference.is_dir() and (expected := _class_folders(reference)) != classes:
         different = sorted(set(expected) ^ set(classes))
@@ -64,21 +64,21 @@ def _class_folders(root: Path) -> tuple[str, ...]:
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder, followlinks=True):
+    for parent, _, names in os.walk(folder, followlinks=True):
         yield from (
-            Path(where, name)
+            Path(parent, name)
             for name in names
             if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith(".")
         )
 
 
 def text_list(source: Path, split: str, images: Path | None, classes: int | None) -> FileList:
-    """Reads a list of one ``path label`` per line; ``source`` is the list, or a folder with one for each split.
+    """Reads a list with one ``path label`` per line; ``source`` is the list, or a folder with a list for each split.
 
-    Without ``classes`` there are as many as the largest label says, and each must have an image.
+    Without ``classes`` their number follows from the largest label, and each class must have an image.
 
     Raises:
-        DataError: There is no list, a line isn't what it should be, or a class has no image.
+        DataError: There is no list, a line is malformed, or a class has no image.
     """
     path = source
     if source.is_dir():
@@ -88,19 +88,19 @@ def text_list(source: Path, split: str, images: Path | None, classes: int | None
             raise DataError(f"{source}: needs one .txt with {split!r} in its name, found {names}")
         path = found[0]
     else:
-        _taken_as_it_is(source, split)
+        _single_split(source, split)
     root = path.parent if images is None else images
     result = FileList([], [], ())
     for number, line in enumerate(_lines(path), 1):
         if not line:
             continue
-        parts = _LINE.fullmatch(line)
-        if parts is None:
+        match = _LINE.fullmatch(line)
+        if match is None:
             raise DataError(f"{path}, line {number}: expected 'path label', got {line[:80]!r}")
-        image = root / parts[1]
-        if not os.path.isfile(image):  # False for what can be no path, too
+        image = root / match[1]
+        if not os.path.isfile(image):  # also False for an invalid path
             raise DataError(f"{path}, line {number}: no such file: {str(image)!r}")
-        label = int(parts[2])
+        label = int(match[2])
         if classes is not None and label >= classes:
             raise DataError(f"{path}, line {number}: the label must lie in [0, {classes}), got {label}")
         result.paths.append(image)
@@ -122,7 +122,7 @@ def lists(folder: Path, split: str) -> list[Path]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines without the blanks around them; only a newline ends one, for names hold what str.splitlines() splits at."""
+    r"""Yields the stripped lines; only "\n" ends a line, since names may contain other separators of str.splitlines()."""
     try:
         content = path.read_bytes()
     except FileNotFoundError as error:
@@ -134,8 +134,8 @@ def _lines(path: Path) -> Iterator[str]:
             raise DataError(f"{path}, line {number}: not a text file in UTF-8: {error}") from error
 
 
-def _taken_as_it_is(source: Path, split: str) -> Path:
-    """``source`` if it may be the split by itself: whoever asks for the test set must not get the training set."""
+def _single_split(source: Path, split: str) -> Path:
+    """Returns ``source`` if it may be that split: a test set must not be read from the training set's files."""
     if split != "train" and split not in _words(source):
         raise DataError(f"{source}: is one split, and its name doesn't say that it is {split!r}")
     return source
@@ -145,11 +145,11 @@ def _words(path: Path) -> list[str]:
     return re.split(r"[^a-z0-9]+", path.stem.lower())
 
 
-def described(files: FileList) -> list[str]:
-    """Returns a line with name, size and time of change of each file: what a cache of them depends on.
+def file_states(files: FileList) -> list[str]:
+    """Returns a line with name, size and modification time of each file, for the fingerprint of a cache.
 
     Raises:
-        DataError: A file is gone.
+        DataError: A file does not exist.
     """
     result = []
     for path in files.paths:

@@ -1,4 +1,4 @@
-"""What every reader gives: the images of one split in memory, and the one error for data that can't be read."""
+"""The result of every reader, the images of one split in memory; and the error for data that can't be read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HASHED_BYTES = 1 << 30
 
 
 class DataError(ValueError):
-    """Data that can't be read: one line that names the file and what is wrong with it."""
+    """Data that can't be read; the message is one line with the file and the reason."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one split, decoded once.
+    """The decoded images of one split.
 
     Attributes:
         pixels: uint8, shape (N, channels, height, width); perhaps mapped from a file.
@@ -55,7 +55,7 @@ class Images:
         return len(self.labels)
 
     def take(self, indices: Tensor) -> Images:
-        """Returns a copy of the images at ``indices``, a LongTensor, in their order; say those of a long tail."""
+        """Returns a copy of the images at ``indices``, a LongTensor, in their order."""
         return Images(self.pixels[indices], self.labels[indices], self.classes)
 
     def counts(self) -> list[int]:
@@ -64,7 +64,7 @@ class Images:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of pixels, labels and names of the classes; of more than 1 GiB of pixels the middle rows of every image."""
+        """SHA-256 of pixels, labels and class names; above 1 GiB of pixels only the middle rows of every image."""
         height, size = self.pixels.shape[2], self.pixels.nbytes
         rows = height if size <= _HASHED_BYTES else max(1, height * _HASHED_BYTES // size)
         middle = self.pixels[:, :, (height - rows) // 2 :][:, :, :rows]

@@ -1,4 +1,4 @@
-"""Long-tailed data: how many samples each class keeps, which ones, and how results are reported by class frequency."""
+"""Long-tailed subsets, and the split of classes by their number of samples."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 
 def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "exp") -> list[int]:
-    """Returns how many training samples each class keeps, the most frequent class first.
+    """Returns the number of training samples of each class, the most frequent class first.
 
     .. code-block:: text
 
         exp:   n_c = floor(n_max * (1 / imbalance)^(c / (classes - 1)))
         step:  n_c = n_max in the first floor(classes / 2) classes, floor(n_max / imbalance) in the others
 
-    Truncated, not rounded, so the lists are those of the published CIFAR-LT.
+    Numbers are truncated, not rounded, as in the published CIFAR-LT.
 
     Args:
         n_max: Samples in the most frequent class.
         classes: Number of classes, >= 2.
-        imbalance: Most frequent over least frequent, from 1 to ``n_max``.
+        imbalance: Ratio of the most to the least frequent class, from 1 to ``n_max``.
         profile: ``"exp"`` or ``"step"``.
 
     Raises:
@@ -36,13 +36,13 @@ def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "
     >>> longtail_counts(5000, 10, 100)
     [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
     """
-    n_max = whole("n_max", n_max, least=1)
-    classes = whole("classes", classes, least=2)
+    n_max = check_integer("n_max", n_max, low=1)
+    classes = check_integer("classes", classes, low=2)
     if not 1 <= imbalance <= n_max:
         raise ValueError(
             f"imbalance must be from 1 to n_max = {n_max}, which leaves a sample to every class, got {imbalance!r}"
         )
-    # The order of operations is the published one: n_max / imbalance ** x may round differently, and is then truncated.
+    # The published order of operations: n_max / imbalance ** x may round differently before it is truncated.
     if profile == "exp":
         return [int(n_max * (1 / imbalance) ** (c / (classes - 1))) for c in range(classes)]
     if profile == "step":
@@ -67,7 +67,7 @@ def longtail_subset(
         LongTensor, shape (sum(counts),), class by class.
 
     Raises:
-        ValueError: ``labels`` is no list of classes, or a class has fewer samples than it should keep.
+        ValueError: ``labels`` is not a list of classes, or a class has fewer samples than asked for.
 
     Source: Cao et al. 2019, as for :func:`longtail_counts`: the dataset in the authors' code.
 
@@ -90,7 +90,7 @@ def longtail_subset(
 
 
 def shot_split(class_counts: Sequence[int] | Tensor, many: int = 100, few: int = 20) -> dict[str, Tensor]:
-    """Returns which classes have many, a medium number of, and few training samples.
+    """Returns the classes with many, a medium number of, and few training samples.
 
     Args:
         class_counts: Training samples of each class, shape (C,).
@@ -116,14 +116,14 @@ def shot_split(class_counts: Sequence[int] | Tensor, many: int = 100, few: int =
     return {name: members.nonzero().flatten() for name, members in groups.items()}
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    """Returns ``value`` as an int, or raises the ValueError that names it."""
+def check_integer(name: str, value: Any, low: int) -> int:
+    """Returns ``value`` as an int; raises ValueError unless it is an integer >= ``low``."""
     try:
         number = operator.index(value)
     except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+        number = low - 1
+    if number < low:
+        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
     return number
 
 

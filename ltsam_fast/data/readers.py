@@ -1,4 +1,4 @@
-"""One door to all data sets: what ``source`` is decides who reads it."""
+"""Reads any supported data set with :func:`load`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ltsam_fast.data import cifar, files
 from ltsam_fast.data.decode import cached, in_memory
 from ltsam_fast.data.embedded import digit_images
 from ltsam_fast.data.images import DataError, Images
-from ltsam_fast.data.longtail import whole
+from ltsam_fast.data.longtail import check_integer
 
 FORMATS = ("digits", "cifar10", "cifar100", "folder", "list")
 
@@ -28,41 +28,40 @@ def load(
     classes: int | None = None,
     progress: bool = False,
 ) -> Images:
-    """Reads one split of a data set into memory, its images decoded once to uint8.
+    """Reads one split of a data set into memory, with images decoded to uint8.
 
     ========== ==================================================================================================
     format     ``source``
     ========== ==================================================================================================
     digits     ``"digits"``: scikit-learn's, 8 x 8 pixels; splits train and test
-    cifar10    the folder ``cifar-10-batches-py`` or the one it lies in; splits train and test
-    cifar100   the folder ``cifar-100-python`` or the one it lies in; splits train and test; the fine labels
-    folder     ``source/split/class/**/image``, or ``source/class/**/image`` for a split by itself
+    cifar10    the folder ``cifar-10-batches-py`` or its parent; splits train and test
+    cifar100   the folder ``cifar-100-python`` or its parent; splits train and test; the fine labels
+    folder     ``source/split/class/**/image``, or ``source/class/**/image`` for a single split
     list       a text file of lines ``path label`` as of ImageNet-LT, Places-LT and iNaturalist; or a folder with
-               one for each split, whose names hold the word, as in ``ImageNet_LT_train.txt``
+               one for each split, with the split in its name, as in ``ImageNet_LT_train.txt``
     ========== ==================================================================================================
 
-    A folder or a list of one split is taken as it is for ``split="train"``; any other split must be in its name.
+    A folder or a list of a single split is read for ``split="train"``; any other split must be in its name.
 
-    Image files become RGB, 8 bits: grey and palettes are spelled out, grey of 16 bits is scaled, transparency is left out (as
-    by torchvision's ``ImageFolder``), of several frames the first one counts. Unlike there, images are turned the way that
-    their EXIF orientation says, with and without ``cache``. Pixels without a known largest value (32 bits, floating point,
-    signed) are an error.
+    Image files become RGB with 8 bits: grey and palettes are converted, 16-bit grey is scaled, transparency is dropped (as by
+    torchvision's ``ImageFolder``), and only the first of several frames is read. Unlike there, images are rotated by their EXIF
+    orientation. Pixels without a known largest value (32 bits, floating point, signed) are an error.
 
     Args:
         source: See above.
         split: ``"train"``, ``"test"``, ``"val"`` or the name of another folder.
-        format: One of the above, or ``"auto"``: found out from ``source``.
-        images: The folder that the paths of a list start from (default: the list's own).
-        size: Cuts the centre out of each image, as large a square as there is, and brings it to this many pixels on each
-            side. Needed where the images of a folder or list differ in size.
-        cache: A folder for decoded images, made if need be: they are decoded once and from then on mapped, not read. It is
-            made again when names, sizes or times of the files change, or when it is damaged.
-        classes: The number of classes there must be. A list can't tell it where the last ones have no image.
+        format: One of the above, or ``"auto"``: detected from ``source``.
+        images: The folder that the paths in a list are relative to (default: the list's own).
+        size: Height and width in pixels to which the centre square of each image is resized. Needed if the images of a folder
+            or list differ in size.
+        cache: A folder for decoded images, created if missing: they are decoded once and memory-mapped afterwards. It is
+            rebuilt if names, sizes or times of the files change, or if it is damaged.
+        classes: The number of classes, to be checked. Needed for a list in which the last classes have no image.
         progress: Show a progress bar while images are decoded.
 
     Raises:
-        DataError: A file is missing or not what it should be.
-        ValueError: An argument is none of those accepted.
+        DataError: A file is missing or malformed.
+        ValueError: An argument is not accepted.
         ModuleNotFoundError: Pillow, scikit-learn or tqdm is needed and not installed.
 
     >>> digits = load("digits", "test")
@@ -72,25 +71,25 @@ def load(
     if format not in (*FORMATS, "auto"):
         raise ValueError(f"format must be 'auto' or one of {', '.join(FORMATS)}, got {format!r}")
     if size is not None:
-        whole("size", size, least=1)
+        check_integer("size", size, low=1)
     if classes is not None:
-        whole("classes", classes, least=2)
+        check_integer("classes", classes, low=2)
     path = Path(source)
-    chosen = _format(source, split) if format == "auto" else format
-    if chosen in ("digits", "cifar10", "cifar100"):
+    kind = _format(source, split) if format == "auto" else format
+    if kind in ("digits", "cifar10", "cifar100"):
         for name, value in (("size", size), ("images", images)):
             if value is not None:
                 raise ValueError(
-                    f"{name} must be None for {chosen}, whose images have one size and place, got {value!r}"
+                    f"{name} must be None for {kind}, whose images have a fixed size and path, got {value!r}"
                 )
-        result = digit_images(split) if chosen == "digits" else cifar.read(path, chosen, split)
+        result = digit_images(split) if kind == "digits" else cifar.read(path, kind, split)
         _check_classes(path, len(result.classes), classes)
         return result
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
-    if chosen == "folder" and not path.is_dir():
+    if kind == "folder" and not path.is_dir():
         raise DataError(f"{path}: not a folder")
-    if chosen == "folder":
+    if kind == "folder":
         found = files.tree(path, split)
     else:
         found = files.text_list(path, split, None if images is None else Path(images), classes)
@@ -108,7 +107,7 @@ def _format(source: str | os.PathLike[str], split: str) -> str:
     if os.fspath(source) == "digits":
         return "digits"
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder, nor the word 'digits'")
+        raise DataError(f"{path}: no such file or folder, and not the word 'digits'")
     if path.is_file():
         return "list"
     versions = [name for name, layout in cifar.LAYOUTS.items() if cifar.folder_of(path, layout)]

@@ -1,4 +1,4 @@
-"""The shape of the loss around the weights: its top curvature, and slices through it."""
+"""The largest Hessian eigenvalue of the loss, and slices of the loss around the weights."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ltsam_fast.diagnostics.evaluator import Evaluator, LossFn, Prepare
 from ltsam_fast.diagnostics.plots import curve, surface
-from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
 from ltsam_fast.extras import progress_bar
-from ltsam_fast.shared.graph import Graph
+from ltsam_fast.shared.autograd_graph import AutogradGraph
 
 
 @dataclass(frozen=True)
 class TopEigenvalue:
-    """The largest eigenvalue of a Hessian, as far as power iteration came.
+    """The largest eigenvalue of a Hessian, as power iteration left it.
 
     Attributes:
         value: The Rayleigh quotient ``v^T H v``.
-        residual: ``||H v - value v||``: some eigenvalue lies this close to ``value``.
-        converged: Whether the residual came down to ``tolerance`` times the largest eigenvalue met, by magnitude.
+        residual: ``||H v - value v||``; an eigenvalue lies within this distance of ``value``.
+        converged: Whether the residual is at most ``tolerance`` times the largest magnitude of an eigenvalue found.
         history: The Rayleigh quotient after each product with H.
-        vector: The direction ``v`` of norm 1, one tensor for each weight; can be a direction of :func:`loss_slice`.
+        vector: The eigenvector ``v`` of norm 1, one tensor for each weight; :func:`loss_slice` takes it as a direction.
     """
 
     value: float
@@ -35,9 +35,9 @@ class TopEigenvalue:
     vector: list[Tensor]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws how the value settled into the image file ``path``; needs matplotlib."""
+        """Draws ``history`` into the image file ``path``; needs matplotlib."""
         steps = torch.arange(1, len(self.history) + 1)
-        curve(path, steps, torch.tensor(self.history), "product with the Hessian", "Rayleigh quotient")
+        curve(path, steps, torch.tensor(self.history), "Hessian-vector product", "Rayleigh quotient")
 
 
 def top_hessian_eigenvalue(
@@ -61,22 +61,22 @@ def top_hessian_eigenvalue(
         repeat: h <- H v (two backwards per batch), value <- v . h, stop if ||h - value v|| <= tolerance |value|
                 v <- h / ||h||
 
-    Power iteration finds the eigenvalue of largest magnitude. Where that is negative, it goes on with ``H - value I``, whose
-    largest magnitude is the largest eigenvalue of H; both parts share ``iterations`` and the scale of ``tolerance``. Two of
-    equal magnitude and opposite sign don't converge. Evaluation mode; weights, their ``grad`` and running statistics stay as
-    they are.
+    Power iteration finds the eigenvalue of largest magnitude. If that is negative, a second power iteration runs on
+    ``H - value I``, whose eigenvalue of largest magnitude belongs to the largest eigenvalue of H. Both share ``iterations`` and
+    the scale of ``tolerance``. Two eigenvalues of equal magnitude and opposite sign do not converge. The network is in
+    evaluation mode; weights, their ``grad`` and running statistics stay as they are.
 
     Args:
-        model: The network; its weights with ``requires_grad`` count.
+        model: The network; the Hessian is that of its weights with ``requires_grad``.
         loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,); differentiable twice.
-        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        x: Samples, shape (N, ...), on any device; batches are moved to the weights' device.
         y: Their classes, int64, shape (N,).
-        classes: Take only the samples of these classes, say of the head or the tail; default: all.
-        iterations: Most products with the Hessian, each a forward and two backwards of all samples.
+        classes: Use only the samples of these classes, such as those of the tail; default: all.
+        iterations: Maximum number of Hessian-vector products, each a forward and two backwards of all samples.
         tolerance: Relative residual at which to stop, > 0.
-        generator: Where the first direction comes from.
+        generator: Generator of the first direction.
         batch_size: Samples per forward pass.
-        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+        prepare: Turns samples into input, such as ``data.Augment.for_testing(images)`` for uint8 images.
 
     Raises:
         ValueError: An argument is out of range, there are no samples of these classes, or the network has an activation
@@ -93,16 +93,16 @@ def top_hessian_eigenvalue(
         raise ValueError(f"iterations must be at least 1, got {iterations!r}")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance!r}")
-    probe = Probe(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
-    v = torch.cat([one.flatten() for one in _random(probe.params, generator)])
+    evaluator = Evaluator(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
+    v = torch.cat([one.flatten() for one in _random(evaluator.params, generator)])
     v /= v.norm()
     history: list[float] = []
     shift = residual = 0.0
     converged = False
     # Attention's fused kernels have no second derivative.
-    with probe.watching(), sdpa_kernel(SDPBackend.MATH):
+    with evaluator.eval_mode(), sdpa_kernel(SDPBackend.MATH):
         while len(history) < iterations:
-            product = _hessian_product(probe, v)
+            product = _hessian_product(evaluator, v)
             history.append(float(v @ product))
             residual = float((product - history[-1] * v).norm())
             converged = residual <= tolerance * max(abs(history[-1]), abs(shift))
@@ -110,31 +110,31 @@ def top_hessian_eigenvalue(
                 break
             if converged:
                 shift = history[-1]
-                # v itself is that eigenvector, which the shift takes to zero.
-                v = torch.cat([one.flatten() for one in _random(probe.params, generator)])
+                # v is the eigenvector of the shift, whose product with H - shift I is zero: begin anew.
+                v = torch.cat([one.flatten() for one in _random(evaluator.params, generator)])
                 v /= v.norm()
                 converged = False
                 continue
             v = product - shift * v
             v /= v.norm()
-    sizes = [param.numel() for param in probe.params]
-    vector = [part.view_as(param) for part, param in zip(v.split(sizes), probe.params, strict=True)]
+    sizes = [param.numel() for param in evaluator.params]
+    vector = [part.view_as(param) for part, param in zip(v.split(sizes), evaluator.params, strict=True)]
     return TopEigenvalue(history[-1], residual, converged, history, vector)
 
 
-def _hessian_product(probe: Probe, v: Tensor) -> Tensor:
+def _hessian_product(evaluator: Evaluator, v: Tensor) -> Tensor:
     total = torch.zeros_like(v)
-    for _, losses in probe.losses(probe.chosen):
-        if Graph(losses, []).reentrant:
+    for _, losses in evaluator.losses(evaluator.indices):
+        if AutogradGraph(losses, []).reentrant:
             raise ValueError(
                 "model must not use torch.utils.checkpoint with use_reentrant=True, which has no second derivative: "
                 "set use_reentrant=False"
             )
-        loss = losses.sum() / len(probe.chosen)
-        grads = torch.autograd.grad(loss, probe.params, create_graph=True, materialize_grads=True)
+        loss = losses.sum() / len(evaluator.indices)
+        grads = torch.autograd.grad(loss, evaluator.params, create_graph=True, materialize_grads=True)
         slope = torch.cat([grad.flatten() for grad in grads]) @ v
         if slope.requires_grad:  # not where the loss is linear in the weights
-            products = torch.autograd.grad(slope, probe.params, materialize_grads=True)
+            products = torch.autograd.grad(slope, evaluator.params, materialize_grads=True)
             total += torch.cat([product.flatten() for product in products])
     return total
 
@@ -178,26 +178,26 @@ def loss_slice(
 ) -> LossSlice:
     r"""Returns the mean loss on a line or a plane through the weights, :math:`L(w + a d_1 + b d_2)`.
 
-    Random directions are filter-normalized: each filter of ``d`` (what makes one output channel) has the norm of that
-    filter of the weights, and biases and normalization layers (weights of one dimension) stay. So slices of networks with
-    weights of different scale can be compared. The weights are put back to the last bit, after an error too.
+    Random directions are filter-normalized: each filter of ``d`` (one output channel) has the norm of that
+    filter of the weights; biases and normalization layers (weights of one dimension) do not move. So slices of networks with
+    weights of different scale can be compared. The weights are restored to the last bit, after an error too.
 
     Args:
-        model: The network; its weights with ``requires_grad`` move.
+        model: The network; its weights with ``requires_grad`` are moved.
         loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,).
-        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        x: Samples, shape (N, ...), on any device; batches are moved to the weights' device.
         y: Their classes, int64, shape (N,).
-        directions: 1 or 2 random ones; or one or two lists of a tensor for each weight, taken as they are.
+        directions: 1 or 2 random directions; or one or two lists with a tensor for each weight, used as given.
         radius: Largest coordinate, > 0.
         steps: Coordinates per direction, at least 2; an odd number has the weights themselves in the middle.
         classes: Take only the samples of these classes; default: all.
-        generator: Where random directions come from; the same state gives the same directions.
+        generator: Generator of random directions; the same state gives the same directions.
         batch_size: Samples per forward pass.
-        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+        prepare: Turns samples into input, such as ``data.Augment.for_testing(images)`` for uint8 images.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: An argument is out of range or a direction has not the shapes of the weights.
+        ValueError: An argument is out of range or a direction does not have the shapes of the weights.
 
     Source: Li et al. 2018 (Visualizing the Loss Landscape of Neural Nets, arXiv 1712.09913), section 4.
 
@@ -210,21 +210,21 @@ def loss_slice(
         raise ValueError(f"radius must be a finite number > 0, got {radius!r}")
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps!r}")
-    probe = Probe(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
-    moves = _directions(probe.params, directions, generator)
+    evaluator = Evaluator(model, loss_fn, x, y, classes=classes, batch_size=batch_size, prepare=prepare)
+    moves = _directions(evaluator.params, directions, generator)
     coordinates = torch.linspace(-radius, radius, steps, dtype=torch.float64)
     points = torch.cartesian_prod(*[coordinates] * len(moves)).reshape(-1, len(moves))
     losses = []
     with (
-        probe.watching(),
+        evaluator.eval_mode(),
         progress_bar(progress, len(points), "loss slice", "point") as bar,
-        probe.moving() as weights,
+        evaluator.restored_afterwards() as weights,
         torch.no_grad(),
     ):
         for point in points.tolist():
-            for param, weight, *move in zip(probe.params, weights, *moves, strict=True):
+            for param, weight, *move in zip(evaluator.params, weights, *moves, strict=True):
                 param.copy_(weight + sum(a * d for a, d in zip(point, move, strict=True)))
-            losses.append(probe.mean_loss(probe.chosen))
+            losses.append(evaluator.mean_loss(evaluator.indices))
             bar.update()
     return LossSlice(coordinates, torch.tensor(losses, dtype=torch.float64).reshape([steps] * len(moves)), moves)
 
@@ -252,7 +252,7 @@ def _filter_normalized(direction: Tensor, weight: Tensor) -> Tensor:
 
 
 def _random(params: Sequence[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Normal numbers in the weights' shapes, the same ones on every device if the generator is on the CPU."""
+    """Returns normal numbers in the weights' shapes; with a generator on the CPU they are the same on every device."""
     device = None if generator is None else generator.device
     return [
         torch.randn(p.shape, dtype=p.dtype, generator=generator, device=device or p.device).to(p.device) for p in params

@@ -11,7 +11,7 @@ from torch import Tensor
 from ltsam_fast.extras import needed
 
 _NAMED = 30
-"""Up to so many classes have their names written below their bars."""
+"""The largest number of classes whose names are written below their bars."""
 
 
 def bars(
@@ -58,7 +58,7 @@ def surface(path: str | os.PathLike[str], x: Tensor, z: Tensor, labels: tuple[st
 
 
 def _figure(width: float) -> tuple[Any, Any]:
-    """A figure by itself: pyplot would keep it, and choose a window system."""
+    """Returns a figure and its axes, without pyplot, which would keep the figure and choose a window system."""
     figure = needed("matplotlib.figure", "matplotlib").Figure(figsize=(width, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Runnable examples, one for each way to train: ``python -m ltsam_fast.examples.plain_loop``, and likewise the others.
+"""Examples, one for each way to train: type ``python -m ltsam_fast.examples.plain_loop``, for instance.
 
-All of them train on long-tailed digits, on the CPU if need be, in seconds. ``--method`` takes any method of the demo.
+Each trains on long-tailed digits in seconds, on the CPU too. ``--method`` takes any method of the demo except ``sgd``.
 """

@@ -1,6 +1,6 @@
-"""A loop under Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``torchrun --nproc-per-node=2 -m ...``.
+"""A loop with Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``torchrun --nproc-per-node=2 -m ...``.
 
-Shows a schedule, gradient accumulation, clipping and mixed precision, all by the accelerator's settings.
+Has a schedule, gradient accumulation, clipping and mixed precision, by the accelerator's settings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ltsam_fast.models import small_cnn
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, and returns the test accuracies."""
+    """Trains and returns the test accuracies."""
     from accelerate import Accelerator, DataLoaderConfiguration
 
     from ltsam_fast.trainers.accelerate import AcceleratedStep
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if options.bf16 else "no",
         gradient_accumulation_steps=options.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),  # several workers share each batch
+        dataloader_config=DataLoaderConfiguration(split_batches=True),  # each batch is split between the processes
     )
     model = small_cnn()
     method, own = method_of(options, head=model[-1])

@@ -1,4 +1,4 @@
-"""What the examples share: arguments, the data, methods by name, and the accuracies at the end."""
+"""Arguments, data, methods by name and test accuracies, for all examples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ltsam_fast.data import LongTailed, digits
 from ltsam_fast.demo import METHODS, Setting, accuracies
-from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 
 BATCH = 64
 
 
 def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: float) -> argparse.Namespace:
-    """The command line, with the data in ``data``; random numbers are seeded."""
+    """Parses the command line, loads the data into ``data`` and seeds torch's random numbers."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument(
         "--method", default="focal_sam", choices=[name for name in METHODS if name != "sgd"], help="default %(default)s"
@@ -28,7 +28,7 @@ def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: 
     parser.add_argument("--lr", type=float, default=lr, help="learning rate (default %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step (default %(default)s)")
     parser.add_argument(
-        "--clip", type=float, default=1.0, help="norm of the gradient at most, 0: any (default %(default)s)"
+        "--clip", type=float, default=1.0, help="maximum norm of the gradient, 0: no clipping (default %(default)s)"
     )
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
@@ -36,7 +36,7 @@ def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: 
     for name in ("epochs", "accumulate"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: must be at least 1, got {getattr(options, name)}")
-    torch.set_num_threads(1)  # for networks as small as these a second thread costs more than it brings
+    torch.set_num_threads(1)  # a second thread slows such small networks down
     torch.manual_seed(options.seed)
     options.data = digits(seed=options.seed)
     options.steps = options.epochs * math.ceil(len(options.data.train_y) / BATCH)
@@ -44,12 +44,12 @@ def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: 
 
 
 def loader(data: LongTailed, accumulate: int = 1) -> DataLoader[Any]:
-    """Shuffled training batches, such that ``accumulate`` of them make one of :data:`BATCH` samples."""
+    """Returns a loader of shuffled micro-batches; ``accumulate`` of them have :data:`BATCH` samples."""
     return DataLoader(TensorDataset(data.train_x, data.train_y), batch_size=BATCH // accumulate, shuffle=True)
 
 
 def method_of(options: argparse.Namespace, head: nn.Module) -> tuple[type[SharpnessAware], dict[str, Any]]:
-    """The method that was asked for, and its own keywords; ``head`` is the classifier, which some look at."""
+    """Returns the method and its options; ``head`` is the classifier, which CC-SAM needs."""
     _, method, own = METHODS[options.method]
     setting = Setting(nn.Sequential(head), options.data.class_counts, options.steps)
     return method, own(setting)  # type: ignore[return-value]
@@ -58,8 +58,8 @@ def method_of(options: argparse.Namespace, head: nn.Module) -> tuple[type[Sharpn
 def report(
     options: argparse.Namespace, predict: Callable[[Tensor], Tensor], show: Callable[[str], None] = print
 ) -> dict[str, float]:
-    """Shows and returns the test accuracies; ``predict`` returns logits, shape (M, C)."""
-    result = accuracies(predict, options.data)  # type: ignore[arg-type]  # it is only called
+    """Prints and returns the test accuracies; ``predict`` returns logits, shape (M, C)."""
+    result = accuracies(predict, options.data)  # type: ignore[arg-type]  # accuracies() only calls it
     shown = "  ".join(f"{group} {value:.1f}" for group, value in result.items())
     show(f"{METHODS[options.method][0]}: test accuracy (%): {shown}")
     return result

@@ -1,8 +1,8 @@
 """LoRA on a vision transformer with Hugging Face's Trainer: ``python -m ltsam_fast.examples.hugging_face_lora``.
 
-Nothing is downloaded: the transformer is a small one with random weights. For a real one put
-``ViTForImageClassification.from_pretrained(...)`` in its place. Shows a schedule, gradient accumulation, clipping and mixed
-precision, all by the Trainer's settings.
+Nothing is downloaded: the transformer is small and has random weights. For a pretrained one use
+``ViTForImageClassification.from_pretrained(...)``. Has a schedule, gradient accumulation, clipping and mixed precision, by the
+Trainer's settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ltsam_fast.examples.common import BATCH, arguments, method_of, report
 
 
 def vit_with_lora(rank: int = 16) -> Any:
-    """A transformer for 8 x 8 images; trained are LoRA's matrices in every layer, and the classifier."""
+    """Returns a transformer for 8 x 8 images, of which LoRA's matrices in every layer and the classifier are trained."""
     from peft import LoraConfig, get_peft_model
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -40,12 +40,12 @@ def vit_with_lora(rank: int = 16) -> Any:
 
 
 def samples(data: LongTailed) -> list[dict[str, Tensor]]:
-    """The training set as the Trainer takes it."""
+    """Returns the training set in the Trainer's format."""
     return [{"pixel_values": x, "labels": y} for x, y in zip(data.train_x, data.train_y, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, and returns the test accuracies."""
+    """Trains and returns the test accuracies."""
     from transformers import TrainingArguments
 
     from ltsam_fast.trainers.hugging_face import SharpnessAwareTrainer

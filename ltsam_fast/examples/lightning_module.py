@@ -1,6 +1,6 @@
 """A LightningModule: ``python -m ltsam_fast.examples.lightning_module``.
 
-Shows a schedule, gradient accumulation, clipping and mixed precision, all by the Trainer's settings.
+Has a schedule, gradient accumulation, clipping and mixed precision, by the Trainer's settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ltsam_fast.trainers.lightning import SharpnessAwareModule
 
 
 class Classifier(SharpnessAwareModule):
-    """The demo's network; with another base class and the mean loss it would be any LightningModule."""
+    """The demo's network. Differs from a LightningModule in the base class and in ``training_losses``."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Classifier(SharpnessAwareModule):
         self.net = small_cnn()
 
     def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
-        """The per-sample losses."""
+        """Returns the per-sample losses."""
         x, y = batch
         return F.cross_entropy(self.net(x), y, reduction="none")
 
@@ -37,7 +37,7 @@ class Classifier(SharpnessAwareModule):
             self.log("train_loss", self.training_loss, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """The method, and a cosine schedule that moves with every step."""
+        """Returns the method and a cosine schedule that is stepped after every step."""
         method, own = method_of(self.options, head=self.net[-1])
         base = {"lr": self.options.lr, "momentum": 0.9, "weight_decay": 5e-4}
         optimizer = method(self.parameters(), torch.optim.SGD, **own, **base)
@@ -46,7 +46,7 @@ class Classifier(SharpnessAwareModule):
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, and returns the test accuracies."""
+    """Trains and returns the test accuracies."""
     from lightning.pytorch import Trainer
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

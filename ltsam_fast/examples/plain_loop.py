@@ -1,6 +1,6 @@
-"""A loop of one's own: ``python -m ltsam_fast.examples.plain_loop``.
+"""A training loop without a trainer: ``python -m ltsam_fast.examples.plain_loop``.
 
-Shows a learning rate schedule, gradient accumulation, clipping and mixed precision.
+Has a learning rate schedule, gradient accumulation, clipping and mixed precision.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ltsam_fast.models import small_cnn
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Trains, and returns the test accuracies."""
+    """Trains and returns the test accuracies."""
     options = arguments(__doc__, argv, epochs=25, lr=0.05)
     model = small_cnn()
     method, own = method_of(options, head=model[-1])  # lf.FocalSAM and {"class_counts": ..., "rho": ...}, for instance
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for epoch in range(options.epochs):
         total = torch.zeros(())
         for x, y in batches:
-            parts = list(zip(x.chunk(options.accumulate), y.chunk(options.accumulate), strict=True))
-            total += optimizer.step([closure_of(*part) for part in parts], targets=[part[1] for part in parts])
+            chunks = list(zip(x.chunk(options.accumulate), y.chunk(options.accumulate), strict=True))
+            total += optimizer.step([closure_of(*chunk) for chunk in chunks], targets=[chunk[1] for chunk in chunks])
             schedule.step()
         if (epoch + 1) % 5 == 0:
             print(f"epoch {epoch + 1}: mean loss {total / len(batches):.3f}")

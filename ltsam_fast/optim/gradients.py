@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.shared.graph import Graph
+from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.table import check_dense
 
 Factor = float | Tensor
@@ -56,6 +56,7 @@ class Gradient(Combination):
 
     @property
     def terms(self) -> dict[Gradient, Factor]:  # type: ignore[override]
+        """Itself."""
         return {self: 1.0}
 
 
@@ -84,6 +85,7 @@ class Sum(Combination):
 
     @property
     def terms(self) -> dict[Gradient, Factor]:  # type: ignore[override]
+        """Both, once."""
         return {self.last: 1.0, self.before: 1.0}
 
 
@@ -157,7 +159,7 @@ class Differentiable:
 
     def __init__(self, losses: Tensor, params: Iterable[Tensor], others: Iterable[Tensor] = ()) -> None:
         self._losses, self._params = losses, list(params)
-        self._all = list(dict.fromkeys((*self._params, *others))) if Graph(losses, []).reentrant else None
+        self._all = list(dict.fromkeys((*self._params, *others))) if AutogradGraph(losses, []).reentrant else None
 
     def gradients(self, weights: Tensor, retain_graph: bool = True) -> list[Tensor | None]:
         """The gradients of ``sum_j weights_j losses_j``; None for a weight that they don't depend on."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltsam_fast.shared.examine import eager_modules
-from ltsam_fast.shared.graph import Graph
-from ltsam_fast.shared.layout import Layout, Sample, distinct_seeds
+from ltsam_fast.shared.autograd_graph import AutogradGraph
+from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
+from ltsam_fast.shared.qualify import eager_modules
 
 
 def owner_of(params: Sequence[Tensor], root: nn.Module | None) -> nn.Module | None:
@@ -100,7 +100,7 @@ class Head:
             return False
         if not x.requires_grad or not out.requires_grad or x.shape[:1] != losses.shape or out.shape[:1] != losses.shape:
             return False
-        graph = Graph(losses, self.params)
+        graph = AutogradGraph(losses, self.params)
         elsewhere = graph.below(0, without=graph.number.get(out.grad_fn, -1))
         if x.grad_fn in graph.number:
             elsewhere |= graph.below(graph.number[x.grad_fn])
@@ -111,7 +111,7 @@ class Head:
             torch.autograd.grad(losses, x, some.to(losses), retain_graph=True, materialize_grads=True)[0]
             for some in (torch.ones_like(seeds), seeds)
         ]
-        sample = Sample(grads[0])  # gradients of zeros alone show nothing
+        sample = SampledElements(grads[0])  # gradients of zeros alone show nothing
         return len(sample) > 0 and Layout(0, 1, -1) in sample.layouts(grads[1], seeds)
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ltsam_fast.optim.closures import Closure, check_takes_index
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.options import Configurable, option
-from ltsam_fast.optim.parallel import is_sharded, local_shards, workers_of
+from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
 from ltsam_fast.optim.plan import Passes
@@ -71,6 +71,11 @@ class SharpnessAware(Configurable, Optimizer):
         TypeError: ``base_optimizer`` is not a class.
     """
 
+    _running: PhaseRun | None
+    _phases: tuple[str, ...] | None
+    _workers: Single
+    _perturbation: Perturbation
+
     rho = option(0.05, "Radius of the perturbation, in units of the weights.", ge=0, per_group=True)
     adaptive = option(False, "Scale the perturbation by the weights, as ASAM does.", per_group=True)
     max_grad_norm = option(0.0, "Clip the final gradient to this norm, inside the update; 0: do not.", ge=0)
@@ -118,9 +123,11 @@ class SharpnessAware(Configurable, Optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
         given = {"rho": rho, "adaptive": adaptive, **base_kwargs}
         own = {
-            name: one.check(name, given.pop(name)) if one.keyword and name in given else one.default
+            name: given.pop(name) if one.keyword and name in given else one.default
             for name, one in self.options.items()
         }
+        # Those of a group are checked with the group, which may have its own.
+        own |= {name: one.check(name, own[name]) for name, one in self.options.items() if not one.per_group}
         self._sharded = False
         self.model = model
         self.check_options(own)
@@ -137,6 +144,7 @@ class SharpnessAware(Configurable, Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
+        self.resolve_options()
         self._follow_base()
 
     # --- what a method writes
@@ -147,6 +155,9 @@ class SharpnessAware(Configurable, Optimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError if options, which are in their ranges, do not go together."""
+
+    def resolve_options(self) -> None:
+        """Is called once the groups are there: an option that names parameters then becomes their places in the groups."""
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError if a group of parameters will not do."""
@@ -192,7 +203,9 @@ class SharpnessAware(Configurable, Optimizer):
         """
         if closure is None and self._is_torchs_own_call():
             return self._torchs_own_call()  # type: ignore[no-any-return]
-        closures = list(closure) if isinstance(closure, (list, tuple)) else [] if closure is None else [closure]
+        closures: list[Any] = (
+            list(closure) if isinstance(closure, (list, tuple)) else [] if closure is None else [closure]
+        )
         if getattr(self, "grad_scale", None) is not None:
             raise ValueError("scaler.step(optimizer, closure) is not supported: call step(closure, scaler=scaler)")
         if not closures or not all(map(callable, closures)):
@@ -507,7 +520,9 @@ class SharpnessAware(Configurable, Optimizer):
         """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
         first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
         inherited = {name: first[name] for name, one in self.options.items() if not one.per_group and name in first}
-        super().add_param_group({**inherited, **{name: first[name] for name in _COUNTS if name in first}, **param_group})
+        super().add_param_group(
+            {**inherited, **{name: first[name] for name in _COUNTS if name in first}, **param_group}
+        )
         group = self.param_groups[-1]
         try:
             self.check_group_options(group)
@@ -544,7 +559,7 @@ class SharpnessAware(Configurable, Optimizer):
         Raises:
             ValueError: Between two phases, when a checkpoint would hold perturbed weights.
         """
-        self._check_settled("state_dict")
+        self._check_between_steps("state_dict")
         self.skipped.write(self.param_groups)
         return super().state_dict()
 
@@ -557,7 +572,7 @@ class SharpnessAware(Configurable, Optimizer):
         Raises:
             ValueError: It does not fit. Whatever is raised, the optimizer is as it was.
         """
-        self._check_settled("load_state_dict")
+        self._check_between_steps("load_state_dict")
         before = [(one, dict(vars(one))) for one in (self, self.base_optimizer)]
         try:
             super().load_state_dict(completed(self, state_dict))
@@ -567,7 +582,7 @@ class SharpnessAware(Configurable, Optimizer):
                 vars(one).update(attributes)
             raise
 
-    def _check_settled(self, name: str) -> None:
+    def _check_between_steps(self, name: str) -> None:
         if self._running is not None or self._perturbation.now.params:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
 
@@ -581,8 +596,7 @@ class SharpnessAware(Configurable, Optimizer):
 
     def _reset_step_state(self) -> None:
         """Sets up what is not kept in copies and checkpoints."""
-        self._running: PhaseRun | None = None
-        self._phases: tuple[str, ...] | None = None
+        self._running = self._phases = None
         self._perturbation = Perturbation()
         self.skipped = SkippedSteps()
         self._constants: dict[Any, Tensor] = {}
@@ -593,7 +607,7 @@ class SharpnessAware(Configurable, Optimizer):
         self.model = self._model  # and with it the workers that there are
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_settled("copy or pickle")
+        self._check_between_steps("copy or pickle")
         self.skipped.write(self.param_groups)
         base = object.__new__(type(self.base_optimizer))
         vars(base).update(vars(self.base_optimizer), state=self._base_state())

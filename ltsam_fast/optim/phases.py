@@ -116,7 +116,8 @@ _ZERO = torch.zeros(())
 def count_phases(optimizer: SharpnessAware) -> int:
     """How many phases the next step has, found out by running its rule without doing anything; 0: it cannot be run so."""
     rule = optimizer.rule(_DryStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
-    count, answer = 0, None
+    count = 0
+    answer: Any = None
     try:
         while True:
             request = rule.send(answer)
@@ -132,10 +133,10 @@ def count_phases(optimizer: SharpnessAware) -> int:
                 continue
             found = [Gradient([], number) for number in range(count, count + request.gradients)]
             answer = found[0] if len(found) == 1 else found
-            if getattr(request, "squares", 0):
+            if isinstance(request, AtWeights) and request.squares:
                 answer = answer, None
-            if getattr(request, "plus", None) is not None:
-                answer = Sum(answer, request.plus)
+            if isinstance(request, AtPerturbed) and request.plus is not None:
+                answer = Sum(found[0], request.plus)  # type: ignore[arg-type]
     except StopIteration:
         return count
     except NotInPhases:

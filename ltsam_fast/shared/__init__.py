@@ -1,12 +1,11 @@
-"""Several weighted gradients of one batch from one backward sweep.
+"""Several weighted gradients of one batch from one backward pass: use :class:`SharedBackward`.
 
-:class:`SharedBackward` is what optimizers and diagnostics use; ``graph`` reads autograd's graph, ``layout`` finds which sample
-each row of a gradient belongs to, ``examine`` decides whether a network qualifies, ``products``
-forms gradients of weights, and ``sweep`` runs it all.
+``autograd_graph`` reads autograd's graph, ``layout`` finds which sample each row of a gradient belongs to, ``qualify`` decides
+whether a network qualifies, ``products`` forms gradients of weights, and ``shared_backward`` runs the pass.
 """
 
+from ltsam_fast.shared.not_shared import NotShared
 from ltsam_fast.shared.products import Weighting
-from ltsam_fast.shared.refusal import NotShared
-from ltsam_fast.shared.sweep import SharedBackward
+from ltsam_fast.shared.shared_backward import SharedBackward
 
 __all__ = ["NotShared", "SharedBackward", "Weighting"]

@@ -1,4 +1,4 @@
-"""Which sample each row of a gradient belongs to, found out by comparing two backward sweeps."""
+"""Finds which sample each row of a gradient belongs to, by comparing two backward passes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLED = 4096
-"""Elements of each gradient that are compared."""
+MAX_ELEMENTS = 4096
+"""The number of elements of each gradient that are compared."""
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
-"""Relative difference up to which gradients agree; 1e-2 for 16 bits.
+"""The largest relative difference between equal gradients; 1e-2 for 16 bits.
 
-Seeds are powers of two, so only atomics leave any."""
+Seeds are powers of two, so only atomic additions cause a difference."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Along dimension ``dim`` of size outer * B * inner, index i belongs to sample (i // inner) % B; -1: what B leaves."""
+    """Index i along dimension ``dim``, of size outer * B * inner, belongs to sample (i // inner) % B.
+
+    -1 as ``outer`` or ``inner``: what follows from the size of the dimension.
+    """
 
     dim: int
     outer: int
     inner: int
 
     def rows(self, weights: Tensor, like: Tensor) -> Tensor:
-        """Weights (B,) of the samples as a tensor that broadcasts over ``like``."""
+        """Returns the samples' weights (B,) as a tensor that broadcasts over ``like``."""
         size, batch = like.shape[self.dim], len(weights)
         inner = size // (batch * self.outer) if self.inner < 0 else self.inner
         outer = size // (batch * inner) if self.outer < 0 else self.outer
@@ -39,30 +42,30 @@ class Layout:
         return weights.view([-1 if d == self.dim else 1 for d in range(like.dim())])
 
 
-class Sample:
-    """Some elements of a gradient that are not zero, and where they lie: at random, the same ones every time."""
+class SampledElements:
+    """Nonzero elements of a gradient, and their indices: drawn at random, with the same seed every time."""
 
     def __init__(self, grad: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
         flat = grad.reshape(-1)
-        places = torch.randint(max(len(flat), 1), (min(2 * SAMPLED, len(flat)),), generator=generator)
-        places = places[(flat[places.to(grad.device)] != 0).cpu()]
-        if 2 * len(places) < min(SAMPLED, len(flat)):  # most elements are zero: all that are not, or as many of them
-            places = flat.nonzero().flatten().cpu()
-            if len(places) > SAMPLED:
-                places = places[torch.randint(len(places), (SAMPLED,), generator=generator)]
+        indices = torch.randint(max(len(flat), 1), (min(2 * MAX_ELEMENTS, len(flat)),), generator=generator)
+        indices = indices[(flat[indices.to(grad.device)] != 0).cpu()]
+        if 2 * len(indices) < min(MAX_ELEMENTS, len(flat)):  # most elements are zero: draw from the others
+            indices = flat.nonzero().flatten().cpu()
+            if len(indices) > MAX_ELEMENTS:
+                indices = indices[torch.randint(len(indices), (MAX_ELEMENTS,), generator=generator)]
         self.shape, self.dtype = grad.shape, grad.dtype
-        self.places = torch.unravel_index(places, grad.shape) if grad.dim() else ()
+        self.indices = torch.unravel_index(indices, grad.shape) if grad.dim() else ()
         self.values = self._of(grad)
 
     def _of(self, grad: Tensor) -> Tensor:
-        return grad[tuple(one.to(grad.device) for one in self.places)].double().cpu().reshape(-1)
+        return grad[tuple(one.to(grad.device) for one in self.indices)].double().cpu().reshape(-1)
 
     def __len__(self) -> int:
         return len(self.values) if self.shape else 0
 
     def layouts(self, grad: Tensor, seeds: Tensor) -> list[Layout]:
-        """The layouts by which ``grad`` is this gradient, one of unit seeds, with its rows scaled by ``seeds`` (B,)."""
+        """Returns the layouts for which ``grad`` equals this gradient, of unit seeds, with rows scaled by ``seeds`` (B,)."""
         found, other = [], self._of(grad)
         tolerance = TOLERANCE.get(self.dtype, 1e-2) * float(other.norm())
         batch = len(seeds)
@@ -70,7 +73,7 @@ class Sample:
             for inner in range(size // batch, 0, -1):
                 if size % (batch * inner):
                     continue
-                scales = seeds[self.places[dim] // inner % batch]
+                scales = seeds[self.indices[dim] // inner % batch]
                 if float((other - scales * self.values).norm()) <= tolerance:
                     outer = size // (batch * inner)
                     found.append(
@@ -80,6 +83,6 @@ class Sample:
 
 
 def distinct_seeds(batch: int) -> Tensor:
-    """Seeds (B,), float64, powers of two: scaling by them is exact, so rows agree to the last bit."""
+    """Returns seeds (B,), float64, powers of two: scaling by them is exact."""
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(batch))
     return 2.0 ** (order % 7 - 3).double()

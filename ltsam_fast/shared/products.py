@@ -1,4 +1,4 @@
-"""How a weighting's gradient is formed where a parameter meets the samples."""
+"""Forms a weighting's gradient at a node where a parameter is used."""
 
 from __future__ import annotations
 
@@ -11,59 +11,58 @@ from torch.autograd.graph import GradientEdge
 from ltsam_fast.shared.layout import Layout
 
 LINEAR = {"AddmmBackward0": ("mat1", 0, 2), "MmBackward0": ("self", -1, 1)}
-"""A product of rows with a weight: its saved input, and which of its edges lead to bias and weight."""
+"""Nodes of matrix products: the attribute of the saved input, and the indices of the edges to bias and weight."""
 
 Contribution = tuple[GradientEdge, Tensor]
-"""An edge towards parameters, and the gradient that goes there."""
+"""An edge towards parameters, and the gradient along it."""
 
 
 class Weighting:
-    """Weights (B,) of the samples, relative to the sweep's, spread over the rows of a gradient.
+    """Weights (B,) of the samples, relative to the seeds of the backward pass.
 
     Args:
         weights: The weights.
-        members: The numbers of the samples whose weight is not zero, int64, if they are few; ``None``: any.
+        indices: Indices of the samples with nonzero weights, int64, if these are few; ``None``: all samples.
     """
 
-    def __init__(self, weights: Tensor, members: Tensor | None = None) -> None:
-        self.weights, self.members = weights, members
-        self._known: dict[Any, Tensor] = {}
+    def __init__(self, weights: Tensor, indices: Tensor | None = None) -> None:
+        self.weights, self.indices = weights, indices
+        self._cache: dict[Any, Tensor] = {}
 
     @classmethod
     def sparse(cls, weights: Tensor) -> Weighting:
-        """Weights of which many are zero. Which ones is looked up on the CPU only: another device would be waited for."""
-        members = weights.nonzero().flatten() if weights.device.type == "cpu" else None
-        return cls(weights, members)
+        """Returns a weighting with many zeros. They are found on the CPU only: other devices would synchronize."""
+        return cls(weights, weights.nonzero().flatten() if weights.device.type == "cpu" else None)
 
     def rows(self, layout: Layout, like: Tensor) -> Tensor:
-        """The weights of the rows of ``like``, broadcastable to it."""
+        """Returns the weights of the rows of ``like``, broadcastable to it."""
         key = (layout, like.dim(), like.shape[layout.dim])
-        if key not in self._known:
-            self._known[key] = layout.rows(self.weights, like)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = layout.rows(self.weights, like)
+        return self._cache[key]
 
     def scaled(self, grad: Tensor, layout: Layout) -> Tensor:
-        """The gradient with its rows scaled, rounded once: a weight of 16 bits would weigh all of a sample's rows wrongly."""
+        """Returns ``grad`` with its rows scaled. Weights stay float32: rounded to 16 bits they would bias a sample."""
         rows = self.rows(layout, grad)
         return (grad * rows.to(torch.promote_types(grad.dtype, torch.float32))).to(grad.dtype)
 
-    def chosen(self, layout: Layout, like: Tensor) -> Tensor | None:
-        """The numbers of the rows of ``like`` that count, or ``None`` for all."""
-        if self.members is None:
+    def nonzero_rows(self, layout: Layout, like: Tensor) -> Tensor | None:
+        """Returns the indices of the rows of ``like`` with nonzero weights, or ``None`` for all."""
+        if self.indices is None:
             return None
         key = ("rows", layout, like.shape[0])
-        if key not in self._known:
+        if key not in self._cache:
             marks = torch.zeros(len(self.weights), dtype=torch.float32, device=like.device).index_fill_(
-                0, self.members, 1.0
+                0, self.indices, 1.0
             )
-            # how many there are is known here, so the device is not waited for
-            size = len(self.members) * (like.shape[0] // len(self.weights))
-            self._known[key] = layout.rows(marks, like[:, :1]).flatten().topk(size, sorted=False).indices
-        return self._known[key]
+            # The number of rows is known on the host, so nothing waits for the device.
+            size = len(self.indices) * (like.shape[0] // len(self.weights))
+            self._cache[key] = layout.rows(marks, like[:, :1]).flatten().topk(size, sorted=False).indices
+        return self._cache[key]
 
 
 def is_linear(node: Any, edges: tuple[int, ...], layouts: tuple[Layout | None, ...]) -> bool:
-    """Whether a node is a plain product of rows with a weight, which :func:`linear` knows."""
+    """Returns whether a node is a matrix product that :func:`linear` handles."""
     if node.name() not in LINEAR or layouts[0] is None or layouts[0].dim:
         return False
     _, bias, weight = LINEAR[node.name()]
@@ -77,12 +76,12 @@ def is_linear(node: Any, edges: tuple[int, ...], layouts: tuple[Layout | None, .
 
 
 def linear(node: Any, edges: tuple[int, ...], layout: Layout, grad: Tensor, weighting: Weighting) -> list[Contribution]:
-    """The contributions of rows x times a weight plus a bias: x^T (a * delta), the narrower side scaled; and a^T delta.
+    """Returns the gradients of a product's weight, x^T (a * delta) with the narrower factor scaled, and of its bias, a^T delta.
 
     Args:
-        node: The product's node.
-        edges: Those of its edges that are wanted.
-        layout: Whose rows are which.
+        node: The node of the product.
+        edges: The edges whose gradients are wanted.
+        layout: The samples of the rows.
         grad: delta, shape (N, out).
         weighting: a.
     """
@@ -90,12 +89,12 @@ def linear(node: Any, edges: tuple[int, ...], layout: Layout, grad: Tensor, weig
     found = []
     rows = weighting.rows(layout, grad)
     x = getattr(node, f"_saved_{name}") if weight in edges else None
-    if (chosen := weighting.chosen(layout, grad)) is not None:
-        rows, grad = rows.index_select(0, chosen), grad.index_select(0, chosen)
-        x = None if x is None else x.index_select(0, chosen)
+    if (index := weighting.nonzero_rows(layout, grad)) is not None:
+        rows, grad = rows.index_select(0, index), grad.index_select(0, index)
+        x = None if x is None else x.index_select(0, index)
     wide = rows.to(torch.promote_types(grad.dtype, torch.float32))
     if x is not None:
-        if x.shape[1] < grad.shape[1]:  # the narrow side first: up to four times as fast as last
+        if x.shape[1] < grad.shape[1]:  # scale the narrower factor
             product = (x * wide).to(x.dtype).t() @ grad
         else:
             product = ((grad * wide).to(grad.dtype).t() @ x).t()
@@ -106,26 +105,26 @@ def linear(node: Any, edges: tuple[int, ...], layout: Layout, grad: Tensor, weig
     return found
 
 
-def from_whole(node: Any, grads: list[Tensor | None]) -> list[Contribution]:
-    """Where autograd starts at the node itself, which does only what is asked for."""
+def at_node(node: Any, grads: list[Tensor | None]) -> list[Contribution]:
+    """Returns contributions from which autograd starts at the node itself."""
     return [(GradientEdge(node, i), grad) for i, grad in enumerate(grads) if grad is not None]
 
 
-def through(node: Any, edges: tuple[int, ...], grads: list[Tensor | None]) -> list[Contribution]:
-    """Where a parameter is used further below too, and the node alone may run."""
+def call_node(node: Any, edges: tuple[int, ...], grads: list[Tensor | None]) -> list[Contribution]:
+    """Calls the node alone, for a parameter that is also used elsewhere below; returns the gradients along its edges."""
     results = node(*grads)
     results = results if isinstance(results, tuple) else (results,)
     found = []
     for i in edges:
         if results[i] is not None:
             child, output = node.next_functions[i]
-            meta = _meta(node, i)  # what autograd fits to it: a parameter may be broadcast
+            meta = _meta(node, i)  # a parameter may be broadcast: autograd sums its gradient to this shape
             found.append((GradientEdge(child, output), results[i].sum_to_size(meta.shape).to(meta.dtype)))
     return found
 
 
 def at_leaf(edge: GradientEdge, grad: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The parameter and its gradient, where at most a transposition is in between."""
+    """Returns the parameter and its gradient, if the edge leads to it directly or by a transposition."""
     node: Any = edge.node
     if node.name() == "TBackward0":
         node, grad = node.next_functions[0][0], grad.t()

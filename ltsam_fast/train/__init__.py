@@ -1,4 +1,4 @@
-"""Training from the command line and from Python: ``python -m ltsam_fast train``, or :func:`train` with a :class:`Config`.
+"""Training: type ``python -m ltsam_fast train``, or call :func:`train` with a :class:`Config`.
 
 .. code-block:: python
 
@@ -9,6 +9,6 @@
 
 from ltsam_fast.train.config import Config, ConfigError, build, read_file
 from ltsam_fast.train.loop import Diverged, train
-from ltsam_fast.train.methods import METHODS
+from ltsam_fast.train.method_registry import METHODS
 
 __all__ = ["METHODS", "Config", "ConfigError", "Diverged", "build", "read_file", "train"]

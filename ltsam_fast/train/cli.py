@@ -1,4 +1,4 @@
-"""The commands ``train``, ``compare`` and ``diagnose``; flags are made from the settings of :class:`Config`."""
+"""The commands ``train``, ``compare`` and ``diagnose``. Each setting of :class:`Config` is a flag."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ltsam_fast.train.config import FIELDS, ConfigError, build, read_file
 from ltsam_fast.train.recipes import RECIPES
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: done; training failed (a loss that is not finite); wrong input; Ctrl-C."""
+"""Exit codes: success; training failed (the loss is not finite); wrong input; Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that raises its errors as ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -29,14 +29,14 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str]) -> int:
     """Runs a command, ``argv[0]``; returns the exit code."""
     from ltsam_fast.data import DataError
+    from ltsam_fast.train.distributed import rank_and_world_size
     from ltsam_fast.train.loop import Diverged
-    from ltsam_fast.train.workers import place
 
     command, *arguments = argv
-    rank, size = place()
-    who = f" (process {rank})" if size > 1 else ""
+    rank, world_size = rank_and_world_size()
+    process = f" (process {rank})" if world_size > 1 else ""
     warnings, log = logging.StreamHandler(sys.stderr), logging.getLogger("ltsam_fast")
-    warnings.setFormatter(logging.Formatter(f"ltsam_fast {command}{who}: warning: %(message)s"))
+    warnings.setFormatter(logging.Formatter(f"ltsam_fast {command}{process}: warning: %(message)s"))
     log.addHandler(warnings)
     try:
         return COMMANDS[command](arguments)
@@ -52,12 +52,12 @@ def main(argv: Sequence[str]) -> int:
             message = f"needs {error.name}: pip install 'ltsam_fast[train]'"
     finally:
         log.removeHandler(warnings)
-    print(f"ltsam_fast {command}{who}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"ltsam_fast {command}{process}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """Adds a flag for every setting but some."""
+    """Adds a flag for every setting except ``without``."""
     for name, item in FIELDS.items():
         if name in without:
             continue
@@ -78,17 +78,13 @@ def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that choose where settings come from."""
-    parser.add_argument(
-        "--config", metavar="FILE", help="settings from a TOML, YAML or JSON file; flags come before it"
-    )
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help="published settings (default: digits-lt, if --data is not given)"
-    )
+    """Adds the flags ``--config`` and ``--recipe``."""
+    parser.add_argument("--config", metavar="FILE", help="settings from a TOML, YAML or JSON file; flags override it")
+    parser.add_argument("--recipe", choices=RECIPES, help="published settings (default without --data: digits-lt)")
 
 
 def given(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The layers of settings that were given, lowest in rank first."""
+    """Returns the layers of settings from file and flags; later ones override earlier ones."""
     flags = {name: value for name, value in vars(options).items() if name in FIELDS}
     for name in ("options", "loss_options"):
         if name in flags:
@@ -123,33 +119,33 @@ def train_command(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m ltsam_fast train", allow_abbrev=False, description=_TRAIN)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-LOSS-seedSEED)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the run folder's checkpoint, with its settings"
+        "--resume", action="store_true", help="resume from the run folder's checkpoint, with its settings"
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_sources(parser)
     add_settings(parser)
     options = parser.parse_args(arguments)
 
-    from ltsam_fast.train.checkpoint import NAME
+    from ltsam_fast.train.distributed import is_rank_zero
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
-    from ltsam_fast.train.workers import is_first
+    from ltsam_fast.train.run_checkpoint import NAME
 
     layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
-    if stored and not any("recipe" in layer for layer in layers):  # a recipe lies below all that was stored
+    if stored and not any("recipe" in layer for layer in layers):  # stored settings would override all of a recipe
         layers.insert(0, stored.as_dict())
     config = build(*layers)
     out = options.out or Path("runs") / f"{config.method}-{config.loss}-seed{config.seed}"
     if options.resume and not (out / NAME).exists():
-        raise ConfigError(f"--resume: no checkpoint {out / NAME}; to begin, leave --resume out")
+        raise ConfigError(f"--resume: no checkpoint {out / NAME}; leave --resume out to start a run")
     report = None if options.quiet else Console()
     try:
         train(config, out, resume=options.resume, report=report)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; to go on: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
+        print(f"\ninterrupted; to resume: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
         return INTERRUPTED
-    if report and is_first():
+    if report and is_rank_zero():
         print(f"wrote {out}/: last.pt, log.csv, log.jsonl, config.json")
     return OK
 
@@ -161,16 +157,16 @@ def compare_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--losses", type=_names, default=["ce"], metavar="A,B", help="losses, or all (default: ce)")
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("compare-out"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    parser.add_argument("--quiet", action="store_true", help="print the table only")
     add_sources(parser)
     add_settings(parser, without=("method", "loss", "seed"))
     options = parser.parse_args(arguments)
 
     from ltsam_fast.train.compare import compare, grid
+    from ltsam_fast.train.distributed import is_rank_zero, process_group
     from ltsam_fast.train.log import Cells
-    from ltsam_fast.train.losses import LOSSES
-    from ltsam_fast.train.methods import METHODS
-    from ltsam_fast.train.workers import is_first, workers
+    from ltsam_fast.train.loss_registry import LOSSES
+    from ltsam_fast.train.method_registry import METHODS
 
     methods, losses = (
         list(there) if asked == ["all"] else asked
@@ -178,16 +174,16 @@ def compare_command(arguments: Sequence[str]) -> int:
     )
     cells = grid(given(options), methods, losses, options.seeds, options.out)
     try:
-        with workers(cells[0].config.device):
-            if options.quiet or not is_first():
+        with process_group(cells[0].config.device):
+            if options.quiet or not is_rank_zero():
                 rows, failures = compare(cells, options.out)
             else:
                 with Cells(len(cells)) as bar:
                     rows, failures = compare(cells, options.out, report=bar.cell)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return INTERRUPTED
-    if is_first():
+    if is_rank_zero():
         _show(rows, cells[0].config, options.out)
     for line in failures:
         print(f"ltsam_fast compare: {line}", file=sys.stderr)
@@ -195,7 +191,7 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 
 def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
-    """Prints the table, into a file or a pipe as Markdown."""
+    """Prints the table; in a file or a pipe, as Markdown."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console as Terminal
     from rich.markup import escape
@@ -219,8 +215,8 @@ def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
         before = row.loss
         texts = cells_of(row, best_of(rows), mark="*")
         table.add_row(*(f"[bold]{text.strip('*')}[/bold]" if text.startswith("*") else escape(text) for text in texts))
-    whole = terminal.measure(table, options=terminal.options.update(width=1000)).maximum
-    Terminal(width=max(whole, terminal.width)).print(table)  # a narrow terminal wraps, but nothing is cut off
+    width = terminal.measure(table, options=terminal.options.update(width=1000)).maximum
+    Terminal(width=max(width, terminal.width)).print(table)  # a narrow terminal wraps lines, but cells are not cut off
     terminal.print(caption(rows, config), highlight=False, markup=False)
     terminal.print(f"wrote {out}/: {TABLE}, table.csv, bars.png, curves.png", highlight=False, markup=False)
 
@@ -238,12 +234,14 @@ def diagnose_command(arguments: Sequence[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint or a run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the checkpoint")
     parser.add_argument(
-        "--split", choices=("train", "test"), default="train", help="images to look at (default: train)"
+        "--split", choices=("train", "test"), default="train", help="images to evaluate (default: train)"
     )
     parser.add_argument("--rho", type=float, help="radius of the sharpness (default: the run's, else 0.05)")
-    parser.add_argument("--per-class", type=int, default=200, help="most images of a class (default: %(default)s)")
     parser.add_argument(
-        "--iterations", type=int, default=50, help="most products with the Hessian (default: %(default)s)"
+        "--per-class", type=int, default=200, help="maximum number of images per class (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--iterations", type=int, default=50, help="maximum number of Hessian-vector products (default: %(default)s)"
     )
     changes = ("data", "test_data", "images", "cache", "loss", "device", "threads")
     add_settings(parser, without=[name for name in FIELDS if name not in changes])
@@ -271,17 +269,17 @@ def diagnose_command(arguments: Sequence[str]) -> int:
 
 _WIDTHS = (("gradient_norm", 12), ("loss", 10), ("sharpness", 12))
 _DIAGNOSE = (
-    "Gradient norm and sharpness of each class, the top Hessian eigenvalue of head and tail, and a slice of the loss, from a "
-    "checkpoint; as diagnostics.json and plots."
+    "Computes from a checkpoint the gradient norm and sharpness of each class, the top Hessian eigenvalue of head and tail, "
+    "and a slice of the loss; writes diagnostics.json and plots."
 )
 _COMPARE = (
-    "Trains a grid of methods, losses and seeds, each in a run folder of its own, and makes a table and charts of it. What is "
-    "trained already is not trained again. An option without a method's name is for all methods that have it."
+    "Trains a grid of methods, losses and seeds, one run folder per cell, and writes a table and charts. Finished cells are "
+    "not trained again. An option without a prefix applies to all methods that have it."
 )
 _METHODS = "methods, or all (default: sgd,sam,focal_sam)"
 _TRAIN = (
-    "Trains a network on long-tailed data. Settings come from a recipe, a file and flags, the later before the earlier. "
-    "A run that was stopped, killed too, goes on exactly with --resume."
+    "Trains a network on long-tailed data. Settings come from a recipe, a file and flags; the later override the earlier. "
+    "A run that was stopped or killed continues exactly with --resume."
 )
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,

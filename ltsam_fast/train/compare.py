@@ -1,4 +1,4 @@
-"""A grid of methods, losses and seeds: one run folder a cell, then a table and charts."""
+"""Trains a grid of methods, losses and seeds, one run folder per cell; writes a table and charts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ltsam_fast.data import DataError, Images
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build
+from ltsam_fast.train.distributed import is_rank_zero, rank_and_world_size
 from ltsam_fast.train.log import GROUPS
 from ltsam_fast.train.loop import Diverged, check_folder, finished, train
-from ltsam_fast.train.losses import accepted as losses_take
-from ltsam_fast.train.losses import check_options as check_loss
-from ltsam_fast.train.losses import label as loss_label
-from ltsam_fast.train.methods import accepted as methods_take
-from ltsam_fast.train.methods import check_options, label
+from ltsam_fast.train.loss_registry import check_options as check_loss
+from ltsam_fast.train.loss_registry import label as loss_label
+from ltsam_fast.train.loss_registry import options_of as loss_options_of
+from ltsam_fast.train.method_registry import check_options, label
+from ltsam_fast.train.method_registry import options_of as method_options_of
 from ltsam_fast.train.run import check, load_images
-from ltsam_fast.train.workers import is_first, place
 
 _ACCURACY = "accuracy (%)"
 TABLE = "table.md"
@@ -43,11 +43,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A method with a loss: over its seeds the mean and the standard deviation of each accuracy, in percent.
+    """The results of a method with a loss over its seeds; accuracies in percent.
 
-    Attributes: ``accuracies``, group -> (mean, std), std None for a single seed, None for a group without classes;
-    ``seconds``, the median time of an epoch's training; ``curve``, (mean, std) of ``all`` for each epoch; ``seeds``, how many
-    there are.
+    Attributes:
+        method: Name of the method.
+        loss: Name of the loss.
+        seeds: Number of seeds.
+        accuracies: Group -> (mean, std); std is None for a single seed, the pair is None for a group without classes.
+        seconds: Median training time of an epoch.
+        curve: (mean, std) of ``all`` for each epoch.
     """
 
     method: str
@@ -61,32 +65,32 @@ class Row:
 def grid(
     layers: Sequence[Mapping[str, Any]], methods: Sequence[str], losses: Sequence[str], seeds: Sequence[int], out: Path
 ) -> list[Cell]:
-    """The cells of a grid, seed by seed. An option without a method's name is for all methods that have it; a loss's likewise.
+    """Returns the cells of a grid, seed by seed. An option without a prefix applies to all methods, or losses, that have it.
 
     Raises:
-        ConfigError: A setting of one of them is wrong, or an option is for none of them.
+        ConfigError: A setting of a cell is wrong, or no method or loss has an option.
     """
     cells = []
-    taken = {
-        "options": {name: methods_take(name) for name in methods},
-        "loss_options": {name: losses_take(name) for name in losses},
+    known = {
+        "options": {name: method_options_of(name) for name in methods},
+        "loss_options": {name: loss_options_of(name) for name in losses},
     }
-    for key, takers in taken.items():
+    for key, owners in known.items():
         for name in (name for layer in layers for name in layer.get(key, {})):
-            if "." not in name and not any(name in there for there in takers.values()):
-                raise ConfigError(f"none of {', '.join(takers)} has an option {name!r}")
+            if "." not in name and not any(name in options for options in owners.values()):
+                raise ConfigError(f"none of {', '.join(owners)} has an option {name!r}")
     for seed, loss, method in itertools.product(dict.fromkeys(seeds), losses, methods):
-        there = {"options": taken["options"][method], "loss_options": taken["loss_options"][loss]}
-        fitting = [
+        own = {"options": known["options"][method], "loss_options": known["loss_options"][loss]}
+        filtered = [
             {
-                name: {one: it for one, it in value.items() if "." in one or one in there[name]}
-                if name in there
+                key: {name: one for name, one in value.items() if "." in name or name in own[key]}
+                if key in own
                 else value
-                for name, value in layer.items()
+                for key, value in layer.items()
             }
             for layer in layers
         ]
-        config = build(*fitting, {"method": method, "loss": loss, "seed": seed})
+        config = build(*filtered, {"method": method, "loss": loss, "seed": seed})
         check_options(config)
         check_loss(config)
         cells.append(Cell(config, out / f"{method}-{loss}" / f"seed{seed}"))
@@ -96,22 +100,21 @@ def grid(
 def compare(
     cells: Sequence[Cell], out: str | Path, *, report: Callable[[Cell], Any] = lambda cell: None
 ) -> tuple[list[Row], list[str]]:
-    """Trains what is not trained yet, and writes ``table.md``, ``table.csv``, ``bars.png`` and ``curves.png``.
+    """Trains the unfinished cells and writes ``table.md``, ``table.csv``, ``bars.png`` and ``curves.png``.
 
-    Cells that are finished are read, one that was stopped is resumed. Accuracies are those of the last epoch. A cell that
-    fails is left out of the table, the others are trained nevertheless; what the settings alone make impossible is an error
-    before anything is trained.
+    Finished cells are read, a stopped one is resumed. Accuracies are those of the last epoch. A cell that fails is left out of
+    the table, and the others are still trained; wrong settings are an error before anything is trained.
 
     Args:
         cells: Those of :func:`grid`.
         out: Folder for table and charts.
-        report: Gives the reporter of a cell's run, see ``log.Silent``.
+        report: Returns the reporter of a cell's run, see ``log.Silent``.
 
     Returns:
         The rows of the table, and a line for each cell that failed.
 
     Raises:
-        ConfigError: A setting does not fit, or a cell's folder has a run of other settings or images.
+        ConfigError: A setting does not fit, or a cell's folder has a run with other settings or images.
         DataError: Something is wrong with the data.
     """
     out = Path(out)
@@ -119,10 +122,10 @@ def compare(
     images: tuple[Images, Images] | None = None
     try:
         images = load_images(cells[0].config)
-    except DataError as error:  # a table of what is finished needs no images
+    except DataError as error:  # a table of finished runs needs no images
         if any(finished(cell.config, cell.folder, None) is None for cell in cells):
             raise
-        _LOG.warning("%s: whether these are still the images of the finished runs is not checked", error)
+        _LOG.warning("%s: the images of the finished runs are not checked", error)
     earlier = [finished(cell.config, cell.folder, images) for cell in cells]
     if images is not None and None in earlier:
         for cell in cells:
@@ -134,31 +137,31 @@ def compare(
         if history is None:
             try:
                 history = train(cell.config, cell.folder, resume=True, report=reporter, images=images)
-            except Exception as error:  # whatever it is, hours of other cells are not to be lost to it
+            except Exception as error:  # the other cells are still to be trained
                 failures.append(_failure(cell, error))
                 continue
             _trace(cell).unlink(missing_ok=True)
         histories.setdefault((cell.config.method, cell.config.loss), []).append(history)
     rows = [summary(method, loss, found) for (method, loss), found in histories.items()]
     rows.sort(key=lambda row: [cell.config.loss for cell in cells].index(row.loss))
-    if rows and is_first():
+    if rows and is_rank_zero():
         _write(rows, cells[0].config, out)
     return rows, failures
 
 
 def _failure(cell: Cell, error: Exception) -> str:
-    """What is said of a cell that failed; where it is more than a loss that is not finite, with its traceback in a file.
+    """Returns the line that reports a failed cell; writes a traceback unless its loss was not finite.
 
-    Among several processes only failures that all of them share are left behind: of any other the rest would wait for this one.
+    With several processes other errors are raised: the other processes may not have failed, and would wait for this one.
     """
     if isinstance(error, Diverged):
         return f"{cell.folder}: {error}"
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         raise error
     trace = _trace(cell)
     trace.parent.mkdir(parents=True, exist_ok=True)
     trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return f"{cell.folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}; all of it is in {trace}"
+    return f"{cell.folder}: {type(error).__name__}: {' '.join(str(error).split())[:200]}; traceback in {trace}"
 
 
 def _trace(cell: Cell) -> Path:
@@ -166,7 +169,7 @@ def _trace(cell: Cell) -> Path:
 
 
 def summary(method: str, loss: str, histories: Sequence[Sequence[dict[str, Any]]]) -> Row:
-    """The row of a method and a loss from the histories of its seeds."""
+    """Returns the row of a method and a loss from the histories of its seeds."""
     accuracies = {}
     for group in GROUPS:
         values = [history[-1][group] for history in histories]
@@ -181,7 +184,7 @@ def _mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def cells_of(row: Row, best: Mapping[str, float] | None = None, mark: str = "**") -> list[str]:
-    """The row as texts; the best mean of each column between ``mark``.
+    """Returns the row's cells as texts, with the best mean of each column between ``mark``.
 
     >>> cells_of(Row("sam", "ce", 2, {"all": (71.26, 0.5), "few": None}, 1.5, []), {"all": 71.26})
     ['SAM', 'CE', '**71.3 ± 0.5**', '-', '1.50']
@@ -198,18 +201,18 @@ def cells_of(row: Row, best: Mapping[str, float] | None = None, mark: str = "**"
 
 
 def head() -> list[str]:
-    """The names of the table's columns."""
+    """Returns the names of the table's columns."""
     return ["method", "loss", *GROUPS, "s / epoch"]
 
 
 def best_of(rows: Sequence[Row]) -> dict[str, float]:
-    """The best mean of each group."""
+    """Returns the best mean of each group."""
     means = {group: [row.accuracies[group][0] for row in rows if row.accuracies[group]] for group in GROUPS}  # type: ignore[index]
     return {group: max(values) for group, values in means.items() if values}
 
 
 def caption(rows: Sequence[Row], config: Config) -> str:
-    """What the table shows."""
+    """Returns the caption of the table."""
     seeds = {row.seeds for row in rows}
     over = f"mean ± std over {' or '.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else "one seed"
     tail = f", imbalance {config.imbalance:g} ({config.profile})" if config.imbalance is not None else ""
@@ -224,7 +227,7 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
     best = best_of(rows)
     lines = [head(), ["---"] * 2 + ["---:"] * (len(GROUPS) + 1), *(cells_of(row, best) for row in rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    checkpoint.write(out / TABLE, f"{table}\n\n{caption(rows, config)}\n".encode())
+    run_checkpoint.write(out / TABLE, f"{table}\n\n{caption(rows, config)}\n".encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     spread = [name for group in GROUPS for name in (group, f"{group}_std")]
@@ -232,23 +235,23 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
     for row in rows:
         values = [value for group in GROUPS for value in row.accuracies[group] or (None, None)]
         writer.writerow([row.method, row.loss, row.seeds, *values, row.seconds])
-    checkpoint.write(out / "table.csv", text.getvalue().encode())
+    run_checkpoint.write(out / "table.csv", text.getvalue().encode())
     common = {
         name: value for name, value in config.as_dict().items() if name not in ("method", "options", "loss", "seed")
     }
-    checkpoint.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
+    run_checkpoint.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
     _draw(rows, out)
 
 
 def _draw(rows: Sequence[Row], out: Path) -> None:
-    """The bars of the shot groups and the learning curves, a panel for each loss."""
+    """Draws the bars of the shot groups and the learning curves, one panel per loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     losses = list(dict.fromkeys(row.loss for row in rows))
     groups = [group for group in GROUPS if any(row.accuracies[group] for row in rows)]
-    most = max(sum(row.loss == loss for row in rows) for loss in losses)
-    for name, draw, width in (("bars", _bars, 1.5 + 0.95 * most), ("curves", _curves, 5.0)):
+    widest = max(sum(row.loss == loss for row in rows) for loss in losses)
+    for name, draw, width in (("bars", _bars, 1.5 + 0.95 * widest), ("curves", _curves, 5.0)):
         figure = Figure(figsize=(max(4.0, width) * len(losses), 4.0), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
@@ -265,12 +268,15 @@ def _draw(rows: Sequence[Row], out: Path) -> None:
 def _bars(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
     width = 0.8 / len(groups)
     for index, group in enumerate(groups):
-        at = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(rows))]
+        x = [row + (index - (len(groups) - 1) / 2) * width for row in range(len(rows))]
         shown = [row.accuracies[group] or (0.0, None) for row in rows]
-        axes.bar(at, [mean for mean, _ in shown], width, yerr=[std or 0 for _, std in shown], capsize=2, label=group)
-    turned = len(rows) > 4
+        axes.bar(x, [mean for mean, _ in shown], width, yerr=[std or 0 for _, std in shown], capsize=2, label=group)
+    rotated = len(rows) > 4
     axes.set_xticks(
-        range(len(rows)), [label(row.method) for row in rows], rotation=40 * turned, ha="right" if turned else "center"
+        range(len(rows)),
+        [label(row.method) for row in rows],
+        rotation=40 * rotated,
+        ha="right" if rotated else "center",
     )
     axes.set_ylim(0, 100)
 

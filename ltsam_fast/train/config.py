@@ -1,4 +1,4 @@
-"""What a training run is told: one dataclass, filled from defaults, a recipe, a file and flags, in this order."""
+"""The settings of a training run: defaults, then a recipe, a file and flags, each overriding those before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ltsam_fast.train.recipes import RECIPES
 
 
 class ConfigError(ValueError):
-    """A setting that can't be had; the message is one line that names it, its value and what is accepted."""
+    """A wrong setting; the message is one line with its name, its value and what is accepted."""
 
 
 def _setting(default: Any, text: str, **more: Any) -> Any:
@@ -42,25 +42,25 @@ class Config:
         "digits", "'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'"
     )
     test_data: str | None = _setting(None, "the test images, if they are not the test split of --data")
-    format: str = _setting("auto", "how --data is stored; auto looks at it")
-    images: str | None = _setting(None, "folder that the paths of a list start from")
-    size: int | None = _setting(None, "side of the images in pixels; default: as they are")
-    classes: int | None = _setting(None, "the number of classes that there must be")
-    cache: str | None = _setting(None, "folder for decoded images, for sets that do not fit into memory")
+    format: str = _setting("auto", "how --data is stored; auto: detect it")
+    images: str | None = _setting(None, "folder that the paths in a list are relative to")
+    size: int | None = _setting(None, "height and width of the images in pixels; default: as stored")
+    classes: int | None = _setting(None, "number of classes, to be checked")
+    cache: str | None = _setting(None, "folder for decoded images, for data sets that do not fit into memory")
     imbalance: float | None = _setting(
-        None, "take a long-tailed subset, largest class over smallest; default: all images"
+        None, "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"
     )
     profile: str = _setting("exp", "shape of the subset", choices=("exp", "step", "none"))
-    data_seed: int = _setting(0, "seed of the subset; 0 gives the published CIFAR-LT")
+    data_seed: int = _setting(0, "seed of the subset; 0: the published CIFAR-LT")
     many: int = _setting(100, "classes with more training images than this are 'many'")
     few: int = _setting(20, "classes with fewer training images than this are 'few'")
-    augment: bool = _setting(True, "augment training images as is usual for their kind")
+    augment: bool = _setting(True, "augment training images: crop and flip for colour images")
     model: str = _setting("resnet32", "network by name")
     method: str = _setting("sgd", "sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam")
     options: dict[str, Any] = _options(
-        "option of the method, e.g. rho=0.2; METHOD.name=value is for one method only", "set"
+        "option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only", "set"
     )
-    cosine_head: bool | None = _setting(None, "a classifier of cosines; default: for the losses ldam and gcl")
+    cosine_head: bool | None = _setting(None, "a cosine classifier; default: for the losses ldam and gcl")
     loss: str = _setting("ce", "loss by name, e.g. ce or la")
     loss_options: dict[str, Any] = _options(
         "option of the loss, e.g. tau=0.75; LOSS.name=value is for one only", "loss-set"
@@ -82,20 +82,20 @@ class Config:
     decay: float = _setting(0.01, "factor of the step schedule")
     epochs: int = _setting(200, "passes over the training images")
     batch_size: int = _setting(64, "images per step, over all processes")
-    seed: int = _setting(0, "seed of weights, order and augmentation")
+    seed: int = _setting(0, "seed of weights, sampling order and augmentation")
     device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    threads: int | None = _setting(None, "CPU threads; default: torch's choice")
+    threads: int | None = _setting(None, "CPU threads; default: as torch chooses")
     amp: str = _setting("off", "mixed precision; fp16 with a GradScaler", choices=("off", "bf16", "fp16"))
     channels_last: bool = _setting(False, "memory format of images and weights")
     compile: bool = _setting(False, "compile the network with torch.compile")
-    deterministic: bool = _setting(False, "only deterministic kernels, so that a resumed run is exact on a GPU too")
+    deterministic: bool = _setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
     tensorboard: bool | None = _setting(None, "TensorBoard logs; default: if it is installed")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
         for name in ("lr", "drw_beta", "decay"):
-            _range(name, getattr(self, name), 0, open_below=True)
+            _range(name, getattr(self, name), 0, exclusive=True)
         for name in ("momentum", "weight_decay", "warmup", "many", "few"):
             _range(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "threads", "size", "imbalance"):
@@ -114,11 +114,11 @@ class Config:
             raise ConfigError("nesterov needs optimizer sgd and a momentum > 0")
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as what JSON can hold."""
+        """Returns the settings as JSON-serializable values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     def factor(self, epoch: int) -> float:
-        """What the learning rate is multiplied by in an epoch, counted from 0.
+        """Returns the factor of the learning rate in an epoch, counted from 0.
 
         >>> [round(Config(epochs=4, warmup=1).factor(epoch), 2) for epoch in range(4)]
         [1.0, 1.0, 0.75, 0.25]
@@ -133,14 +133,14 @@ class Config:
 
 
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
-IMAGES = ("data", "test_data", "format", "images", "size", "classes", "imbalance", "profile", "data_seed")
-"""Settings that choose the images."""
-FREE = ("device", "threads", "tensorboard", "cache")
-"""Settings that a resumed run may change."""
+DATA_SETTINGS = ("data", "test_data", "format", "images", "size", "classes", "imbalance", "profile", "data_seed")
+"""Settings that determine the images."""
+RESUMABLE = ("device", "threads", "tensorboard", "cache")
+"""Settings that may change when a run is resumed."""
 
 
 def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the type of its setting; numbers are converted where nothing is lost."""
+    """Returns the value in its setting's type; raises ConfigError for other types and choices."""
     kind, _, optional = str(item.type).partition(" | ")
     if value is None and optional:
         return None
@@ -159,16 +159,16 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
     raise ConfigError(f"{item.name} must be {wanted}, got {value!r}")
 
 
-def _range(name: str, value: float, least: float, open_below: bool = False) -> None:
-    if not least <= value < math.inf or (open_below and value == least):
-        raise ConfigError(f"{name} must be a number {'>' if open_below else '>='} {least}, got {value!r}")
+def _range(name: str, value: float, low: float, exclusive: bool = False) -> None:
+    if not low <= value < math.inf or (exclusive and value == low):
+        raise ConfigError(f"{name} must be a number {'>' if exclusive else '>='} {low}, got {value!r}")
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """The settings in a TOML, YAML or JSON file.
+    """Returns the settings in a TOML, YAML or JSON file.
 
     Raises:
-        ConfigError: The file can't be read, or is no table of settings.
+        ConfigError: The file can't be read, or is not a table of settings.
     """
     path = Path(path)
     try:
@@ -200,13 +200,13 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
-    """A config from layers of settings, later ones first in rank; ``recipe`` names a layer below them all.
+    """Returns a config from layers of settings; later layers override earlier ones, and all override ``recipe``.
 
-    Options accumulate: a layer's ``options`` replace single entries of those below. ``focal_sam.rho`` counts only with this
-    method and comes before ``rho``.
+    ``options`` of several layers are merged entry by entry. ``focal_sam.rho`` applies to this method only and overrides
+    ``rho``.
 
     Raises:
-        ConfigError: A name is unknown, or a value not accepted.
+        ConfigError: A name is unknown, or a value is not accepted.
 
     >>> build({"recipe": "cifar10-lt", "data": "cifar"}, {"method": "focal_sam", "options": {"rho": 0.3}}).options
     {'rho': 0.3, 'gamma': 3.0, 'lam': 0.5}
@@ -215,7 +215,7 @@ def build(*layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         for name, value in layer.items():
             if name != "recipe" and name not in FIELDS:
-                raise ConfigError(f"unknown setting {name!r}; there are recipe, {', '.join(FIELDS)}")
+                raise ConfigError(f"unknown setting {name!r}; known are recipe, {', '.join(FIELDS)}")
             merges = name in ("options", "loss_options") and isinstance(value, Mapping)
             given[name] = {**given.get(name, {}), **value} if merges else value
     recipe = given.pop("recipe", None)
@@ -230,19 +230,19 @@ def build(*layers: Mapping[str, Any]) -> Config:
     settings = {**base, **given}
     for name, owner in (("options", "method"), ("loss_options", "loss")):
         chosen = settings.get(owner, FIELDS[owner].default)
-        below = _of(base.get(name, {}), chosen)
-        if chosen == "sgd":  # the radius that a recipe gives all methods
-            below.pop("rho", None)
-        settings[name] = {**below, **_of(given.get(name, {}), chosen)}
+        from_recipe = _of(base.get(name, {}), chosen)
+        if chosen == "sgd":  # a recipe gives the radius to all methods
+            from_recipe.pop("rho", None)
+        settings[name] = {**from_recipe, **_of(given.get(name, {}), chosen)}
     return Config(**settings)
 
 
 def _of(options: Any, owner: str) -> dict[str, Any]:
-    """The options that count with this method or loss, those named for it last."""
+    """Returns the options for this method or loss; those with its prefix override the others."""
     if not isinstance(options, Mapping):
         raise ConfigError(f"options must be a table, got {options!r}")
-    from ltsam_fast.train.losses import LOSSES  # they know what a Config is
-    from ltsam_fast.train.methods import METHODS
+    from ltsam_fast.train.loss_registry import LOSSES  # they import this module
+    from ltsam_fast.train.method_registry import METHODS
 
     for name in options:
         prefix, dot, _ = str(name).partition(".")
@@ -253,18 +253,17 @@ def _of(options: Any, owner: str) -> dict[str, Any]:
 
 
 def differing(old: Config, new: Config) -> list[str]:
-    """Names of the settings that a resumed run must not change, but would.
+    """Returns the names of settings that differ although a resumed run must not change them.
 
-    More epochs are allowed where nothing that was done depends on their number: with the schedules constant and step, and
-    no option given in percent of the run.
+    More epochs are allowed unless the finished epochs depend on their number, see :func:`depends_on_epochs`.
     """
-    free = set(FREE)
+    changeable = set(RESUMABLE)
     if new.epochs >= old.epochs and not depends_on_epochs(old):
-        free.add("epochs")
-    return [name for name in FIELDS if name not in free and getattr(old, name) != getattr(new, name)]
+        changeable.add("epochs")
+    return [name for name in FIELDS if name not in changeable and getattr(old, name) != getattr(new, name)]
 
 
 def depends_on_epochs(config: Config) -> bool:
-    """Whether the first epochs would be others if there were more of them."""
+    """Returns whether the first epochs depend on the number of epochs: by the cosine schedule or an option in percent."""
     percent: Iterable[Any] = (value for value in config.options.values() if isinstance(value, str))
     return config.schedule == "cosine" or config.method == "sparse_sam" or any(one.endswith("%") for one in percent)

@@ -1,4 +1,4 @@
-"""What a checkpoint looks like from each class: the diagnostics of a run, as JSON and plots."""
+"""Runs the diagnostics on a checkpoint and writes them as JSON and plots."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 
 from ltsam_fast import data, diagnostics
 from ltsam_fast.losses import Loss
-from ltsam_fast.train import checkpoint
-from ltsam_fast.train.config import IMAGES, Config, ConfigError, build
+from ltsam_fast.train import run_checkpoint
+from ltsam_fast.train.config import DATA_SETTINGS, Config, ConfigError, build
+from ltsam_fast.train.distributed import device_of
 from ltsam_fast.train.loop import check_folder
-from ltsam_fast.train.losses import criterion
+from ltsam_fast.train.loss_registry import criterion
 from ltsam_fast.train.run import load_images, network_of
-from ltsam_fast.train.workers import device_of
 
 EIGENVALUE_CLASSES = ("many", "few")
 _LOG = logging.getLogger("ltsam_fast")
@@ -28,7 +28,7 @@ _LOG = logging.getLogger("ltsam_fast")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: a checkpoint's network and loss, images of the split, and the counts it was trained with."""
+    """A checkpoint's network, loss and class counts, and the images of a split."""
 
     epoch: int
     config: Config
@@ -36,11 +36,11 @@ class Subject:
     network: nn.Module
     loss: Loss
     images: data.Images
-    asked: dict[str, Any]
-    """Further arguments of all diagnostics."""
+    keywords: dict[str, Any]
+    """Keyword arguments of all diagnostics."""
 
     def arguments(self) -> tuple[Any, ...]:
-        """The first arguments of all diagnostics."""
+        """Returns the positional arguments of all diagnostics."""
         return self.network, self.loss, self.images.pixels, self.images.labels
 
 
@@ -57,46 +57,46 @@ def diagnose(
     report: Callable[[str], Any] = lambda stage: None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Looks at a checkpoint's network with the loss it was trained with, and writes ``diagnostics.json`` and plots.
+    """Evaluates a checkpoint's network with the loss of its training; writes ``diagnostics.json`` and plots.
 
     Args:
         source: A checkpoint or a run folder.
-        out: Folder for what is written (default: ``diagnostics`` beside the checkpoint).
-        split: Images to look at: ``"train"``, the long-tailed subset, or ``"test"``.
+        out: Output folder (default: ``diagnostics`` beside the checkpoint).
+        split: Images to evaluate: ``"train"``, the long-tailed subset, or ``"test"``.
         rho: Radius of the classes' sharpness (default: the run's, else 0.05).
-        per_class: The most images of a class that are looked at, the first ones.
-        iterations: The most products with the Hessian.
+        per_class: Maximum number of images per class; the first ones are used.
+        iterations: Maximum number of Hessian-vector products.
         steps: Points of the loss slice.
         radius: Half its length, in units of filter-normalized directions.
-        report: Is told what is being done.
-        **changes: Settings that are not to be the run's, e.g. ``data``, ``device``, ``threads``, ``loss``.
+        report: Called with the name of each stage.
+        **changes: Settings that replace those of the run, e.g. ``data``, ``device``, ``threads``, ``loss``.
 
     Returns:
-        What the JSON file holds: for each class ``gradient_norm``, ``loss``, ``sharpness``; for head (many) and tail (few)
+        The content of the JSON file: for each class ``gradient_norm``, ``loss``, ``sharpness``; for head (many) and tail (few)
         ``top_eigenvalue`` with ``residual`` and ``converged``, None without such classes; ``slice`` with ``coordinates`` and
         ``loss``.
 
     Raises:
-        ConfigError: The checkpoint can't be read, a setting does not fit, or the data has other classes or images of another
-            size than the run's, or other images than the run's though ``changes`` has no setting of the data.
+        ConfigError: The checkpoint can't be read, a setting does not fit, the data has other classes or sizes than the run's,
+            or it has other images although ``changes`` has no setting of the data.
         DataError: Something is wrong with the data.
     """
     folder = Path(out) if out is not None else _folder_of(Path(source)) / "diagnostics"
-    state = checkpoint.read(source)
+    state = run_checkpoint.read(source)
     check_folder(folder)
     report("reading images")
     subject = _subject(source, state, split, per_class, changes)
-    what, asked, names = subject.arguments(), subject.asked, subject.images.classes
+    arguments, keywords, names = subject.arguments(), subject.keywords, subject.images.classes
     if rho is None:
         rho = subject.config.options.get("rho", 0.05)
     report("gradient norms")
-    norms = diagnostics.class_grad_norms(*what, num_classes=len(names), **asked)
+    norms = diagnostics.class_grad_norms(*arguments, num_classes=len(names), **keywords)
     report("sharpness")
-    sharpness = diagnostics.class_sharpness(*what, rho=rho, num_classes=len(names), **asked)
+    sharpness = diagnostics.class_sharpness(*arguments, rho=rho, num_classes=len(names), **keywords)
     report("eigenvalues")
     hessian = _curvature(subject, iterations)
     report("slice of the loss")
-    along = diagnostics.loss_slice(*what, steps=steps, radius=radius, generator=_generator(), **asked)
+    along = diagnostics.loss_slice(*arguments, steps=steps, radius=radius, generator=_generator(), **keywords)
     columns = (norms.counts.tolist(), *map(_numbers, (norms.norms, sharpness.loss, sharpness.sharpness)))
     keys = ("name", "images", "gradient_norm", "loss", "sharpness")
     found = {
@@ -112,7 +112,7 @@ def diagnose(
         "slice": {"coordinates": along.coordinates.tolist(), "loss": along.loss.tolist()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
+    run_checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
     norms.plot(folder / "class_grad_norms.png", names)
     sharpness.plot(folder / "class_sharpness.png", names)
     along.plot(folder / "loss_slice.png")
@@ -120,37 +120,37 @@ def diagnose(
 
 
 def _subject(source: str | Path, state: dict[str, Any], split: str, per_class: int, changes: dict[str, Any]) -> Subject:
-    before = build(state["config"])
-    other_loss = changes.get("loss", before.loss) != before.loss
-    kept = {**state["config"], "loss_options": {}} if other_loss else state["config"]
-    config = build(kept, changes)
+    saved = build(state["config"])
+    other_loss = changes.get("loss", saved.loss) != saved.loss
+    base = {**state["config"], "loss_options": {}} if other_loss else state["config"]
+    config = build(base, changes)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = device_of(config.device)
     train, test = load_images(config)
     if list(train.classes) != state["classes"]:
         raise ConfigError(
-            f"data {config.data}: has not the {len(state['classes'])} classes that the run was trained on"
+            f"data {config.data}: does not have the {len(state['classes'])} classes that the run was trained on"
         )
-    network = network_of(before, train)
+    network = network_of(saved, train)
     loss = criterion(config, state["class_counts"])
     if not other_loss:
-        loss.load_state_dict(state["loss"])  # weights of the classes may have been set in training
+        loss.load_state_dict(state["loss"])  # training may have set class weights
     try:
         network.load_state_dict(state["model"])
     except RuntimeError as error:
         shape = " x ".join(map(str, train.pixels.shape[1:]))
         raise ConfigError(f"data {config.data}: images of {shape} do not fit the run's {config.model}") from error
     try:
-        checkpoint.check_images(state, (train, test), source)
+        run_checkpoint.check_images(state, (train, test), source)
     except ConfigError as error:
-        if not changes.keys() & set(IMAGES):
+        if not changes.keys() & set(DATA_SETTINGS):
             raise
-        _LOG.warning("%s", error)  # others were asked for
+        _LOG.warning("%s", error)  # the caller chose other data
     images = _first_of_each({"train": train, "test": test}[split], per_class)
-    asked = {"batch_size": 256, "prepare": data.Augment.for_testing(train)}
+    keywords = {"batch_size": 256, "prepare": data.Augment.for_testing(train)}
     return Subject(
-        state["epoch"], config, state["class_counts"], network.to(device), loss.to(device).eval(), images, asked
+        state["epoch"], config, state["class_counts"], network.to(device), loss.to(device).eval(), images, keywords
     )
 
 
@@ -166,20 +166,20 @@ def _curvature(subject: Subject, iterations: int) -> dict[str, dict[str, Any] | 
                 classes=groups[name],
                 iterations=iterations,
                 generator=_generator(),
-                **subject.asked,
+                **subject.keywords,
             )
             found[name] = {"top_eigenvalue": top.value, "residual": top.residual, "converged": top.converged}
     return found
 
 
 def _generator() -> torch.Generator:
-    """What directions start from, the same in all diagnoses, so that checkpoints can be compared."""
+    """Returns the generator of random directions; its seed is fixed, so that checkpoints can be compared."""
     return torch.Generator().manual_seed(0)
 
 
-def _first_of_each(images: data.Images, most: int) -> data.Images:
-    """The first ``most`` images of each class."""
-    members = [(images.labels == c).nonzero().flatten()[:most] for c in range(len(images.classes))]
+def _first_of_each(images: data.Images, limit: int) -> data.Images:
+    """Returns the first ``limit`` images of each class."""
+    members = [(images.labels == c).nonzero().flatten()[:limit] for c in range(len(images.classes))]
     return images.take(torch.cat(members))
 
 

@@ -1,4 +1,4 @@
-"""What is told of a run: files, TensorBoard, and the terminal."""
+"""Logs a run to files, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from types import TracebackType
 from typing import Any
 
 from ltsam_fast.extras import needed
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 
 GROUPS = ("all", "many", "medium", "few")
 COLUMNS = ("epoch", "lr", "train_loss", *GROUPS, "seconds", "eval_seconds")
 
 
 class Logs:
-    """``log.csv``, ``log.jsonl`` (with the accuracy of each class) and TensorBoard's events in a run folder.
+    """Writes ``log.csv``, ``log.jsonl`` (with the accuracy of each class) and TensorBoard's events to a run folder.
 
-    The two files are written whole each epoch: they never disagree with the checkpoint, whose history they show.
+    Both files are rewritten each epoch from the checkpoint's history, so they always agree with it.
     """
 
     def __init__(self, out: Path, history: Sequence[dict[str, Any]], tensorboard: bool | None) -> None:
@@ -49,18 +49,18 @@ class Logs:
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        checkpoint.write(self.out / "log.csv", table.getvalue().encode())
+        run_checkpoint.write(self.out / "log.csv", table.getvalue().encode())
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        checkpoint.write(self.out / "log.jsonl", lines.encode())
+        run_checkpoint.write(self.out / "log.jsonl", lines.encode())
 
     def close(self) -> None:
-        """Ends TensorBoard's file."""
+        """Closes TensorBoard's file."""
         if self.board:
             self.board.close()
 
 
 class Silent:
-    """Tells nothing. A reporter is a context, and is told of the run's begin, of steps, and of epochs."""
+    """A reporter that prints nothing. A reporter is a context; the loop calls ``begin``, ``advance`` and ``epoch``."""
 
     def __enter__(self) -> Silent:
         return self
@@ -71,17 +71,17 @@ class Silent:
         pass
 
     def begin(self, run: Any) -> None:
-        """The run, a ``loop.Run``, is ready."""
+        """Called with the ``run.Run`` before its first step."""
 
     def advance(self, steps: int) -> None:
-        """Steps were taken."""
+        """Called after steps."""
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """An epoch ended with this row."""
+        """Called with the row of a finished epoch."""
 
 
 class Console(Silent):
-    """A progress bar with the time left, above it a line for each epoch."""
+    """Shows a progress bar with the remaining time, and prints a line for each epoch."""
 
     def __init__(self) -> None:
         self.bar = _bar()
@@ -94,14 +94,15 @@ class Console(Silent):
         self.bar.stop()
 
     def begin(self, run: Any) -> None:
-        """Prints what is trained on what, and the head of the table."""
+        """Prints the run's settings and the header of the table."""
         config, counts = run.config, run.counts
+        devices = f" x {run.dist.world_size}" if run.dist.world_size > 1 else ""
         size = sum(param.numel() for param in run.network.parameters())
         _print(
             self.bar,
             f"{config.method}, {config.loss}: {config.model} ({size:,} parameters) on {len(run.train.labels):,} images of "
             f"{len(counts)} classes ({max(counts)} to {min(counts)} each), tested on {len(run.test.labels):,}; "
-            f"{config.epochs} epochs of {run.steps} steps on {run.at.device}" + f" x {run.at.size}" * (run.at.size > 1),
+            f"{config.epochs} epochs of {run.steps} steps on {run.dist.device}{devices}",
         )
         _print(self.bar, "".join(f"{name:>10}" for name in ("epoch", "lr", "loss", *GROUPS, "seconds")))
         self.task = self.bar.add_task(config.method, total=config.epochs * run.steps, completed=run.epoch * run.steps)
@@ -117,7 +118,7 @@ class Console(Silent):
 
 
 class Cells:
-    """The progress of a grid: a bar for its cells, and one for the steps of the cell that is trained."""
+    """Shows the progress of a grid: one bar for its cells, one for the steps of the current cell."""
 
     def __init__(self, cells: int) -> None:
         self.bar, self.begun, self.cells = _bar(), 0, cells
@@ -131,7 +132,7 @@ class Cells:
         self.bar.stop()
 
     def cell(self, cell: Any) -> Silent:
-        """The reporter of the next cell, a ``compare.Cell``; those before are done."""
+        """Returns the reporter of the next cell, a ``compare.Cell``."""
         self.bar.update(self.all, completed=self.begun)
         self.begun += 1
         return _OneCell(

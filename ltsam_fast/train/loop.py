@@ -1,4 +1,4 @@
-"""The training loop: an epoch, its accuracies, and how it all goes on after an interruption."""
+"""The training loop: epochs, test accuracies, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from torch import Tensor
 
 from ltsam_fast import data
 from ltsam_fast.optim import SharpnessAware
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing
+from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import GROUPS, Logs, Silent
-from ltsam_fast.train.losses import one_noise, reweight
+from ltsam_fast.train.loss_registry import reweight, same_noise
 from ltsam_fast.train.run import Run, prepare
-from ltsam_fast.train.workers import workers
 
 EVAL_BATCH = 1024
 CONFIG = "config.json"
 
 
 class Diverged(RuntimeError):
-    """The training loss is not finite any more."""
+    """The training loss is not finite."""
 
 
 def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
-    """Trains for one epoch, each process on its share of every batch; returns the mean loss at the unperturbed weights."""
+    """Trains for one epoch, each process on its part of every batch; returns the mean loss at the unperturbed weights."""
     run.model.train()
-    at, config = run.at, run.config
+    dist, config = run.dist, run.config
     reweight(run.loss, config, run.counts, run.epoch)
-    pixels, labels = _resident(run.train.pixels, at.device), run.train.labels.to(at.device)
-    lost, seen = torch.zeros((), dtype=torch.float64, device=at.device), 0
-    for batch in data.batches(len(labels), config.batch_size, generator=run.order):
-        whole = len(batch) // at.size * at.size  # shares of one size, so that their mean is the batch's
-        share = batch[:whole][at.rank :: at.size]
-        if len(share):
-            x = _on(run, run.augment(_pick(pixels, share, at.device), run.noise))
-            y = labels[share.to(at.device, non_blocking=True)]
-            lost += take_step(run, x, y).double() * len(share)
-            seen += len(share)
+    pixels, labels = _on_device_if_small(run.train.pixels, dist.device), run.train.labels.to(dist.device)
+    loss_sum, count = torch.zeros((), dtype=torch.float64, device=dist.device), 0
+    for batch in data.batches(len(labels), config.batch_size, generator=run.sampler_generator):
+        size = len(batch) // dist.world_size * dist.world_size  # equal parts, so that their mean is the batch\'s
+        local = batch[:size][dist.rank :: dist.world_size]
+        if len(local):
+            x = _in_memory_format(run, run.train_transform(_select(pixels, local, dist.device), run.augment_generator))
+            y = labels[local.to(dist.device, non_blocking=True)]
+            loss_sum += take_step(run, x, y).double() * len(local)
+            count += len(local)
         advance(1)
-    total, count = at.total(torch.stack([lost, torch.full_like(lost, seen)])).tolist()
-    return total / count
+    loss_sum, count = dist.all_reduce(torch.stack([loss_sum, torch.full_like(loss_sum, count)])).tolist()
+    return loss_sum / count
 
 
 def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
-    """One step of the method on one batch, in each process on its share; returns the share's mean loss at w, on the device.
+    """Takes one step on this process's part of a batch; returns its mean loss at the unperturbed weights, on the device.
 
-    Weights of the classes divide by their sum over the whole batch, as in the code that deferred reweighting is from.
+    Class weights are normalized by their mean over the whole batch, as in LDAM's code for deferred reweighting.
     """
-    batch = None if run.loss.weight is None else run.at.joined(y)
+    batch = None if run.loss.weight is None else run.dist.all_gather(y)
 
     def closure(index: Any = slice(None)) -> Tensor:
         with run.autocast():
             logits = run.forward(x[index])
         return run.loss(logits, y[index], batch=batch)
 
-    with one_noise(run.loss):
+    with same_noise(run.loss):
         if isinstance(run.optimizer, SharpnessAware):
             loss = run.optimizer.step(closure, y, run.scaler)
         else:
@@ -76,42 +76,44 @@ def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(run: Run) -> dict[str, Any]:
-    """Test accuracies in percent: ``all`` images, the mean over the classes of each shot group, and ``per_class``."""
+    """Returns test accuracies in percent: of ``all`` images, the class mean of each shot group, and ``per_class``."""
     run.network.eval()
-    run.at.share(run.network.buffers())  # running statistics: the checkpoint has those of the first process
-    at, classes = run.at, len(run.counts)
-    found = torch.zeros(2, classes, dtype=torch.float64, device=at.device)  # right answers, images
-    for part in torch.arange(at.rank, len(run.test.labels), at.size).split(EVAL_BATCH):
-        x = _on(run, run.plain(_pick(run.test.pixels, part, at.device)))
-        y = run.test.labels[part].to(at.device)
+    run.dist.broadcast(run.network.buffers())  # running statistics: the checkpoint has those of rank 0
+    dist, classes = run.dist, len(run.counts)
+    sums = torch.zeros(2, classes, dtype=torch.float64, device=dist.device)  # correct predictions, images
+    for index in torch.arange(dist.rank, len(run.test.labels), dist.world_size).split(EVAL_BATCH):
+        x = _in_memory_format(run, run.test_transform(_select(run.test.pixels, index, dist.device)))
+        y = run.test.labels[index].to(dist.device)
         with run.autocast():
-            right = run.network(x).argmax(1) == y
-        found += torch.stack([y[right].bincount(minlength=classes), y.bincount(minlength=classes)])
-    right, images = at.total(found).cpu()
-    per_class = 100 * right / images
+            correct = run.network(x).argmax(1) == y
+        sums += torch.stack([y[correct].bincount(minlength=classes), y.bincount(minlength=classes)])
+    correct, images = dist.all_reduce(sums).cpu()
+    per_class = 100 * correct / images
     groups = data.shot_split(run.counts, run.config.many, run.config.few)
     means = {name: per_class[members].nanmean().item() for name, members in groups.items()}
-    shown = {"all": (100 * right.sum() / images.sum()).item(), **means}
-    return {name: _number(shown[name]) for name in GROUPS} | {"per_class": [_number(one) for one in per_class.tolist()]}
+    shown = {"all": (100 * correct.sum() / images.sum()).item(), **means}
+    return {name: _rounded(shown[name]) for name in GROUPS} | {
+        "per_class": [_rounded(one) for one in per_class.tolist()]
+    }
 
 
-def _number(value: float) -> float | None:
+def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
 
 
-def _resident(pixels: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, if they take no more than a quarter of its free memory."""
+def _on_device_if_small(pixels: Tensor, device: torch.device) -> Tensor:
+    """Returns the images on the device if they take less than a quarter of its free memory, else as they are."""
     if device.type == "cuda" and pixels.device != device:
         free, _ = torch.cuda.mem_get_info(device)
         return pixels.to(device) if pixels.nbytes < free / 4 else pixels
     return pixels
 
 
-def _pick(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
+def _select(pixels: Tensor, index: Tensor, device: torch.device) -> Tensor:
     return pixels[index.to(pixels.device, non_blocking=True)].to(device, non_blocking=True)
 
 
-def _on(run: Run, x: Tensor) -> Tensor:
+def _in_memory_format(run: Run, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if run.config.channels_last else x
 
 
@@ -123,18 +125,17 @@ def train(
     report: Any = None,
     images: tuple[data.Images, data.Images] | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains a network and leaves a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
+    """Trains a network and writes a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
 
-    The checkpoint is written before the first and after every epoch. A run that was killed at any time and is resumed ends
-    with the weights of one that was not, bit for bit: always on a CPU with the same number of threads, on GPUs with
-    ``deterministic``.
+    The checkpoint is written before the first and after every epoch. A run that was killed and resumed ends with the same
+    weights as an uninterrupted one, bit for bit: on a CPU with the same number of threads, on GPUs with ``deterministic``.
 
     Args:
         config: The settings.
-        out: The run folder; made if need be.
-        resume: Go on from the folder's checkpoint; without one, begin.
-        report: What is told of the progress: ``log.Silent`` (default), ``log.Console``, or alike.
-        images: What :func:`load_images` gives for these settings, if it is there already.
+        out: The run folder; created if missing.
+        resume: Resume from the folder's checkpoint, if there is one.
+        report: Reports progress: ``log.Silent`` (default), ``log.Console``, or the like.
+        images: The images that :func:`load_images` returns for these settings, if they are loaded already.
 
     Returns:
         A row for each epoch: ``epoch`` (from 1), ``lr``, ``train_loss``, accuracies in percent (``all``, ``many``,
@@ -142,10 +143,10 @@ def train(
         ``eval_seconds``.
 
     Raises:
-        ConfigError: A setting does not fit, or the folder has a run that is not to be resumed, or one of other settings, or of
-            other images: a checkpoint holds a hash of them, see :attr:`ltsam_fast.data.Images.digest`.
+        ConfigError: A setting does not fit; or the folder has a run and ``resume`` is False, or a run with other settings or
+            images, whose hash the checkpoint has, see :attr:`ltsam_fast.data.Images.digest`.
         DataError: Something is wrong with the data.
-        Diverged: The loss is not finite; the checkpoint is that of the epoch before.
+        Diverged: The loss is not finite; the checkpoint of the previous epoch stays.
 
     >>> import tempfile
     >>> from ltsam_fast.train import build
@@ -155,26 +156,26 @@ def train(
     [1]
     """
     out = Path(out)
-    state = _earlier(config, out, resume)
+    state = _checkpoint_to_resume(config, out, resume)
     check_folder(out)
-    with workers(config.device) as at:
-        epochs = at.gather(None if state is None else state["epoch"])
+    with process_group(config.device) as dist:
+        epochs = dist.all_gather_object(None if state is None else state["epoch"])
         if len(set(epochs)) > 1:
             raise ConfigError(
                 f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
             )
-        run = prepare(config, at, images)
+        run = prepare(config, dist, images)
         if state is not None:
             _restore(run, state, out)
-        reporter = (report if at.rank == 0 else None) or Silent()
-        logs = Logs(out, run.history, config.tensorboard) if at.rank == 0 else None
+        reporter = (report if dist.rank == 0 else None) or Silent()
+        logs = Logs(out, run.history, config.tensorboard) if dist.rank == 0 else None
         if state is None:
             _save(run, out)
         try:
             with reporter:
                 reporter.begin(run)
                 while run.epoch < config.epochs:
-                    row = _one_epoch(run, reporter)
+                    row = _run_epoch(run, reporter)
                     run.history.append(row)
                     _save(run, out)
                     if logs:
@@ -183,11 +184,11 @@ def train(
         finally:
             if logs:
                 logs.close()
-        at.gather(None)  # the last checkpoint is written before any process goes on
+        dist.all_gather_object(None)  # no process continues before the last checkpoint is written
         return run.history
 
 
-def _one_epoch(run: Run, reporter: Any) -> dict[str, Any]:
+def _run_epoch(run: Run, reporter: Any) -> dict[str, Any]:
     rate = run.optimizer.param_groups[0]["lr"]
     start = time.perf_counter()
     loss = train_epoch(run, reporter.advance)
@@ -207,7 +208,7 @@ def _one_epoch(run: Run, reporter: Any) -> dict[str, Any]:
 
 
 def stored_config(out: str | Path) -> Config | None:
-    """The config of the run in a folder, if there is one."""
+    """Returns the config of the run in a folder, or None."""
     path = Path(out) / CONFIG
     if not path.exists():
         return None
@@ -218,37 +219,37 @@ def stored_config(out: str | Path) -> Config | None:
 
 
 def check_folder(out: Path) -> None:
-    """Raises ConfigError, before anything long is done, unless files can be written below ``out``."""
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir():
-        raise ConfigError(f"out {out}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"out {out}: can't write to {there}")
+    """Raises ConfigError unless files can be written below ``out``."""
+    existing = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"out {out}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"out {out}: can't write to {existing}")
 
 
 def finished(
     config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None
 ) -> list[dict[str, Any]] | None:
-    """The rows of the run in a folder, if it has taken all its epochs; see :func:`train`, whose errors these are.
+    """Returns the rows of the run in a folder if all its epochs are finished, else None; errors are those of :func:`train`.
 
-    Without ``images`` it is not looked at whether these are still the run's.
+    Without ``images`` they are not compared with the run's.
     """
-    state = _earlier(config, Path(out), resume=True)
+    state = _checkpoint_to_resume(config, Path(out), resume=True)
     if state is None:
         return None
     done = state["epoch"] >= config.epochs
-    if images is not None and (done or "data" in state):  # of a run that goes on train() warns
-        checkpoint.check_images(state, images, out)
+    if images is not None and (done or "data" in state):  # train() warns for a run that it resumes
+        run_checkpoint.check_images(state, images, out)
     return state["history"] if done else None
 
 
-def _earlier(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from, if it may be gone on from."""
-    if not (out / checkpoint.NAME).exists():
+def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
+    """Returns the checkpoint in the run folder, or None; raises ConfigError if it must not be resumed."""
+    if not (out / run_checkpoint.NAME).exists():
         return None
     if not resume:
         raise ConfigError(f"out {out} has a run: resume it (--resume), or choose another folder")
-    state = checkpoint.read(out)
+    state = run_checkpoint.read(out)
     before = build(state["config"])
     if names := differing(before, config):
         changes = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in names)
@@ -257,17 +258,17 @@ def _earlier(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def _save(run: Run, out: Path) -> None:
-    """Writes the checkpoint, and before the first one the config; process 0 does, with what all of them give."""
-    states = run.at.gather(checkpoint.random_state(run.order, run.noise))
-    if run.at.rank:
+    """Writes config and checkpoint on rank 0, with the random states of all processes."""
+    states = run.dist.all_gather_object(run_checkpoint.random_state(run.sampler_generator, run.augment_generator))
+    if run.dist.rank:
         return
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_parts(out)
+    run_checkpoint.remove_partial_files(out)
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
-    checkpoint.write(out / CONFIG, text.encode())
+    run_checkpoint.write(out / CONFIG, text.encode())
     best = max(run.history, key=lambda row: row["all"], default={"epoch": 0, "all": None})
     state = {
-        "version": checkpoint.VERSION,
+        "version": run_checkpoint.VERSION,
         "config": run.config.as_dict(),
         "epoch": run.epoch,
         "classes": list(run.train.classes),
@@ -282,23 +283,25 @@ def _save(run: Run, out: Path) -> None:
         "history": run.history,
         "best": {"epoch": best["epoch"], "all": best["all"]},
     }
-    checkpoint.write(out / checkpoint.NAME, state)
+    run_checkpoint.write(out / run_checkpoint.NAME, state)
 
 
 def _restore(run: Run, state: dict[str, Any], out: Path) -> None:
-    """Takes up a checkpoint, the random numbers last."""
-    if len(state["random"]) != run.at.size:
-        raise ConfigError(f"the run had {len(state['random'])} processes, not {run.at.size}: start it with as many")
+    """Loads a checkpoint into the run, the random states last."""
+    if len(state["random"]) != run.dist.world_size:
+        raise ConfigError(
+            f"the run had {len(state['random'])} processes, not {run.dist.world_size}: start it with as many"
+        )
     if state["class_counts"] != run.counts:
         raise ConfigError(f"data: class counts were {state['class_counts']}, now they are {run.counts}")
     for was, now in zip(state["classes"], run.train.classes, strict=True):
         if was != now:
-            raise ConfigError(f"data: a class was {was!r}, now it is {now!r}: name it as it was, or begin another run")
-    checkpoint.check_images(state, (run.train, run.test), out)
+            raise ConfigError(f"data: a class was {was!r}, now it is {now!r}: rename it back, or start another run")
+    run_checkpoint.check_images(state, (run.train, run.test), out)
     run.network.load_state_dict(state["model"])
     run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])
     run.scaler.load_state_dict(state["scaler"])
     run.history[:] = state["history"]
-    checkpoint.set_random_state(state["random"][run.at.rank], run.order, run.noise)
+    run_checkpoint.set_random_state(state["random"][run.dist.rank], run.sampler_generator, run.augment_generator)

@@ -1,4 +1,4 @@
-"""Published settings by name. Figures that no paper gives for a dataset are marked as ours."""
+"""Published settings, for ``--recipe``. Values that no paper gives for a dataset are marked as ours."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OTHERS: dict[str, Any] = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits-lt": {
-        # Ours, those of the demo: 134 images of the digit 0, ever fewer of the others.
+        # Ours, as in the demo: 134 images of the digit 0, fewer of each following digit.
         "data": "digits",
         "model": "small_cnn",
         "imbalance": 50.0,
@@ -41,7 +41,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "lr": 0.05,
         "weight_decay": 5e-4,
-        "threads": 1,  # for so small a network a second thread costs more than it brings
+        "threads": 1,  # a second thread slows so small a network down
         "options": {
             **_OTHERS,
             "rho": 0.1,
@@ -71,7 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "focal_sam.gamma": 3.0,
             "focal_sam.lam": 0.5,
             "imb_sam.rho": 0.05,
-            "imb_sam.eta": 200,  # ours: the classes that are few; published for CIFAR-100 only
+            "imb_sam.eta": 200,  # ours: the few-shot classes; published for CIFAR-100 only
             "sse_sam.rho": 0.05,  # README of SSE-SAM, for CIFAR-100
             "sse_sam.tail_rho": 0.1,
             "sse_sam.eta": 1000,  # ours: published for CIFAR-100 only

@@ -1,4 +1,4 @@
-"""What a run consists of, as it is before its first step: images, network, loss, optimizer, random numbers."""
+"""Makes what a run consists of: images, network, loss, optimizer, generators of random numbers."""
 
 from __future__ import annotations
 
@@ -14,71 +14,71 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ltsam_fast import data, models
 from ltsam_fast.losses import Loss
-from ltsam_fast.train import checkpoint
+from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError
-from ltsam_fast.train.losses import COSINE, criterion
-from ltsam_fast.train.methods import Setting, create
-from ltsam_fast.train.workers import Workers
+from ltsam_fast.train.distributed import Distributed
+from ltsam_fast.train.loss_registry import COSINE_LOSSES, criterion
+from ltsam_fast.train.method_registry import RunInfo, create
 
 _PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Run:
-    """All that a run consists of."""
+    """What a run consists of."""
 
     config: Config
-    at: Workers
+    dist: Distributed
     train: data.Images
     test: data.Images
     counts: list[int]
     network: nn.Module
-    """The network itself."""
+    """The network, without a wrapper."""
     model: nn.Module
     """The network, or its DistributedDataParallel."""
     forward: Callable[[Tensor], Tensor]
-    """The model, compiled where that is asked for."""
+    """The model, or its compiled version."""
     loss: Loss
     optimizer: Optimizer
     scheduler: LambdaLR
     scaler: torch.amp.GradScaler
-    order: torch.Generator
-    noise: torch.Generator
-    augment: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
+    sampler_generator: torch.Generator
+    augment_generator: torch.Generator
+    train_transform: Callable[..., Tensor]
+    test_transform: Callable[..., Tensor]
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done."""
+        """The number of finished epochs."""
         return len(self.history)
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
+        """The number of steps per epoch."""
         return -(-len(self.train.labels) // self.config.batch_size)
 
     def autocast(self) -> torch.autocast:
-        """The context of forward passes."""
-        return torch.autocast(self.at.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
+        """Returns the context of forward passes."""
+        return torch.autocast(self.dist.device.type, _PRECISIONS[self.config.amp], enabled=self.config.amp != "off")
 
 
 def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
-    """The training images, the long-tailed subset if one is asked for, and the test images.
+    """Returns the training images, or their long-tailed subset, and the test images.
 
     Args:
         config: The settings.
         progress: Show a progress bar while images are decoded.
 
     Raises:
-        ConfigError: The sets do not have the same classes, or the subset can't be had.
+        ConfigError: The two sets have different classes, or the subset is not possible.
         DataError: Something is wrong with the files.
     """
     names = ("format", "images", "size", "cache", "classes")
     options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
     try:
         train = data.load(config.data, "train", **options)
-        options["classes"] = len(train.classes)  # a list of test images may lack the last ones
+        options["classes"] = len(train.classes)  # a list of test images may lack the last classes
         test = data.load(config.test_data or config.data, "test", **options)
     except data.DataError:
         raise
@@ -97,8 +97,8 @@ def load_images(config: Config, progress: bool = False) -> tuple[data.Images, da
         raise ConfigError(f"no long-tailed subset: {error}") from error
 
 
-def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images] | None = None) -> Run:
-    """Everything as it is before the first step; the same in every process but for its random numbers.
+def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.Images] | None = None) -> Run:
+    """Returns the run before its first step; the same in every process except for random numbers.
 
     Raises:
         ConfigError: A setting does not fit.
@@ -106,62 +106,62 @@ def prepare(config: Config, at: Workers, images: tuple[data.Images, data.Images]
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.batch_size % at.size:
-        raise ConfigError(f"batch_size must be a multiple of the {at.size} processes, got {config.batch_size}")
+    if config.batch_size % dist.world_size:
+        raise ConfigError(f"batch_size must be a multiple of the {dist.world_size} processes, got {config.batch_size}")
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:  # else cuBLAS refuses; read when it is first used
+    if config.deterministic:  # cuBLAS reads it at its first use and raises without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     train, test = images or load_images(config)
     counts = train.counts()
-    if len(train.labels) < at.size:
-        raise ConfigError(f"data: {len(train.labels)} training images are too few for {at.size} processes")
-    checkpoint.seed_all(config.seed)
-    network = network_of(config, train).to(at.device)
+    if len(train.labels) < dist.world_size:
+        raise ConfigError(f"data: {len(train.labels)} training images are too few for {dist.world_size} processes")
+    run_checkpoint.seed_all(config.seed)
+    network = network_of(config, train).to(dist.device)
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = at.replica(network)
-    optimizer = create(config, _setting(config, model, network, counts))
-    checkpoint.seed_all(config.seed + at.rank)  # dropout is not to be the same in all processes
+    model = dist.data_parallel(network)
+    optimizer = create(config, _run_info(config, model, network, counts))
+    run_checkpoint.seed_all(config.seed + dist.rank)  # dropout must differ between processes
     return Run(
         config,
-        at,
+        dist,
         train,
         test,
         counts,
         network,
         model,
         torch.compile(model) if config.compile else model,
-        criterion(config, counts, at.rank).to(at.device),
+        criterion(config, counts, dist.rank).to(dist.device),
         optimizer,
         LambdaLR(optimizer, config.factor),
-        torch.amp.GradScaler(at.device.type, enabled=config.amp == "fp16"),
+        torch.amp.GradScaler(dist.device.type, enabled=config.amp == "fp16"),
         torch.Generator().manual_seed(config.seed),
-        torch.Generator(at.device).manual_seed(config.seed + at.rank),
+        torch.Generator(dist.device).manual_seed(config.seed + dist.rank),
         data.Augment.for_training(train) if config.augment else data.Augment.for_testing(train),
         data.Augment.for_testing(train),
     )
 
 
-def _setting(config: Config, model: nn.Module, network: nn.Module, counts: list[int]) -> Setting:
+def _run_info(config: Config, model: nn.Module, network: nn.Module, counts: list[int]) -> RunInfo:
     per_epoch = -(-sum(counts) // config.batch_size)
-    return Setting(model, network, counts, per_epoch, per_epoch * config.epochs)
+    return RunInfo(model, network, counts, per_epoch, per_epoch * config.epochs)
 
 
 def check(config: Config, train: data.Images) -> None:
-    """Raises ConfigError if the network, the loss or the method can't be had for these images."""
+    """Raises ConfigError unless network, loss and method can be made for these images."""
     network, counts = network_of(config, train), train.counts()
     criterion(config, counts)
-    create(config, _setting(config, network, network, counts))
+    create(config, _run_info(config, network, network, counts))
 
 
 def network_of(config: Config, train: data.Images) -> nn.Module:
-    """A new network for these images.
+    """Returns a new network for these images.
 
     Raises:
-        ConfigError: There is no such network, or it does not take such images.
+        ConfigError: There is no such network, or it does not accept such images.
     """
-    cosine = config.loss in COSINE if config.cosine_head is None else config.cosine_head
+    cosine = config.loss in COSINE_LOSSES if config.cosine_head is None else config.cosine_head
     channels, height, width = train.pixels.shape[1:]
     try:
         return models.create(config.model, len(train.classes), (channels, height, width), cosine_head=cosine)

@@ -1,9 +1,8 @@
-"""The optimizers under other people's training loops: Lightning, Hugging Face's Trainer and Accelerate.
+"""The optimizers in Lightning, Hugging Face's Trainer and Accelerate.
 
-A trainer calls one forward, one backward and one step; these methods need several passes over the same batch, and losses of
-single samples. So the batches of a step are kept until the trainer wants it taken (gradient accumulation keeps several), and
-the optimizer then runs its passes over them itself: one perturbation a step, however many micro-batches.
+Import a trainer's module by name: ``ltsam_fast.trainers.lightning``, ``.hugging_face`` or ``.accelerate``.
 
-Each trainer has a module of its own, to be imported by name: ``ltsam_fast.trainers.lightning``, ``.hugging_face``,
-``.accelerate``.
+A trainer calls one forward, one backward and one step. These methods need several passes over the same batch, and per-sample
+losses. So the micro-batches of a step are stored until the trainer calls for the step, and the optimizer runs its passes over
+them: one perturbation per step, for any number of micro-batches.
 """

@@ -1,4 +1,4 @@
-"""Accelerate: one call a batch, between ``accelerator.accumulate`` and the scheduler."""
+"""Accelerate: call :class:`AcceleratedStep` with each batch, inside ``accelerator.accumulate``."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.accelerate needs Accelerate: pip install 'ltsam_fast[accelerate]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim.optimizer import SharpnessAware
-from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of
+from ltsam_fast.optim import SharpnessAware
+from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of
 
-_ONE_COPY = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Single devices and DDP."""
 
 
 class AcceleratedStep:
     r"""Takes the optimizer's steps, in place of ``accelerator.backward(loss)``, ``optimizer.step()`` and ``zero_grad()``.
 
-    Micro-batches are kept until ``accelerator.sync_gradients``: one perturbation for the whole step, weighted by samples. All
-    but the last are copied, for a loader may use its memory again: an accumulated step takes its samples' memory once more.
-    Mixed precision's GradScaler is taken from the accelerator; ``accelerator.optimizer_step_was_skipped`` tells of an
-    overflow, as do schedulers from ``prepare``. Gradients are clipped inside the update, by the optimizer's
-    ``max_grad_norm``: ``accelerator.clip_grad_norm_`` finds none to clip.
+    Micro-batches are stored until ``accelerator.sync_gradients``: one perturbation for the whole step, weighted by samples.
+    All but the last are copied, since a loader may reuse its memory. Mixed precision's GradScaler is the accelerator's; after
+    an overflow ``accelerator.optimizer_step_was_skipped`` is True, and schedulers from ``prepare`` skip their step. Clip
+    gradients with the optimizer's ``max_grad_norm``: ``accelerator.clip_grad_norm_`` finds none.
 
     Args:
         accelerator: The accelerator.
         model: The model as ``accelerator.prepare`` returned it; becomes ``optimizer.model``, so that DDP averages once a step.
         optimizer: The optimizer as ``accelerator.prepare`` returned it, of one of the package's methods.
-        losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,). Methods that look at
-            parts of a batch call it with some samples of every tensor in it.
+        losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,). Methods that
+            evaluate parts of a batch call it with some samples of every tensor in it.
         targets: ``targets(batch)`` returns the samples' classes, shape (B,), integer; by default the second of a pair, or
             ``batch["labels"]``.
 
@@ -73,29 +72,29 @@ class AcceleratedStep:
                 "optimizer must be one of ltsam_fast's, as accelerator.prepare() returned it, got "
                 f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
             )
-        if accelerator.distributed_type not in _ONE_COPY:
+        if accelerator.distributed_type not in _SUPPORTED:
             raise ValueError(f"distributed_type must be NO, MULTI_CPU or MULTI_GPU, got {accelerator.distributed_type}")
         self.accelerator, self.optimizer = accelerator, optimizer
         self.method: SharpnessAware = optimizer.optimizer
-        self._parts = Parts(lambda batch: check_per_sample(losses(batch), "losses"), targets)
+        self._micro_batches = MicroBatches(lambda batch: check_per_sample(losses(batch), "losses"), targets)
         self.method.model = model
 
     def __call__(self, batch: Any) -> Tensor | None:
-        """Keeps the batch, and takes the step if it is time to.
+        """Stores the batch, and takes the step with the last micro-batch.
 
         Returns:
-            The mean loss at the unperturbed weights (GNM: at the noisy ones) over the batches of the step, 0-d, detached;
+            The mean loss at the unperturbed weights (GNM: with noise) over the micro-batches of the step, 0-d, detached;
             ``None`` without a step.
 
         Raises:
-            TypeError: A batch that has to be kept can't be copied.
-            ValueError: ``losses`` returned something else than losses of shape (B,).
+            TypeError: A batch that must be copied can't be.
+            ValueError: ``losses`` did not return losses of shape (B,).
         """
-        self._parts.add(batch, last=self.accelerator.sync_gradients)
+        self._micro_batches.add(batch, last=self.accelerator.sync_gradients)
         if not self.accelerator.sync_gradients:
             return None
         scaler = self.optimizer.scaler
-        loss = self._parts.step(self.method, scaler)
+        loss = self._micro_batches.step(self.method, scaler)
         if scaler is not None:
             scale = scaler.get_scale()
             scaler.update()

@@ -17,9 +17,9 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.hugging_face needs transformers: pip install 'ltsam_fast[hugging-face]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.trainers.accelerate import AcceleratedStep
-from ltsam_fast.trainers.parts import check_per_sample, set_clipping
+from ltsam_fast.trainers.micro_batches import check_per_sample, set_clipping
 
 
 class SharpnessAwareTrainer(Trainer):
@@ -34,37 +34,38 @@ class SharpnessAwareTrainer(Trainer):
 
     The base optimizer is the one that ``args.optim`` names, with its learning rate, betas and weight decay.
 
-    The Trainer's settings hold: ``gradient_accumulation_steps`` (one perturbation for the whole step, weighted by samples),
-    ``max_grad_norm`` (1.0 by default, as ever; clipped inside the update, so no ``grad_norm`` is logged), ``fp16`` with its
+    These settings of the Trainer apply: ``gradient_accumulation_steps`` (one perturbation for the whole step, weighted by
+    samples), ``max_grad_norm`` (default 1.0; clipped inside the update, so ``grad_norm`` is not logged), ``fp16`` with its
     GradScaler, ``bf16``, schedulers, checkpoints, DDP, ``label_smoothing_factor``.
 
-    The losses are the model's own, by sample: for ``outputs.logits``, shape (B, C), and the labels, named by
-    ``args.label_names``, what ``problem_type`` says, or what transformers infers without it: cross entropy (with
-    ``label_smoothing_factor``), the mean squared error or the binary cross entropy over the C outputs. Where the model returns
-    a ``loss``, it must be their mean, and no label of a class may be -100, which it leaves out of the mean. Every pass is
-    checked, on a CPU and in a training's first step before anything changes; on other devices later steps are checked when
-    they are over, where the Trainer waits for the loss anyway.
+    The per-sample losses are computed from ``outputs.logits``, shape (B, C), and the labels, named by ``args.label_names``.
+    The model's ``problem_type``, given or inferred as transformers does, decides which loss: cross entropy (with
+    ``label_smoothing_factor``), the mean squared error or the binary cross entropy over the C outputs. If the model returns a
+    ``loss``, it must be the mean of these, and no class label may be -100, which that mean would leave out. This is checked in
+    every pass: on a CPU, and in the first step, before anything changes; on other devices after the step, when the Trainer
+    synchronizes.
 
-    For any other loss, such as one of tokens or with class weights, give ``compute_loss_func(outputs, labels,
-    num_items_in_batch)``, which must return the per-sample losses, shape (B,), and not use ``num_items_in_batch``, ``None``
-    in training; in evaluation the Trainer takes their mean. ``compute_loss`` must not be overridden: its mean has no samples.
+    For other losses, such as those of tokens or with class weights, give ``compute_loss_func(outputs, labels,
+    num_items_in_batch)``. It must return the per-sample losses, shape (B,), and not use ``num_items_in_batch``, which is
+    ``None`` in training; in evaluation the Trainer takes their mean. ``compute_loss``, which returns a mean, must not be
+    overridden.
 
-    All micro-batches of an accumulated step but the last are copied, for a loader may use its memory again. Callbacks'
-    ``on_optimizer_step`` finds no gradients.
+    All micro-batches of an accumulated step but the last are copied, since a loader may reuse its memory. There are no
+    gradients when callbacks' ``on_optimizer_step`` is called.
 
     Args:
-        *args: The Trainer's.
-        method: One of the package's classes. ``None``: what ``optimizers`` or ``optimizer_cls_and_kwargs`` give; if that is
-            none of the package's, the Trainer trains as ever.
-        method_options: The method's own keywords.
-        **kwargs: The Trainer's.
+        *args: Arguments of the Trainer.
+        method: A class of this package. ``None``: the optimizer of ``optimizers`` or ``optimizer_cls_and_kwargs``; if it is
+            not one of this package, the Trainer trains as usual.
+        method_options: Keywords of ``method``: its options, such as ``rho``, and others of the base optimizer.
+        **kwargs: Keywords of the Trainer.
 
     Raises:
-        TypeError: ``method`` is no class of the package.
-        ValueError: ``method`` together with ``optimizers`` or ``optimizer_cls_and_kwargs``; when training, before any step, a
-            ``max_grad_norm`` that contradicts the optimizer's, a model that is sharded, labels that cannot be found, a loss
-            that is not known by sample, a ``compute_loss`` of one's own, callbacks with ``on_pre_optimizer_step``, or a
-            ``training_step`` that does not call this one; at any step, a model's loss that is another, or labels of -100.
+        TypeError: ``method`` is not a class of this package.
+        ValueError: ``method`` is given with ``optimizers`` or ``optimizer_cls_and_kwargs``. Before the first step:
+            ``max_grad_norm`` differs from the optimizer's, the model is sharded, labels are not found, the per-sample losses
+            are not known, ``compute_loss`` or a callback's ``on_pre_optimizer_step`` is overridden, or ``training_step`` does
+            not call this one. At any step: the model's loss is not the mean of the losses, or a label is -100.
     """
 
     def __init__(
@@ -81,19 +82,19 @@ class SharpnessAwareTrainer(Trainer):
         if method is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
             raise ValueError("method must be None where optimizers or optimizer_cls_and_kwargs are given")
         self.method, self.method_options = method, method_options or {}
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        self._taking: AcceleratedStep | None = None
-        self._taken = False
-        """Whether training_step has taken the step that the Trainer is about to ask for."""
-        self._first = True
-        """Whether no step has been taken."""
-        self._faults: list[tuple[Tensor, Callable[[], str]]] = []
-        """What is to be checked after the step: whether it is wrong, 0-d, and the message."""
+    def _reset(self) -> None:
+        self._step: AcceleratedStep | None = None
+        self._step_taken = False
+        """Whether training_step has taken the step for which the Trainer calls optimizer.step()."""
+        self._before_first_step = True
+        """Whether no step has been taken yet."""
+        self._checks: list[tuple[Tensor, Callable[[], str]]] = []
+        """Checks to evaluate after the step: a 0-d tensor that is true for an error, and the message."""
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Makes the optimizer, of ``method`` around the one that ``args.optim`` names."""
+        """Creates ``method`` around the optimizer that ``args.optim`` names."""
         if self.optimizer is None and self.method is not None:
             base, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             options = {name: value for name, value in options.items() if name not in ("fused", "foreach")}
@@ -101,34 +102,34 @@ class SharpnessAwareTrainer(Trainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Makes the scheduler. By now the optimizer is the accelerator's: ``training_step`` takes its steps."""
+        """Creates the scheduler, and replaces the prepared optimizer's step(): ``training_step`` takes the steps."""
         method = getattr(self.optimizer, "optimizer", None)
         if isinstance(method, SharpnessAware):
             set_clipping(method, self.args.max_grad_norm or 0.0, "max_grad_norm")
-            self.optimizer.step = types.MethodType(lambda *_: self._check_taken(), self.optimizer)
-        self._begin()
+            self.optimizer.step = types.MethodType(lambda *_: self._check_step_taken(), self.optimizer)
+        self._reset()
         return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Keeps the batch; with the last of an accumulation, takes the optimizer's step."""
+        """Stores the batch; takes the optimizer's step with the last one of an accumulation."""
         if not isinstance(getattr(self.optimizer, "optimizer", None), SharpnessAware):
             return super().training_step(model, inputs, num_items_in_batch)
         self._check_hooks()
         model.train()
-        if self._taking is None or self._taking.method.model is not model:
-            self._taking = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
-        loss = self._taking(dict(self._prepare_inputs(inputs)))
+        if self._step is None or self._step.method.model is not model:
+            self._step = AcceleratedStep(self.accelerator, model, self.optimizer, self._losses, self._labels)
+        loss = self._step(dict(self._prepare_inputs(inputs)))
         if loss is not None:
-            self._taken, self._first = True, False
-            faults, self._faults = self._faults, []
-            for wrong, message in faults:
-                _refuse(wrong, message)
+            self._step_taken, self._before_first_step = True, False
+            checks, self._checks = self._checks, []
+            for wrong, message in checks:
+                _raise_if(wrong, message)
         return torch.zeros((), device=self.args.device) if loss is None else loss.to(self.args.device)
 
     def _check_hooks(self) -> None:
         if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
             raise ValueError(
-                f"compute_loss must not be overridden, but {type(self).__name__} does: its mean has no samples; "
+                f"compute_loss must not be overridden, but {type(self).__name__} does: it returns a mean; "
                 "give compute_loss_func(outputs, labels, num_items_in_batch), which returns the per-sample losses, shape (B,)"
             )
         for one in self.callback_handler.callbacks:
@@ -136,16 +137,16 @@ class SharpnessAwareTrainer(Trainer):
             if hook is not TrainerCallback.on_pre_optimizer_step:
                 raise ValueError(
                     f"on_pre_optimizer_step() must not be overridden, but {type(one).__name__} does: gradients exist "
-                    "inside the optimizer's update only; on_step_begin comes before every step, on_step_end after it"
+                    "only inside the optimizer's update; on_step_begin comes before every step, on_step_end after it"
                 )
 
-    def _check_taken(self) -> None:
-        """In place of the accelerated optimizer's step(): training_step has taken it."""
-        if not self._taken:
+    def _check_step_taken(self) -> None:
+        """Replaces the accelerated optimizer's step(), which training_step has taken already."""
+        if not self._step_taken:
             raise ValueError(
                 "training_step() must call super().training_step(model, inputs, num_items_in_batch), which takes the steps"
             )
-        self._taken = False
+        self._step_taken = False
 
     def _labels(self, inputs: dict[str, Any]) -> Tensor:
         name = self.label_names[0] if len(self.label_names) == 1 else None
@@ -157,8 +158,8 @@ class SharpnessAwareTrainer(Trainer):
 
     def _losses(self, inputs: dict[str, Any]) -> Tensor:
         labels, model = self._labels(inputs), self.optimizer.optimizer.model
-        own = self.compute_loss_func is None and self.label_smoother is None  # as the Trainer has it
-        if not (own and _takes(self.model, self.label_names[0])):
+        own = self.compute_loss_func is None and self.label_smoother is None  # as in the Trainer
+        if not (own and _accepts(self.model, self.label_names[0])):
             inputs = {name: one for name, one in inputs.items() if one is not labels}
         with self.compute_loss_context_manager():
             outputs = model(**inputs)
@@ -176,7 +177,7 @@ class SharpnessAwareTrainer(Trainer):
             losses = self._losses_of(outputs, labels)
         if own and outputs.get("loss") is not None:
             mean, theirs = losses.detach().mean(), outputs["loss"].detach().mean()
-            tolerance = max(1e-5, 4 * torch.finfo(theirs.dtype).eps)  # what rounding may do
+            tolerance = max(1e-5, 4 * torch.finfo(theirs.dtype).eps)  # rounding errors
             self._check(
                 ~torch.isclose(mean.to(theirs), theirs, rtol=tolerance, atol=tolerance, equal_nan=True),
                 lambda: f"{_GIVE}: the model's own loss is {float(theirs):.6g}, not their mean, {float(mean):.6g}",
@@ -184,13 +185,13 @@ class SharpnessAwareTrainer(Trainer):
         return losses
 
     def _check(self, wrong: Tensor, message: Callable[[], str]) -> None:
-        if self._first or wrong.device.type == "cpu":
-            _refuse(wrong, message)
-        else:  # without a wait
-            self._faults.append((wrong, message))
+        if self._before_first_step or wrong.device.type == "cpu":
+            _raise_if(wrong, message)
+        else:  # without a synchronization
+            self._checks.append((wrong, message))
 
     def _losses_of(self, outputs: Any, labels: Tensor) -> Tensor:
-        """The per-sample losses whose mean transformers' classifiers return."""
+        """Returns the per-sample losses whose mean transformers' classifiers return."""
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             got = type(outputs).__name__ if logits is None else f"logits of shape {tuple(logits.shape)}"
@@ -214,10 +215,10 @@ class SharpnessAwareTrainer(Trainer):
         return F.cross_entropy(logits, classes, reduction="none", label_smoothing=smoothing)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return None if self._taking is not None else super()._clip_grad_norm(model)
+        return None if self._step is not None else super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return None if self._taking is not None else super()._get_grad_norm(model, grad_norm=grad_norm)
+        return None if self._step is not None else super()._get_grad_norm(model, grad_norm=grad_norm)
 
 
 _GIVE = "compute_loss_func must be given, with the per-sample losses, shape (B,)"
@@ -228,11 +229,11 @@ _NO_IGNORED = (
 )
 
 
-def _refuse(wrong: Tensor, message: Callable[[], str]) -> None:
+def _raise_if(wrong: Tensor, message: Callable[[], str]) -> None:
     if wrong:
         raise ValueError(message())
 
 
-def _takes(model: Any, name: str) -> bool:
+def _accepts(model: Any, name: str) -> bool:
     parameters = inspect.signature(model.forward).parameters.values()
     return any(one.name == name or one.kind is one.VAR_KEYWORD for one in parameters)

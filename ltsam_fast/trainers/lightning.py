@@ -1,4 +1,4 @@
-"""Lightning: a module whose optimizer may be any method of the package."""
+"""Lightning: derive from :class:`SharpnessAwareModule` and write ``training_losses``."""
 
 from __future__ import annotations
 
@@ -18,42 +18,40 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.lightning needs Lightning: pip install 'ltsam_fast[lightning]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim.optimizer import SharpnessAware
-from ltsam_fast.optim.gnm import GNM
-from ltsam_fast.optim.m_sam import MSAM
-from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of, set_clipping
+from ltsam_fast.optim import GNM, MSAM, SharpnessAware
+from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of, set_clipping
 
 
 class SharpnessAwareModule(LightningModule):
     r"""A LightningModule for the methods: write ``training_losses`` in place of ``training_step``.
 
-    Optimization is Lightning's automatic one, so the Trainer's settings hold: ``accumulate_grad_batches`` (one perturbation
-    for the whole step, weighted by samples), ``gradient_clip_val`` (becomes ``max_grad_norm``; clipping by value is refused),
+    Optimization is automatic, and these settings of the Trainer apply: ``accumulate_grad_batches`` (one perturbation for the
+    whole step, weighted by samples), ``gradient_clip_val`` (becomes ``max_grad_norm``; clipping by value is an error),
     ``precision`` with its GradScaler, schedulers, checkpoints, DDP (``optimizer.model`` becomes the wrapped model: see
-    :class:`~ltsam_fast.optim.base.SharpnessAware`). Any other torch optimizer trains with the mean of the losses.
+    :class:`~ltsam_fast.optim.SharpnessAware`). Any other torch optimizer trains with the mean of the losses.
 
-    What Lightning shows and uses is the mean loss at the unperturbed weights, as with any optimizer: the ``loss`` in
-    ``outputs``, and what ``training_losses`` logs, once a batch. ``training_loss`` is that of the last step's batches
-    together, 0-d. Other things that ``training_losses`` does, such as updating metrics, happen in every pass.
+    The loss that Lightning shows is the mean at the unperturbed weights, as with any optimizer: the ``loss`` in ``outputs``,
+    and what ``training_losses`` logs, once per batch. ``training_loss`` is the mean over the last step's micro-batches, 0-d.
+    Everything else in ``training_losses``, such as updates of metrics, runs in every pass.
 
-    Gradient accumulation costs more here than elsewhere: every micro-batch but the last of a step is copied, for a loader may
-    use its memory again, and each has a forward without gradients, for its loss must be known before the step. GNM and m-SAM,
-    which have no pass with the whole batch at the unperturbed weights, ``on_before_backward`` and a ``training_step`` of one's
-    own cost that forward too.
+    With gradient accumulation every micro-batch of a step but the last is copied, since a loader may reuse its memory, and
+    each has one forward more, without gradients, since Lightning needs its loss before the step. That forward is also
+    needed by GNM and m-SAM, which never evaluate the whole batch at the unperturbed weights, by ``on_before_backward``, and by
+    an overridden ``training_step``.
 
-    A ``training_step`` of one's own must return what ``super().training_step(batch, batch_idx)`` does, alone or as ``"loss"``
-    in a dict; it runs in every pass. Where it returns ``None``, the batch is left out, as with any optimizer.
+    An overridden ``training_step`` must return the result of ``super().training_step(batch, batch_idx)``, alone or as
+    ``"loss"`` in a dict; it runs in every pass. If it returns ``None``, the batch is skipped, as with any optimizer.
 
     ``on_before_zero_grad``, ``on_before_backward`` (with a loss that has no graph), ``optimizer_zero_grad`` and
-    ``optimizer_step`` are called as ever; a step's gradients are gone when it is over. Hooks that need them are refused.
+    ``optimizer_step`` are called as usual. After a step there are no gradients; hooks that need them are an error.
 
     Raises:
-        ValueError: Before a step, for strategies other than a single device and DDP, for clipping by value, for a
-            ``gradient_clip_val`` that contradicts the optimizer's ``max_grad_norm``, for manual optimization, for a
-            ``training_step`` that does not call this one, for an ``optimizer_step`` that steps past Lightning's optimizer, for
-            ``on_after_backward`` and ``on_before_optimizer_step``, the callbacks' too, and for ``backward`` and
-            ``configure_gradient_clipping`` of one's own.
-        TypeError: A batch that has to be kept can't be copied.
+        ValueError: Before a step, for strategies other than a single device and DDP, clipping by value, a
+            ``gradient_clip_val`` other than the optimizer's ``max_grad_norm``, manual optimization, a ``training_step`` that
+            does not call this one, an ``optimizer_step`` that bypasses Lightning's optimizer, and if
+            ``on_after_backward``, ``on_before_optimizer_step`` (of callbacks, too), ``backward`` or
+            ``configure_gradient_clipping`` is overridden.
+        TypeError: A batch that must be copied can't be.
 
     >>> import ltsam_fast as lf
     >>> class Classifier(SharpnessAwareModule):  # was: LightningModule
@@ -70,41 +68,43 @@ class SharpnessAwareModule(LightningModule):
     """
 
     training_loss: Tensor | None = None
-    _current_fx_name: str | None  # Lightning's
-    _seen: list[Tensor]
-    """The per-sample losses of the step's batches at the unperturbed weights."""
-    _parts: Parts | None = None
+    _current_fx_name: str | None  # an attribute of Lightning
+    _losses_at_w: list[Tensor]
+    """The per-sample losses of the step's micro-batches at the unperturbed weights."""
+    _micro_batches: MicroBatches | None = None
     _in_pass = False
-    _stepping = False
-    _passing = False
+    """Whether the optimizer calls training_step."""
+    _in_closure = False
+    """Whether Lightning's closure runs inside a step."""
+    _in_step = False
     """Whether the optimizer runs its passes."""
-    _kept = False
-    """Whether training_step has kept the batch that Lightning is about to go backward from."""
-    _known = False
-    """Whether the loss of the present batch is known, and what is to be logged of it is logged."""
+    _batch_stored = False
+    """Whether training_step has stored the batch for which Lightning calls backward()."""
+    _loss_known = False
+    """Whether the loss of the current batch is known and logged."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Lets an optimizer_step of one's own take the step by ``optimizer.step(closure)``, as Lightning's does."""
+        """Wraps an overridden optimizer_step so that its ``optimizer.step(closure)`` takes the step."""
         super().__init_subclass__(**kwargs)
         owner = next(one for one in cls.__mro__ if "optimizer_step" in vars(one))
         if owner is cls or not issubclass(owner, SharpnessAwareModule):
             cls.optimizer_step = _with_passes(vars(owner)["optimizer_step"])  # type: ignore[method-assign]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Lets an optimizer_step that is set on the instance take the step, too."""
-        taking = types.MethodType(_with_passes(lambda _, *rest: value(*rest)), self)
-        super().__setattr__(name, taking if name == "optimizer_step" else value)
+        """Wraps an optimizer_step that is set on the instance, too."""
+        wrapped = types.MethodType(_with_passes(lambda _, *rest: value(*rest)), self)
+        super().__setattr__(name, wrapped if name == "optimizer_step" else value)
 
     def training_losses(self, batch: Any, batch_idx: int) -> Tensor:
-        """The per-sample losses, shape (B,), of a batch or of some of its samples; the forward pass alone."""
+        """Runs the forward pass and returns the per-sample losses, shape (B,), of a batch or some of its samples."""
         raise NotImplementedError("define training_losses(batch, batch_idx), which returns the per-sample losses (B,)")
 
     def training_targets(self, batch: Any) -> Tensor | None:
-        """The samples' classes, shape (B,), integer: by default the second of a pair, or ``batch["labels"]``."""
+        """Returns the samples' classes, shape (B,), integer: by default the second of a pair, or ``batch["labels"]``."""
         return labels_of(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Keeps the batch for the optimizer; in the optimizer's passes, the losses."""
+        """Stores the batch for the step; in the optimizer's passes, returns the losses."""
         if self._in_pass:
             return self.training_losses(batch, batch_idx)
         self._check_automatic()
@@ -112,73 +112,75 @@ class SharpnessAwareModule(LightningModule):
         if not isinstance(method, SharpnessAware) or trainer.fit_loop._skip_backward:
             return self.training_losses(batch, batch_idx).mean()
         self._check(method)
-        if self._parts is None or batch_idx % trainer.accumulate_grad_batches == 0:  # an interrupted step left some
-            self._parts, self._seen = Parts(self._losses, lambda part: self.training_targets(part[0])), []
-        self._parts.add((batch, batch_idx), last=self._stepping)
-        self._kept = True
-        self._known = (
+        if self._micro_batches is None or batch_idx % trainer.accumulate_grad_batches == 0:
+            # Batches of an interrupted step, if there are any, are dropped.
+            self._micro_batches = MicroBatches(self._losses, lambda one: self.training_targets(one[0]))
+            self._losses_at_w = []
+        self._micro_batches.add((batch, batch_idx), last=self._in_closure)
+        self._batch_stored = True
+        self._loss_known = (
             trainer.accumulate_grad_batches > 1
-            or not self._stepping
+            or not self._in_closure
             or isinstance(method, (GNM, MSAM))
             or self._own_training_step
             or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())
         )
-        return self._look(batch, batch_idx) if self._known else torch.zeros((), device=self.device)
+        return self._loss_before_step(batch, batch_idx) if self._loss_known else torch.zeros((), device=self.device)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; in the optimizer's passes, only once a batch, at the unperturbed weights."""
-        if not (self._in_pass and self._known):
+        """As Lightning's; in the optimizer's passes only once per batch, at the unperturbed weights."""
+        if not (self._in_pass and self._loss_known):
             super().log(*args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Leaves the backward passes to the optimizer, if it has several."""
+        """Does nothing for the methods of this package, which run their own backward passes."""
         self._check_automatic()
         if not isinstance(self._method, SharpnessAware):
             super().backward(loss, *args, **kwargs)
-        elif not self._kept:
+        elif not self._batch_stored:
             raise ValueError(
                 "training_step() must call super().training_step(batch, batch_idx): write training_losses(), which returns "
                 "the per-sample losses, instead"
             )
-        self._kept = False
+        self._batch_stored = False
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:  # type: ignore[override]
-        """As Lightning's; refused in manual optimization."""
+        """As Lightning's; an error in manual optimization."""
         self._check_automatic()
         return super().optimizers(use_pl_optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Takes one step of the method over the batches kept."""
+        """Takes one step of the method over the stored micro-batches."""
         if not isinstance(self._method, SharpnessAware):
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
             return
-        self._take(optimizer_closure)
+        self._run_step(optimizer_closure)
 
-    def _take(self, closure: Any = None) -> None:
-        """What optimizer.step() is while a step is taken: Lightning's closure, and the method's passes."""
+    def _run_step(self, closure: Any = None) -> None:
+        """Replaces optimizer.step() during a step: runs Lightning's closure, then the method's passes."""
         trainer, method = self.trainer, self._method
         model = trainer.model
-        shown: Any = None
-        self._stepping = True
+        loss: Any = None
+        self._in_closure = True
         try:
             with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():  # type: ignore[operator]
                 if closure is not None:
-                    shown = closure()  # Lightning's bookkeeping, and training_step, which keeps the batch
+                    loss = closure()  # Lightning's bookkeeping, and training_step, which stores the batch
         finally:
-            self._stepping = False
-        # Weight averaging ends with forwards, for batch norm; training_step may leave batches out.
-        if trainer.fit_loop._skip_backward or self._parts is None:
+            self._in_closure = False
+        # Weight averaging ends with forwards for batch norm; training_step may skip batches.
+        if trainer.fit_loop._skip_backward or self._micro_batches is None:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        known, parts, self._parts = self._known, self._parts, None
-        self._passing = True
+        loss_known, micro_batches, self._micro_batches = self._loss_known, self._micro_batches, None
+        self._in_step = True
         try:
-            parts.step(method, scaler)
+            micro_batches.step(method, scaler)
         finally:
-            self._passing = False
-        self.training_loss = torch.cat(self._seen).detach().mean()
-        if not known:
-            shown.data = self.training_loss  # this is the loss in Lightning's outputs
+            self._in_step = False
+        self.training_loss = torch.cat(self._losses_at_w).detach().mean()
+        if not loss_known:
+            loss.data = self.training_loss  # the loss in Lightning's outputs
         if scaler is not None:
             scaler.update()
 
@@ -198,7 +200,7 @@ class SharpnessAwareModule(LightningModule):
                 if _overrides(owner, name, parent):
                     raise ValueError(
                         f"{name}() must not be overridden, but {type(owner).__name__} does: gradients exist "
-                        f"inside {type(method).__name__}'s update only; {remedy}"
+                        f"only inside {type(method).__name__}'s update; {remedy}"
                     )
         if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
@@ -209,18 +211,18 @@ class SharpnessAwareModule(LightningModule):
         method.model = trainer.model  # type: ignore[assignment]
 
     def _owners(self) -> list[tuple[Any, type]]:
-        """Whose hooks Lightning calls, and the class that has them to be overridden."""
+        """Returns the objects whose hooks Lightning calls, with the class that defines the hooks."""
         return [(self, SharpnessAwareModule), *((one, Callback) for one in self.trainer.callbacks)]  # type: ignore[attr-defined]
 
-    def _look(self, batch: Any, batch_idx: int) -> Tensor:
-        """The mean loss before the step; buffers and random numbers stay as they were."""
+    def _loss_before_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the mean loss without changing buffers and random states."""
         before = [(buffer, buffer.clone()) for buffer in self.buffers()]
         kind = self.device.type
         with torch.no_grad(), torch.random.fork_rng([] if kind == "cpu" else [self.device], device_type=kind):
             losses = check_per_sample(self.training_losses(batch, batch_idx), "training_losses()")
             for buffer, value in before:
                 buffer.copy_(value)
-        self._seen.append(losses)
+        self._losses_at_w.append(losses)
         return losses.mean()
 
     @property
@@ -231,19 +233,19 @@ class SharpnessAwareModule(LightningModule):
     def _own_training_step(self) -> bool:
         return _overrides(self, "training_step", SharpnessAwareModule)
 
-    def _losses(self, part: tuple[Any, int]) -> Tensor:
-        hook, self._current_fx_name = self._current_fx_name, "training_step"  # under which everything is logged
+    def _losses(self, micro_batch: tuple[Any, int]) -> Tensor:
+        hook, self._current_fx_name = self._current_fx_name, "training_step"  # the hook for which Lightning logs
         self._in_pass, own = True, self._own_training_step
         try:
-            losses = self.trainer.strategy.training_step(*part)
+            losses = self.trainer.strategy.training_step(*micro_batch)
         finally:
             self._in_pass, self._current_fx_name = False, hook
         if own and isinstance(losses, Mapping):
             losses = losses["loss"]
         losses = check_per_sample(losses, "training_step()" if own else "training_losses()")
-        if not self._known:  # a step's first pass is at the unperturbed weights
-            self._known = True
-            self._seen.append(losses.detach())
+        if not self._loss_known:  # a step's first pass is at the unperturbed weights
+            self._loss_known = True
+            self._losses_at_w.append(losses.detach())
         return losses
 
 
@@ -259,14 +261,14 @@ _REFUSED = {
     },
     Callback: _NO_GRADIENTS,
 }
-"""Hooks that need the gradients, and what to do instead."""
+"""Hooks that need gradients, and their replacements."""
 
 
 def _with_passes(own: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(own)
     def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         def check(*_: Any) -> None:
-            if not self._passing:
+            if not self._in_step:
                 raise ValueError(
                     "optimizer_step() must call optimizer.step(closure), got a call of optimizer.optimizer.step()"
                 )
@@ -274,7 +276,7 @@ def _with_passes(own: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(self._method, SharpnessAware):
             own(self, epoch, batch_idx, optimizer, optimizer_closure)
             return
-        optimizer.step = self._take
+        optimizer.step = self._run_step
         checking = self._method.register_step_pre_hook(check)
         try:
             own(self, epoch, batch_idx, optimizer, optimizer_closure)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and holding all that a run needs to go on bit for bit."""
+"""Checkpoints with all that a run needs to resume bit for bit; they are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ VERSION = 1
 
 
 def write(path: Path, content: bytes | dict[str, Any]) -> None:
-    """Writes a file beside its place and then renames it, so that a kill at any time leaves the old one or the new one.
+    """Writes a temporary file and renames it to ``path``, so that a kill at any time leaves the old file or the new one.
 
     Raises:
-        OSError: It can't be written, e.g. because the disk is full; the old one stays.
+        OSError: The file can't be written, e.g. because the disk is full; the old one stays.
     """
     if not isinstance(content, bytes):
-        buffer = io.BytesIO()  # torch.save into a file would hide the error of a full disk behind one of its own
+        buffer = io.BytesIO()  # torch.save into a file would replace the error of a full disk by its own
         torch.save(content, buffer)
         content = buffer.getvalue()
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes what a :func:`write` that was killed left behind."""
-    for part in folder.glob("*.part"):
-        part.unlink(missing_ok=True)
+def remove_partial_files(folder: Path) -> None:
+    """Removes the temporary files of a :func:`write` that was killed."""
+    for partial in folder.glob("*.part"):
+        partial.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The checkpoint at ``path``, or in the run folder ``path``, on the CPU; nothing in it is executed.
+    """Returns the checkpoint at ``path``, or in the run folder ``path``, on the CPU; no code in it is executed.
 
     Raises:
-        ConfigError: There is none, or it is not one of this package.
+        ConfigError: There is no checkpoint, or it was not written by this package.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,7 +62,7 @@ def read(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"checkpoint {path}: {(error.strerror or str(error)).lower()}") from error
-    except Exception as error:  # torch.load's errors are of many kinds, and tell of pickles
+    except Exception as error:  # torch.load raises many types of errors, about pickles
         raise ConfigError(f"checkpoint {path} can't be read: it is damaged, or not one of ltsam_fast train") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ConfigError(f"checkpoint {path} is not one of ltsam_fast train, version {VERSION}")
@@ -72,17 +72,17 @@ def read(path: str | Path) -> dict[str, Any]:
 def check_images(state: dict[str, Any], images: tuple[Images, Images], source: str | Path) -> None:
     """Raises ConfigError unless ``images``, for training and test, are those of the run in ``source``.
 
-    Checkpoints of earlier versions hold no hash of them: that is a warning.
+    Checkpoints of earlier versions have no hash of the images: then only a warning is logged.
     """
     saved = state.get("data")
     if saved is None:
-        _LOG.warning("%s: an older version wrote it, without a hash of the images: they are not checked", source)
+        _LOG.warning("%s: an older version wrote it without a hash of the images, which are not checked", source)
         return
     for split, found in zip(("train", "test"), images, strict=True):
         if saved[split] != found.digest:
             raise ConfigError(
                 f"data: the {split} images, their order or their labels are not those of the run in {source}: "
-                f"bring those back, or begin another run"
+                f"use those, or start another run"
             )
 
 
@@ -94,7 +94,7 @@ def seed_all(seed: int) -> None:
 
 
 def random_state(*generators: torch.Generator) -> dict[str, Any]:
-    """The states of all random numbers: Python's, numpy's, torch's on CPU and GPU, and those of ``generators``."""
+    """Returns the states of Python's, numpy's and torch's random numbers, on CPU and GPU, and of ``generators``."""
     version, internal, gauss = random.getstate()
     numpy: Any = np.random.get_state()
     return {
@@ -107,7 +107,7 @@ def random_state(*generators: torch.Generator) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], *generators: torch.Generator) -> None:
-    """Takes up the states that :func:`random_state` returned. GPU states count where there are as many GPUs."""
+    """Sets the states that :func:`random_state` returned; those of GPUs only if there are as many GPUs."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -116,5 +116,5 @@ def set_random_state(state: dict[str, Any], *generators: torch.Generator) -> Non
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
     for one, saved in zip(generators, state["generators"], strict=True):
-        if saved.shape == one.get_state().shape:  # a generator of another kind of device begins anew
+        if saved.shape == one.get_state().shape:  # a generator on another type of device keeps its seed
             one.set_state(saved)

@@ -1,4 +1,4 @@
-"""What the trainers share: the micro-batches of a step, kept until it is taken."""
+"""Stores the micro-batches of a step until it is taken; used by all trainers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 
 LABELS = ("labels", "label", "targets", "target")
-"""Where a batch that is a mapping has its classes."""
+"""Keys of the classes in a batch that is a mapping."""
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The classes in a batch: the second of a pair, or the first of :data:`LABELS` in a mapping; ``None`` if in neither.
+    """Returns the classes in a batch: the second of a pair, or the first of :data:`LABELS` in a mapping; else ``None``.
 
     >>> labels_of({"pixel_values": torch.zeros(2, 3), "labels": torch.tensor([1, 0])})
     tensor([1, 0])
@@ -33,10 +33,10 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 def select(batch: Any, index: Tensor | None) -> Any:
-    """The samples ``index``, 1-D, of every tensor in a batch; ``None``: the batch itself.
+    """Returns the samples ``index``, 1-D, of every tensor in a batch; the batch itself for ``None``.
 
-    Tensors are taken where they lie in tuples, lists, mappings and dataclasses. Those without dimensions, numbers and strings
-    are the same for all samples.
+    Tensors may be in tuples, lists, mappings and dataclasses. Tensors without dimensions, numbers and strings are the same for
+    all samples.
 
     Raises:
         TypeError: The batch holds something else.
@@ -48,29 +48,29 @@ def select(batch: Any, index: Tensor | None) -> Any:
 
 
 def _select_one(one: Any, index: Tensor) -> Any:
-    """As select(), for what is no tuple, list or dict."""
+    """As select(), for anything but tuples, lists and dicts."""
     if isinstance(one, Tensor):
         return one[index.to(one.device)] if one.dim() else one
     if isinstance(one, Mapping):
-        made: Any = copy.copy(one) if isinstance(one, MutableMapping) else dict(one)
+        copied: Any = copy.copy(one) if isinstance(one, MutableMapping) else dict(one)
         for name, value in one.items():
-            made[name] = select(value, index)
-        return made
+            copied[name] = select(value, index)
+        return copied
     if dataclasses.is_dataclass(one):
-        made = copy.copy(one)
+        copied = copy.copy(one)
         for field in dataclasses.fields(one):
-            object.__setattr__(made, field.name, select(getattr(one, field.name), index))  # it may be frozen
-        return made
+            object.__setattr__(copied, field.name, select(getattr(one, field.name), index))  # it may be frozen
+        return copied
     if one is None or isinstance(one, (str, bytes, Number)):
         return one
     raise TypeError(
-        "batch must hold tensors, in tuples, lists, mappings or dataclasses, for a method that looks at some of its samples, "
+        "batch must hold tensors, in tuples, lists, mappings or dataclasses, for a method that evaluates some of its samples, "
         f"got {type(one).__name__}: return one of these from the loader's collate_fn"
     )
 
 
 class _Cloning(TorchFunctionMode):
-    """deepcopy() clones tensors: torch's own copies all the memory that a view is part of, and refuses what has a graph."""
+    """Makes deepcopy() clone tensors; torch's own copies the whole storage of a view and rejects tensors with a graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
@@ -81,7 +81,7 @@ class _Cloning(TorchFunctionMode):
 
 
 def copy_of(batch: Any) -> Any:
-    """A copy of a batch with all that it holds, for a loader may use its memory again.
+    """Returns a deep copy of a batch, since a loader may reuse its memory.
 
     Raises:
         TypeError: Something in the batch can't be copied.
@@ -97,25 +97,25 @@ def copy_of(batch: Any) -> Any:
             return copy.deepcopy(batch)
     except Exception as error:
         raise TypeError(
-            f"batch must be copied to be kept for accumulated gradients, got {type(batch).__name__}, which can't be "
-            f"({error}): give what is in it __deepcopy__(), or do not accumulate"
+            f"batch must be copied for gradient accumulation, got {type(batch).__name__}, which can't be ({error}): define "
+            "__deepcopy__() for its content, or do not accumulate"
         ) from error
 
 
 def check_per_sample(losses: Any, source: str) -> Tensor:
-    """Returns the losses; raises ValueError, with their ``source``, unless their shape is (B,)."""
+    """Returns the losses; raises ValueError, which names ``source``, unless their shape is (B,)."""
     if not isinstance(losses, Tensor) or losses.dim() != 1:
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"{source} must return the per-sample losses, shape (B,), got {got}: use reduction='none'")
     return losses
 
 
-class Parts:
+class MicroBatches:
     """The micro-batches of one optimizer step.
 
     Args:
         losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,).
-        targets: ``targets(batch)`` returns the samples' classes, shape (B,), integer, or ``None`` if it knows none.
+        targets: ``targets(batch)`` returns the samples' classes, shape (B,), integer, or ``None``.
     """
 
     def __init__(self, losses: Callable[[Any], Tensor], targets: Callable[[Any], Tensor | None] = labels_of) -> None:
@@ -123,11 +123,11 @@ class Parts:
         self._batches: list[Any] = []
 
     def add(self, batch: Any, last: bool) -> None:
-        """Keeps a micro-batch for the step to come: the ``last`` one as it is, others as copies: loaders may overwrite them."""
+        """Stores a micro-batch for the next step; copies it unless it is the ``last``, since loaders may overwrite it."""
         self._batches.append(batch if last else copy_of(batch))
 
     def step(self, optimizer: SharpnessAware, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """Takes one step over the micro-batches kept, and forgets them, whatever happens.
+        """Takes one step over the stored micro-batches and removes them, after an error too.
 
         Returns:
             The mean loss over their samples at the unperturbed weights, 0-d, detached.
@@ -142,10 +142,10 @@ class Parts:
 
 
 def set_clipping(optimizer: SharpnessAware, max_norm: float, setting: str) -> None:
-    """Passes a trainer's gradient clipping on to the optimizer, which clips inside its update; 0: leaves it as it is.
+    """Sets the optimizer's ``max_grad_norm`` to a trainer's gradient clipping; 0: no change.
 
     Raises:
-        ValueError: The optimizer has a ``max_grad_norm`` of its own, and it is another one.
+        ValueError: The optimizer has another ``max_grad_norm`` > 0.
     """
     if not max_norm:
         return

@@ -1,4 +1,4 @@
-"""Forward and backward of each loss: loss x shape x implementation, rounds in turns."""
+"""Times forward and backward of each loss: loss x shape x implementation, in turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOSSES = ("CrossEntropy", "LogitAdjusted", "BalancedSoftmax", "LDAM", "VS", "Cla
 
 
 def plain(name, n):
-    """The loss as published code has it, by torch's functions; its constants are made beforehand."""
+    """Returns the loss as in published code, by torch's functions; its constants are computed before."""
     priors, rarity, margins = (n / n.sum()).log(), n.log().max() - n.log(), n**-0.25
     margins = 0.5 * margins / margins.max()
     scale, rarity = (n / n.max()) ** 0.3, 0.5 * rarity / rarity.max()
@@ -61,7 +61,7 @@ class Call:
         self.loss = fused(n, reduction="none").to(DEVICE) if self.backend else plain(name, n.to(DEVICE))
 
     def run(self):
-        """The losses and the gradient of their mean."""
+        """Returns the losses and the gradient of their mean."""
         if self.backend is None:
             return self.both()
         with lf.use_backend(self.backend):
@@ -78,7 +78,7 @@ class Call:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(benchmark, name, shape, request):
-    """Each backend, the twin, and the published formula by torch (of plain cross entropy: torch's own)."""
+    """Each backend, torch among them, and the published formula by torch (of plain cross entropy: torch's own)."""
     backends = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
     if not backends:
         pytest.skip(f"none of {', '.join(BACKENDS)} is available")
@@ -86,7 +86,7 @@ def test_loss(benchmark, name, shape, request):
     calls = [Call(name, implementation, shape) for implementation in names]
     benchmark.group = f"{name}, {shape[0]} x {shape[1]}"
     results = [call.run() for call in calls]
-    # No figure for a wrong result. The plain formula draws other noise.
+    # Check the results before they are timed. The plain formula draws other noise.
     for other in results[1 : -1 if name == "GCL" else None]:
         for mine, its in zip(results[0], other, strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def test_loss(benchmark, name, shape, request):
             "implementation": implementation,
             "call_us": 1e6 * seconds,
             "ratio_plain": times[-1] / seconds,
-            "ratio_twin": times[-2] / seconds,
+            "ratio_torch": times[-2] / seconds,
         }
         benchmark.extra_info.setdefault("rows", []).append(row)
     benchmark.extra_info.update(machine(request), table="losses")

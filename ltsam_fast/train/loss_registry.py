@@ -1,4 +1,4 @@
-"""Losses by name, one value per sample."""
+"""Makes the losses that ``--loss`` names; each returns one value per sample."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOSSES: dict[str, tuple[str, type[losses.Loss]]] = {
     "gcl": ("GCL", losses.GCL),
 }
 """Name on the command line -> name in print and class."""
-COSINE = ("ldam", "gcl")
-"""Losses whose logits are meant to be cosines."""
+COSINE_LOSSES = ("ldam", "gcl")
+"""Losses that expect cosines as logits."""
 _SUPPLIED = ("class_counts", "reduction", "weight")
 
 
 def label(loss: str) -> str:
-    """The loss's name in print.
+    """Returns the loss's name in print.
 
     >>> label("la")
     'LA'
@@ -35,13 +35,13 @@ def label(loss: str) -> str:
     return LOSSES[loss][0]
 
 
-def accepted(loss: str) -> dict[str, Any]:
-    """The options that a loss takes, with their defaults.
+def options_of(loss: str) -> dict[str, Any]:
+    """Returns the options of a loss with their defaults.
 
     Raises:
         ConfigError: There is no such loss.
 
-    >>> accepted("ldam")
+    >>> options_of("ldam")
     {'max_m': 0.5, 's': 30.0, 'label_smoothing': 0.0}
     """
     if loss not in LOSSES:
@@ -51,22 +51,22 @@ def accepted(loss: str) -> dict[str, Any]:
 
 
 def check_options(config: Config) -> None:
-    """Raises ConfigError if the loss, or one of its options, is not there."""
-    there = accepted(config.loss)
-    if unknown := [name for name in config.loss_options if name not in there]:
-        raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(there)}")
+    """Raises ConfigError unless the loss exists and has all options of the config."""
+    known = options_of(config.loss)
+    if unknown := [name for name in config.loss_options if name not in known]:
+        raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
 
 
 def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Loss:
-    """The loss of a run: logits (B, C) and labels (B,) to losses (B,).
+    """Returns the loss of a run, which maps logits (B, C) and labels (B,) to losses (B,).
 
-    Noise has the run's seed, in each process another.
+    Its noise has the seed of the run plus ``rank``.
 
     Raises:
         ConfigError: There is no such loss, or an option is not accepted.
     """
     check_options(config)
-    supplied = {"seed": config.seed + rank} if "seed" in accepted(config.loss) else {}
+    supplied = {"seed": config.seed + rank} if "seed" in options_of(config.loss) else {}
     try:
         loss = LOSSES[config.loss][1](list(counts), reduction="none", **{**supplied, **config.loss_options})
         reweight(loss, config, counts, 0)
@@ -76,13 +76,13 @@ def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Lo
 
 
 def reweight(loss: losses.Loss, config: Config, counts: Sequence[int], epoch: int) -> None:
-    """Sets the weights of the classes in an epoch, counted from 0, if they are to be deferred."""
+    """Sets the class weights of deferred reweighting for an epoch, counted from 0, if the config asks for it."""
     if config.drw_start is not None:
         weights = losses.deferred_reweighting(epoch, list(counts), config.drw_start, config.drw_beta)
         if epoch >= config.drw_start:
             loss.set_weight(weights)
 
 
-def one_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:
-    """A context for a step, in which all passes see the same loss."""
+def same_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:
+    """A context for one step, in which GCL draws the same noise in all passes."""
     return loss.hold() if isinstance(loss, losses.GCL) else contextlib.nullcontext()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ltsam_fast import ops
+from ltsam_fast.diagnostics.evaluator import Evaluator, LossFn, Prepare
 from ltsam_fast.diagnostics.plots import bars
-from ltsam_fast.diagnostics.probe import LossFn, Prepare, Probe
 
 _GRADIENT_BYTES = 256 << 20
-"""Gradients of several classes are kept for one pass over their norms up to this much, and never fewer than one."""
+"""Memory for the gradients of several classes whose norms one pass takes; one class is always held."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ClassGradNorms:
 
     Attributes:
         norms: Norm of the gradient of each class's mean loss, shape (C,); NaN for a class without samples.
-        counts: Samples of each class that were looked at, int64, shape (C,).
+        counts: Samples used of each class, int64, shape (C,).
     """
 
     norms: Tensor
@@ -49,23 +49,23 @@ def class_grad_norms(
 ) -> ClassGradNorms:
     r"""Returns the norm of each class's gradient, :math:`\|\nabla_w \frac{1}{n_c} \sum_{i: y_i = c} \ell_i(w)\|`.
 
-    Each sample goes forward and backward once, in batches of one class, in evaluation mode, where the network must keep
-    samples apart. Weights, their ``grad`` and running statistics stay as they are. With many rare classes these batches are
-    small: ``exact=True`` takes full batches of several classes, one backward for all of them, and each class's own rows in the
-    products with the weights.
+    Each sample goes forward and backward once, in batches of one class. The network is in evaluation mode and must not mix
+    samples there. Weights, their ``grad`` and running statistics stay as they are. Batches of rare classes are small:
+    ``exact=True`` takes full batches of several classes with one backward each, and forms each class's gradient from the rows
+    of its samples, see :class:`ltsam_fast.shared.SharedBackward`.
 
     Args:
-        model: The network; its weights with ``requires_grad`` count.
+        model: The network; its weights with ``requires_grad`` are used.
         loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,).
-        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        x: Samples, shape (N, ...), on any device; batches are moved to the weights' device.
         y: Their classes, int64, shape (N,).
         num_classes: Number of classes C.
         batch_size: Samples per forward pass.
-        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
-        exact: Batches of several classes, with one backward.
+        prepare: Turns samples into input, such as ``data.Augment.for_testing(images)`` for uint8 images.
+        exact: Take batches of several classes, with one backward each.
 
     Raises:
-        ValueError: Labels are out of range or of another number than samples, ``loss_fn`` doesn't give one loss each, batch
+        ValueError: Labels are out of range or not one per sample, ``loss_fn`` does not return one loss per sample, batch
             norm has no running statistics, or with ``exact`` the network mixes samples in another way
             (:class:`ltsam_fast.shared.NotShared`, which names the module).
 
@@ -76,14 +76,14 @@ def class_grad_norms(
     >>> class_grad_norms(model, loss, torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 0, 0]), num_classes=3).counts
     tensor([4, 2, 0])
     """
-    probe = Probe(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
+    evaluator = Evaluator(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
     norms = torch.full((num_classes,), math.nan, dtype=torch.float64)
-    at_once = max(1, _GRADIENT_BYTES // sum(param.nbytes for param in probe.params))
-    with probe.watching():
-        remaining = probe.gradients_in_mixed_batches(at_once) if exact else probe.gradients_by_class()
-        while some := list(islice(remaining, at_once)):
-            norms[[c for c, _ in some]] = ops.class_grad_norms([grads for _, grads in some]).double().cpu()
-    return ClassGradNorms(norms, probe.counts)
+    max_classes = max(1, _GRADIENT_BYTES // sum(param.nbytes for param in evaluator.params))
+    with evaluator.eval_mode():
+        gradients = evaluator.gradients_in_mixed_batches(max_classes) if exact else evaluator.gradients_by_class()
+        while chunk := list(islice(gradients, max_classes)):
+            norms[[c for c, _ in chunk]] = ops.class_grad_norms([grads for _, grads in chunk]).double().cpu()
+    return ClassGradNorms(norms, evaluator.counts)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ClassSharpness:
     Attributes:
         loss: Mean loss of each class at the weights, shape (C,); NaN for a class without samples.
         perturbed: Mean loss of each class at the perturbed weights, shape (C,).
-        counts: Samples of each class that were looked at, int64, shape (C,).
+        counts: Samples used of each class, int64, shape (C,).
     """
 
     loss: Tensor
@@ -123,29 +123,29 @@ def class_sharpness(
     batch_size: int = 256,
     prepare: Prepare | None = None,
 ) -> ClassSharpness:
-    r"""Returns the loss of each class after a step of length ``rho`` uphill, and before.
+    r"""Returns the loss of each class at the weights and at weights perturbed by ``rho`` along the gradient.
 
     .. math:: S_c = L_c(w + \epsilon_c) - L_c(w), \qquad \epsilon_c = \rho \, \nabla L_c(w) / \|\nabla L_c(w)\|
 
-    with ``L_c`` the mean loss of class c. If shared, one perturbation serves all classes: that of the mean loss of all
-    samples, as SAM climbs. Evaluation mode, where the network must keep samples apart. The weights are put back to the last
-    bit, after an error too.
+    with ``L_c`` the mean loss of class c. With ``shared=True`` all classes have one perturbation, SAM's: along the gradient of
+    the mean loss of all samples. The network is in evaluation mode and must not mix samples there. The weights are restored
+    to the last bit, after an error too.
 
     Args:
         model: The network; its weights with ``requires_grad`` are perturbed.
         loss_fn: Takes ``model(x)`` and ``y``, returns the loss of each sample, shape (B,).
-        x: Samples, shape (N, ...), on any device; batches go to that of the weights.
+        x: Samples, shape (N, ...), on any device; batches are moved to the weights' device.
         y: Their classes, int64, shape (N,).
-        rho: Length of the step, in units of the weights, >= 0.
+        rho: Radius, in units of the weights, >= 0.
         num_classes: Number of classes C.
-        shared: Climb the loss of all samples instead of that of each class.
-        adaptive: Measure length relative to the weights, as ASAM does.
+        shared: Perturb along the gradient of all samples instead of that of each class.
+        adaptive: Scale the perturbation by the weights, as ASAM does.
         batch_size: Samples per forward pass.
-        prepare: What makes input of the samples, such as ``data.Augment.for_testing(images)`` of uint8 images.
+        prepare: Turns samples into input, such as ``data.Augment.for_testing(images)`` for uint8 images.
 
     Raises:
-        ValueError: ``rho`` is negative or not finite, labels are out of range or of another number than samples, batch norm has
-            no running statistics, or ``loss_fn`` doesn't give one loss each.
+        ValueError: ``rho`` is negative or not finite, labels are out of range or not one per sample, batch norm has no
+            running statistics, or ``loss_fn`` does not return one loss per sample.
 
     Source: Foret et al. 2021 (SAM, arXiv 2010.01412), eq. 1 and 2; by class: Focal-SAM (arXiv 2505.01660), section 4.
 
@@ -157,14 +157,14 @@ def class_sharpness(
     """
     if not 0 <= rho < math.inf:
         raise ValueError(f"rho must be a finite number >= 0, got {rho!r}")
-    probe = Probe(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
-    with probe.watching():
-        loss = probe.loss_by_class()
+    evaluator = Evaluator(model, loss_fn, x, y, num_classes=num_classes, batch_size=batch_size, prepare=prepare)
+    with evaluator.eval_mode():
+        loss = evaluator.loss_by_class()
         if shared:
-            with probe.climbed(probe.gradient(probe.chosen), rho, adaptive):
-                return ClassSharpness(loss, probe.loss_by_class(), probe.counts)
+            with evaluator.perturbed(evaluator.gradient(evaluator.indices), rho, adaptive):
+                return ClassSharpness(loss, evaluator.loss_by_class(), evaluator.counts)
         perturbed = torch.full_like(loss, math.nan)
-        for c, members in probe.members():
-            with probe.climbed(probe.gradient(members), rho, adaptive):
-                perturbed[c] = probe.mean_loss(members)
-    return ClassSharpness(loss, perturbed, probe.counts)
+        for c, indices in evaluator.class_indices():
+            with evaluator.perturbed(evaluator.gradient(indices), rho, adaptive):
+                perturbed[c] = evaluator.mean_loss(indices)
+    return ClassSharpness(loss, perturbed, evaluator.counts)

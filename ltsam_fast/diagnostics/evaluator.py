@@ -1,4 +1,4 @@
-"""A network, its loss and the samples it is looked at with: losses and gradients in batches, weights always put back."""
+"""Losses and gradients of a network on a set of samples, in batches; weights that were perturbed are restored."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast import ops
-from ltsam_fast.optim.class_perturbation import added
 from ltsam_fast.optim.gradients import Differentiable
 from ltsam_fast.shared import SharedBackward, Weighting
 from ltsam_fast.weight_caches import clear_weight_caches
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""Takes the network's output and the labels of a batch, gives the loss of each sample, shape (B,)."""
+"""``loss_fn(output, labels)`` returns the loss of each sample, shape (B,)."""
 Prepare = Callable[[Tensor], Tensor]
+"""``prepare(x)`` turns samples into the network's input."""
 
 
-class Probe:
-    """What all diagnostics share.
+class Evaluator:
+    """Evaluates a network and a loss on samples, for all diagnostics.
 
-    The network is in evaluation mode while it is looked at, where it must keep samples apart: a batch may be of one class.
-    Running statistics don't move, its mode is put back afterwards, ``grad`` attributes are not touched.
+    The network runs in evaluation mode and must not mix samples there, since a batch may hold a single class. Running
+    statistics and ``grad`` attributes stay as they are. The arguments are those of the diagnostics.
     """
 
     def __init__(
@@ -58,16 +58,16 @@ class Probe:
         self.model, self.loss_fn, self.x, self.y = model, loss_fn, x, y.cpu()
         self.batch_size, self.prepare = batch_size, prepare
         self.counts = self.y.bincount(minlength=self.num_classes)
-        chosen = torch.ones(len(y), dtype=torch.bool)
+        indices = torch.ones(len(y), dtype=torch.bool)
         if classes is not None:
-            chosen = torch.isin(self.y, torch.as_tensor(classes, dtype=torch.long).cpu())
-        self.chosen = chosen.nonzero().flatten()
-        if not len(self.chosen):
+            indices = torch.isin(self.y, torch.as_tensor(classes, dtype=torch.long).cpu())
+        self.indices = indices.nonzero().flatten()
+        if not len(self.indices):
             raise ValueError(f"classes must have a sample in y, got {list(map(int, classes or []))}")
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """The network in evaluation mode, with gradients; every module's mode is put back."""
+    def eval_mode(self) -> Iterator[None]:
+        """A context with the network in evaluation mode and gradients enabled; restores every module's mode."""
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             self.model.eval()
@@ -78,8 +78,8 @@ class Probe:
                 module.training = training
 
     @contextmanager
-    def moving(self) -> Iterator[list[Tensor]]:
-        """Gives a copy of the weights; whatever happens to the weights, they are put back from it."""
+    def restored_afterwards(self) -> Iterator[list[Tensor]]:
+        """A context that yields a copy of the weights and restores the weights from it at its end."""
         backups = [param.detach().clone() for param in self.params]
         try:
             yield backups
@@ -93,7 +93,7 @@ class Probe:
         """Yields indices and losses of each batch of the samples at ``indices``."""
         device = self.params[0].device
         for batch in indices.split(self.batch_size):
-            clear_weight_caches()  # the weights may have moved, and the batch before may have needed no gradients
+            clear_weight_caches()  # the weights may have changed, and the previous batch may have run without gradients
             x = self.x[batch.to(self.x.device)].to(device)
             losses = self.loss_fn(self.model(x if self.prepare is None else self.prepare(x)), self.y[batch].to(device))
             if losses.shape != batch.shape:
@@ -112,69 +112,78 @@ class Probe:
         """Returns the mean loss of each class, float64, shape (num_classes,); NaN for a class without samples."""
         sums = torch.zeros(self.num_classes, dtype=torch.float64)
         with torch.no_grad():
-            for batch, losses in self.losses(self.chosen):
+            for batch, losses in self.losses(self.indices):
                 sums.index_add_(0, self.y[batch], losses.double().cpu())
         return sums / self.counts
 
     def gradient(self, indices: Tensor) -> list[Tensor]:
         """Returns the gradient of the mean loss of the samples at ``indices``, one tensor for each weight."""
-        total = [torch.zeros_like(param) for param in self.params]
+        total = self._zeros()
         for _, losses in self.losses(indices):
-            share = torch.full_like(losses, 1 / len(indices))
-            grads = Differentiable(losses, self.params).gradients(share, retain_graph=False)
-            for one, grad in zip(total, grads, strict=True):
-                if grad is not None:
-                    one.add_(grad)
+            weights = torch.full_like(losses, 1 / len(indices))
+            _add(total, Differentiable(losses, self.params).gradients(weights, retain_graph=False))
         return total
 
-    def gradients_by_class(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yields each class that has samples, and the gradient of its mean loss: one backward for each batch of a class."""
-        for c, members in self.members():
-            yield c, self.gradient(members)
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(param) for param in self.params]
 
-    def gradients_in_mixed_batches(self, at_once: int) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yields what :meth:`gradients_by_class` does, from full batches of at most ``at_once`` classes, one backward each."""
+    def gradients_by_class(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yields each class that has samples and the gradient of its mean loss, by one backward for each batch of a class."""
+        for c, indices in self.class_indices():
+            yield c, self.gradient(indices)
+
+    def gradients_in_mixed_batches(self, max_classes: int) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yields the same from full batches of at most ``max_classes`` classes, by one backward for each batch."""
         shared = SharedBackward(self.model, self.params)
-        order = self.chosen[self.y[self.chosen].argsort(stable=True)]
+        order = self.indices[self.y[self.indices].argsort(stable=True)]
         remaining = self.counts.clone()
         sums: dict[int, list[Tensor]] = {}
-        for batch in self._batches_of(order, at_once):
-            with shared.watching():
+        for batch in self._batches_of(order, max_classes):
+            with shared.record_outputs():
                 ((_, losses),) = self.losses(batch)
             labels = self.y[batch]
             classes = labels.unique().tolist()
             weightings = []
             for c in classes:
-                mine = (labels == c).nonzero().flatten().to(losses.device)
-                share = torch.zeros_like(losses, requires_grad=False).index_fill_(0, mine, 1 / int(self.counts[c]))
-                weightings.append(Weighting(share, mine))
-            found = shared(losses, torch.ones_like(losses, requires_grad=False), weightings, native=False)
-            if found is None:  # nothing is known of this structure yet: a backward for each class
-                at_w = Differentiable(losses, self.params)
-                found = [at_w.gradients(one.weights) for one in weightings]
-            for c, grads in zip(classes, found, strict=True):
-                sums[c] = added(grads, list(self.params), sums.get(c))
+                members = (labels == c).nonzero().flatten().to(losses.device)
+                weights = torch.zeros_like(losses).index_fill_(0, members, 1 / int(self.counts[c]))
+                weightings.append(Weighting(weights, members))
+            class_grads = shared(losses, torch.ones_like(losses), weightings, native=False)
+            if class_grads is None:  # this graph is not analyzed yet: one backward for each class
+                differentiable = Differentiable(losses, self.params)
+                class_grads = [differentiable.gradients(weighting.weights) for weighting in weightings]
+            for c, grads in zip(classes, class_grads, strict=True):
+                if c not in sums:
+                    sums[c] = self._zeros()
+                _add(sums[c], grads)
                 remaining[c] -= int((labels == c).sum())
                 if not remaining[c]:
                     yield c, sums.pop(c)
 
-    def _batches_of(self, order: Tensor, at_once: int) -> Iterator[Tensor]:
-        """Cuts indices, sorted by class, into batches of at most ``batch_size`` samples and ``at_once`` classes."""
+    def _batches_of(self, order: Tensor, max_classes: int) -> Iterator[Tensor]:
+        """Splits indices, sorted by class, into batches of at most ``batch_size`` samples and ``max_classes`` classes."""
         while len(order):
             batch = order[: self.batch_size]
-            first = self.y[batch].unique_consecutive(return_inverse=True)[1]
-            yield batch[first < at_once]
-            order = order[int((first < at_once).sum()) :]
+            number = self.y[batch].unique_consecutive(return_inverse=True)[1]  # of the class within the batch
+            batch = batch[number < max_classes]
+            yield batch
+            order = order[len(batch) :]
 
-    def members(self) -> list[tuple[int, Tensor]]:
-        """Returns each class that has samples, and their indices."""
+    def class_indices(self) -> list[tuple[int, Tensor]]:
+        """Returns each class that has samples, with their indices."""
         by_class = self.y.argsort(stable=True).split(self.counts.tolist())
         return [(c, indices) for c, indices in enumerate(by_class) if len(indices)]
 
     @contextmanager
-    def climbed(self, grads: Sequence[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
-        """The weights moved to where SAM (ASAM if adaptive) with radius ``rho`` takes its second gradient."""
-        with self.moving():
+    def perturbed(self, grads: Sequence[Tensor], rho: float, adaptive: bool) -> Iterator[None]:
+        """A context with the weights perturbed along ``grads`` as SAM (ASAM if adaptive) does, with radius ``rho``."""
+        with self.restored_afterwards():
             norm = ops.grad_norm(grads, self.params, adaptive=adaptive)
             ops.perturb_(self.params, grads, None, norm, rho=rho, adaptive=adaptive)
             yield
+
+
+def _add(total: list[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for one, grad in zip(total, grads, strict=True):
+        if grad is not None:
+            one.add_(grad)

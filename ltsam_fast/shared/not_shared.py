@@ -1,0 +1,7 @@
+"""The error that says why a network does not qualify."""
+
+REMEDY = "use shared_backward=False"
+
+
+class NotShared(ValueError):
+    """The network mixes samples, or uses a parameter in a way that is not supported; the message names the module."""

@@ -1,0 +1,117 @@
+"""The processes of a run: one, or those that torchrun started, by torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ltsam_fast.train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Rank, world size and device of this process, and the collectives that a run needs; no-ops for a single process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Returns the sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Returns the tensors of all processes, which have equal shapes, concatenated by rank."""
+        if self.world_size == 1:
+            return tensor
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return torch.cat(gathered)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copies the tensors of rank 0 to every process."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Returns the values of all processes by rank."""
+        found: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """Returns the network, wrapped in DistributedDataParallel if there are several processes."""
+        if self.world_size == 1:
+            return network
+        if self.device.type == "cuda":
+            return DistributedDataParallel(network, [self.device])
+        # DDP keeps its process group alive, and gloo's threads abort a program that ends while they free a tensor
+        # (pytorch/pytorch#190489). So DDP gets a group of its own, and the default group is destroyed.
+        return DistributedDataParallel(network, process_group=dist.new_group())
+
+
+@contextlib.contextmanager
+def process_group(device_name: str) -> Iterator[Distributed]:
+    """Initializes the process group that torchrun started, gloo on the CPU and nccl on GPUs; without torchrun there is none.
+
+    Raises:
+        ConfigError: The device is unknown or not available.
+    """
+    rank, world_size = rank_and_world_size()
+    device = device_of(device_name, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    initializes = world_size > 1 and not dist.is_initialized()
+    if initializes:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Distributed(rank, world_size, device)
+    finally:
+        if initializes:
+            dist.destroy_process_group()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Returns rank and world size from torchrun's environment; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_rank_zero() -> bool:
+    """Returns whether this is the process that prints and writes files."""
+    return rank_and_world_size()[0] == 0
+
+
+def device_of(name: str, local_rank: int | None = None) -> torch.device:
+    """Returns the device of that name, for a process with that local rank.
+
+    Raises:
+        ConfigError: It is unknown or not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {name!r} is not available: torch sees no GPU; use cpu or auto")
+        number = device.index if local_rank is None else local_rank
+        if number is not None:
+            if number >= torch.cuda.device_count():
+                raise ConfigError(f"device cuda:{number} is not available: torch sees {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(number)
+            device = torch.device("cuda", number)
+    elif device.type != "cpu":
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
+    return device

@@ -1,0 +1,142 @@
+"""Makes the optimizers that ``--method`` names, with the options of their signatures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import ltsam_fast as lf
+from ltsam_fast.models import classifier
+from ltsam_fast.optim import SharpnessAware
+from ltsam_fast.train.config import Config, ConfigError
+
+METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
+    "sgd": ("SGD", None, {}),
+    "sam": ("SAM", lf.SAM, {}),
+    "asam": ("ASAM", lf.SAM, {"adaptive": True}),
+    "focal_sam": ("Focal-SAM", lf.FocalSAM, {}),
+    "imb_sam": ("ImbSAM", lf.ImbSAM, {}),
+    "cc_sam": ("CC-SAM", lf.CCSAM, {}),
+    "sse_sam": ("SSE-SAM", lf.SSESAM, {}),
+    "gnm": ("GNM", lf.GNM, {}),
+    "friendly_sam": ("Friendly SAM", lf.FriendlySAM, {}),
+    "m_sam": ("m-SAM", lf.MSAM, {}),
+    "sparse_sam": ("sparse SAM", lf.SparseSAM, {}),
+    "esam": ("ESAM", lf.ESAM, {}),
+    "look_sam": ("LookSAM", lf.LookSAM, {}),
+    "gsam": ("GSAM", lf.GSAM, {}),
+    "wsam": ("WSAM", lf.WSAM, {}),
+}
+"""Name on the command line -> name in print, class and fixed options; ``sgd`` is the base optimizer alone."""
+
+_BASE_OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+_SUPPLIED = {"params", "base_optimizer", "model", "class_counts", "head", "lr", "momentum", "nesterov", "weight_decay"}
+"""Keywords that come from the run and from settings of their own, not from ``options``."""
+_STEP_COUNTS = ("_step", "_steps", "_every")
+"""How the names of options end that count steps, which may be given in epochs or percent."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a method may take from the run: the model that is called, the network in it, class counts, numbers of steps."""
+
+    model: nn.Module
+    network: nn.Module
+    class_counts: Sequence[int]
+    steps_per_epoch: int
+    steps: int
+
+
+def label(method: str) -> str:
+    """Returns the method's name in print.
+
+    >>> label("focal_sam")
+    'Focal-SAM'
+    """
+    return METHODS[method][0]
+
+
+def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
+    """Returns the options of a method with their defaults: every keyword of its class, then those of the base optimizer.
+
+    Keywords that the run supplies and those that the method fixes are left out.
+
+    Raises:
+        ConfigError: There is no such method.
+
+    >>> [name for name in options_of("focal_sam") if name in ("rho", "gamma", "lam", "class_counts")]
+    ['rho', 'gamma', 'lam']
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    _, cls, fixed = METHODS[method]
+    classes = [one for one in cls.__mro__ if issubclass(one, SharpnessAware)] if cls else []
+    found: dict[str, Any] = {}
+    for one in (*classes, _BASE_OPTIMIZERS[optimizer]):
+        for name, parameter in inspect.signature(one).parameters.items():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(name, parameter.default)
+    return {name: default for name, default in found.items() if name not in _SUPPLIED | fixed.keys()}
+
+
+def check_options(config: Config) -> None:
+    """Raises ConfigError unless the method exists and has all options of the config."""
+    known = options_of(config.method, config.optimizer)
+    if unknown := [name for name in config.options if name not in known]:
+        raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
+
+
+def create(config: Config, run: RunInfo) -> Optimizer:
+    """Returns the optimizer of a run: a method around its base optimizer, or the base optimizer alone.
+
+    The run supplies class counts, the model and the classifier (CC-SAM's ``head``). It also supplies defaults for its seed,
+    for ``m`` (m-SAM: half a batch) and for ``total_steps``. Options that count steps may be "140ep" (epochs) or "70%" (of the
+    run).
+
+    Raises:
+        ConfigError: An option is unknown or out of its range.
+    """
+    check_options(config)
+    options = {name: _number_of_steps(name, value, run) for name, value in config.options.items()}
+    base = _BASE_OPTIMIZERS[config.optimizer]
+    for name in ("lr", "weight_decay") + (("momentum", "nesterov") if config.optimizer == "sgd" else ()):
+        options[name] = getattr(config, name)
+    _, cls, fixed = METHODS[config.method]
+    try:
+        if cls is None:
+            return base(run.network.parameters(), **options)
+        keywords = inspect.signature(cls).parameters
+        supplied = {
+            "class_counts": list(run.class_counts),
+            "head": classifier(run.network) if "head" in keywords else None,
+            "m": max(1, config.batch_size // 2),
+            "total_steps": run.steps,
+            "seed": config.seed,
+        }
+        accepted = {name: value for name, value in supplied.items() if name in keywords}
+        return cls(run.network.parameters(), base, model=run.model, **{**accepted, **fixed, **options})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{config.method}: {error}") from error
+
+
+def _number_of_steps(name: str, value: Any, run: RunInfo) -> Any:
+    """Converts "140ep" or "70%" for an option that counts steps; returns anything else as it is."""
+    if not isinstance(value, str) or not name.endswith(_STEP_COUNTS):
+        return value
+    for suffix, unit in (("ep", run.steps_per_epoch), ("%", run.steps / 100)):
+        if value.endswith(suffix):
+            try:
+                return round(float(value.removesuffix(suffix)) * unit)
+            except ValueError:
+                break
+    raise ConfigError(f"{name} must be a whole number, or as in '140ep' or '70%', got {value!r}")
