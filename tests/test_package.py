@@ -11,6 +11,7 @@ import sysconfig
 import tarfile
 import timeit
 import zipfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +114,12 @@ def test_every_package_is_listed():
     found |= {".".join(["ltsam_fast", *f.parent.relative_to(ROOT).parts]) for f in ROOT.glob("kernels/**/__init__.py")}
     listed = re.search(r"^packages = (\[.*?\])", PYPROJECT, re.MULTILINE | re.DOTALL)[1]
     assert found == set(ast.literal_eval(listed))
+
+
+def test_no_two_files_share_a_stem():
+    files = [path for folder in ("ltsam_fast", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    stems = Counter(path.stem for path in files if path.stem not in ("__init__", "__main__"))
+    assert [stem for stem, count in stems.items() if count > 1] == []
 
 
 def test_versions_agree():

@@ -970,7 +970,7 @@ def test_what_cannot_be_copied_is_refused(trainer, tmp_path):
                 step(batch)
         return net
 
-    with pytest.raises(TypeError, match=r"got (tuple|Locked), which can't be .*: give what is in it __deepcopy__"):
+    with pytest.raises(TypeError, match=r"got (tuple|Locked), which can't be .*: define __deepcopy__"):
         run(2)
     assert not torch.equal(weights(run(1)), weights(Net()))  # nothing is kept: nothing is copied
 
