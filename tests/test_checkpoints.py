@@ -285,7 +285,7 @@ def test_a_first_parameter_that_has_buffers_of_the_method_only(name, base):
     opt = family.ROWS[name].make(model, kind, **options)
     opt.param_groups[0]["params"][0].requires_grad_(True)
     family.drive(opt, model[1], batches(steps=4))
-    opt._create_buffers(opt.param_groups[0]["params"])
+    opt.create_buffers(opt.param_groups[0]["params"])
     copy.deepcopy((model, opt))
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)

@@ -85,7 +85,8 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
         kept = {*_OLD, "lr_max", "lr_seen"}
     else:
         # An option of a plain base of the same name (Adadelta's rho) is another thing. A wrapper's comes with ``adaptive``.
-        own = {name: saved[name] for name in optimizer.options if name in saved} if "adaptive" in saved else {}
+        its = {*_OLD} | {*optimizer.options} - {*optimizer.base_optimizer.defaults} if "adaptive" in saved else set()
+        own = {name: saved[name] for name in optimizer.options if name in saved and name in its}
         own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
         kept = {*own}
     theirs = {name: saved[name] for name in optimizer._base_only if name in saved and name not in kept}

@@ -519,10 +519,10 @@ class SharpnessAware(Configurable, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
         first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
-        inherited = {name: first[name] for name, one in self.options.items() if not one.per_group and name in first}
-        super().add_param_group(
-            {**inherited, **{name: first[name] for name in _COUNTS if name in first}, **param_group}
-        )
+        for name in (*_COUNTS, *(name for name, one in self.options.items() if not one.per_group)):
+            if name in first:
+                param_group.setdefault(name, first[name])
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self.check_group_options(group)
