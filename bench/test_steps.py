@@ -14,6 +14,7 @@ from bench import peers
 from bench.measure import BYTES, DEVICE, PEER, Roof, Step, WholeStep, facts, interleaved, machine, synchronize
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
+from ltsam_fast.ops import dispatch
 from ltsam_fast.table import TensorTable
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
@@ -47,7 +48,7 @@ def launches(step):
             synchronize()
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
-    with mock.patch.object(ops, "_launch", wraps=ops._launch) as calls:
+    with mock.patch.object(dispatch, "launch", wraps=dispatch.launch) as calls:
         step()
     return calls.call_count
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_targets
 from ltsam_fast.optim.batch import Batch, Closure, Scaling, mean_loss
 from ltsam_fast.optim.gradients import _gradients, _swap_gradients
 from ltsam_fast.optim.phases import Phased
@@ -110,7 +110,7 @@ class SharpnessAware(Phased):
         if classes is not None:
             for label in labels:
                 rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-                ops.check_targets(label, rows, classes)
+                check_targets(label, rows, classes)
         return labels
 
     def _cotangents(self, labels: Tensor | None, losses: Tensor) -> tuple[Tensor | None, Tensor | None]:

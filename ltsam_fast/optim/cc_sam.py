@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_choice, check_factor
 from ltsam_fast.optim.ascent import sign_of
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
 from ltsam_fast.optim.by_class import added, climb_by_class, members_of
-from ltsam_fast.optim.checks import check_choice, check_factor
 from ltsam_fast.optim.gradients import Differentiable, Uninterrupted, _same_items
 from ltsam_fast.optim.head import Head, by_row_alone, owner_of
 from ltsam_fast.optim.sharing import Sharing

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.checks import check_choice, check_seed, check_share
 from ltsam_fast.optim.ascent import sign_of_all
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, check_takes_index, mean_loss
-from ltsam_fast.optim.checks import check_choice, check_seed, check_share
 
 
 class ESAM(SharpnessAware):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.checks import check_factor
+from ltsam_fast.ops.checks import check_factor
 from ltsam_fast.optim.fused import local_of
 from ltsam_fast.optim.gradients import check_all_dense
 from ltsam_fast.optim.sam import SAM

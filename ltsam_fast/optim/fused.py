@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
-from ltsam_fast.optim.checks import number
+from ltsam_fast.ops.checks import number
 from ltsam_fast.table import TensorTable
 
 Tensors = Sequence[Tensor | None]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_count, check_factor, check_seed
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
-from ltsam_fast.optim.checks import check_count, check_factor, check_seed
 from ltsam_fast.optim.fused import begin_of, local_of
 from ltsam_fast.optim.sam import SAM
 

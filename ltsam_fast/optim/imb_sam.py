@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ltsam_fast.optim.checks import check_factor, tail_of
+from ltsam_fast.ops.checks import check_factor, tail_of
 from ltsam_fast.optim.class_wise import ClassWise
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_count, check_factor
 from ltsam_fast.optim.base import SharpnessAware
-from ltsam_fast.optim.checks import check_count, check_factor
 from ltsam_fast.optim.fused import local_of
 from ltsam_fast.optim.gradients import _gradients
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.checks import check_count
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch, Scaling, check_takes_index, mean_loss
-from ltsam_fast.optim.checks import check_count
 from ltsam_fast.optim.gradients import _swap_gradients
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.checks import check_shared_backward
 from ltsam_fast.optim.base import SharpnessAware
 from ltsam_fast.optim.batch import Batch
-from ltsam_fast.optim.checks import check_shared_backward
 from ltsam_fast.optim.gradients import _same_items
 from ltsam_fast.shared import SharedBackward
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.checks import check_choice, check_count, check_factor, check_seed
 from ltsam_fast.optim import masks
 from ltsam_fast.optim.batch import Batch, Scaling
-from ltsam_fast.optim.checks import check_choice, check_count, check_factor, check_seed
 from ltsam_fast.optim.gradients import _gradients, check_all_dense
 from ltsam_fast.optim.sam import SAM
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.checks import check_count, check_factor, tail_of
 from ltsam_fast.optim.batch import Batch, Scaling, mean_loss
-from ltsam_fast.optim.checks import check_count, check_factor, tail_of
 from ltsam_fast.optim.class_wise import ClassWise
 from ltsam_fast.optim.gradients import _swap_gradients
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_factor, check_model
 from ltsam_fast.optim.batch import Scaling
-from ltsam_fast.optim.checks import check_factor, check_model
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.fused import Update
 from ltsam_fast.optim.loading import completed

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.checks import check_factor
+from ltsam_fast.ops.checks import check_factor
 from ltsam_fast.optim.sam import TwoGradients
 
 
