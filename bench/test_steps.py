@@ -25,6 +25,7 @@ from bench.measure import (
 )
 from bench.shapes import SHAPES, names
 from ltsam_fast import ops
+from ltsam_fast.ops import dispatch
 from ltsam_fast.table import TensorTable
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
@@ -58,7 +59,7 @@ def launches(step):
             synchronize()
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
-    with mock.patch.object(ops, "_launch", wraps=ops._launch) as calls:
+    with mock.patch.object(dispatch, "launch", wraps=dispatch.launch) as calls:
         step()
     return calls.call_count
 

@@ -1,7 +1,7 @@
-"""Which module runs an op: ``"cuda"`` and ``"cpu"`` (C++), ``"triton"``, or ``"torch"``, the plain definition.
+"""Which module runs an op: ``"cuda"`` and ``"cpu"`` (C++), ``"triton"``, or ``"torch"``, the reference implementation.
 
-A backend is a module that has the op names. The choice is, in this order: :func:`use_backend`, the environment variable
-``LTSAM_BACKEND``, the first available one for the tensors' device. A choice that cannot be had is an error, never
+A backend is a module as :class:`Backend` describes it. The choice is, in this order: :func:`use_backend`, the environment
+variable ``LTSAM_BACKEND``, the first available one for the tensors' device. A choice that cannot be had is an error, never
 another backend.
 """
 
@@ -15,10 +15,11 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+from ltsam_fast.launch_args import RowArgs
 
 NAMES = ("cuda", "triton", "cpu", "torch")
 VARIABLE = "LTSAM_BACKEND"
@@ -27,16 +28,40 @@ _MODULES = {
     "cuda": "ltsam_fast._cuda",
     "triton": "ltsam_fast.kernels",
     "cpu": "ltsam_fast._cpu",
-    "torch": "ltsam_fast.reference",
+    "torch": "ltsam_fast.torch_backend",
 }
 _AUTOMATIC = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
 
 _wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("ltsam_fast.backend", default=None)
-_resolved: dict[tuple[str | None, object, torch.device], ModuleType] = {}
+_resolved: dict[tuple[str | None, object, torch.device], Backend] = {}
 
 # os.environ.get takes 0.5 us to find that a name is not set, the dictionary behind it 0.03.
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _variable = VARIABLE if _environment is os.environ else os.environ.encodekey(VARIABLE)
+
+
+class Backend(Protocol):
+    """What a backend is: a module with a callable for each op of :data:`ltsam_fast.ops.OPS`, and one for the cross entropies.
+
+    All ops are called alike, ``backend.perturb_(args)``, and return nothing. ``args``, a
+    :class:`~ltsam_fast.launch_args.LaunchArgs`, has all they need: addresses for native code, tensors for others, both checked.
+    Tensors are on one device, their elements lie alike, and the device is the current one. An op
+
+    * changes nothing but the roles it writes, signals, ``args.scratch``, ``args.cache`` and ``args.launched``;
+    * does not wait for the device;
+    * as a reduction fills ``args.signals["norm"]``, which has ``bucket_count`` times ``sums`` numbers;
+    * leaves evidence in ``args.launched`` for a ``KeyboardInterrupt``, which Python may raise before and after any line of
+      Python: ``True``, set in native code once all has been written (or will be, by a kernel that is under way), or before it
+      begins a function that returns for each of the T tensors whether it has been written, for use after the interrupt. What an
+      op writes for a tensor, its backup too, is written when the tensor itself is.
+    """
+
+    CAPTURABLE: bool
+    """Whether its calls can be captured in a CUDA graph."""
+
+    def cross_entropy(self, args: RowArgs, /) -> None:
+        """Losses, their state, gradients: see :class:`~ltsam_fast.launch_args.RowArgs`."""
+
 
 _interpreted: bool | None = None
 """Whether Triton's interpreter runs the kernels; known once they are imported, because that is when Triton decides."""
@@ -62,7 +87,7 @@ def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
 
     >>> with use_backend("torch"):
     ...     print(backend_for(torch.device("cpu")).__name__)
-    ltsam_fast.reference
+    ltsam_fast.torch_backend
     """
     reason = why_not(name)
     if reason is not None:
@@ -85,7 +110,7 @@ def using(name: str | None) -> Iterator[None]:
         _wish.reset(token)
 
 
-def backend_for(device: torch.device) -> ModuleType:
+def backend_for(device: torch.device) -> Backend:
     """Returns the backend that serves tensors on ``device``.
 
     Raises:
@@ -95,7 +120,7 @@ def backend_for(device: torch.device) -> ModuleType:
     key = (_wish.get(), _environment.get(_variable), device)
     module = _resolved.get(key)
     if module is None:
-        module = _resolved[key] = importlib.import_module(_MODULES[_choose(device.type)])
+        module = _resolved[key] = importlib.import_module(_MODULES[_choose(device.type)])  # type: ignore[assignment]
     return module
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from ltsam_fast import reference
 from ltsam_fast.backend import backend_for
 from ltsam_fast.live import Trace, live_options
 from ltsam_fast.optim.descent import no_hooks
@@ -348,6 +347,6 @@ def _check(model: torch.nn.Module, optimizer: SharpnessAware, warmup: int) -> to
         raise ValueError("optimizer must have numbers as options, not tensors: they are read anew before each replay")
     if optimizer._distributed or optimizer._sharded:
         raise ValueError("optimizer must not be one of several workers': call optimizer.step() under DDP and FSDP2")
-    if backend_for(device) is reference:
+    if not backend_for(device).CAPTURABLE:
         raise ValueError("backend must be a fused one for graph_step: the torch backend would bake its numbers in")
     return device

@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltsam_fast.launch_args import Op
+from ltsam_fast.ops import dispatch
+from ltsam_fast.ops.checks import checked_rows
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -87,16 +91,16 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 class Watched(NamedTuple):
     """Hyperparameters of one pass: where they come from, and the rows that kernels read."""
 
+    op: Op
     columns: list[Any]
-    check: Callable[[list[Any]], NDArray[np.float64]]
     rows: NDArray[np.float64]
 
 
 class Trace:
     """What one run of a step read and decided.
 
-    While it is being :meth:`recorded <recording>` the ops ask :meth:`watch` and :meth:`on` for what kernels read of the host's;
-    :meth:`refresh` brings it up to date before a replay, with one copy for each array that changed.
+    While it is being :meth:`recorded <recording>` the ops ask :meth:`rows` and :meth:`place` for what kernels read of the
+    host's; :meth:`refresh` brings it up to date before a replay, with one copy for each array that changed.
 
     Args:
         space: Bytes on the device for all that, when a graph is captured. It is taken before the capture, outside the graph's
@@ -123,14 +127,14 @@ class Trace:
         """Whether everything would be decided as it was."""
         return all(function(*_values(arguments)) == outcome for function, arguments, outcome in self._guards)
 
-    def watch(self, columns: list[Any], check: Callable[[list[Any]], NDArray[np.float64]]) -> NDArray[np.float64]:
-        """Hyperparameters as rows, ``check(columns)``, of which those that are live will follow."""
-        rows = check([_now(column) for column in columns])
+    def rows(self, op: Op, columns: list[Any]) -> NDArray[np.float64]:
+        """Hyperparameters as rows, of which those that are live will follow."""
+        rows = checked_rows(op, [_now(column) for column in columns])
         if any(isinstance(value, Live) for column in columns for value in _as_tuple(column)):
-            self._watched.append(Watched(columns, check, rows))
+            self._watched.append(Watched(op, columns, rows))
         return rows
 
-    def on(self, array: NDArray[Any]) -> Any:
+    def place(self, array: NDArray[Any]) -> Any:
         """An array of 8-byte numbers where a captured kernel reads it; else the array itself."""
         begin, self.asked = self.asked, self.asked + array.nbytes
         if self._space is None:
@@ -148,7 +152,7 @@ class Trace:
         """Reads all live numbers again and brings to the device what changed, or everything."""
         changed = set()
         for watched in self._watched:
-            now = watched.check([_now(column) for column in watched.columns])
+            now = checked_rows(watched.op, [_now(column) for column in watched.columns])
             if not np.array_equal(now, watched.rows):
                 watched.rows[...] = now
                 changed.add(id(watched.rows))
@@ -161,20 +165,11 @@ class Trace:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Has the ops keep their hyperparameters here."""
-        global _recording
-        before, _recording = _recording, self
+        before, dispatch.tracer = dispatch.tracer, self
         try:
             yield
         finally:
-            _recording = before
-
-
-_recording: Trace | None = None
-
-
-def recording() -> Trace | None:
-    """The trace that is being recorded, if any."""
-    return _recording
+            dispatch.tracer = before
 
 
 def _as_tuple(column: Any) -> tuple[Any, ...]:

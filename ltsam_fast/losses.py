@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_counts
 
 __all__ = [
     "GCL",
@@ -71,7 +72,7 @@ def _check_number(name: str, value: Any, low: float = 0.0, below: float = math.i
 
 def _sampled(class_counts: Any, why: str) -> Tensor:
     """Returns the counts; raises ValueError unless all are positive."""
-    counts = ops.check_counts(class_counts).cpu()
+    counts = check_counts(class_counts).cpu()
     if not bool((counts > 0).all()):
         empty = int((counts == 0).int().argmax())
         raise ValueError(
@@ -129,7 +130,7 @@ class Loss(nn.Module):
             raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
         _check_number("label_smoothing", label_smoothing, below=math.nextafter(1.0, 2.0))
         _check_number("gamma", gamma)
-        self.classes = None if class_counts is None else len(ops.check_counts(class_counts))
+        self.classes = None if class_counts is None else len(check_counts(class_counts))
         self.reduction, self.label_smoothing, self.gamma = reduction, label_smoothing, gamma
         self._detach = detach
         for name in ("scale", "shift", "margin", "spread"):
@@ -291,7 +292,7 @@ class LogitAdjusted(Loss):
         reduction: str = "mean",
     ) -> None:
         _check_number("tau", tau)
-        counts = ops.check_counts(class_counts).cpu()
+        counts = check_counts(class_counts).cpu()
         shift = tau * (counts / counts.sum() + 1e-9).log()
         super().__init__(class_counts, weight, reduction, label_smoothing, shift=shift)
 

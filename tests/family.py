@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.optim import SGD
 
 import ltsam_fast as lf
-from ltsam_fast import reference
+from ltsam_fast.reference import draws
 
 from . import oracles_family as family
 from .methods import BASES, METHODS
@@ -24,12 +24,12 @@ SEED = 5
 
 
 def noise(step, number, shape, clip=1.0):
-    words = reference._random_words(torch.empty(shape), number, SEED, step, None)
-    return (reference._normal(words).double() / 3).clamp(-clip, clip)
+    words = draws.random_words(torch.empty(shape), number, SEED, step, None)
+    return (draws.normal(words).double() / 3).clamp(-clip, clip)
 
 
 def coordinates(step, number, shape, beta=0.6):
-    words = reference._random_words(torch.empty(shape), number, SEED, step, None)
+    words = draws.random_words(torch.empty(shape), number, SEED, step, None)
     return ((words & 0xFFFF) < int(beta * 65536 + 0.5)).double()
 
 

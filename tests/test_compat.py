@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import SGD, Adadelta, AdamW, RMSprop
 
 import ltsam_fast as lf
-from ltsam_fast import compat, reference
+from ltsam_fast import compat
+from ltsam_fast.reference import draws
 
 from . import oracles_family as family
 from .methods import BASES, SOME
@@ -150,9 +151,9 @@ def test_gnm_with_its_double_epoch_0():
         optimizer.second_step(zero_grad=True)
 
     def noise(step, number, shape):
-        words = reference._random_words(torch.empty(shape), number, 0, step, None)
+        words = draws.random_words(torch.empty(shape), number, 0, step, None)
         halved = 0.5 ** ((step // 5 - 1) // 2)  # 2 in epoch 0, 1 in 1 and 2, 1/2 in 3 and 4
-        return (reference._normal(words).double() / 3).clamp(-1, 1) * halved
+        return (draws.normal(words).double() / 3).clamp(-1, 1) * halved
 
     twin = network()
     expected, _ = family.gnm(twin, groups(twin), data, SGD, BASE, noise=noise, dis_mul=0.5)

@@ -20,8 +20,10 @@ import pybind11
 import pytest
 import torch
 
-from ltsam_fast import ops, reference, rows
-from ltsam_fast.table import CHUNK, TensorTable
+from ltsam_fast import ops, reference
+from ltsam_fast.launch_args import CHUNK
+from ltsam_fast.ops import cross_entropy, differentiable, dispatch
+from ltsam_fast.table import TensorTable
 
 ROOT = Path(__file__).parents[1]
 HEADERS = sorted(file for file in (ROOT / "csrc").rglob("*.*") if file.parent.name != "cpu")
@@ -97,7 +99,7 @@ def on(monkeypatch):
 
     def on(module, device=1, seed=1):
         def call(op, *arguments, **named):
-            for caller in (ops, rows):
+            for caller in (dispatch, differentiable):
                 monkeypatch.setattr(caller, "backend_for", lambda _: module)
             monkeypatch.setenv("LTSAM_HOST_DEVICE", str(device))
             monkeypatch.setenv("LTSAM_HOST_SEED", str(seed))
@@ -299,9 +301,9 @@ def test_results_do_not_depend_on_device_or_schedule(on, core, narrow_core, name
 def live(module):
     """Has the module read its hyperparameters where a CUDA graph would: on the device, when a kernel runs."""
 
-    def run(op, args, hyper, signals, stream_or_threads):
-        rows = torch.from_numpy(hyper.copy())
-        getattr(module, op)(args, rows, signals, stream_or_threads)
+    def run(op, args):
+        args.hyper = torch.from_numpy(args.hyper.copy())
+        getattr(module, op)(args)
 
     return SimpleNamespace(**{op: functools.partial(run, op) for op in ops.OPS})
 
@@ -383,7 +385,7 @@ def test_norm_is_right_and_repeatable(on, core, narrow_core, dtypes, adaptive):
                         "grad_norm", g, w, kept_grads=kept_grads, adaptive=adaptive, eta=0.01, table=table
                     )
                 )
-            assert not table.parts[0]._scratch[0], "the ticket must be back at zero"
+            assert not table.parts[0].scratch_memory[0], "the ticket must be back at zero"
     exact = [[x.double() for x in role] for role in (w, g, kept_grads)]
     right = reference.grad_norm(exact[1], exact[0], kept_grads=exact[2], adaptive=adaptive, eta=0.01)
     torch.testing.assert_close(norms[0].double(), right, rtol=1e-12 if dtypes == (F64,) else 3e-7, atol=0)
@@ -413,7 +415,7 @@ def test_inner_products_beyond_one_launch(on, core, narrow_core):
         for _ in range(2):
             dots = on(module.module)("grad_dots", g, kept_grads, table=table)
             torch.testing.assert_close(dots, right, rtol=1e-6, atol=1e-4)
-            assert not table.parts[0]._scratch[0], "the ticket must be back at zero"
+            assert not table.parts[0].scratch_memory[0], "the ticket must be back at zero"
             assert module.launches() == launches
 
 
@@ -476,7 +478,7 @@ def test_cross_entropy(on, core, rows, classes, dtype):
 
 
 def test_cross_entropy_of_an_unknown_label_is_nan(on, core, monkeypatch):
-    monkeypatch.setattr(ops, "check_range", lambda *_: None)  # on a GPU nobody looks
+    monkeypatch.setattr(cross_entropy, "check_range", lambda *_: None)  # on a GPU nobody looks
     logits, v = NOISE[:30].float().reshape(3, 10), torch.rand(10)
     good = on(core.module)("focal_cross_entropy", logits, torch.tensor([1, 2, 3]), v)
     for label in (-1, 10, 2**40):

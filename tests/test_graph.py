@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
 from ltsam_fast import backend, graph, live, ops
+from ltsam_fast.ops import dispatch
 
 COUNTS = [40, 20, 5]
 METHODS = {
@@ -89,13 +90,13 @@ class Tape:
         core = backend.backend_for(torch.device("cpu"))
         originals = {name: getattr(core, name) for name in ops.OPS}
 
-        def native(name, args, hyper, signals, stream_or_threads):
+        def native(name, args):
             args = copy.copy(args)
             args.pointers = args.pointers.copy()
-            assert isinstance(hyper, torch.Tensor), "a graph would hold these numbers for ever"
-            hyper = hyper.numpy()  # the same memory: what lies there when it is replayed
-            tape.append((originals[name], (args, hyper, signals, stream_or_threads), {}, None))
-            originals[name](args, hyper, signals, stream_or_threads)
+            assert isinstance(args.hyper, torch.Tensor), "a graph would hold these numbers for ever"
+            args.hyper = args.hyper.numpy()  # the same memory: what lies there when it is replayed
+            tape.append((originals[name], (args,), {}, None))
+            originals[name](args)
 
         originals["cross_entropy"] = core.cross_entropy
 
@@ -702,10 +703,10 @@ def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
 
 def test_a_trace_does_not_hand_out_more_than_there_is():
     trace = live.Trace(torch.zeros(24, dtype=torch.uint8))
-    place = trace.on(np.array([[1.0, 2.0]]))
+    place = trace.place(np.array([[1.0, 2.0]]))
     assert place.dtype == torch.float64 and place.shape == (1, 2)
     with pytest.raises(RuntimeError, match="reads more than the 24 bytes"):
-        trace.on(np.array([1, 2]))
+        trace.place(np.array([1, 2]))
 
 
 def on_a_gpu(monkeypatch, stream=1, capturing=False):
@@ -722,29 +723,29 @@ def test_each_stream_and_each_capture_has_scratch_memory_of_its_own(monkeypatch)
     now = on_a_gpu(monkeypatch)
     lists = ([torch.zeros(3)], None, None)
     op = ops.OPS["grad_norm"]
-    table = ops._table_for(op, lists)
-    assert ops._table_for(op, lists) is table
+    table = dispatch.table_for(op, lists)
+    assert dispatch.table_for(op, lists) is table
     now.stream = 2
-    assert ops._table_for(op, lists) is not table
+    assert dispatch.table_for(op, lists) is not table
     now.stream, now.capturing = 1, True
-    captured = ops._table_for(op, lists)
-    assert captured is not table and ops._table_for(op, lists) is not captured
-    assert ops._table_for(op, lists, table) is not table  # an optimizer's, in a graph of somebody's own
+    captured = dispatch.table_for(op, lists)
+    assert captured is not table and dispatch.table_for(op, lists) is not captured
+    assert dispatch.table_for(op, lists, table) is not table  # an optimizer's, in a graph of somebody's own
     with live.Trace().recording():
-        assert ops._table_for(op, lists, table) is table  # graph_step's are made for the graph
+        assert dispatch.table_for(op, lists, table) is table  # graph_step's are made for the graph
     now.capturing = False
-    assert ops._table_for(op, lists) is table
+    assert dispatch.table_for(op, lists) is table
 
 
 def test_triton_refuses_graphs_of_somebodys_own(monkeypatch):
     if reason := backend.why_not("triton"):
         pytest.skip(f"triton: {reason}")
-    from ltsam_fast.kernels.table import launch
+    from ltsam_fast.kernels.chunks import launch
 
     on_a_gpu(monkeypatch, capturing=True)
     part = types.SimpleNamespace(device=torch.device("cuda"), cache={})
     with pytest.raises(RuntimeError, match=r"backend must not be 'triton' in a CUDA graph of your own.*lf.graph_step"):
-        launch(None, part, np.zeros((1, 1)), (), 2)
+        launch(None, part, (), 2)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -763,8 +764,8 @@ def test_a_graph_has_tables_of_its_own(layout, tape):
     step(x, y)
     assert parts == {id(part) for table in optimizer._tables.values() for part in table.parts}
     (kind,) = next(iter(step._kinds.values()))
-    taped = {id(args[0]._scratch) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "_scratch")}
-    assert taped.isdisjoint(id(part._scratch) for table in optimizer._tables.values() for part in table.parts)
+    taped = {id(args[0].scratch_memory) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "scratch_memory")}
+    assert taped.isdisjoint(id(part.scratch_memory) for table in optimizer._tables.values() for part in table.parts)
 
 
 def test_constants_are_kept_and_a_graph_holds_its_own(tape):

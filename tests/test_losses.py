@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
 from ltsam_fast import losses, ops, reference
-from ltsam_fast import rows as operators
+from ltsam_fast.ops import differentiable as operators
+from ltsam_fast.reference import draws
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F64: 1e-10, F32: 1e-5, BF16: 2e-2, F16: 2e-3}
@@ -340,16 +341,9 @@ def in_thread(work):
 @pytest.mark.parametrize("how", ["in a thread", "deep", "compiled"])
 def test_a_backward_runs_where_its_forward_did(how, backend, device, generator, monkeypatch):
     """In autograd's threads too, which do not know of use_backend(): a GPU's, on the CPU those for more than 60 levels."""
-    if backend == "torch":
-        pytest.skip("torch: its backward is autograd's own")
     ran = []
-    launch = operators.launch
-
-    def noted(module, *args, **named):
-        ran.append(module)
-        launch(module, *args, **named)
-
-    monkeypatch.setattr(operators, "launch", noted)
+    backend_for = operators.backend_for
+    monkeypatch.setattr(operators, "backend_for", lambda device: ran.append(backend_for(device)) or ran[-1])
     z = torch.randn(5, 4, generator=generator).to(device).requires_grad_()
     y = torch.tensor([0, 1, 2, 3, 0], device=device)
     loss = lambda z: losses.CrossEntropy()(z, y)  # noqa: E731
@@ -650,7 +644,7 @@ def test_noise(backend, device, generator):
     w = torch.ones(50, dtype=F64)
     seen = []
     for number in (1, 2):
-        noise = reference._noise(rows, 50, 2**50 + 3, torch.tensor(number)).double()
+        noise = draws.noise(rows, 50, 2**50 + 3, torch.tensor(number)).double()
         one = z.to(device).clone().requires_grad_()
         mine = criterion(one, y.to(device))
         exact_z = z.clone().requires_grad_()
@@ -665,14 +659,14 @@ def test_noise(backend, device, generator):
 
 
 def test_noise_is_a_clamped_normal():
-    noise = reference._noise(1000, 1000, 5, torch.tensor(1)).double()
+    noise = draws.noise(1000, 1000, 5, torch.tensor(1)).double()
     assert noise.min() >= 0 and noise.max() == 1
     # E min(|N|/3, 1) and P(|N| > 3)
     mean = (math.sqrt(2 / math.pi) * (1 - math.exp(-4.5))) / 3 + math.erfc(3 / math.sqrt(2))
     assert abs(noise.mean() - mean) < 1e-3
     assert abs((noise == 1).double().mean() - math.erfc(3 / math.sqrt(2))) < 3e-4
     assert abs(torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1]) < 5e-3
-    assert not torch.equal(noise, reference._noise(1000, 1000, 5, torch.tensor(2)))
+    assert not torch.equal(noise, draws.noise(1000, 1000, 5, torch.tensor(2)))
 
 
 def test_noise_held():

@@ -314,11 +314,11 @@ def test_contexts_nest_and_end_with_an_exception(monkeypatch, all_available):
     monkeypatch.setitem(sys.modules, "ltsam_fast._cpu", "the C++ core")
     with backend.use_backend("cpu"):
         with pytest.raises(KeyError), backend.use_backend("torch"):
-            assert backend.backend_for(CPU).__name__ == "ltsam_fast.reference"
+            assert backend.backend_for(CPU).__name__ == "ltsam_fast.torch_backend"
             raise KeyError
         assert backend.backend_for(CPU) == "the C++ core"
     monkeypatch.setenv("LTSAM_BACKEND", "torch")
-    assert backend.backend_for(CPU).__name__ == "ltsam_fast.reference"
+    assert backend.backend_for(CPU).__name__ == "ltsam_fast.torch_backend"
     with backend.use_backend("cpu"):
         assert backend.backend_for(CPU) == "the C++ core"
 
@@ -326,7 +326,7 @@ def test_contexts_nest_and_end_with_an_exception(monkeypatch, all_available):
 def test_environment_counts_at_call_time(monkeypatch, nothing_chosen):
     automatic = backend.backend_for(CPU)
     monkeypatch.setenv("LTSAM_BACKEND", "torch")
-    assert backend.backend_for(CPU).__name__ == "ltsam_fast.reference"
+    assert backend.backend_for(CPU).__name__ == "ltsam_fast.torch_backend"
     monkeypatch.setenv("LTSAM_BACKEND", "tpu")
     with pytest.raises(ValueError, match="LTSAM_BACKEND=tpu names no backend: choose one of cuda, triton, cpu, torch"):
         backend.backend_for(CPU)
@@ -336,7 +336,7 @@ def test_environment_counts_at_call_time(monkeypatch, nothing_chosen):
 
 def test_environment_of_a_new_process():
     script = "import torch; from ltsam_fast import backend; print(backend.backend_for(torch.device('cpu')).__name__)"
-    assert python("-c", script, LTSAM_BACKEND="torch").stdout == "ltsam_fast.reference\n"
+    assert python("-c", script, LTSAM_BACKEND="torch").stdout == "ltsam_fast.torch_backend\n"
     assert "ValueError: LTSAM_BACKEND=tpu names no backend" in python("-c", script, LTSAM_BACKEND="tpu").stderr
 
 
@@ -345,9 +345,9 @@ def test_environment_of_a_new_process():
     [
         ("cuda", "cuda triton cpu torch", "ltsam_fast._cuda"),
         ("cuda", "triton cpu torch", "ltsam_fast.kernels"),
-        ("cuda", "cpu torch", "ltsam_fast.reference"),
+        ("cuda", "cpu torch", "ltsam_fast.torch_backend"),
         ("cpu", "cuda triton cpu torch", "ltsam_fast._cpu"),
-        ("cpu", "cuda triton torch", "ltsam_fast.reference"),
+        ("cpu", "cuda triton torch", "ltsam_fast.torch_backend"),
     ],
 )
 def test_automatic_choice_goes_by_device(monkeypatch, nothing_chosen, device, present, expected):

@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ltsam_fast.kernels import norm, perturb, step
-from ltsam_fast.kernels.cross_entropy import cross_entropy_kernel
+from ltsam_fast.kernels import norm_kernels as norm
+from ltsam_fast.kernels import perturb_kernels as perturb
+from ltsam_fast.kernels import step_kernels as step
+from ltsam_fast.kernels.cross_entropy_kernels import cross_entropy_kernel
 
-SIGNALS = dict.fromkeys(("norm", "grad_scale", "found_inf", "combination", "scratch", "scales", "out", "skipped_steps"), "i64")
+SIGNALS = "norm grad_scale found_inf combination scratch scales out skipped_steps call"
+SIGNALS = dict.fromkeys(SIGNALS.split(), "i64")
 TABLE = {"items": "*i64", "pointers": "*i64", "hyper": "*fp64"} | SIGNALS
 LISTWISE = {"chunk_norms": (norm, 3), "chunk_dots": (norm, 2), "perturb": (perturb, 6), "gaussian_perturb": (perturb, 3)}
 LISTWISE |= {"perturb_by_class": (perturb, 2), "combine": (perturb, 3), "restore": (perturb, 2)}

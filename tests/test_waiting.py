@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
-from ltsam_fast import ops, reference
+from ltsam_fast import torch_backend
+from ltsam_fast.ops import differentiable
 
 COUNTS = [40, 20, 5]
 GPU = torch.device("meta")
@@ -68,7 +69,7 @@ def test_an_epoch_of_training(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_labels_and_weights_on_the_cpu(reduction, monkeypatch):
-    monkeypatch.setattr(ops, "backend_for", lambda device: reference)
+    monkeypatch.setattr(differentiable, "backend_for", lambda device: torch_backend)
     criterion, y = lf.losses.LDAM(COUNTS, weight=torch.ones(3), reduction=reduction), torch.tensor([0, 1, 2, 0])
     with Waiting() as mode:
         assert criterion(torch.zeros(4, 3, device=GPU), y).is_meta

@@ -37,7 +37,7 @@ struct ExchangeApi {
 };
 }  // namespace dlpack
 
-/// Columns of a snapshot row; ltsam_fast.table.COLUMNS.
+/// Columns of a snapshot row; ltsam_fast.snapshot.COLUMNS.
 enum Column { kAddress, kNumel, kDtypeCode, kDevice, kShape, kLayout, kColumns };
 
 /// What a reading found: nothing new; other addresses; more than that. Refreshed: other addresses, and the table has

@@ -12,10 +12,10 @@
 
 namespace lt {
 
-/// Elements per chunk: the unit of work, and of the fixed summation order. ltsam_fast.table.CHUNK must agree.
+/// Elements per chunk: the unit of work, and of the fixed summation order. ltsam_fast.launch_args.CHUNK must agree.
 constexpr int64_t kChunk = 16384;
 
-/// Codes of ltsam_fast.table.DTYPES.
+/// Codes of ltsam_fast.launch_args.DTYPES.
 enum Dtype : uint8_t { kF32, kF64, kBF16, kF16, kBitmap };
 
 LT_HD constexpr int item_size(uint8_t dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }

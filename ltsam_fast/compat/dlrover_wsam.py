@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ltsam_fast import optim
 from ltsam_fast.compat.published import ForwardBackward, Wrapper, detached
-from ltsam_fast.optim.checks import check_factor
+from ltsam_fast.ops.checks import check_factor
 from ltsam_fast.optim.gradients import Combination, Gradient
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step

@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 
 from ltsam_fast.compat.published import Wrapper
+from ltsam_fast.ops.checks import check_factor
 from ltsam_fast.optim import SharpnessAware
-from ltsam_fast.optim.checks import check_factor
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Pause, Step
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import number
 from ltsam_fast.optim.amp import LossScale
-from ltsam_fast.optim.checks import number
 from ltsam_fast.optim.gradients import check_all_dense
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.perturbation import Perturbation

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast import ops
-from ltsam_fast.optim.checks import check_shared_backward, tail_of
+from ltsam_fast.ops.checks import check_counts, check_shared_backward, tail_of
 from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
 from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.options import option
@@ -16,7 +15,7 @@ from ltsam_fast.optim.options import option
 
 def check_class_counts(name: str, value: Any) -> list[float]:
     """The numbers as a list; raises ValueError unless they are finite, >= 0 and not all 0."""
-    return ops.check_counts(value).tolist()  # type: ignore[no-any-return]
+    return check_counts(value).tolist()  # type: ignore[no-any-return]
 
 
 class Sharing(SharpnessAware):

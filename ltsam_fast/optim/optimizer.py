@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from ltsam_fast import ops
+from ltsam_fast.ops.checks import check_model, check_targets
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
-from ltsam_fast.optim.checks import check_model
 from ltsam_fast.optim.closures import Closure, check_takes_index
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.masks import to_bits
@@ -483,7 +482,7 @@ class SharpnessAware(Configurable, Optimizer):
         if classes is not None:
             for label in labels:
                 rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-                ops.check_targets(label, rows, classes)
+                check_targets(label, rows, classes)
         return labels
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ltsam_fast.optim.checks import plain
+from ltsam_fast.ops.checks import plain
 
 
 class Option:

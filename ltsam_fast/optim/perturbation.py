@@ -79,7 +79,7 @@ class Perturbation:
 
     def begin(self, perturbed: Perturbed, table: TensorTable) -> None:
         """Is told before a pass that fills the backups and perturbs the weights."""
-        table.forget_launch()
+        table.clear_launched()
         self._perturbing = perturbed, table
 
     def done(self, workers: Single) -> None:
@@ -105,7 +105,7 @@ class Perturbation:
 
     def begin_update(self, params: list[Tensor], table: TensorTable) -> None:
         """Is told before a pass that writes the new weights of ``params``."""
-        table.forget_launch()
+        table.clear_launched()
         self._updating = params, table
 
     def updated(self, workers: Single) -> None:

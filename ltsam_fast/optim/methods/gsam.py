@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ltsam_fast.optim.checks import number
+from ltsam_fast.ops.checks import number
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step

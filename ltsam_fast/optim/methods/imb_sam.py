@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ltsam_fast.optim.checks import check_tail_classes
+from ltsam_fast.ops.checks import check_tail_classes
 from ltsam_fast.optim.class_wise import TailWise
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.options import option

@@ -4,16 +4,19 @@ The host's side is :func:`launch`; the device's are :func:`item`, :func:`load` a
 roles are there are compile-time constants of a launch, so tensors are grouped by them.
 """
 
+import functools
+import itertools
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from ltsam_fast.live import recording
+from ltsam_fast.launch_args import CHUNK
+from ltsam_fast.ops import dispatch
 
-CHUNK = 16384  # ltsam_fast.table.CHUNK
 BLOCK = 2048  # with 8 warps two 16-byte accesses of a role in fp32 for each thread
-TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.uint8)  # ltsam_fast.table.DTYPES, and maps of bits
+TYPES = (tl.float32, tl.float64, tl.bfloat16, tl.float16, tl.uint8)  # launch_args.DTYPES, and maps of bits
 BITMAP = 4
 
 
@@ -23,6 +26,16 @@ def item(items):
     at = items + tl.program_id(0).to(tl.int64) * 7
     begin, whole, end = tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     return tl.load(at), begin, whole, end, tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+
+
+writes = triton.jit(do_not_specialize=["call"])
+"""Decorates a kernel that writes tensors: the number of the call is not worth a compilation."""
+
+
+@triton.jit
+def note(scratch, slot, call):
+    """Notes in a chunk's cell of the scratch memory that this call has come to it."""
+    tl.store(scratch.to(tl.int64).to(tl.pointer_type(tl.int64)) + slot, call)
 
 
 @triton.jit
@@ -146,8 +159,8 @@ def on_device(args, name, make, key=None):
 
     While a step is traced nothing is kept: each launch in a graph reads memory of its own, which nobody else lets go of.
     """
-    if trace := recording():
-        return _upload(args, trace.on(np.array(make(), order="C")))
+    if dispatch.tracer is not None:
+        return _upload(args, dispatch.tracer.place(np.array(make(), order="C")))
     kept = args.cache.get(name)
     if kept is None or kept[0] != key:
         kept = args.cache[name] = (key, _upload(args, np.array(make(), order="C")))
@@ -181,9 +194,27 @@ def _launches(args, array_roles):
             yield tuple(TYPES[code] if code >= 0 else None for code in kinds[like]), chosen
 
 
-def launch(kernel, args, hyper, signals, array_roles, **constants):
+_CALLS = itertools.count(1)
+
+
+def launch_map(kernel, args, signals, array_roles, **constants):
+    """As :func:`launch`, for kernels that write tensors and :func:`note` how far they have come."""
+    call = next(_CALLS)
+    args.launched = functools.partial(_written, args, call)
+    launch(kernel, args, (*signals, args.scratch + 8, call), array_roles, **constants)
+
+
+def _written(args, call):
+    """Which tensors a call has written, by the notes in the scratch memory. Tensors without elements have none."""
+    if args.device.type == "cuda":
+        torch.cuda.synchronize(args.device)
+    reached = np.append(args.scratch_memory[1:].view(torch.int64).cpu().numpy() == call, False)
+    return reached[args.first_chunk[:-1]] & (args.numels > 0)
+
+
+def launch(kernel, args, signals, array_roles, **constants):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
-    if args.device.type == "cuda" and not recording() and torch.cuda.is_current_stream_capturing():
+    if args.device.type == "cuda" and dispatch.tracer is None and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend must not be 'triton' in a CUDA graph of your own, which would read tables that are gone: "
             "use lf.graph_step(), or backend 'cuda'"
@@ -191,10 +222,9 @@ def launch(kernel, args, hyper, signals, array_roles, **constants):
     if "launches" not in args.cache:
         args.cache["launches"] = list(_launches(args, array_roles))
     pointers = on_device(args, "pointers", lambda: args.pointers)
-    if isinstance(hyper, torch.Tensor):
-        rows = hyper
-    else:
-        rows = on_device(args, "hyper", lambda: hyper if hyper.size else np.zeros((1, 1)), hyper.tobytes())
+    rows = args.hyper
+    if not isinstance(rows, torch.Tensor):
+        rows = on_device(args, "hyper", lambda: args.hyper if args.hyper.size else np.zeros((1, 1)), rows.tobytes())
     for number, (types, chosen) in enumerate(args.cache["launches"]):
         items = on_device(args, f"items {number}", lambda chosen=chosen: chosen)
         kernel[(len(items),)](

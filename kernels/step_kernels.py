@@ -3,19 +3,21 @@
 import triton
 import triton.language as tl
 
-from .table import (
+from .chunks import (
     coefficient,
     divide,
     inverse_scale,
     item,
-    launch,
+    launch_map,
     load,
     narrow,
+    note,
     number,
     on_device,
     skipped,
     sqrt,
     store,
+    writes,
 )
 
 
@@ -68,13 +70,15 @@ def _sgd_blocks(
         store(M, first, end, tl.where(active & (momentum != 0), new_m, m), TYPES[4], WIDE, BLOCK)
 
 
-@triton.jit
+@writes
 def sgd_step_kernel(
     items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
+    scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """torch.optim.SGD on the restored weights with the gradient g + kept."""
-    tensor, begin, whole, end, group, _, _ = item(items)
+    tensor, begin, whole, end, group, slot, _ = item(items)
+    note(scratch, slot, call)
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
     fresh = 1.0 - tl.load(h + 2).to(A)
@@ -130,13 +134,15 @@ def _adam_blocks(
         store(VMAX, first, end, tl.where(active, new_vmax, vmax), TYPES[6], WIDE, BLOCK)
 
 
-@triton.jit
+@writes
 def adam_step_kernel(
     items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
+    scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """torch.optim.Adam, or AdamW when decoupled, on the restored weights with the gradient g + kept."""
-    tensor, begin, whole, end, group, _, _ = item(items)
+    tensor, begin, whole, end, group, slot, _ = item(items)
+    note(scratch, slot, call)
     row, h = pointers + tensor * 8, hyper + group * 8
     lr, beta1, beta2, decay = tl.load(h), tl.load(h + 1), tl.load(h + 2), tl.load(h + 4)
     decoupled = tl.load(h + 5) != 0
@@ -168,19 +174,19 @@ def count_steps_kernel(pointers, tensors, found_inf: tl.int64, ROLES: tl.constex
     tl.store(step, tl.load(step, mask=address != 0, other=0.0) + taken, mask=address != 0)
 
 
-def _step(kernel, args, hyper, signals, roles):
-    launch(kernel, args, hyper, signals[:4], roles - 1)  # the last role is the step count
+def _step(kernel, args, roles):
+    launch_map(kernel, args, args.addresses[:4], roles - 1)  # the last role is the step count
     if args.pointers[:, -1].any():
         pointers = on_device(args, "pointers", lambda: args.pointers)
         tensors = len(args.pointers)
-        count_steps_kernel[(triton.cdiv(tensors, 128),)](pointers, tensors, signals[2], ROLES=roles, BLOCK=128)
+        count_steps_kernel[(triton.cdiv(tensors, 128),)](pointers, tensors, args.addresses[2], ROLES=roles, BLOCK=128)
 
 
-def sgd_step_(args, hyper, signals, stream_or_threads):
+def sgd_step_(args):
     """Restores, sums and takes SGD's step. See :func:`ltsam_fast.ops.sgd_step_`."""
-    _step(sgd_step_kernel, args, hyper, signals, 6)
+    _step(sgd_step_kernel, args, 6)
 
 
-def adam_step_(args, hyper, signals, stream_or_threads):
+def adam_step_(args):
     """Restores, sums and takes Adam's step. See :func:`ltsam_fast.ops.adam_step_`."""
-    _step(adam_step_kernel, args, hyper, signals, 8)
+    _step(adam_step_kernel, args, 8)

@@ -3,21 +3,23 @@
 import triton
 import triton.language as tl
 
-from .random import normal, random_words, round_randomly
-from .table import (
+from .chunks import (
     coefficient,
     divide,
     finite,
     inverse_scale,
     item,
-    launch,
+    launch_map,
     load,
     load_bits,
     narrow,
+    note,
     number,
     skipped,
     store,
+    writes,
 )
+from .philox import normal, random_words, round_randomly
 
 
 @triton.jit
@@ -54,14 +56,15 @@ def _perturb_blocks(
             store(MEAN, first, end, tl.where(active, taken_in, mean), TYPES[4], WIDE, BLOCK)
 
 
-@triton.jit
+@writes
 def perturb_kernel(
     items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
-    skipped_steps: tl.int64,
+    skipped_steps: tl.int64, scratch: tl.int64, call: tl.int64,
     RANDOM: tl.constexpr, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Backup = old;  w = old + (T d) rho / (|d| + eps);  d = g, or the combination of g and mean;  mean takes g in."""
-    tensor, begin, whole, end, group, _, position = item(items)
+    tensor, begin, whole, end, group, slot, position = item(items)
+    note(scratch, slot, call)
     row, h = pointers + tensor * 6, hyper + group * (9 if RANDOM else 5)
     inverse, size = inverse_scale(grad_scale, A), number(norm, 0.0, A)
     scale = divide(tl.load(h).to(A) * inverse, size * inverse + tl.load(h + 3).to(A))
@@ -96,12 +99,14 @@ def _gaussian_blocks(
         store(W, first, end, old.to(A) + amplitude * e, TYPES[0], WIDE, BLOCK)
 
 
-@triton.jit
+@writes
 def gaussian_perturb_kernel(
-    items, pointers, hyper, skipped_steps: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
-):
+    items, pointers, hyper, skipped_steps: tl.int64, scratch: tl.int64, call: tl.int64,
+    TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Backup = old;  w = old + amplitude clamp(sigma z, -clip, clip),  z standard normal."""
-    tensor, begin, whole, end, group, _, position = item(items)
+    tensor, begin, whole, end, group, slot, position = item(items)
+    note(scratch, slot, call)
     row, h = pointers + tensor * 3, hyper + group * 5
     amplitude, sigma, clip = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 2).to(A)
     seed, step = tl.load(h + 3), tl.load(h + 4) - number(skipped_steps, 0.0, tl.float32)
@@ -122,13 +127,14 @@ def _combine_blocks(
         store(OUT, first, end, tl.where(active, combined, out), TYPES[0], WIDE, BLOCK)
 
 
-@triton.jit
+@writes
 def combine_kernel(
-    items, pointers, hyper, found_inf: tl.int64, combination: tl.int64,
+    items, pointers, hyper, found_inf: tl.int64, combination: tl.int64, scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Out = c0 g + c1 kept."""
-    tensor, begin, whole, end, _, _, _ = item(items)
+    tensor, begin, whole, end, _, slot, _ = item(items)
+    note(scratch, slot, call)
     row, active = pointers + tensor * 3, skipped(found_inf) == 0
     c0, c1 = coefficient(combination, 0, 1.0, A), coefficient(combination, 1, 1.0, A)
     _combine_blocks(row, begin, whole, c0, c1, active, TYPES, True, A, BLOCK)
@@ -146,12 +152,14 @@ def _class_blocks(
         store(G, first, end, w + scale * g, TYPES[1], WIDE, BLOCK)
 
 
-@triton.jit
+@writes
 def perturb_by_class_kernel(
-    items, pointers, hyper, scales: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
-):
+    items, pointers, hyper, scales: tl.int64, scratch: tl.int64, call: tl.int64,
+    TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """G = w + scale g, with a scale for each tensor."""
-    tensor, begin, whole, end, _, _, position = item(items)
+    tensor, begin, whole, end, _, slot, position = item(items)
+    note(scratch, slot, call)
     row, scale = pointers + tensor * 2, tl.load(scales.to(tl.int64).to(tl.pointer_type(A)) + position)
     _class_blocks(row, begin, whole, scale, TYPES, True, A, BLOCK)
     _class_blocks(row, whole, end, scale, TYPES, False, A, BLOCK)
@@ -164,40 +172,44 @@ def _restore_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A:
         store(W, first, end, load(BACKUP, first, end, TYPES[1], WIDE, A, BLOCK), TYPES[0], WIDE, BLOCK)
 
 
-@triton.jit
-def restore_kernel(items, pointers, hyper, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+@writes
+def restore_kernel(
+    items, pointers, hyper, scratch: tl.int64, call: tl.int64,
+    TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """W = backup, bit for bit."""
-    tensor, begin, whole, end, _, _, _ = item(items)
+    tensor, begin, whole, end, _, slot, _ = item(items)
+    note(scratch, slot, call)
     row = pointers + tensor * 2
     _restore_blocks(row, begin, whole, TYPES, True, A, BLOCK)
     _restore_blocks(row, whole, end, TYPES, False, A, BLOCK)
 
 
-def perturb_(args, hyper, signals, stream_or_threads):
+def perturb_(args):
     """Backs the weights up and perturbs them. See :func:`ltsam_fast.ops.perturb_`."""
-    launch(perturb_kernel, args, hyper, signals, 6, RANDOM=False)
+    launch_map(perturb_kernel, args, args.addresses, 6, RANDOM=False)
 
 
-def random_perturb_(args, hyper, signals, stream_or_threads):
+def random_perturb_(args):
     """Backs the weights up and perturbs them, with random draws. See :func:`ltsam_fast.ops.perturb_`."""
-    launch(perturb_kernel, args, hyper, signals, 6, RANDOM=True)
+    launch_map(perturb_kernel, args, args.addresses, 6, RANDOM=True)
 
 
-def gaussian_perturb_(args, hyper, signals, stream_or_threads):
+def gaussian_perturb_(args):
     """Backs the weights up and adds noise. See :func:`ltsam_fast.ops.gaussian_perturb_`."""
-    launch(gaussian_perturb_kernel, args, hyper, signals[4:], 3)
+    launch_map(gaussian_perturb_kernel, args, args.addresses[4:], 3)
 
 
-def combine_(args, hyper, signals, stream_or_threads):
+def combine_(args):
     """Combines two gradients. See :func:`ltsam_fast.ops.combine_`."""
-    launch(combine_kernel, args, hyper, signals[2:4], 3)
+    launch_map(combine_kernel, args, args.addresses[2:4], 3)
 
 
-def perturb_by_class_(args, hyper, signals, stream_or_threads):
+def perturb_by_class_(args):
     """Perturbs for many classes. See :func:`ltsam_fast.ops.perturb_by_class_`."""
-    launch(perturb_by_class_kernel, args, hyper, signals[:1], 2)
+    launch_map(perturb_by_class_kernel, args, args.addresses[:1], 2)
 
 
-def restore_(args, hyper, signals, stream_or_threads):
+def restore_(args):
     """Restores the weights. See :func:`ltsam_fast.ops.restore_`."""
-    launch(restore_kernel, args, hyper, (), 2)
+    launch_map(restore_kernel, args, (), 2)

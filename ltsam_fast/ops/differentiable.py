@@ -1,4 +1,4 @@
-"""The cross entropies' native call, and its two halves as operators of torch: for autograd, torch.compile and torch.func.
+"""The cross entropies' backend call, and its two halves as operators of torch: for autograd, torch.compile and torch.func.
 
 The forward keeps three numbers a row, from which the backward makes the gradient anew out of the logits: no matrix is
 saved, and none is written but the gradient itself.
@@ -7,65 +7,27 @@ saved, and none is written but the gradient itself.
 from __future__ import annotations
 
 import contextlib
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast import reference
 from ltsam_fast.backend import backend_for, using, wish
-from ltsam_fast.table import DTYPES
-
-ADDRESSES = (
-    "logits", "targets", "scale", "shift", "margin", "spread", "draw", "weight", "weight_sum", "losses", "state",
-    "cotangent_0", "cotangent_1", "grad_0", "grad_1",
-)  # fmt: skip
-"""What native code reads and writes, in the order of ``lt::Rows``; 0 stands for what is absent."""
+from ltsam_fast.launch_args import Numbers, RowArgs, accumulator
+from ltsam_fast.ops.checks import check_range
+from ltsam_fast.reference.softmax import cross_entropy_gradient
 
 
-class Numbers(NamedTuple):
-    """What native code is told besides, in its order."""
-
-    label_smoothing: float = 0.0
-    gamma: float = 0.0
-    detach: bool = False
-    seed: int = 0
-    by_label: bool = False
-    """Cotangents are weights of the classes, to be divided by the number of rows; else one for each row."""
+def launch(numbers: Numbers, **tensors: Tensor | None) -> None:
+    """Runs ``cross_entropy`` on the backend of the logits: see :class:`~ltsam_fast.launch_args.RowArgs`."""
+    args = RowArgs(numbers, tensors)
+    backend = backend_for(args.device)
+    if args.rows:
+        with torch.cuda.device(args.device) if args.device.type == "cuda" else _HERE:
+            backend.cross_entropy(args)
 
 
-def accumulator(logits: Tensor) -> torch.dtype:
-    """The dtype that a row is summed in, and its loss has."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def launch(backend: ModuleType, numbers: Numbers, **tensors: Tensor | None) -> None:
-    """Runs the native walk over rows on contiguous tensors on one device, vectors in the accumulator's type.
-
-    With ``losses`` it fills these, and ``state`` if given; else it reads ``state``. With ``grad_0`` (and ``grad_1``) it fills
-    the gradients that belong to the cotangents.
-    """
-    logits = tensors["logits"]
-    assert logits is not None
-    rows, classes = logits.shape
-    addresses = [0 if (tensor := tensors.get(name)) is None else tensor.data_ptr() for name in ADDRESSES]
-    on_gpu = logits.device.type == "cuda"
-    with torch.cuda.device(logits.device) if on_gpu else contextlib.nullcontext():
-        stream_or_threads = torch.cuda.current_stream().cuda_stream if on_gpu else torch.get_num_threads()
-        backend.cross_entropy(
-            tuple(addresses), tuple(numbers), rows, classes, DTYPES.index(logits.dtype), stream_or_threads
-        )
-
-
-def check_range(targets: Tensor, classes: int) -> None:
-    """Raises ValueError unless labels lie in [0, classes). On a GPU that would wait for the device: nobody looks."""
-    if targets.device.type != "cpu" or not len(targets):
-        return
-    low, high = map(int, targets.aminmax())
-    if not 0 <= low <= high < classes:
-        raise ValueError(f"targets must lie in [0, {classes}), got {low}...{high}: give one class count per class")
-
+_HERE = contextlib.nullcontext()
 
 _ARGUMENTS = (
     "Tensor logits, Tensor targets, Tensor? scale, Tensor? shift, Tensor? margin, Tensor? weight, Tensor? spread, "
@@ -88,32 +50,24 @@ def _forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     vectors, numbers = _named(*rest)
     rows, classes = logits.shape
     check_range(targets, classes)
-    backend = backend_for(logits.device)
-    if backend is reference:
-        return reference._losses_and_state(logits, targets, **vectors, **numbers)
     losses = torch.empty(rows, dtype=accumulator(logits), device=logits.device)
     state = torch.empty(3, rows, dtype=losses.dtype, device=logits.device)
-    if rows:
-        launch(
-            backend, Numbers(**numbers), logits=logits.contiguous(), targets=targets, losses=losses, state=state,
-            weight_sum=_weight_sum(vectors, numbers), **vectors,
-        )  # fmt: skip
+    launch(
+        Numbers(**numbers), logits=logits.contiguous(), targets=targets, losses=losses, state=state,
+        weight_sum=_weight_sum(vectors, numbers), **vectors,
+    )  # fmt: skip
     return losses, state
 
 
 def _backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, *rest: Any) -> Tensor:
     vectors, numbers = _named(*rest)
-    backend = backend_for(logits.device)
-    if backend is reference:
-        return reference._cross_entropy_gradient(cotangent, logits, targets, **vectors, **numbers)
     logits = logits.contiguous()
     grad = torch.empty_like(logits)
-    if len(logits):
-        launch(
-            backend, Numbers(**numbers), logits=logits, targets=targets, state=state.contiguous(),
-            cotangent_0=cotangent.to(state.dtype).contiguous(), grad_0=grad,
-            weight_sum=_weight_sum(vectors, numbers), **vectors,
-        )  # fmt: skip
+    launch(
+        Numbers(**numbers), logits=logits, targets=targets, state=state.contiguous(),
+        cotangent_0=cotangent.to(state.dtype).contiguous(), grad_0=grad,
+        weight_sum=_weight_sum(vectors, numbers), **vectors,
+    )  # fmt: skip
     return grad
 
 
@@ -158,7 +112,7 @@ def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, 
     # The reference implementation can be differentiated again, and takes the batches of autograd.grad(is_grads_batched=True).
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(cotangent):
         named, numbers = _named(*vectors, ctx.numbers)
-        grad = reference._cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)
+        grad = cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)
     else:
         run = backward if _traced(cotangent) or torch._C._are_functorch_transforms_active() else _backward
         with using(ctx.wish):

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .random import normal, random_words
-from .table import TYPES, divide, store
+from .chunks import TYPES, divide, store
+from .philox import normal, random_words
 
 
 @triton.jit
@@ -151,14 +151,14 @@ def cross_entropy_kernel(
                 store(grad_1, begin, end, factor_1 * slope, TYPE, False, BLOCK)
 
 
-def cross_entropy(addresses, numbers, rows, classes, dtype, stream_or_threads):
-    """Losses, their state, gradients. See :func:`ltsam_fast.rows.launch`."""
-    TYPE = TYPES[dtype]
+def cross_entropy(args):
+    """Losses, their state, gradients. See :class:`ltsam_fast.launch_args.RowArgs`."""
+    addresses, classes, TYPE = args.addresses, args.classes, TYPES[args.dtype]
     BLOCK = min(4096, max(16, triton.next_power_of_2(classes)))
     has = [bool(address) for address in addresses]
-    smoothing, gamma, detach, seed, by_label = numbers
-    cross_entropy_kernel[(rows,)](
-        *addresses, rows, classes, seed,
+    smoothing, gamma, detach, seed, by_label = args.numbers
+    cross_entropy_kernel[(args.rows,)](
+        *addresses, args.rows, classes, seed,
         SCALES=has[2], SHIFTS=has[3], MARGINS=has[4], SPREADS=has[5], WEIGHS=has[7],
         SMOOTHING=smoothing, GAMMA=gamma, DETACH=detach, BY_LABEL=by_label,
         FORWARD=has[9], KEEPS=has[10], GRADS=has[13] + has[14],

@@ -4,7 +4,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from .table import accumulator, coefficient, finite, item, launch, load, on_device, sqrt
+from .chunks import accumulator, coefficient, finite, item, launch, load, on_device, sqrt
 
 SLOTS = 2048
 
@@ -110,10 +110,10 @@ def _ranges(args):
     return np.stack([args.first_chunk[edges[:-1]], args.first_chunk[edges[1:]]], axis=1).astype(np.int64)
 
 
-def _reduce(kernel, args, hyper, signals, also, roles, sums, root):
-    out, found_inf = signals[0], signals[2]
+def _reduce(kernel, args, also, roles, sums, root):
+    out, _, found_inf, *_ = args.addresses
     slots = args.scratch + 8  # the first double is a counter of the CUDA back end's
-    launch(kernel, args, hyper, (slots, *also), roles)
+    launch(kernel, args, (slots, *also), roles)
     ranges = on_device(args, "ranges", lambda: _ranges(args))
     totals_kernel[(args.bucket_count * sums,)](
         ranges, slots, out, found_inf, SUMS=sums, ROOT=root, A=accumulator(args), SLOTS=SLOTS, num_warps=8,
@@ -121,11 +121,11 @@ def _reduce(kernel, args, hyper, signals, also, roles, sums, root):
     )  # fmt: skip
 
 
-def grad_norm(args, hyper, signals, stream_or_threads):
+def grad_norm(args):
     """norm = sqrt(sum (T (g + kept))^2) for each bucket. See :func:`ltsam_fast.ops.grad_norm`."""
-    _reduce(chunk_norms_kernel, args, hyper, signals, signals[3:4], 3, 1, True)
+    _reduce(chunk_norms_kernel, args, args.addresses[3:4], 3, 1, True)
 
 
-def grad_dots(args, hyper, signals, stream_or_threads):
+def grad_dots(args):
     """(g.g, other.other, g.other) for each bucket. See :func:`ltsam_fast.ops.grad_dots`."""
-    _reduce(chunk_dots_kernel, args, hyper, signals, (), 2, 3, False)
+    _reduce(chunk_dots_kernel, args, (), 2, 3, False)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .table import sqrt
+from .chunks import sqrt
 
 
 @triton.jit

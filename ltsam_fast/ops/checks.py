@@ -1,0 +1,264 @@
+"""Checks of arguments: the ops' and the optimizers'. Each error names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ltsam_fast.launch_args import DTYPES, Op, accumulator
+from ltsam_fast.reference.arithmetic import of_group
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ltsam_fast.ops.dispatch import Hyper, Tensors
+
+
+def plain(value: Any) -> Any:
+    """A real number, numpy's too, as one of Python's, which every checkpoint takes; NaN for what is none, truth values too."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        return math.nan
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def number(value: Any) -> float:
+    """An option's value, which may be a tensor, as a number; live numbers stay live."""
+    return value if isinstance(value, float) else float(value)
+
+
+def check_factor(name: str, value: Any, below: float = math.inf) -> float:
+    """The number ``value``; raises ValueError unless it is one in [0, below)."""
+    found = plain(value)
+    if not 0 <= found < below:
+        wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError unless ``model`` is a module or None, ValueError if DDP has an option that is for one pass a step."""
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+    ddp = getattr(model, "_orig_mod", model)  # torch.compile's module holds it there
+    if not isinstance(ddp, DistributedDataParallel):
+        return
+    for option, given, instead in (
+        ("static_graph", ddp.static_graph, "find_unused_parameters=True"),
+        ("mixed_precision", ddp.mixed_precision, "torch.autocast in the closure"),
+        ("delay_all_reduce_named_params", bool(ddp._delay_all_reduce_params), "DDP's buckets"),
+    ):
+        if given:
+            raise ValueError(
+                f"model must not be DistributedDataParallel with {option}={given}, which is for one pass a step: "
+                f"leave it out, and use {instead}"
+            )
+
+
+def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
+    """Which classes are tail, shape (C,), bool: those with fewer than ``eta`` samples, or those that are named.
+
+    Without ``class_counts`` the last entry stands for all classes beyond the last one that is named.
+
+    Raises:
+        ValueError: ``class_counts`` or ``eta`` is negative or not finite, or a tail class does not exist.
+    """
+    found = plain(eta)
+    if not 0 <= found < math.inf:
+        raise ValueError(f"eta must be a finite number of samples >= 0, got {eta!r}")
+    if class_counts is None and tail_classes is None:
+        return None
+    classes = None
+    if class_counts is not None:
+        counts = check_counts(class_counts).cpu()
+        if tail_classes is None:
+            return counts < found
+        classes = len(counts)
+    chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
+    last = int(chosen.max()) if len(chosen) else -1
+    if len(chosen) and (int(chosen.min()) < 0 or (classes is not None and last >= classes)):
+        raise ValueError(f"tail_classes must lie in [0, {'C' if classes is None else classes}), got {tail_classes!r}")
+    return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+def check_shared_backward(value: Any) -> bool | str:
+    """The value; raises ValueError unless it is True, False or "auto"."""
+    if not (isinstance(value, bool) or value == "auto"):
+        raise ValueError(f'shared_backward must be True, False or "auto", got {value!r}')
+    return value
+
+
+def check_tail_classes(name: str, value: Any) -> list[int]:
+    """The numbers of classes as a list; raises ValueError for what are none."""
+    try:
+        return torch.as_tensor(value, dtype=torch.long).reshape(-1).tolist()  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be numbers of classes, got {value!r}") from error
+
+
+_ENDS = {"beta1": 1.0, "beta2": 1.0, "probability": np.nextafter(1.0, 2.0), "seed": 2.0**53, "step": 2.0**32}
+
+
+@functools.cache
+def _ranges(hyper: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """For each hyperparameter the lowest value, and the one that all must be below."""
+    lowest = [-np.inf if name in ("dampening", "rho") else 0.0 for name in hyper]
+    return np.array(lowest), np.array([_ENDS.get(name, np.inf) for name in hyper])
+
+
+def checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
+    """Hyperparameters, each a number or a sequence with one per group, as rows (groups, columns)."""
+    count = max((1, *(len(value) for value in columns if isinstance(value, Sequence))))
+    for name, value in zip(op.hyper, columns, strict=True):
+        if isinstance(value, Sequence) and len(value) != count:
+            raise ValueError(f"{name} has {len(value)} values, but there are {count} groups: give one per group")
+        for one in value if isinstance(value, Sequence) else (value,):
+            if not isinstance(one, Real):  # a tensor's value could change and would still be found in the cache of rows
+                raise TypeError(f"{name} must be a number, or a sequence with one per group, got {value!r}")
+    rows = np.array([[v[row] if isinstance(v, Sequence) else v for v in columns] for row in range(count)], np.float64)
+    low, below = _ranges(op.hyper)
+    good = (rows >= low) & (rows < below) & (rows > -np.inf)
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        wanted = f" in [{low[column]:g}, {below[column]:g})" if below[column] < np.inf else f" >= {low[column]:g}"
+        wanted = "" if low[column] == -np.inf else wanted
+        raise ValueError(f"{op.hyper[column]} must be a finite number{wanted}, got {rows[row, column]}")
+    return rows
+
+
+def check_signals(sizes: dict[str, int], **signals: Tensor | None) -> None:
+    """Raises ValueError unless each signal is a tensor of as many elements as ``sizes`` says, or of one."""
+    for name, value in signals.items():
+        count = sizes.get(name, 1)
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != count):
+            element = "one element" if count == 1 else f"{count} elements"
+            raise ValueError(f"{name} must be a tensor of {element}, got {value!r}")
+
+
+def check_groups(groups: Sequence[int] | None, tensors: int, rows: int) -> None:
+    """Raises ValueError unless ``groups`` names one of ``rows`` groups for each tensor."""
+    if groups is None:
+        if rows > 1:
+            raise ValueError(f"groups must say to which of the {rows} groups each tensor belongs, got None")
+    elif len(groups) != tensors:
+        raise ValueError(f"groups has {len(groups)} entries, but there are {tensors} tensors: give one per tensor")
+    elif len(groups) and min(groups) < 0:
+        raise ValueError(f"groups must be numbers >= 0, got {min(groups)}")
+    elif rows > 1 and len(groups) and max(groups) >= rows:
+        raise ValueError(f"groups must lie in [0, {rows}), got {min(groups)}...{max(groups)}")
+
+
+def check_offsets(offsets: Sequence[int], params: Sequence[Tensor]) -> None:
+    """Raises ValueError unless each weight can begin at its offset."""
+    if len(offsets) != len(params):
+        raise ValueError(f"offsets has {len(offsets)} entries, but params has {len(params)}: give one per weight")
+    for i, (offset, param) in enumerate(zip(offsets, params, strict=True)):
+        if not isinstance(offset, int) or not 0 <= offset < 2**40:
+            raise ValueError(f"offsets[{i}] must be a whole number in [0, 2^40), got {offset!r}")
+        if offset % 4 and not param.is_contiguous():
+            raise ValueError(f"params[{i}] must be contiguous to begin at element {offset}: make it so")
+
+
+def check_momentum_buffers(buffers: Tensors | None, momentum: Hyper, groups: Sequence[int] | None) -> None:
+    """Raises ValueError unless each weight with momentum has a buffer."""
+    gaps = None if buffers is None else [i for i, buffer in enumerate(buffers) if buffer is None]
+    if gaps == [] or not _any(momentum):
+        return
+    if gaps is None:
+        raise ValueError(f"momentum_buffers must be given with momentum {momentum}: one tensor of zeros per weight")
+    if isinstance(momentum, Sequence):
+        check_groups(groups, len(buffers or ()), len(momentum))
+    for i in gaps:
+        value = of_group(momentum, groups, i)
+        if value:
+            raise ValueError(f"momentum_buffers[{i}] is None, but its momentum is {value}: give a tensor of zeros")
+
+
+def _any(value: Hyper) -> bool:
+    return any(value) if isinstance(value, Sequence) else bool(value)
+
+
+def check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
+    """Raises ValueError if gradients are to be clipped and their norm is not given."""
+    if norm is None and _any(max_norm):
+        raise ValueError(f"norm must be given with max_norm {max_norm}: the gradient's, from grad_norm()")
+
+
+def check_counts(class_counts: Any) -> Tensor:
+    """``class_counts`` as float64, shape (C,). Raises ValueError unless they are finite, >= 0 and not all 0."""
+    try:
+        counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"class_counts must be numbers of samples, one per class, got {class_counts!r}") from error
+    if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
+        raise ValueError(
+            f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {class_counts!r}"
+        )
+    return counts
+
+
+def check_loss_numbers(label_smoothing: Any, gamma: Any, seed: Any) -> None:
+    """Raises ValueError unless these numbers make a loss."""
+    for name, value, last in (("label_smoothing", label_smoothing, 1.0), ("gamma", gamma, float("inf"))):
+        if not isinstance(value, (int, float)) or not 0 <= value <= last or value == float("inf"):
+            wanted = "in [0, 1]" if last == 1 else ">= 0"
+            raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
+    if gamma and label_smoothing:
+        raise ValueError(f"label_smoothing is {label_smoothing} and gamma {gamma}: the focal loss has no smoothed form")
+    if not isinstance(seed, int) or not 0 <= seed < 2**53:
+        raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+
+
+def class_vector(name: str, vector: Any, logits: Tensor) -> Tensor | None:
+    """A vector of classes as backends take it: on the logits' device, in the dtype of sums."""
+    if vector is None:
+        return None
+    classes = logits.shape[1]
+    if not isinstance(vector, Tensor) or tuple(vector.shape) != (classes,):
+        got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+        raise ValueError(f"{name} must be a tensor of shape ({classes},), one number per class, got {got}")
+    if vector.requires_grad:
+        raise ValueError(f"{name} requires a gradient, but none flows to it: give {name}.detach()")
+    return vector.to(logits.device, accumulator(logits), non_blocking=True).contiguous()
+
+
+def check_logits(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Logits (B, C), and targets as contiguous int64 on their device."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] == 0:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits must have shape (B, C) with C > 0, got {shape}")
+    if logits.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
+    check_labels(targets, logits.shape[0])
+    return logits, targets.to(logits.device, torch.int64, non_blocking=True).contiguous()
+
+
+def check_labels(targets: Any, rows: int) -> None:
+    """Raises ValueError unless ``targets`` are ``rows`` integers."""
+    integers = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+    if not integers or targets.dim() != 1 or len(targets) != rows:
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
+        raise ValueError(f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {shape}")
+
+
+def check_targets(targets: Tensor, rows: int, classes: int) -> None:
+    """Raises ValueError unless ``targets`` are ``rows`` labels in [0, classes). On a GPU the range is not looked at."""
+    check_labels(targets, rows)
+    check_range(targets, classes)
+
+
+def check_range(targets: Tensor, classes: int) -> None:
+    """Raises ValueError unless labels lie in [0, classes). On a GPU that would wait for the device: nobody looks."""
+    if targets.device.type != "cpu" or not len(targets):
+        return
+    low, high = map(int, targets.aminmax())
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"targets must lie in [0, {classes}), got {low}...{high}: give one class count per class")

@@ -1,0 +1,232 @@
+"""How an op runs: its description, hyperparameters, a table of its tensors, then one backend call for each part."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ltsam_fast.backend import Backend, backend_for
+from ltsam_fast.launch_args import LaunchArgs, Op, Role, stream_or_threads
+from ltsam_fast.ops.checks import check_groups, check_signals, checked_rows
+from ltsam_fast.table import TensorTable
+from ltsam_fast.weight_caches import clear_weight_caches
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Tensors = Sequence[Tensor | None]
+Hyper = float | Sequence[float]
+"""One value, or one for each group."""
+
+
+def _op(name: str, roles: str, arguments: str, reads: str, writes: str, needs: str, hyper: str, sums: int = 1) -> Op:
+    return Op(
+        name,
+        tuple(roles.split()),
+        tuple(arguments.split()),
+        frozenset(reads.split()),
+        frozenset(writes.split()),
+        frozenset(needs.split()),
+        tuple(hyper.split()),
+        sums,
+    )
+
+
+_PERTURB = (
+    "w original g backup mean mask",
+    "params original_params grads backups means mask",
+    "original g mean mask",
+    "w backup mean",
+    "w original",
+)
+
+OPS = {
+    op.name: op
+    for op in (
+        _op("grad_norm", "g kept w", "grads kept_grads params", "g kept w", "", "", "adaptive eta"),
+        _op("grad_dots", "g other", "grads other", "g other", "", "", "", sums=3),
+        _op("perturb_", *_PERTURB, "rho adaptive eta eps decay"),
+        _op("random_perturb_", *_PERTURB, "rho adaptive eta eps decay probability stochastic seed step"),
+        _op(
+            "gaussian_perturb_",
+            "w original backup",
+            "params original_params backups",
+            "original",
+            "w backup",
+            "w original",
+            "amplitude sigma clip seed step",
+        ),
+        _op("perturb_by_class_", "w g", "params class_grads", "w g", "g", "w g", ""),
+        _op("combine_", "out g kept", "out grads kept_grads", "out g kept", "out", "out", ""),
+        _op("restore_", "w backup", "params backups", "backup", "w", "w backup", ""),
+        _op(
+            "sgd_step_",
+            "w original g kept m step",
+            "params backups grads kept_grads momentum_buffers steps",
+            "original g kept m step",
+            "w m step",
+            "w original",
+            "lr momentum dampening weight_decay nesterov maximize max_norm",
+        ),
+        _op(
+            "adam_step_",
+            "w original g kept m v vmax step",
+            "params backups grads kept_grads exp_avgs exp_avg_sqs max_exp_avg_sqs steps",
+            "original g kept m v vmax step",
+            "w m v vmax step",
+            "w original m v step",
+            "lr beta1 beta2 eps weight_decay decoupled maximize max_norm",
+        ),
+    )
+}
+"""The list-wise ops: what Python must know of csrc/ops.h."""
+
+
+class Tracer(Protocol):
+    """Who is asked for what kernels read of the host's, while a step is traced: a CUDA graph holds no numbers."""
+
+    def rows(self, op: Op, columns: list[Any]) -> NDArray[np.float64]:
+        """Hyperparameters as rows, as :func:`~ltsam_fast.ops.checks.checked_rows` makes them."""
+
+    def place(self, array: NDArray[Any]) -> Any:
+        """An array of 8-byte numbers on the device, where a captured kernel reads it; else the array itself."""
+
+
+tracer: Tracer | None = None
+
+_ROWS: dict[tuple[Any, ...], NDArray[np.float64]] = {}
+_KEPT = 64
+
+
+def hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
+    """Hyperparameters as the matrix (groups, columns) that backends take, checked. They seldom change: kept by value."""
+    columns = [tuple(value) if isinstance(value := values[name], list) else value for name in op.hyper]
+    if tracer is not None:
+        return tracer.rows(op, columns)
+    try:
+        rows = _ROWS.get((op.name, *columns))
+    except TypeError:  # what has no hash is no number either, which the checks will say
+        rows = None
+    if rows is None:
+        rows = checked_rows(op, columns)
+        if len(_ROWS) >= _KEPT:
+            _ROWS.clear()
+        _ROWS[(op.name, *columns)] = rows
+    return rows
+
+
+_TABLES: dict[tuple[Any, ...], TensorTable] = {}
+
+
+def table_for(op: Op, lists: tuple[Role, ...], given: TensorTable | None = None) -> TensorTable:
+    """A table to reuse. Any would do, for bind() checks everything: a good guess only saves building it anew."""
+    first = lists[0] or ()
+    lead = first[0] if len(first) else None
+    on_gpu = isinstance(lead, Tensor) and lead.is_cuda
+    # A graph goes on with the scratch memory that it saw: these tables, and a caller's, may let go of theirs before.
+    if on_gpu and (given is None or tracer is None) and torch.cuda.is_current_stream_capturing():
+        return TensorTable(op)
+    if given is not None:
+        return given
+    stream = torch.cuda.current_stream(lead.device).cuda_stream if on_gpu else 0  # type: ignore[union-attr]
+    # Native code drops the GIL, and what runs on two streams at once must not share scratch memory.
+    key = (op.name, len(first), id(lead), threading.get_ident(), stream)
+    table = _TABLES.get(key)
+    if table is None:
+        if len(_TABLES) >= _KEPT:
+            _TABLES.clear()
+        table = _TABLES[key] = TensorTable(op)
+    return table
+
+
+_SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "combination": 3, "skipped": 4}
+"""Place in ``lt::Signals`` of a signal: a small tensor that is read, or written, on the device."""
+
+
+def _at(args: LaunchArgs, name: str, value: Tensor) -> Tensor:
+    """A signal on the tensors' device and in the type that backends read."""
+    dtype = torch.float32 if name in ("grad_scale", "found_inf", "skipped") else args.accumulator
+    if value.dtype is dtype and value.device == args.device and value.is_contiguous():
+        return value
+    return value.detach().to(args.device, dtype).contiguous()
+
+
+_HERE = contextlib.nullcontext()
+
+
+def launch(
+    backend: Backend, args: LaunchArgs, hyper: NDArray[np.float64], signals: dict[str, Tensor | None]
+) -> dict[str, Tensor]:
+    """Runs one backend call; returns the signals as it saw them."""
+    seen = {name: _at(args, name, value) for name, value in signals.items() if value is not None}
+    addresses = [0] * 5
+    for name, value in seen.items():
+        addresses[_SLOTS[name]] = value.data_ptr()
+    args.hyper = hyper if tracer is None else tracer.place(hyper)
+    args.signals, args.addresses = seen, tuple(addresses)
+    with torch.cuda.device(args.device) if args.device.type == "cuda" else _HERE:
+        args.stream_or_threads = stream_or_threads(args.device)
+        getattr(backend, args.op.name)(args)
+    return seen
+
+
+def run(
+    op: Op,
+    roles: tuple[Role, ...],
+    values: dict[str, Hyper] | None = None,
+    groups: Sequence[int] | None = None,
+    table: TensorTable | None = None,
+    offsets: Sequence[int] | None = None,
+    **signals: Tensor | None,
+) -> None:
+    """Runs a pass that writes tensors."""
+    hyper = hyper_rows(op, values or {})
+    check_groups(groups, len(roles[0] or ()), len(hyper))
+    check_signals({"combination": 4, "scales": len(roles[0] or ())}, **signals)
+    lists = roles
+    if "original" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
+        lists = (roles[0], roles[0], *roles[2:])
+    own = table_for(op, roles, table)
+    parts = own.bind(lists, groups if len(hyper) > 1 else None, offsets=offsets)
+    backends = [backend_for(part.device) for part in parts]
+    for part, backend in zip(parts, backends, strict=True):
+        launch(backend, part, hyper, signals)
+    own.finish()
+    # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
+    # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
+    for role, tensors in zip(op.roles, roles, strict=True):
+        if tensors is not None and role in op.writes and (role == "w" or table is None):
+            torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+    if "w" in op.writes:
+        clear_weight_caches()
+
+
+def reduce(
+    op: Op,
+    roles: tuple[Role, ...],
+    hyper: NDArray[np.float64],
+    groups: Sequence[int] | None = None,
+    buckets: Sequence[int] | None = None,
+    bucket_count: int = 1,
+    table: TensorTable | None = None,
+    found_inf: Tensor | None = None,
+    **signals: Tensor | None,
+) -> list[Tensor]:
+    """Runs a reduction; returns ``bucket_count * op.sums`` numbers for each part."""
+    own = table_for(op, roles, table)
+    parts = own.bind(roles, groups if len(hyper) > 1 else None, buckets, bucket_count)
+    backends = [backend_for(part.device) for part in parts]
+    results = []
+    for part, backend in zip(parts, backends, strict=True):
+        results.append(torch.empty(bucket_count * op.sums, dtype=part.accumulator, device=part.device))
+        seen = launch(backend, part, hyper, {"norm": results[-1], "found_inf": found_inf, **signals})
+        if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
+            found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
+    own.finish()
+    return results

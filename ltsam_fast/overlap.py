@@ -1,0 +1,83 @@
+"""Whether tensors of a table share memory that is written."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ltsam_fast.snapshot import ADDRESS, DTYPE, LAYOUT, NOT_DENSE, NUMEL, native
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+ITEM_SIZES = np.array([4, 8, 2, 2, 1])  # of DTYPES and BITMAP
+
+
+def find_overlap(
+    snapshot: NDArray[np.int64], lists: tuple[Any, ...], written: tuple[bool, ...]
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Two tensors, each as (role, position), that share memory which one of them writes; ``None`` if there are none."""
+    core = native()
+    if core is not None and not core.may_overlap(snapshot, written):
+        return None
+    start = snapshot[..., ADDRESS]
+    size = snapshot[..., NUMEL] * ITEM_SIZES[snapshot[..., DTYPE]]
+    writes = np.array(written)
+    holes = snapshot[..., LAYOUT] == NOT_DENSE
+    for index, role in np.argwhere(holes).tolist():
+        size[index, role] = _reach(lists[role][index])
+    # Elements are read before they are written, so a role that is only read may be the tensor's first role itself.
+    itself = (snapshot[:, 1:, [ADDRESS, DTYPE]] == snapshot[:, :1, [ADDRESS, DTYPE]]).all(axis=-1)
+    size[:, 1:][itself & ~writes[1:]] = 0
+    start, size = start.ravel(), size.ravel()
+    order = np.argsort(start, kind="stable")
+    order = order[size[order] > 0]
+    reach = np.maximum.accumulate(start[order] + size[order])
+    if not (start[order[1:]] < reach[:-1]).any():
+        return None
+    columns = len(written)
+    before: list[int] = []
+    for here in order.tolist():
+        before = [other for other in before if start[other] + size[other] > start[here]]
+        for other in before:
+            if not (writes[here % columns] or writes[other % columns]):
+                continue
+            if not holes.flat[[here, other]].any() or _share_elements(
+                *(lists[i % columns][i // columns] for i in (here, other))
+            ):
+                return (other % columns, other // columns), (here % columns, here // columns)
+        before.append(here)
+    return None
+
+
+def elements_share_memory(tensor: torch.Tensor) -> bool:
+    """Whether two elements of one tensor lie at one place, as in an expanded one."""
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _share_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors meet, or one only lies in the holes of the other."""
+    arrays = [
+        np.asarray(
+            SimpleNamespace(  # no element is looked at, so this serves device memory too
+                __array_interface__={
+                    "version": 3,
+                    "data": (tensor.data_ptr(), True),
+                    "shape": tuple(tensor.shape),
+                    "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+                    "typestr": f"|V{tensor.element_size()}",
+                }
+            )
+        )
+        for tensor in (one, other)
+    ]
+    return bool(np.shares_memory(arrays[0], arrays[1]))

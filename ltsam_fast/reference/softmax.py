@@ -1,0 +1,144 @@
+"""Cross entropies, their gradients, and Focal-SAM's class weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltsam_fast.reference.arithmetic import wide
+from ltsam_fast.reference.draws import noise
+
+
+def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Tensor:
+    """v_c = lam (1 - pi_c)^gamma,  pi_c = n_c / n."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    return lam * (1 - counts / counts.sum()) ** gamma
+
+
+@torch.no_grad()
+def focal_cross_entropy(
+    logits: Tensor, targets: Tensor, v: Tensor, u: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss_j = logsumexp(z_j) - z_j[y_j];  grad_a = a[y_j] / B (softmax(z_j) - onehot(y_j)) for a in (u, v)."""
+    z = wide(logits)
+    v = v.to(z)
+    u = 1 - v if u is None else u.to(z)
+    losses = torch.logsumexp(z, 1) - z.gather(1, targets[:, None])[:, 0]
+    slope = (z.softmax(1) - one_hot(targets, z.shape[1])) / max(len(z), 1)
+    return losses, (u[targets, None] * slope).to(logits.dtype), (v[targets, None] * slope).to(logits.dtype)
+
+
+def one_hot(targets: Tensor, classes: int) -> Tensor:
+    """torch's one_hot without its look at the targets, which vmap forbids."""
+    return (targets[:, None] == torch.arange(classes, device=targets.device)).long()
+
+
+def _adjusted_logits(
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    margin: Tensor | None,
+    spread: Tensor | None,
+    draw: Tensor | None,
+    seed: int,
+) -> Tensor:
+    a = wide(logits)
+    if spread is not None and draw is not None:
+        a = a - spread.to(a) * noise(len(a), a.shape[1], seed, draw.to(a.device)).to(a)
+    if scale is not None:
+        a = a * scale.to(a)
+    if shift is not None:
+        a = a + shift.to(a)
+    if margin is not None:
+        a = a - one_hot(targets, a.shape[1]) * margin.to(a)
+    return a
+
+
+def _missed(nll: Tensor) -> Tensor:
+    """1 - p of the label; never quite zero, for its power below one has no derivative there."""
+    return -torch.expm1(-nll).clamp(max=-torch.finfo(nll.dtype).tiny)
+
+
+def adjusted_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    detach: bool = False,
+    spread: Tensor | None = None,
+    draw: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """loss = sum_c q_c (-log_softmax(a)_c) of a = scale (z - spread |e|) + shift - margin onehot(y), times (1 - p)^gamma."""
+    a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
+    nlls = -a.log_softmax(1)
+    nll = nlls.gather(1, targets[:, None])[:, 0]
+    weight = a.new_ones(a.shape[1]) if weight is None else weight.to(a)
+    losses = (1 - label_smoothing) * weight[targets] * nll
+    if label_smoothing:
+        losses = losses + label_smoothing / a.shape[1] * (nlls * weight).sum(1)
+    if gamma:
+        factor = _missed(nll) ** gamma
+        losses = losses * (factor.detach() if detach else factor)
+    return losses
+
+
+def _hit(nll: Tensor, weight: Tensor, label_smoothing: float, gamma: float, detach: bool) -> Tensor:
+    """The label's part of the loss's derivative by its cross entropy."""
+    hit = (1 - label_smoothing) * weight
+    if gamma and detach:
+        hit = hit * (_missed(nll) ** gamma).detach()
+    elif gamma:
+        missed = _missed(nll)
+        hit = hit * missed**gamma * (1 + gamma * torch.exp(-nll) * nll / missed)
+    return hit
+
+
+def losses_and_state(logits: Tensor, targets: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """What a native forward leaves: losses (B,) and, for the backward, (3, B): peak, 1 / sum, hit."""
+    losses = adjusted_cross_entropy(logits, targets, **arguments)
+    shaping = {name: arguments[name] for name in ("scale", "shift", "margin", "spread", "draw", "seed")}
+    a = _adjusted_logits(logits, targets, **shaping)
+    peak = a.amax(1)
+    inverse_sum = 1 / torch.exp(a - peak[:, None]).sum(1)
+    nll = -a.log_softmax(1).gather(1, targets[:, None])[:, 0]
+    weight = a.new_ones(a.shape[1]) if arguments["weight"] is None else arguments["weight"].to(a)
+    hit = _hit(nll, weight[targets], *(arguments[name] for name in ("label_smoothing", "gamma", "detach")))
+    return losses, torch.stack([peak, inverse_sum, hit])
+
+
+def cross_entropy_gradient(
+    cotangent: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    margin: Tensor | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    gamma: float,
+    detach: bool,
+    spread: Tensor | None,
+    draw: Tensor | None,
+    seed: int,
+) -> Tensor:
+    """cotangent scale (sum_c q_c softmax(a) - q), q = hit onehot(y) + smoothing / C weight; can be differentiated."""
+    a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
+    weight = a.new_ones(a.shape[1]) if weight is None else weight.to(a)
+    log_p = a.log_softmax(1)
+    nll = -log_p.gather(1, targets[:, None])[:, 0]
+    hit = _hit(nll, weight[targets], label_smoothing, gamma, detach)
+    q = hit[:, None] * one_hot(targets, a.shape[1]) + label_smoothing / a.shape[1] * weight
+    slope = q.sum(1, keepdim=True) * log_p.exp() - q
+    if scale is not None:
+        slope = slope * scale.to(a)
+    return (cotangent.to(a)[:, None] * slope).to(logits.dtype)
