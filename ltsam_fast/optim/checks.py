@@ -22,7 +22,7 @@ def plain(value: Any) -> Any:
 
 
 def number(value: Any) -> float:
-    """An option's value, which may be a tensor, as a number; live numbers stay live."""
+    """An option's value, which may be a tensor, as a number."""
     return value if isinstance(value, float) else float(value)
 
 
