@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ltsam_fast.live import recording
+from ltsam_fast import ops
 
 CHUNK = 16384  # ltsam_fast.table.CHUNK
 BLOCK = 2048  # with 8 warps two 16-byte accesses of a role in fp32 for each thread
@@ -146,8 +146,8 @@ def on_device(args, name, make, key=None):
 
     While a step is traced nothing is kept: each launch in a graph reads memory of its own, which nobody else lets go of.
     """
-    if trace := recording():
-        return _upload(args, trace.on(np.array(make(), order="C")))
+    if ops.tracer is not None:
+        return _upload(args, ops.tracer.place(np.array(make(), order="C")))
     kept = args.cache.get(name)
     if kept is None or kept[0] != key:
         kept = args.cache[name] = (key, _upload(args, np.array(make(), order="C")))
@@ -183,7 +183,7 @@ def _launches(args, array_roles):
 
 def launch(kernel, args, hyper, signals, array_roles, **constants):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
-    if args.device.type == "cuda" and not recording() and torch.cuda.is_current_stream_capturing():
+    if args.device.type == "cuda" and ops.tracer is None and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend must not be 'triton' in a CUDA graph of your own, which would read tables that are gone: "
             "use lf.graph_step(), or backend 'cuda'"

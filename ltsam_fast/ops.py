@@ -17,12 +17,11 @@ one pass. All are defined by the reference implementation of the same name in :m
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Sequence
 from numbers import Real
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from torch import Tensor
 
 from ltsam_fast import reference, rows
 from ltsam_fast.backend import backend_for
-from ltsam_fast.live import recording
 from ltsam_fast.rows import Numbers, accumulator, check_range, launch
 from ltsam_fast.table import DTYPES, LaunchArgs, Op, Role, TensorTable
 from ltsam_fast.weight_caches import clear_weight_caches
@@ -128,6 +126,18 @@ _ENDS = {"beta1": 1.0, "beta2": 1.0, "probability": np.nextafter(1.0, 2.0), "see
 _BELOW = {op.name: np.array([_ENDS.get(name, np.inf) for name in op.hyper]) for op in OPS.values()}
 
 
+class Tracer(Protocol):
+    """Who is asked for what kernels read of the host's, while a step is traced: a CUDA graph holds no numbers."""
+
+    def rows(self, op: Op, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Hyperparameters of a pass, checked, as the tracer keeps them."""
+
+    def place(self, array: NDArray[Any]) -> Any:
+        """An array of 8-byte numbers on the device, where a captured kernel reads it; else the array itself."""
+
+
+tracer: Tracer | None = None
+
 _ROWS: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 _KEPT = 64
 
@@ -135,8 +145,6 @@ _KEPT = 64
 def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
     """Hyperparameters as the matrix (groups, columns) that native code takes, checked. They seldom change: kept by value."""
     columns = [tuple(value) if isinstance(value := values[name], list) else value for name in op.hyper]
-    if trace := recording():
-        return trace.watch(columns, functools.partial(_checked_rows, op))
     try:
         rows = _ROWS.get((op.name, *columns))
     except TypeError:  # what has no hash is no number either, which the checks will say
@@ -146,7 +154,7 @@ def _hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
         if len(_ROWS) >= _KEPT:
             _ROWS.clear()
         _ROWS[(op.name, *columns)] = rows
-    return rows
+    return rows if tracer is None else tracer.rows(op, rows)
 
 
 def _checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
@@ -177,7 +185,7 @@ def _table_for(op: Op, lists: tuple[Role, ...], given: TensorTable | None = None
     lead = first[0] if len(first) else None
     on_gpu = isinstance(lead, Tensor) and lead.is_cuda
     # A graph goes on with the scratch memory that it saw: these tables, and a caller's, may let go of theirs before.
-    if on_gpu and (given is None or recording() is None) and torch.cuda.is_current_stream_capturing():
+    if on_gpu and (given is None or tracer is None) and torch.cuda.is_current_stream_capturing():
         return TensorTable(op)
     if given is not None:
         return given
@@ -220,9 +228,10 @@ def _launch(
     addresses = [0] * 5
     for name, value in seen.items():
         addresses[_SLOTS[name]] = value.data_ptr()
-    trace = recording()
     with torch.cuda.device(part.device) if part.device.type == "cuda" else _HERE:
-        getattr(backend, op.name)(part, trace.on(hyper) if trace else hyper, tuple(addresses), part.stream_or_threads())
+        getattr(backend, op.name)(
+            part, hyper if tracer is None else tracer.place(hyper), tuple(addresses), part.stream_or_threads()
+        )
     return seen
 
 
