@@ -45,10 +45,10 @@ def graph_step(
         scheduler.step()
 
     The first ``warmup`` steps of a kind run as usual, and count: they create what a step keeps. The next one is captured.
-    Numbers in ``param_groups`` may change at any time, by schedulers too; they reach the graph before each replay, for which the
-    method's rule is run once more, without tensors. What a step decides by them (LookSAM's every k-th, SSE-SAM's switch),
-    another value of an option that groups share, another batch size, frozen parameters or ``model.eval()`` make another kind of
-    step, with a graph of its own. Loading a checkpoint, into the optimizer or by moving the model, starts over.
+    Numbers in ``param_groups`` may change at any time, by schedulers too; they reach the graph before each replay: the method's
+    rule is run once more, without tensors. What a step decides by them (LookSAM's every k-th, SSE-SAM's switch), another value
+    of an option that groups share, another batch size, frozen parameters or ``model.eval()`` make another kind of step, with a
+    graph of its own. Loading a checkpoint, into the optimizer or by moving the model, starts over.
 
     Args:
         model: On a CUDA device. ``model(*inputs)`` and its backward must not wait for the device nor depend on the host.

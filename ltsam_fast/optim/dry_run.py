@@ -55,11 +55,11 @@ def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single)
         scaling.set_signals(torch.ones(()), torch.zeros(()))
     step = _DryStep(optimizer, scaling, size, workers)
     trace = Trace()
-    with trace.recording(), contextlib.suppress(StopIteration):
+    with torch.no_grad(), trace.recording(), contextlib.suppress(StopIteration):
         rule, answer = optimizer.rule(step), None
         while True:
             request = rule.send(answer)
-            step.note(request)
+            step.note(type(request), [getattr(request, name) for name in getattr(request, "__slots__", ())])
             answer = empty_answer(request, step.gradient_numbers, size)
     return Outline((*step.notes, *((name, rows.shape) for name, rows in trace.calls)), trace.calls)
 
@@ -91,7 +91,7 @@ class _DryStep(Step):
 
     def note(self, *values: Any) -> None:
         """Notes what a verb or a request is, and what it is about."""
-        self.notes.append(_structure(values))
+        self.notes.append(_several(values))
 
     def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
         self._optimizer.classes()  # brings the weights up to date
@@ -167,21 +167,23 @@ _DOTS = torch.tensor(2.0), torch.tensor(3.0), torch.tensor(1.0)
 _COEFFICIENTS = torch.ones(4)
 
 
-def _structure(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """A value without its tensors, to be compared."""
-    if isinstance(value, State):
-        return value.name
-    if isinstance(value, Gradient):
-        return value.number
-    if isinstance(value, Sum):
-        return value.last.number, value.before.number
-    if isinstance(value, Tensor):
-        return tuple(value.shape)
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_structure, value))
-    if isinstance(value, MicroBatch):
-        return value.index, value.last
-    if isinstance(value, Request):
-        names = getattr(value, "__slots__", ())
-        return type(value), *(_structure(getattr(value, name)) for name in names)
-    return value
+    how = _PLAIN.get(type(value))
+    return value if how is None else how(value)
+
+
+def _several(values: Any) -> Any:
+    return tuple([_plain(value) for value in values])
+
+
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    Gradient: lambda value: value.number,
+    State: lambda value: value.name,
+    Sum: lambda value: (value.last.number, value.before.number),
+    Combination: lambda value: _several(value.terms),
+    MicroBatch: lambda value: (value.index, value.last),
+    Tensor: lambda value: tuple(value.shape),
+    list: _several,
+    tuple: _several,
+}
