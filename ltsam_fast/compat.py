@@ -51,10 +51,10 @@ from torch.optim import Optimizer
 
 import ltsam_fast
 from ltsam_fast.optim.ascent import sign_of_all
-from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.checks import check_count, check_factor, check_share
 from ltsam_fast.optim.focal_sam import FocalSAM
 from ltsam_fast.optim.gradients import _swap_gradients
+from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.state import check_base
 
 __all__ = [

@@ -119,8 +119,8 @@ def assert_same(one, other):
     """Equal to the last bit, but for the count of steps that were tried."""
     for state in (one[1], other[1]):
         for group in state["param_groups"]:
-            group.pop("taken", None)
-            group.pop("skipped", None)
+            group.pop("steps", None)
+            group.pop("skipped_steps", None)
     for mine, its in zip(tree_leaves(ordered(one)), tree_leaves(ordered(other)), strict=True):
         if isinstance(mine, torch.Tensor):
             torch.testing.assert_close(mine, its, rtol=0, atol=0)
@@ -158,13 +158,13 @@ def test_steps_that_overflow_count_where_a_method_counts_steps(method, options, 
     run, skipping = Run(method, base, **options), Run(method, base, **options)
     for i, (x, y) in enumerate(data()):
         bad = i in (1, 6, 7)  # LookSAM looks at step 6 and uses an older look at step 8
-        spoil = [bad] if run.optimizer._one_pass else [bad and which == "first", False, bad and which == "last"]
+        spoil = [bad] if len(run.optimizer.phases) == 1 else [bad and which == "first", False, bad and which == "last"]
         if method != "SSESAM" or i >= options["switch_step"]:
             spoil = [spoil[0], spoil[-1]]
         run.step(x, y, spoil)
         if bad:
             for group in skipping.optimizer.param_groups:
-                group["taken"] += 1
+                group["steps"] += 1
         else:
             skipping.step(x, y, ())
     for mine, its in zip(run.model.parameters(), skipping.model.parameters(), strict=True):
@@ -177,9 +177,9 @@ def test_an_overflow_leaves_sparse_sams_mask(mask, which):
     """The mask is renewed at steps 0, 3, 6, ...; at 6 gradients overflow, and the one of step 3 stays until 9."""
     run = Run("SparseSAM", "sgd", refresh_every=3, mask=mask)
     for i, (x, y) in enumerate(data()):
-        before = [state["frozen"].clone() for state in run.optimizer.state.values()]
+        before = [state["mask"].clone() for state in run.optimizer.state.values()]
         run.step(x, y, [i == 6 and which == "first", i == 6 and which == "last"])
-        after = [state["frozen"] for state in run.optimizer.state.values()]
+        after = [state["mask"] for state in run.optimizer.state.values()]
         changed = i == 0 or any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
         assert changed == (i in (0, 3, 9))
 
@@ -212,7 +212,7 @@ def test_random_numbers_after_an_overflow_survive_a_checkpoint(method):
     resumed = Run(method, "sgd")
     resumed.model.load_state_dict(run.model.state_dict())
     resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    assert resumed.optimizer.param_groups[0]["skipped"] == 1
+    assert resumed.optimizer.param_groups[0]["skipped_steps"] == 1
     for x, y in data(3):
         run.step(x, y, ())
         resumed.step(x, y, ())

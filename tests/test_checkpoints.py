@@ -75,7 +75,7 @@ def published(model, kind, options, within=("old_p",), rho=0.3, **more):
 def everything(opt):
     """All that a failed load must leave."""
     tensors = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
-    return tensors, copy.deepcopy(opt.state_dict()), opt._taken
+    return tensors, copy.deepcopy(opt.state_dict()), opt.param_groups[0]["steps"]
 
 
 def same(a, b):
@@ -111,7 +111,7 @@ def test_published_checkpoint_is_taken(name, kind):
     twin = copy.deepcopy(model)
     other = EVERY[name].make(twin, base, **{**options, "rho": 0.3, "lr": 0.02})
     for group in other.param_groups:
-        group["taken"] = opt._taken
+        group["steps"] = opt.param_groups[0]["steps"]
     for its, one in ((model, opt), (twin, other)):
         family.drive(one, its, data[2:])
     assert torch.equal(flat(model), flat(twin))

@@ -226,7 +226,7 @@ def test_a_phase_without_gradients():
     opt = lf.FocalSAM(model.parameters(), SGD, lr=0.1)
     losses(model, *batches(steps=1)[0]).mean().backward()
     opt.first_step()
-    with pytest.raises(ValueError, match=r"no parameter has a gradient to climb along: call loss.backward\(\)"):
+    with pytest.raises(ValueError, match=r"no parameter has a gradient to ascend along: call loss.backward\(\)"):
         opt.second_step()
     losses(model, *batches(steps=1)[0]).mean().backward()
     opt.second_step()  # the kept gradients and the order were not lost

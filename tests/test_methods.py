@@ -494,7 +494,7 @@ def test_is_a_torch_optimizer(name):
     method, model = METHODS[name], network()
     opt = method.make(model, AdamW, lr=0.01)
     assert isinstance(opt, torch.optim.Optimizer)
-    own = {"rho", "adaptive", "eta", "norm_eps", "perturb", "taken", "skipped"}
+    own = {"rho", "adaptive", "eta", "norm_eps", "perturb", "steps", "skipped_steps"}
     assert set(AdamW(model.parameters()).defaults) | own == set(opt.defaults)
     assert opt.defaults["lr"] == 0.01 and opt.defaults["rho"] == RHO
     assert repr(opt).startswith(method.cls.__name__) and "rho: 0.1" in repr(opt) and "lr: 0.01" in repr(opt)
@@ -568,7 +568,7 @@ def snapshot(opt):
     """State with absent buffers as zeros, for the first step of a base optimizer makes them."""
     return {
         (i, key): torch.as_tensor(value).clone()
-        for i, param in enumerate(opt._parameters()[0])
+        for i, param in enumerate(opt.param_groups[0]["params"])
         for key, value in opt.state.get(param, {}).items()
         if value is not None
     }

@@ -328,7 +328,7 @@ def test_a_trainer_equals_the_plain_loop(trainer, method, seed, tmp_path):
     ours, made = run(trainer, method, options, data, tmp_path, epochs=2)
     assert_equal(ours, plain(method, options, data, epochs=2))
     assert not torch.equal(ours, weights(Net()))
-    assert made.optimizer.param_groups[0]["taken"] == 2 * STEPS
+    assert made.optimizer.param_groups[0]["steps"] == 2 * STEPS
 
 
 @each_trainer
@@ -340,7 +340,7 @@ def test_accumulating_equals_the_large_batch(trainer, method, seed, tmp_path, mo
     climb = getattr(lf, method)._perturb
     monkeypatch.setattr(getattr(lf, method), "_perturb", lambda self, *rest: (climbs.append(1), climb(self, *rest)))
     ours, made = run(trainer, method, options, data, tmp_path, micro=4)
-    assert len(climbs) == STEPS and made.optimizer.param_groups[0]["taken"] == STEPS
+    assert len(climbs) == STEPS and made.optimizer.param_groups[0]["steps"] == STEPS
     assert_equal(ours, plain(method, options, data), 1e-5)
 
 

@@ -247,7 +247,7 @@ def overflow_in_one_shard():
                 for step, (x, y) in enumerate(share(batches(torch.float32, steps=11))):
                     if step in overflows and not scaled:
                         for group in opt.param_groups:
-                            group["taken"] += name == "LookSAM"  # it counts the steps that were skipped too
+                            group["steps"] += name == "LookSAM"  # it counts the steps that were skipped too
                         continue
                     bad = scaled and step in overflows
                     passes = iter([bad] * 2 if opt._one_pass or name == "GNM" else [bad and not last, bad and last])

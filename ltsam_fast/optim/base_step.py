@@ -172,10 +172,10 @@ def _summed(update: Update, groups: list[Group], scaling: LossScale) -> tuple[li
             rates = [sign_of(groups[i]) * float(groups[i]["lr"]) * unscale for i in update.groups]
             beside = [(-lr * (c[2] * g + c[3] * h)).to(g) for lr, (g, h) in zip(rates, pairs, strict=True)]
         grads, kept = [(c[0] * g + c[1] * h).to(g) for g, h in pairs], None
-    totals = []
+    totals: list[Any] = []
     for grad, other in zip(grads, kept or [None] * len(grads), strict=True):
-        total = other if grad is None else grad if other is None else grad.add_(other)
-        totals.append(total if isinstance(factor, float) else total.mul_(factor.to(total)))  # type: ignore[union-attr]
+        total: Any = other if grad is None else grad if other is None else grad.add_(other)
+        totals.append(total if isinstance(factor, float) else total.mul_(factor.to(total)))
     return totals, beside
 
 

@@ -92,7 +92,7 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
     optimizer._base_only = {**optimizer._base_only, **theirs}
     names = {*optimizer.options, "steps", "skipped_steps"}
     rest = {name: value for name, value in saved.items() if name not in {*_OLD, *names} or name == "params"}
-    also = {name: saved[name] for name in ("lr_max", "lr_seen") if name in saved and name in kept}
+    also: dict[str, Any] = {name: saved[name] for name in ("lr_max", "lr_seen") if name in saved and name in kept}
     group = {**rest, **{name: now[name] for name in names}, **also, **own}
     optimizer.check_group_options(group)
     return group

@@ -119,7 +119,7 @@ class ClassPasses:
         torch.autograd.backward(losses, mean)
 
     def _find_head(self) -> Head | None:
-        """The module of the scope's parameters, if it computes each row by itself. Looked at in each step: hooks come and go."""
+        """The module of the scope's parameters, if it computes each row by itself; hooks come and go from step to step."""
         optimizer = self._optimizer
         known = optimizer.row_wise_head
         if known is None or not same_items(known[0], self._scope):
@@ -130,7 +130,7 @@ class ClassPasses:
 
     def _sizes_everywhere(self, sizes: dict[int, int]) -> dict[int, int]:
         """The numbers of samples of each class in all workers' batches."""
-        sums = torch.zeros(self._optimizer.classes(), dtype=torch.long, device=self._scope[0].device)
+        sums = torch.zeros(self._optimizer.classes() or 0, dtype=torch.long, device=self._scope[0].device)
         for k, size in sizes.items():
             sums[k] = size
         self._workers.add_up([sums])

@@ -36,6 +36,7 @@ class Sharing(SharpnessAware):
     )
 
     def check_options(self, options: Any) -> None:
+        """Raises ValueError if options do not go together."""
         super().check_options(options)
         if options["shared_backward"] and self.model is None:
             raise ValueError(
@@ -103,7 +104,7 @@ class ClassWise(Sharing):
 
     def class_weights_now(self) -> tuple[ClassWeights | None, ClassWeights | None]:
         """u and v as a step uses them; :meth:`classes` has seen whether they are up to date."""
-        return self._class_weights[2]  # type: ignore[no-any-return]
+        return self._class_weights[2]  # type: ignore[return-value]
 
     @property
     def pilot(self) -> int | None:
@@ -161,5 +162,6 @@ class TailWise(ClassWise):
         return tail_of(options["class_counts"], options["eta"], options.get("tail_classes"))
 
     def check_options(self, options: Any) -> None:
+        """Raises ValueError if options do not go together."""
         super().check_options(options)
         self.tail(options)

@@ -56,6 +56,7 @@ class Gradient(Combination):
 
     @property
     def terms(self) -> dict[Gradient, Factor]:  # type: ignore[override]
+        """Itself."""
         return {self: 1.0}
 
 
@@ -84,6 +85,7 @@ class Sum(Combination):
 
     @property
     def terms(self) -> dict[Gradient, Factor]:  # type: ignore[override]
+        """Both, once."""
         return {self.last: 1.0, self.before: 1.0}
 
 

@@ -18,11 +18,11 @@ from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
 from ltsam_fast.optim.checks import check_model
-from ltsam_fast.optim.closures import Closure
+from ltsam_fast.optim.closures import Closure, check_takes_index
 from ltsam_fast.optim.compiled import CompiledGraphs
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.options import Configurable, option
-from ltsam_fast.optim.parallel import is_sharded, local_shards, workers_of
+from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
 from ltsam_fast.optim.plan import Passes
@@ -71,6 +71,11 @@ class SharpnessAware(Configurable, Optimizer):
         TypeError: ``base_optimizer`` is not a class.
     """
 
+    _running: PhaseRun | None
+    _phases: tuple[str, ...] | None
+    _workers: Single
+    _perturbation: Perturbation
+
     rho = option(0.05, "Radius of the perturbation, in units of the weights.", ge=0, per_group=True)
     adaptive = option(False, "Scale the perturbation by the weights, as ASAM does.", per_group=True)
     max_grad_norm = option(0.0, "Clip the final gradient to this norm, inside the update; 0: do not.", ge=0)
@@ -89,6 +94,8 @@ class SharpnessAware(Configurable, Optimizer):
     """Whether losses are differentiated more than once."""
     whole_gradients = False
     """Whether the rule needs the gradients of single samples or classes of whole parameters."""
+    needs_index = False
+    """Whether closures are called with parts of a batch."""
     own_reductions = False
     """Whether workers do more in a step than averaging its last gradient."""
     host_only = ""
@@ -116,9 +123,11 @@ class SharpnessAware(Configurable, Optimizer):
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
         given = {"rho": rho, "adaptive": adaptive, **base_kwargs}
         own = {
-            name: one.check(name, given.pop(name)) if one.keyword and name in given else one.default
+            name: given.pop(name) if one.keyword and name in given else one.default
             for name, one in self.options.items()
         }
+        # Those of a group are checked with the group, which may have its own.
+        own |= {name: one.check(name, own[name]) for name, one in self.options.items() if not one.per_group}
         self._sharded = False
         self.model = model
         self.check_options(own)
@@ -135,6 +144,7 @@ class SharpnessAware(Configurable, Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **own}
+        self.resolve_options()
         self._follow_base()
 
     # --- what a method writes
@@ -145,6 +155,9 @@ class SharpnessAware(Configurable, Optimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError if options, which are in their ranges, do not go together."""
+
+    def resolve_options(self) -> None:
+        """Is called once the groups are there: an option that names parameters then becomes their places in the groups."""
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError if a group of parameters will not do."""
@@ -190,7 +203,9 @@ class SharpnessAware(Configurable, Optimizer):
         """
         if closure is None and self._is_torchs_own_call():
             return self._torchs_own_call()  # type: ignore[no-any-return]
-        closures = list(closure) if isinstance(closure, (list, tuple)) else [] if closure is None else [closure]
+        closures: list[Any] = (
+            list(closure) if isinstance(closure, (list, tuple)) else [] if closure is None else [closure]
+        )
         if getattr(self, "grad_scale", None) is not None:
             raise ValueError("scaler.step(optimizer, closure) is not supported: call step(closure, scaler=scaler)")
         if not closures or not all(map(callable, closures)):
@@ -204,6 +219,8 @@ class SharpnessAware(Configurable, Optimizer):
             labels = self._check_targets(targets, len(closures))
         step = self._begin(scaler)
         passes = Passes(self, step, closures, labels)
+        if self.needs_index:
+            check_takes_index(passes.parts, type(self).__name__)
         try:
             self._clear_gradients()
             with self.graphs.reusable() if self.several_gradients else _NOTHING:
@@ -518,7 +535,9 @@ class SharpnessAware(Configurable, Optimizer):
         """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
         first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
         inherited = {name: first[name] for name, one in self.options.items() if not one.per_group and name in first}
-        super().add_param_group({**inherited, **{name: first[name] for name in _COUNTS if name in first}, **param_group})
+        super().add_param_group(
+            {**inherited, **{name: first[name] for name in _COUNTS if name in first}, **param_group}
+        )
         group = self.param_groups[-1]
         try:
             self.check_group_options(group)
@@ -555,7 +574,7 @@ class SharpnessAware(Configurable, Optimizer):
         Raises:
             ValueError: Between two phases, when a checkpoint would hold perturbed weights.
         """
-        self._check_settled("state_dict")
+        self._check_between_steps("state_dict")
         self.skipped.write(self.param_groups)
         return super().state_dict()
 
@@ -568,7 +587,7 @@ class SharpnessAware(Configurable, Optimizer):
         Raises:
             ValueError: It does not fit. Whatever is raised, the optimizer is as it was.
         """
-        self._check_settled("load_state_dict")
+        self._check_between_steps("load_state_dict")
         before = [(one, dict(vars(one))) for one in (self, self.base_optimizer)]
         try:
             super().load_state_dict(completed(self, state_dict))
@@ -578,7 +597,7 @@ class SharpnessAware(Configurable, Optimizer):
                 vars(one).update(attributes)
             raise
 
-    def _check_settled(self, name: str) -> None:
+    def _check_between_steps(self, name: str) -> None:
         if self._running is not None or self._perturbation.now.params:
             raise ValueError(f"{name}() was called between two phases: finish the step, or call restore() first")
 
@@ -592,8 +611,7 @@ class SharpnessAware(Configurable, Optimizer):
 
     def _reset_step_state(self) -> None:
         """Sets up what is not kept in copies and checkpoints."""
-        self._running: PhaseRun | None = None
-        self._phases: tuple[str, ...] | None = None
+        self._running = self._phases = None
         self._perturbation = Perturbation()
         self.skipped = SkippedSteps()
         self._constants: dict[Any, Tensor] = {}
@@ -604,7 +622,7 @@ class SharpnessAware(Configurable, Optimizer):
         self.model = self._model  # and with it the workers that there are
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_settled("copy or pickle")
+        self._check_between_steps("copy or pickle")
         self.skipped.write(self.param_groups)
         base = object.__new__(type(self.base_optimizer))
         vars(base).update(vars(self.base_optimizer), state=self._base_state())

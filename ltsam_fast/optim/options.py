@@ -115,8 +115,8 @@ def _choice(choices: Sequence[Any]) -> Callable[[str, Any], Any]:
 
 def _range(ge: float | None, gt: float | None, le: float | None, lt: float | None, integer: bool) -> str:
     """The range in words: "a finite number >= 0", "a number in [0, 1)"."""
-    low = -math.inf if ge is None and gt is None else gt if ge is None else ge
-    high = math.inf if le is None and lt is None else lt if le is None else le
+    low = next((end for end in (ge, gt) if end is not None), -math.inf)
+    high = next((end for end in (le, lt) if end is not None), math.inf)
     if high < math.inf:
         end = f"{high:g}" if high < 2**53 else "2^53"
         inside = f"{'(' if ge is None else '['}{low:g}, {end}{')' if le is None else ']'}"
@@ -172,9 +172,7 @@ def _signature(cls: type[Configurable]) -> inspect.Signature:
     *_, more = given
     named = {one.name for one in given}
     own = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.annotation
-        )
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.annotation)
         for name, one in cls.options.items()
         if one.keyword and name not in named
     ]

@@ -31,7 +31,9 @@ class Perturbed(NamedTuple):
     def at(self, chosen: list[int]) -> Perturbed:
         """Some of them."""
         places = range(len(self.params)) if self.positions is None else self.positions
-        return Perturbed(*([items[i] for i in chosen] for items in (self.params, self.backups, places)))
+        return Perturbed(
+            [self.params[i] for i in chosen], [self.backups[i] for i in chosen], [places[i] for i in chosen]
+        )
 
 
 _NOTHING = Perturbed([], [], [])

@@ -115,7 +115,8 @@ _ZERO = torch.zeros(())
 def count_phases(optimizer: SharpnessAware) -> int:
     """How many phases the next step has, found out by running its rule without doing anything; 0: it cannot be run so."""
     rule = optimizer.rule(_DryStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
-    count, numbers, answer = 0, itertools.count(1), None
+    count, numbers = 0, itertools.count(1)
+    answer: Any = None
     try:
         while True:
             request = rule.send(answer)

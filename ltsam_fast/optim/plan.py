@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
-from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
-from ltsam_fast.optim.closures import Closure, Part, check_takes_index
+from ltsam_fast.optim.class_weights import ClassWeights
+from ltsam_fast.optim.closures import Closure, Part
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -76,7 +76,6 @@ class Passes:
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The batch in micro-batches."""
-        check_takes_index(self.parts, type(self._optimizer).__name__)
         for part in self.parts:
             if part.size < 0:
                 part.evaluate(at_w=False, graph=False)
@@ -193,10 +192,12 @@ class Passes:
             found[k] = made[k] if before is None else _sum(before, made[k])
         return True
 
-    def _squares(self, losses: Tensor, samples: int) -> Tensor:
+    def _squares(self, losses: Tensor, samples: int) -> Tensor | None:
         """The sums of the squared gradients of single samples, (N,), fp32, over the parameters that may be perturbed."""
         scale = self._scaling(torch.ones_like(losses))
         params, others = self._optimizer.ascent_params(), self._optimizer.all_weights()
+        if not params:
+            return None
         scores = fisher(losses, params, scale, samples, others)
         if self._optimizer.ascent_sync:
             self._workers.add_up([scores])
@@ -226,7 +227,8 @@ class Passes:
         for part, index in zip(parts, indices, strict=True):  # type: ignore[arg-type]
             with workers.backward(averaging and part is parts[-1]) if workers.averages else _NOTHING:
                 losses = part.evaluate(index, at_w=first)
-                torch.autograd.backward(losses, *self._seeds(weights, part, losses, size if size > 0 else len(losses)))
+                (seed,) = self._seeds(weights, part, losses, size if size > 0 else len(losses))
+                torch.autograd.backward(losses, seed)
         tensors = gradients_of(self._params) if last else take_gradients(self._params)
         if not last and workers.finds_unused:
             workers.gradients_cleared()
@@ -243,12 +245,11 @@ class Passes:
         if len(signs) > 1:
             name = type(self._optimizer).__name__
             raise ValueError(f"maximize must be the same in all groups for {name}: it selects samples by their loss")
-        check_takes_index(self.parts, type(self._optimizer).__name__)
         found = []
         for part in self.parts:
             with self._workers.backward(last=False):
-                increase = part.evaluate(at_w=False, graph=False) - part.losses
-            found.append(increase * min(signs))
+                losses = part.evaluate(at_w=False, graph=False)
+            found.append((losses - part.losses) * min(signs))  # type: ignore[operator]
         return found
 
     def by_class(self, request: ByClass) -> tuple[Gradient, ClassGradients]:

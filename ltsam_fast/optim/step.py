@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from ltsam_fast.optim.class_perturbation import ClassGradients
     from ltsam_fast.optim.class_weights import ClassWeights
     from ltsam_fast.optim.optimizer import SharpnessAware
-    from ltsam_fast.table import TensorTable
 
 
 class AtWeights:
@@ -104,8 +103,8 @@ class LossIncrease:
 class ByClass:
     """A request for the gradient at w of ``share`` times the mean loss, and of each class's mean loss.
 
-    Answered by a pair: that :class:`Gradient`, and :class:`ltsam_fast.optim.class_perturbation.ClassGradients`, which are of the
-    parameters at the positions ``scope``. Without any, or with share 1, there are no classes in these.
+    Answered by a pair: that :class:`Gradient`, and :class:`ltsam_fast.optim.class_perturbation.ClassGradients`, which are of
+    the parameters at the positions ``scope``. Without any, or with share 1, there are no classes in these.
     """
 
     gradients = 1
@@ -310,7 +309,7 @@ class Step:
     def add_noise(self, amplitude: Sequence[float], clip: float, seed: int) -> None:
         """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``amplitude``, one for each group."""
         workers, optimizer = self._workers, self._optimizer
-        positions = [i for i in self._ascending(None) or range(len(self._params)) if self._params[i].requires_grad]
+        positions = [i for i in self._ascending(None) if self._params[i].requires_grad]
         params = _at(self._params, positions)
 
         def launch(backups: list[Tensor]) -> None:
@@ -336,8 +335,8 @@ class Step:
 
         Args:
             gradients: The answer to :class:`ByClass`, overwritten.
-            scales: ``scales(norms, weight_norm, size)`` gives s, shape (K, T), from the norms of all G_kt, shape (K, T), float64,
-                the joint norm of the weights and their number.
+            scales: ``scales(norms, weight_norm, size)`` gives s, shape (K, T), from the norms of all G_kt, shape (K, T),
+                float64, the joint norm of the weights and their number.
         """
         gradients.perturb(scales, self.scaling)
 
@@ -370,7 +369,8 @@ class Step:
 
         Not kept are bools, but a bit for each element that stays, in the order of memory.
         """
-        self._optimizer.set_mask(name, make(*arguments), self.scaling)
+        if self._optimizer.ascent_params():
+            self._optimizer.set_mask(name, make(*arguments), self.scaling)
 
     def restore(self) -> None:
         """Puts the unperturbed weights back in the middle of a step."""
@@ -433,7 +433,7 @@ class Step:
         terms, beside = direction.terms, {} if decoupled is None else decoupled.terms
         latest, *others = sorted({*terms, *beside}, key=lambda one: -one.number)
         other = others[0] if others else None
-        factors = [part.get(one, 0.0) for part in (terms, beside) for one in (latest, other)]  # type: ignore[call-overload]
+        factors = [part.get(one, 0.0) for part in (terms, beside) for one in (latest, other)]  # type: ignore[arg-type]
         return latest, other, self._coefficients(factors, (latest, other) * 2)
 
     def _coefficients(self, factors: list[Any], gradients: tuple[Gradient | None, ...]) -> Tensor:
@@ -454,12 +454,12 @@ class Step:
             return gradient.tensors
         return self._workers.average(self._params, gradient.tensors)
 
-    def _ascending(self, tensors: list[Tensor | None] | None) -> list[int] | None:
-        """The positions of the parameters that are to be perturbed: in a group with ``perturb``, with a gradient. None: all."""
+    def _ascending(self, tensors: list[Tensor | None] | None) -> Any:
+        """The positions of the parameters in a group with ``perturb``; of those with a tensor, then None stands for all."""
         groups = self._optimizer.param_groups
         excluded = {i for i, group in enumerate(groups) if not group["perturb"]}
         if tensors is None:
-            return [i for i, group in enumerate(self._groups) if group not in excluded] if excluded else None
+            return [i for i, group in enumerate(self._groups) if group not in excluded]
         if not excluded and not some_missing(tensors):
             return None
         chosen = [i for i, group in enumerate(self._groups) if group not in excluded and tensors[i] is not None]
@@ -469,7 +469,7 @@ class Step:
 
     def _drawn(self, positions: list[int] | None, probability: float, seed: int) -> list[int]:
         """Some of the parameters, at random."""
-        candidates = self._ascending(None) or range(len(self._params))
+        candidates = self._ascending(None)
         generator = torch.Generator().manual_seed(seed + 0x9E3779B9 * self.number)
         drawn = torch.rand(len(candidates), dtype=torch.float32, generator=generator) < probability
         moving = {i for i, one in zip(candidates, drawn.tolist(), strict=True) if one}

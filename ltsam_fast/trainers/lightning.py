@@ -18,9 +18,8 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.lightning needs Lightning: pip install 'ltsam_fast[lightning]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
+from ltsam_fast.optim import GNM, MSAM
 from ltsam_fast.optim.optimizer import SharpnessAware
-from ltsam_fast.optim.gnm import GNM
-from ltsam_fast.optim.m_sam import MSAM
 from ltsam_fast.trainers.parts import Parts, check_per_sample, labels_of, set_clipping
 
 

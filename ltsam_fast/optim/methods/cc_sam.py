@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,7 +68,9 @@ class CCSAM(Sharing):
         accepts="a list of finite numbers >= 0, not all 0",
         optional=True,
     )
-    scope = option("head", '"head": perturb the classifier, as published; "all": the whole network.', choices=("head", "all"))
+    scope = option(
+        "head", '"head": perturb the classifier, as published; "all": the whole network.', choices=("head", "all")
+    )
     head = option(
         None,
         "The classifier's parameters or module; None: those of the last parameter group. Kept are their places in the groups.",
@@ -85,21 +86,14 @@ class CCSAM(Sharing):
     host_only = "it looks up the classes in the batch on the host"
     pickled = (*SharpnessAware.pickled, "head_module")
 
-    def __init__(
-        self,
-        params: Any,
-        base_optimizer: Callable[..., torch.optim.Optimizer],
-        rho: float = 0.05,
-        adaptive: bool = False,
-        *,
-        head: Any = None,
-        model: torch.nn.Module | None = None,
-        **base_kwargs: Any,
-    ) -> None:
-        self.head_module = head if isinstance(head, torch.nn.Module) else None
-        super().__init__(params, base_optimizer, rho, adaptive, model=model, **base_kwargs)
+    head_module: torch.nn.Module | None = None
+    """The head, if it was given as a module."""
+
+    def resolve_options(self) -> None:
+        head = self.head
         if head is not None:
-            self.head = self._places(head)
+            self.head_module = head if isinstance(head, torch.nn.Module) else None
+            self.head = self.defaults["head"] = self._places(head)
 
     def check_options(self, options: Any) -> None:
         super().check_options(options)
@@ -129,9 +123,7 @@ class CCSAM(Sharing):
             last = max((g for g, _ in places), default=None)  # the last group that has parameters
             places = [(g, i) for g, i in self.head or ()] or [(g, i) for g, i in places if g == last]
         groups = self.param_groups
-        return [
-            position[g, i] for g, i in places if groups[g]["perturb"] and groups[g]["params"][i].requires_grad
-        ]
+        return [position[g, i] for g, i in places if groups[g]["perturb"] and groups[g]["params"][i].requires_grad]
 
     def classes(self) -> int:
         """The number of classes."""

@@ -44,20 +44,22 @@ class ESAM(SharpnessAware):
     gamma = option(0.5, "Share of the samples that are kept; 1 saves the forward without gradients.", gt=0, le=1)
     granularity = option(
         "element",
-        '"element": a draw for each coordinate, as in the paper; "tensor": for each parameter tensor, as in the published code, '
-        "where the others are left out of the norm too.",
+        '"element": a draw for each coordinate, as in the paper; "tensor": for each parameter tensor, as in the published '
+        "code, where the others are left out of the norm too.",
         choices=("element", "tensor"),
     )
     seed = option(0, "Seed of the draws.", ge=0, lt=2**53, integer=True)
 
     phases_are_fixed = False
 
+    @property
+    def needs_index(self) -> bool:  # type: ignore[override]
+        return self.gamma < 1  # type: ignore[no-any-return]
+
     def rule(self, step: Step) -> Rule:
         g = yield AtWeights()
         rho = [group["rho"] / self.beta for group in self.param_groups]
-        step.ascend(
-            g, rho=rho, probability=self.beta, by_tensor=self.granularity == "tensor", seed=self.seed
-        )
+        step.ascend(g, rho=rho, probability=self.beta, by_tensor=self.granularity == "tensor", seed=self.seed)
         chosen = None
         if self.gamma < 1:
             increase = yield LossIncrease()

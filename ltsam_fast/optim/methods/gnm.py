@@ -38,8 +38,8 @@ class GNM(SharpnessAware):
     clip = option(1.0, "Bound of the noise before it is multiplied.", ge=0)
     decay_every = option(
         None,
-        "Halve the noise each time so many steps were taken, or so many epochs, where ``first_step`` is told the epoch, counted "
-        "from 1; None: never (the poster's equations).",
+        "Halve the noise each time so many steps were taken, or so many epochs, where ``first_step`` is told the epoch, "
+        "counted from 1; None: never (the poster's equations).",
         ge=1,
         integer=True,
         optional=True,

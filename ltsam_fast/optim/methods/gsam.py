@@ -38,9 +38,9 @@ class GSAM(SharpnessAware):
     rho_min = option(None, "With ``rho_max``: the radius at ``lr_min``.", ge=0, optional=True)
     rho_max = option(
         None,
-        "The radius at ``lr_max``, the largest learning rate of the schedule: a group's entry ``lr_max``, if it is set; else its "
-        "``max_lr``, which ``OneCycleLR`` sets; else the largest of its ``initial_lr``, which all schedulers set, and its rates in "
-        "the steps so far.",
+        "The radius at ``lr_max``, the largest learning rate of the schedule: a group's entry ``lr_max``, if it is set; else "
+        "its ``max_lr``, which ``OneCycleLR`` sets; else the largest of its ``initial_lr``, which all schedulers set, and its "
+        "rates in the steps so far.",
         ge=0,
         optional=True,
     )

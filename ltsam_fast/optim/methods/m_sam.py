@@ -23,7 +23,7 @@ class MSAM(SharpnessAware):
     micro-batches are the method's definition: batch norm normalizes by each of them.
     Without ``targets`` it is first called without index and without gradients, to see how many samples there are.
 
-    With ``ascent_sync=True`` the i-th micro-batches of all workers climb along their mean; all workers must have as many.
+    With ``ascent_sync=True`` the i-th micro-batches of all workers ascend along their mean; all workers must have as many.
 
     Source: Foret et al. 2021 (SAM), section 4.1, m-sharpness; Behdin et al., "mSAM" (arXiv 2302.09693), Algorithm 1.
 
@@ -39,6 +39,7 @@ class MSAM(SharpnessAware):
     m = option(32, "Samples in a micro-batch.", ge=1, integer=True)
 
     own_reductions = True
+    needs_index = True
 
     def rule(self, step: Step) -> Rule:
         for part in step.micro_batches(self.m):

@@ -47,7 +47,9 @@ class SparseSAM(SharpnessAware):
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"))
     """
 
-    sparsity = option(0.5, "Share of the coordinates, over all parameters together, that are not perturbed.", ge=0, lt=1)
+    sparsity = option(
+        0.5, "Share of the coordinates, over all parameters together, that are not perturbed.", ge=0, lt=1
+    )
     mask = option("fisher", "How coordinates are chosen.", choices=("fisher", "dynamic"))
     refresh_every = option(100, "Steps from one mask to the next.", ge=1, integer=True)
     drop_rate = option(0.5, 'Share that a "dynamic" mask exchanges.', ge=0, lt=1)
@@ -70,6 +72,8 @@ class SparseSAM(SharpnessAware):
             g, fisher = yield AtWeights(squares=self.num_samples)
             if fisher is not None:
                 step.set_mask("mask", masks.largest, fisher, self._count(fisher))
+            elif step.lacks("mask"):
+                raise ValueError('mask "fisher" needs per-sample losses: call refresh_mask(losses) before first_step()')
         else:
             g = yield AtWeights()
             if due:

@@ -35,8 +35,8 @@ class WSAM(SharpnessAware):
     gamma = option(0.9, "Weight of the sharpness.", ge=0, lt=1)
     decouple = option(
         True,
-        "The sharpness takes a step of its own, past the base optimizer's momentum and scaling. ``max_grad_norm`` does not clip "
-        "it; ports of this method may clip both gradients.",
+        "The sharpness takes a step of its own, past the base optimizer's momentum and scaling. ``max_grad_norm`` does not "
+        "clip it; ports of this method may clip both gradients.",
     )
 
     own_reductions = True
