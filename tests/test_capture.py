@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -329,9 +330,40 @@ def test_hooks_fire_once_a_step_and_are_not_captured(tape):
     before, after = [], []
     optimizer.register_step_pre_hook(lambda *_: before.append(model[0].weight.sum().item()))
     optimizer.register_step_post_hook(lambda *_: after.append(model[0].weight.sum().item()))
+    everywhere = []
+    handle = register_optimizer_step_pre_hook(lambda *_: everywhere.append(len(after)))
     for x, y in batches(6):
         step(x, y)
+    handle.remove()
     assert len(before) == len(after) == 6 and before[1:] == after[:-1] and len(set(after)) == 6
+    assert everywhere == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_hook_may_set_options(tape):
+    def run(captured):
+        model = network()
+        optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        optimizer.register_step_pre_hook(
+            lambda opt, *_: opt.param_groups[0].update(lr=0.1 / (1 + opt.param_groups[0]["steps"]))
+        )
+        if captured:
+            tape(model, optimizer)
+            step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
+        for x, y in batches(6):
+            if captured:
+                step(x, y)
+            else:
+                optimizer.step(lambda: losses_of(model(x), y))  # noqa: B023
+        return model.state_dict()
+
+    assert_same(run(True), run(False))
+
+
+def test_steps_that_are_never_repeated_leave_the_graphs(tape, monkeypatch):
+    monkeypatch.setattr(capture, "_KINDS", 6)
+    monkeypatch.setitem(METHODS, "SparseSAM", {"mask": "dynamic", "refresh_every": 2})
+    train("SparseSAM", "sgd", tape, steps=24)
+    assert Tape.captures == 1
 
 
 def test_what_cannot_be_captured_leaves_the_weights(tape):

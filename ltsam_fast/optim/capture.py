@@ -158,8 +158,9 @@ class GraphStep:
                     "optimizer's options or in the loss changes with every step",
                     stacklevel=3,
                 )
+            if len(kinds) == _KINDS:
+                kinds.remove(next((one for one in kinds if not one.replay), kinds[0]))
             kinds.append(kind := _Kind(key))
-            del kinds[:-_KINDS]
         return kind
 
     def _step(self, batch: Sequence[Tensor]) -> Tensor:
@@ -262,7 +263,8 @@ class GraphStep:
 
 
 _KINDS = 32
-"""Kinds of steps of one batch size that are told apart; a method that never repeats itself would make ever more."""
+"""Kinds of steps of one batch size that are told apart. A method that never repeats itself would make ever more: those that
+are not captured go first."""
 
 
 def _what_failed(error: BaseException) -> str:

@@ -147,8 +147,8 @@ class _DryStep(Step):
         self.note("coefficients", tuple(map(float, factors)))
         return _COEFFICIENTS
 
-    def _ascending(self, tensors: list[Tensor | None] | None) -> list[int] | None:
-        return None
+    def _ascending(self, tensors: list[Tensor | None] | None) -> list[int]:
+        return []
 
     def _drawn(self, positions: list[int] | None, probability: float, seed: int) -> list[int]:
         self.note("drawn", probability, seed, self.number)
