@@ -22,6 +22,7 @@ from ltsam_fast.optim import (
     SparseSAM,
     VaSSO,
 )
+from ltsam_fast.optim.capture import graph_step
 
 if TYPE_CHECKING:
     from ltsam_fast import compat, data, diagnostics, losses, models, ops, reference

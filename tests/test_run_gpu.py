@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ltsam_fast import backend, graph
+from ltsam_fast import backend
+from ltsam_fast.optim import capture
 
-from .test_graph import Tape
+from .test_capture import Tape
 
 ROOT = Path(__file__).parents[1]
 PYTHON = """#!/usr/bin/env bash
@@ -98,7 +99,7 @@ def test_the_whole_steps_come_first(script, tmp_path):
     order = (
         "ltsam_fast info",
         "test_end2end",
-        "test_graph",
+        "test_capture",
         "test_steps",
         "memcheck",
         "racecheck",
@@ -121,7 +122,7 @@ def test_graphs_are_compared_with_ordinary_steps(wrong, monkeypatch, capsys):
         pytest.skip(f"cpu: {reason}")
     monkeypatch.syspath_prepend(str(ROOT))
     sanitize = importlib.import_module("bench.sanitize")
-    monkeypatch.setattr(graph, "Machine", Tape)
+    monkeypatch.setattr(capture, "Machine", Tape)
     # Of a graph, not of ordinary steps, the tape must put back what it changed while it was captured.
     seen = []
     monkeypatch.setattr(Tape, "state", staticmethod(lambda: seen))
@@ -140,7 +141,7 @@ def test_graphs_are_compared_with_ordinary_steps(wrong, monkeypatch, capsys):
 
     monkeypatch.setattr(sanitize.lf, "graph_step", watched)
     if wrong:
-        monkeypatch.setattr(graph.Trace, "refresh", lambda *_, **__: None)
+        monkeypatch.setattr(capture.Trace, "update", lambda *_, **__: None)
         with pytest.raises(AssertionError, match="not close"):
             sanitize.graphs("cpu")
         return

@@ -91,8 +91,8 @@ OPS = {
 class Tracer(Protocol):
     """Who is asked for what kernels read of the host's, while a step is traced: a CUDA graph holds no numbers."""
 
-    def rows(self, op: Op, columns: list[Any]) -> NDArray[np.float64]:
-        """Hyperparameters as rows, as :func:`~ltsam_fast.ops.checks.checked_rows` makes them."""
+    def rows(self, op: Op, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Hyperparameters of a pass, checked, as the tracer keeps them."""
 
     def place(self, array: NDArray[Any]) -> Any:
         """An array of 8-byte numbers on the device, where a captured kernel reads it; else the array itself."""
@@ -107,8 +107,6 @@ _KEPT = 64
 def hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
     """Hyperparameters as the matrix (groups, columns) that backends take, checked. They seldom change: kept by value."""
     columns = [tuple(value) if isinstance(value := values[name], list) else value for name in op.hyper]
-    if tracer is not None:
-        return tracer.rows(op, columns)
     try:
         rows = _ROWS.get((op.name, *columns))
     except TypeError:  # what has no hash is no number either, which the checks will say
@@ -118,7 +116,7 @@ def hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
         if len(_ROWS) >= _KEPT:
             _ROWS.clear()
         _ROWS[(op.name, *columns)] = rows
-    return rows
+    return rows if tracer is None else tracer.rows(op, rows)
 
 
 _TABLES: dict[tuple[Any, ...], TensorTable] = {}

@@ -22,13 +22,14 @@ class LossScale:
 
     def __init__(self, scaler: Any = None, params: list[Tensor] | None = None) -> None:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._set(None, None)
+        self.set_signals(None, None)
         if self._scaler is not None and params:
             found_inf = torch.zeros((), dtype=torch.float32, device=params[0].device)
             self._scaler.scale(found_inf)  # makes the scale, if this is its first use
-            self._set(self._scaler._get_scale_async(), found_inf)
+            self.set_signals(self._scaler._get_scale_async(), found_inf)
 
-    def _set(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def set_signals(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Sets both."""
         self.grad_scale, self.found_inf = grad_scale, found_inf
         pairs = {"grad_scale": grad_scale, "found_inf": found_inf}
         self.signals = {name: value for name, value in pairs.items() if value is not None}
@@ -41,7 +42,7 @@ class LossScale:
         if not isinstance(found_inf, Tensor):  # without gradients torch's is the number 0
             found_inf = None if grad_scale is None else torch.zeros((), dtype=torch.float32, device=grad_scale.device)
         scaling = LossScale()
-        scaling._set(grad_scale, found_inf)
+        scaling.set_signals(grad_scale, found_inf)
         return scaling
 
     def __call__(self, weights: Tensor) -> Tensor:
@@ -90,6 +91,11 @@ class SkippedSteps:
             self._count = torch.tensor(float(so_far), dtype=torch.float32, device=params[0].device)
         return self._count
 
+    @property
+    def memory(self) -> Tensor | None:
+        """Where the device counts, if it does yet."""
+        return self._count
+
     def write(self, groups: list[dict[str, Any]]) -> None:
         """Brings the number to the groups, for a checkpoint."""
         if self._count is not None:
@@ -129,7 +135,7 @@ class SkippedSteps:
             now, before = (list(tensors) for tensors in zip(*floating, strict=True))
             # What is now becomes what is to be kept, unless the step was skipped.
             whole = torch.zeros(4, dtype=torch.float64, device=params[0].device)
-            whole[0] = 1.0
+            whole[0].fill_(1.0)
             ops.combine_(before, now, [None] * len(now), whole, found_inf=found_inf)
             ops.restore_(now, before)
         for tensor, old in self._changed:

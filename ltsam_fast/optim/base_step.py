@@ -111,24 +111,30 @@ class UnfusedStep:
 
 def base_step_of(base: Optimizer) -> FusedStep | UnfusedStep:
     """How a base optimizer steps. Subclasses of the fused ones may compute something else: they step by themselves."""
-    return _FUSED.get(type(base)) or UnfusedStep()
+    return FUSED.get(type(base)) or UnfusedStep()
 
 
 def is_fused(base: Optimizer) -> bool:
     """Whether the base optimizer's step is a pass of this package."""
-    return type(base) in _FUSED
+    return type(base) in FUSED
 
 
 def call_step(base: Optimizer) -> None:
     """``base.step()`` without the hooks for all optimizers: they have their turn around the whole step."""
-    step = type(base).step
-    if getattr(step, "hooked", False):  # torch.optim.Optimizer's wrapper, which calls hooks
-        step = step.__wrapped__  # type: ignore[attr-defined]
+    step = step_without_hooks(type(base))
     for hook in list(base._optimizer_step_pre_hooks.values()):
         hook(base, (), {})
-    step(base)  # type: ignore[call-arg]
+    step(base)
     for hook in list(base._optimizer_step_post_hooks.values()):
         hook(base, (), {})
+
+
+def step_without_hooks(kind: type[Optimizer]) -> Callable[..., Any]:
+    """The function ``step`` of a class, without torch's wrapper that calls hooks around it."""
+    step: Any = kind.step
+    while getattr(step, "hooked", False):  # what wraps the wrapper says so too
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]
 
 
 def sign_of(group: Group) -> int:
@@ -241,7 +247,7 @@ def _adam(groups: list[Group], group_of: list[int], params: list[Tensor], states
     return state | _options(groups, "lr", "eps", "weight_decay", "maximize")
 
 
-_FUSED = {
+FUSED = {
     torch.optim.SGD: FusedStep("sgd_step_", _sgd),
     torch.optim.Adam: FusedStep("adam_step_", _adam),
     torch.optim.AdamW: FusedStep("adam_step_", _adam),

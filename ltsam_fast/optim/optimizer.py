@@ -460,6 +460,21 @@ class SharpnessAware(Configurable, Optimizer):
             group["steps"] = number + 1
         self.end_step()
 
+    def kept_memory(self) -> list[Any]:
+        """What steps read and write besides weights and state: a captured graph goes on using it."""
+        return [
+            *self._perturbation.memory,
+            *self._constants.values(),
+            self.skipped.memory,
+            self.class_weights_now(),
+        ]
+
+    def discard_step(self) -> None:
+        """Forgets about a step that the device has not taken, in a CUDA graph that could not be captured."""
+        self._perturbation.discard()
+        self.skipped.abandon_step()
+        self._clear_gradients()
+
     def _clear_gradients(self) -> None:
         """zero_grad() without torch's bookkeeping around it."""
         for group in self.param_groups:

@@ -72,6 +72,11 @@ class Perturbation:
         self.low_precision = torch.bfloat16 in now or torch.float16 in now
         return self._backed_up[2]
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """The backups that are kept."""
+        return list(self._memory.values())
+
     def forget_backups(self) -> None:
         """Lets go of the memory: a parameter may have changed its device or shape."""
         self._memory.clear()
@@ -133,6 +138,11 @@ class Perturbation:
         if self._disabled:
             self.enable_running_stats()
         return stepped
+
+    def discard(self) -> None:
+        """Forgets about perturbations that the device has not made: weights are as they were before the step."""
+        self.now, self._perturbing, self._updating = _NOTHING, None, None
+        self.enable_running_stats()
 
     def disable_running_stats(self, model: torch.nn.Module) -> None:
         """Keeps running statistics of normalization layers from seeing the perturbed pass."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ltsam_fast.optim.class_weights import ClassWeights
+from ltsam_fast.optim.dry_run import empty_answer
 from ltsam_fast.optim.gradients import Gradient, State, Sum, gradients_of, own_memory, take_gradients
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, MicroBatch, Pause, Step
 
@@ -116,7 +118,7 @@ _ZERO = torch.zeros(())
 def count_phases(optimizer: SharpnessAware) -> int:
     """How many phases the next step has, found out by running its rule without doing anything; 0: it cannot be run so."""
     rule = optimizer.rule(_DryStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
-    count = 0
+    count, numbers = 0, itertools.count(1)
     answer: Any = None
     try:
         while True:
@@ -128,15 +130,7 @@ def count_phases(optimizer: SharpnessAware) -> int:
             ):
                 return 0
             count += request.gradients or 1
-            if isinstance(request, Pause):
-                answer = None
-                continue
-            found = [Gradient([], number) for number in range(count, count + request.gradients)]
-            answer = found[0] if len(found) == 1 else found
-            if isinstance(request, AtWeights) and request.squares:
-                answer = answer, None
-            if isinstance(request, AtPerturbed) and request.plus is not None:
-                answer = Sum(found[0], request.plus)  # type: ignore[arg-type]
+            answer = empty_answer(request, numbers)
     except StopIteration:
         return count
     except NotInPhases:

@@ -397,7 +397,7 @@ class Step:
                 kept = [None if grad is None else one for grad, one in zip(grads, kept, strict=True)]
             params, groups, grads, kept = self._only_with_gradient(params, groups, grads, kept)
         norm, max_norm = None, optimizer.param_groups[0]["max_grad_norm"]
-        if params and (max_norm or scaling.signals):
+        if max_norm or scaling.signals:
             norm = workers.norm(
                 grads, use=" of the step", kept_grads=kept, combination=combination, found_inf=scaling.found_inf
             )

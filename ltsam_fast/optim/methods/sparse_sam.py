@@ -67,7 +67,7 @@ class SparseSAM(SharpnessAware):
     several_gradients = True
 
     def rule(self, step: Step) -> Rule:
-        due = step.number % self.refresh_every == 0 or step.lacks("mask")
+        due = step.lacks("mask") or step.number % self.refresh_every == 0
         if due and self.mask == "fisher":
             g, fisher = yield AtWeights(squares=self.num_samples)
             if fisher is not None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.backend import backend_for
-from ltsam_fast.live import Trace, live_options
-from ltsam_fast.optim.descent import no_hooks
-from ltsam_fast.optim.fused import FUSED, Update
+from ltsam_fast.optim.base_step import FUSED, is_fused, step_without_hooks
+from ltsam_fast.optim.dry_run import Outline, outline
 from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim.parallel import Single, workers_of
+from ltsam_fast.optim.trace import Trace
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -43,9 +44,10 @@ def graph_step(
         scheduler.step()
 
     The first ``warmup`` steps of a kind run as usual, and count: they create what a step keeps. The next one is captured.
-    Numbers in ``param_groups`` may change at any time, by schedulers too; they reach the graph before each replay. What a step
-    decides by them (LookSAM's every k-th, SSE-SAM's switch), another batch size, frozen parameters or ``model.eval()`` make
-    another kind of step, with a graph of its own. Loading a checkpoint, into the optimizer or by moving the model, starts over.
+    Numbers in ``param_groups`` may change at any time, by schedulers too; they reach the graph before each replay: the method's
+    rule is run once more, without tensors. What a step decides by them (LookSAM's every k-th, SSE-SAM's switch), another value
+    of an option that groups share, another batch size, frozen parameters or ``model.eval()`` make another kind of step, with a
+    graph of its own. Loading a checkpoint, into the optimizer or by moving the model, starts over.
 
     Args:
         model: On a CUDA device. ``model(*inputs)`` and its backward must not wait for the device nor depend on the host.
@@ -69,12 +71,19 @@ def graph_step(
 
 
 class _Kind:
-    """Steps that launch the same kernels on the same memory."""
+    """Steps that launch the same kernels on the same memory.
 
-    def __init__(self, structure: tuple[Any, ...], trace: Trace) -> None:
-        self.structure = structure
-        self.trace = trace
+    Attributes:
+        key: What tells them from others.
+        seen: How many were taken before the capture.
+        asked: Bytes that the last of these asked its trace for.
+    """
+
+    def __init__(self, key: tuple[Any, ...]) -> None:
+        self.key = key
         self.seen = 0
+        self.asked = 0
+        self.trace = Trace()
         self.batch: list[Tensor] = []
         self.loss: Tensor | None = None
         self.replay: Callable[[], None] | None = None
@@ -101,6 +110,8 @@ class GraphStep:
         self._machine = Machine(device)
         self._check_batch(example_batch)
         self._expected = [(one.dim(), one.dtype) for one in example_batch]
+        self._take_step = step_without_hooks(type(optimizer))
+        self._dry_workers = Single()
         self._kinds: dict[tuple[torch.Size, ...], list[_Kind]] = {}
         self._addresses: tuple[int, ...] = ()
         # What is loaded lies elsewhere than what the graphs update.
@@ -109,18 +120,47 @@ class GraphStep:
     def __call__(self, *batch: Tensor) -> Tensor:
         """Takes one training step."""
         self._check_batch(batch)
+        optimizer = self.optimizer
+        optimizer._call_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
+        planned = self._plan(len(batch[-1]))
+        kind = self._kind_of(tuple(one.shape for one in batch), (*self._structure(), *planned.key))
+        if kind.replay is None and kind.seen < self.warmup:
+            loss = self._eager(kind, batch)
+        else:
+            if kind.replay is None:
+                self._capture(kind, batch, planned)
+            loss = self._replay(kind, batch, planned)
+        optimizer._call_hooks(_global_optimizer_post_hooks, optimizer._optimizer_step_post_hooks)
+        return loss
+
+    def _plan(self, size: int) -> Outline:
+        """What the step will do."""
+        optimizer = self.optimizer
+        if optimizer._running is not None:
+            optimizer._check_turn("step")
+        # What depends on the last step's overflow, and what the host would fill, is settled before.
+        optimizer.skipped.drop_doubtful()
+        optimizer.skipped.count(optimizer.param_groups, optimizer.all_params()[0])
+        return outline(optimizer, size, self.scaler is not None, self._dry_workers)
+
+    def _kind_of(self, shapes: tuple[torch.Size, ...], key: tuple[Any, ...]) -> _Kind:
+        """The steps with this key; as of now, if there are none yet."""
         if (addresses := self._lie_at()) != self._addresses:
             self._kinds.clear()
             self._addresses = addresses
-        kinds = self._kinds.setdefault(tuple(one.shape for one in batch), [])
-        structure = self._structure()
-        kind = next((kind for kind in kinds if kind.structure == structure and kind.trace.holds()), None)
-        if kind is None or kind.replay is None:
-            begins = self.optimizer._begins_anew()  # such a step does what others of its kind do not
-            if kind is None or begins or kind.seen < self.warmup:
-                return self._eager(batch, kinds, structure, kind, int(not begins))
-            self._capture(kind, batch)
-        return self._replay(kind, batch)
+        kinds = self._kinds.setdefault(shapes, [])
+        kind = next((kind for kind in kinds if kind.key == key), None)
+        if kind is None:
+            if len(kinds) == _KINDS and not any(one.replay for one in kinds):
+                warnings.warn(
+                    f"graph_step has seen {_KINDS} kinds of steps, none of them often enough to be captured: something in the "
+                    "optimizer's options or in the loss changes with every step",
+                    stacklevel=3,
+                )
+            if len(kinds) == _KINDS:
+                kinds.remove(next((one for one in kinds if not one.replay), kinds[0]))
+            kinds.append(kind := _Kind(key))
+        return kind
 
     def _step(self, batch: Sequence[Tensor]) -> Tensor:
         *inputs, targets = batch
@@ -130,10 +170,10 @@ class GraphStep:
             with self._autocast():
                 return self.loss_fn(self.model(*x), y)
 
-        loss = self.optimizer.step(closure, targets=targets, scaler=self.scaler)
+        loss = self._take_step(self.optimizer, closure, targets, self.scaler)
         if self.scaler is not None:
             self.scaler.update()
-        return loss
+        return loss  # type: ignore[no-any-return]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -141,45 +181,32 @@ class GraphStep:
         # A cast weight that outlives the pass would be the unperturbed one.
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
-    def _eager(
-        self, batch: Sequence[Tensor], kinds: list[_Kind], structure: tuple[Any, ...], kind: _Kind | None, counts: int
-    ) -> Tensor:
-        """An ordinary step, which shows what it decides by numbers that may change."""
+    def _eager(self, kind: _Kind, batch: Sequence[Tensor]) -> Tensor:
+        """An ordinary step, which shows how much memory a trace takes."""
         trace = Trace()
-        with self._machine.aside(), live_options(self.optimizer.param_groups, trace), trace.recording():
+        with self._machine.aside(), trace.recording():
             loss = self._step([one.to(self.device, non_blocking=True) for one in batch])
-        if kind is None:
-            if len(kinds) == _KINDS and not any(one.replay for one in kinds):
-                warnings.warn(
-                    f"graph_step has seen {_KINDS} kinds of steps, none of them often enough to be captured: something in the "
-                    "optimizer's options or in the loss changes with every step",
-                    stacklevel=3,
-                )
-            kinds.append(kind := _Kind(structure, trace))
-            del kinds[:-_KINDS]
-        kind.trace = trace
-        kind.seen += counts
+        kind.asked = trace.asked
+        kind.seen += 1
         return loss
 
-    def _capture(self, kind: _Kind, batch: Sequence[Tensor]) -> None:
+    def _capture(self, kind: _Kind, batch: Sequence[Tensor], planned: Outline) -> None:
         optimizer, groups = self.optimizer, self.optimizer.param_groups
-        taken = [group["taken"] for group in groups]
+        before = [dict(group) for group in groups]
         # What the host fills must lie outside the graph's memory: there a replay writes over it.
         batch = [one.to(self.device, copy=True) for one in batch]
-        trace = Trace(self._machine.space(kind.trace.asked))
+        trace = Trace(self._machine.space(kind.asked))
         # Tables of its own, with scratch memory and copies of its own, which live as long as the graph.
-        tables, optimizer._tables = optimizer._tables, {}
-        update, optimizer._update = optimizer._update, Update()
+        workers, optimizer._workers = optimizer._workers, Single(optimizer.model)
         try:
-            own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-            # Hooks are called at each replay: they must not be captured.
-            with no_hooks(*own), live_options(groups, trace), trace.recording():
+            with trace.recording():
                 kind.replay, kind.loss = self._machine.capture(lambda: self._step(batch))
+            if not trace.agrees(planned.calls):
+                kind.replay = None
+                raise RuntimeError("its rule takes other passes, or with other hyperparameters, than without tensors")
         except Exception as error:
-            # Nothing ran, so no weight is perturbed, whatever the host believes. Coming back may have failed half-way.
-            optimizer._thaw_statistics()
-            optimizer._clear_gradients()
-            optimizer._forget()
+            # Nothing ran, so no weight is perturbed, whatever the host believes. Restoring may have failed half-way.
+            optimizer.discard_step()
             kind.seen = 0
             self._machine = Machine(self.device)  # a stream and memory that the failed capture has not seen
             raise RuntimeError(
@@ -187,24 +214,22 @@ class GraphStep:
                 f"call optimizer.step() instead: {_what_failed(error)}"
             ) from error
         finally:
-            optimizer._tables, optimizer._update = tables, update
-            for group, count in zip(groups, taken, strict=True):  # replays count
-                group["taken"] = count
+            optimizer._workers = workers
+            for group, values in zip(groups, before, strict=True):  # replays count
+                group.update(values)
         kind.trace, kind.batch = trace, batch
-        trace.refresh(everything=True)
+        trace.upload()
         # A graph knows addresses only: what lies there must stay, though the optimizer may let go of it.
-        kind.alive = [*optimizer._backups.values(), *optimizer._constants.values(), optimizer._skipped]
+        kind.alive = optimizer.kept_memory()
 
-    def _replay(self, kind: _Kind, batch: Sequence[Tensor]) -> Tensor:
+    def _replay(self, kind: _Kind, batch: Sequence[Tensor], planned: Outline) -> Tensor:
         optimizer = self.optimizer
-        optimizer._call_hooks(torch_optimizer._global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
         for own, given in zip(kind.batch, batch, strict=True):
             own.copy_(given, non_blocking=True)
-        kind.trace.refresh()
+        kind.trace.update(planned.calls)
         kind.replay()  # type: ignore[misc]
-        optimizer._count_step()
-        optimizer._opt_called = True
-        optimizer._call_hooks(torch_optimizer._global_optimizer_post_hooks, optimizer._optimizer_step_post_hooks)
+        optimizer.count_step(optimizer.param_groups[0]["steps"])
+        optimizer._opt_called = optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         return kind.loss.clone()  # type: ignore[union-attr]
 
     def _check_batch(self, batch: Sequence[Tensor]) -> None:
@@ -215,25 +240,30 @@ class GraphStep:
             raise ValueError(f"batch must have dimensions and dtypes of example_batch, {self._expected}, got {kinds}")
 
     def _lie_at(self) -> tuple[int, ...]:
-        params, _ = self.optimizer._parameters()
+        params, _ = self.optimizer.all_params()
         return (*(param.data_ptr() for param in params), *(buffer.data_ptr() for buffer in self.model.buffers()))
 
     def _structure(self) -> tuple[Any, ...]:
-        """What decides which kernels run, besides the numbers in the parameter groups."""
-        optimizer = self.optimizer
-        fixed = [getattr(optimizer, name) for name in optimizer._kept]
-        fixed += [value for group in optimizer.param_groups for value in group.values()]
+        """What decides which kernels run, besides the rule: of the groups' numbers, whether they are zero."""
+        optimizer, options = self.optimizer, self.optimizer.options
+        numbers = [
+            bool(value) if name not in options or options[name].per_group else value
+            for group in optimizer.param_groups
+            for name, value in group.items()
+            if name not in ("params", "steps", "skipped_steps")
+        ]
         return (
             tuple(module.training for module in self.model.modules()),
             tuple(_facts(self.loss_fn)),
-            tuple(param.requires_grad for param in optimizer._parameters()[0]),
-            tuple(value for value in fixed if value is None or isinstance(value, (bool, str))),
-            tuple(value for value in fixed[: len(optimizer._kept)] if isinstance(value, (int, float))),
+            tuple(param.requires_grad for param in optimizer.all_params()[0]),
+            tuple(numbers),
+            optimizer.skipped.memory is None,
         )
 
 
 _KINDS = 32
-"""Kinds of steps of one batch size that are told apart; a method that never repeats itself would make ever more."""
+"""Kinds of steps of one batch size that are told apart. A method that never repeats itself would make ever more: those that
+are not captured go first."""
 
 
 def _what_failed(error: BaseException) -> str:
@@ -330,22 +360,22 @@ def _check(model: torch.nn.Module, optimizer: SharpnessAware, warmup: int) -> to
     if not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"warmup must be a whole number >= 1, got {warmup!r}")
     name = type(optimizer).__name__
-    devices = {param.device for param in (*model.parameters(), *optimizer._parameters()[0])}
+    devices = {param.device for param in (*model.parameters(), *optimizer.all_params()[0])}
     if len(devices) != 1 or next(iter(devices)).type != Machine.device_type:
         raise ValueError(
             f"model must be on one CUDA device, got {sorted(map(str, devices))}: move it there, or call optimizer.step()"
         )
     (device,) = devices
-    if optimizer._uncapturable:
-        raise ValueError(f"optimizer must not be {name}: {optimizer._uncapturable}; call optimizer.step() instead")
-    if type(optimizer.base_optimizer) not in FUSED:
+    if optimizer.host_only:
+        raise ValueError(f"optimizer must not be {name}: {optimizer.host_only}; call optimizer.step() instead")
+    if not is_fused(optimizer.base_optimizer):
         raise ValueError(
             f"optimizer must be built on {', '.join(one.__name__ for one in FUSED)}, whose step is fused, got "
             f"{type(optimizer.base_optimizer).__name__}"
         )
     if any(isinstance(value, Tensor) for group in optimizer.param_groups for value in group.values()):
         raise ValueError("optimizer must have numbers as options, not tensors: they are read anew before each replay")
-    if optimizer._distributed or optimizer._sharded:
+    if type(workers_of(optimizer.model, optimizer._sharded)) is not Single:
         raise ValueError("optimizer must not be one of several workers': call optimizer.step() under DDP and FSDP2")
     if not backend_for(device).CAPTURABLE:
         raise ValueError("backend must be a fused one for graph_step: the torch backend would bake its numbers in")

@@ -11,12 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
-from ltsam_fast import backend, graph, live, ops
+from ltsam_fast import backend, ops
 from ltsam_fast.ops import dispatch
+from ltsam_fast.optim import capture, dry_run
+from ltsam_fast.optim.options import option
+from ltsam_fast.optim.parallel import Single
+from ltsam_fast.optim.step import AtPerturbed, AtWeights
+from ltsam_fast.optim.trace import Trace
 
 COUNTS = [40, 20, 5]
 METHODS = {
@@ -31,6 +37,7 @@ METHODS = {
     "ESAM": {},
     "LookSAM": {"k": 3},
     "GSAM": {"rho_min": 0.01, "rho_max": 0.1},
+    "VaSSO": {},
     "WSAM": {},
 }
 BASES = {
@@ -136,14 +143,14 @@ def tape(monkeypatch):
     """Lets steps on the CPU be captured."""
     if backend.why_not("cpu"):
         pytest.skip("the tape needs the C++ core")
-    monkeypatch.setattr(graph, "Machine", Tape)
+    monkeypatch.setattr(capture, "Machine", Tape)
     monkeypatch.setattr(Tape, "captures", 0)
 
     def watch(model, optimizer, scaler=None):
         def state():
             found = [*model.parameters(), *model.buffers()]
             found += [x for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor)]
-            found += [optimizer._skipped] if optimizer._skipped is not None else []
+            found += [optimizer.skipped.memory] if optimizer.skipped.memory is not None else []
             return found + ([scaler._scale, scaler._growth_tracker] if scaler and scaler._scale is not None else [])
 
         monkeypatch.setattr(Tape, "state", staticmethod(state))
@@ -324,9 +331,40 @@ def test_hooks_fire_once_a_step_and_are_not_captured(tape):
     before, after = [], []
     optimizer.register_step_pre_hook(lambda *_: before.append(model[0].weight.sum().item()))
     optimizer.register_step_post_hook(lambda *_: after.append(model[0].weight.sum().item()))
+    everywhere = []
+    handle = register_optimizer_step_pre_hook(lambda *_: everywhere.append(len(after)))
     for x, y in batches(6):
         step(x, y)
+    handle.remove()
     assert len(before) == len(after) == 6 and before[1:] == after[:-1] and len(set(after)) == 6
+    assert everywhere == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_hook_may_set_options(tape):
+    def run(captured):
+        model = network()
+        optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+        optimizer.register_step_pre_hook(
+            lambda opt, *_: opt.param_groups[0].update(lr=0.1 / (1 + opt.param_groups[0]["steps"]))
+        )
+        if captured:
+            tape(model, optimizer)
+            step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
+        for x, y in batches(6):
+            if captured:
+                step(x, y)
+            else:
+                optimizer.step(lambda: losses_of(model(x), y))  # noqa: B023
+        return model.state_dict()
+
+    assert_same(run(True), run(False))
+
+
+def test_steps_that_are_never_repeated_leave_the_graphs(tape, monkeypatch):
+    monkeypatch.setattr(capture, "_KINDS", 6)
+    monkeypatch.setitem(METHODS, "SparseSAM", {"mask": "dynamic", "refresh_every": 2})
+    train("SparseSAM", "sgd", tape, steps=24)
+    assert Tape.captures == 1
 
 
 def test_what_cannot_be_captured_leaves_the_weights(tape):
@@ -346,7 +384,7 @@ def test_what_cannot_be_captured_leaves_the_weights(tape):
     with pytest.raises(RuntimeError, match="SAM's step .* cannot be captured .* not permitted"):
         step(x2, y2)
     assert_same(model.state_dict(), weights)
-    assert optimizer.state_dict()["param_groups"][0]["taken"] == 1
+    assert optimizer.state_dict()["param_groups"][0]["steps"] == 1
     optimizer.step(lambda: losses_of(model(x2), y2))
 
 
@@ -476,34 +514,104 @@ def test_batches_of_another_kind_are_refused(tape):
         step(torch.zeros(9, 4, dtype=torch.float64), torch.zeros(9, dtype=torch.long))
 
 
-def test_live_numbers_follow_and_guard():
-    group = {"lr": 0.5, "taken": 3, "betas": (0.9, 0.99), "nesterov": True, "params": []}
-    trace = live.Trace()
-    with live.live_options([group], trace):
-        half, sum_, later = group["lr"] / 2, 1 - group["betas"][1] + group["lr"], max(0.0, group["lr"] - 1)
-        climbs = group["taken"] % 3 == 0
-        group["taken"] += 1
-        assert type(group["nesterov"]) is bool
-    assert group == {"lr": 0.5, "taken": 4, "betas": (0.9, 0.99), "nesterov": True, "params": []}
-    assert type(group["taken"]) is int and type(group["lr"]) is float and climbs is True
-    assert not trace.holds()  # 4 % 3 is not 0
-    group.update(lr=0.25, taken=6, betas=(0.9, 0.5))
-    assert trace.holds()
-    assert half.read() == 0.125 and sum_.read() == 0.75 and later == 0.0
-    group["lr"] = 2.0
-    assert not trace.holds()  # the maximum is the other number now
-    assert type(copy.deepcopy(half)) is float
+def steps_with_outlines(method, base, count=8, scaler=None, dtype=torch.float32, **more):
+    """Ordinary steps, each with what its dry run says of it and what it then does."""
+    model = network().to(dtype)
+    cls, options = BASES[base]
+    groups = [
+        {"params": model[0].parameters(), "rho": 0.02},
+        {"params": [*model[1].parameters(), *model[3].parameters()]},
+    ]
+    optimizer = getattr(lf, method)(groups, cls, rho=0.05, model=model, **METHODS.get(method, {}), **options, **more)
+    workers = Single()
+    for i, (x, y) in enumerate(batches(count)):
+        x = x.to(dtype)
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.1 if i % 2 else 0.9
+        optimizer.skipped.drop_doubtful()
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        planned = dry_run.outline(optimizer, len(y), scaler is not None, workers)
+        assert_same((model.state_dict(), optimizer.state_dict()), before)
+        assert all(module.training for module in model.modules()) and model[1].track_running_stats
+        trace = Trace()
+        with trace.recording():
+            optimizer.step(lambda index=slice(None): losses_of(model(x[index]), y[index]).float(), y, scaler)  # noqa: B023
+        if scaler:
+            scaler.update()
+        yield optimizer, planned, trace
 
 
-class Filled(live.Trace):
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_changes_nothing_and_knows_the_step(method, base):
+    seen = set()
+    for _, planned, trace in steps_with_outlines(method, base, adaptive=method != "GNM", max_grad_norm=0.5):
+        assert planned.calls and trace.agrees(planned.calls)
+        seen.add(planned.key)
+    several = {"SSESAM": 2, "LookSAM": 3, "SparseSAM": 3, "FriendlySAM": 2, "VaSSO": 2}
+    assert len(seen) == several.get(method, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dry_run_knows_steps_with_a_scaler_and_in_low_precision(method):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    rows = list(steps_with_outlines(method, "sgd", scaler=scaler))[1:]
+    assert all(trace.agrees(planned.calls) for _, planned, trace in rows)
+    rows = list(steps_with_outlines(method, "sgd", dtype=torch.bfloat16))[1:]  # the first has no backups to look at
+    assert all(trace.agrees(planned.calls) for _, planned, trace in rows)
+
+
+def test_a_dry_run_tells_drawn_tensors_apart():
+    keys = {planned.key for _, planned, _ in steps_with_outlines("ESAM", "sgd", granularity="tensor")}
+    assert len(keys) == 8
+
+
+class Alternating(lf.optim.SharpnessAware):
+    """Decides by the number of the step what is not a hyperparameter of any pass."""
+
+    how = option("direction", "What alternates.", choices=("direction", "factor", "tensor"))
+
+    def rule(self, step):
+        odd, g = step.number % 2, (yield AtWeights(averaged=True))
+        step.ascend(g)
+        g_p = yield AtPerturbed()
+        if self.how == "direction":
+            step.descend(g if odd else g_p)
+        elif self.how == "factor":
+            step.descend(0.5 * g + (0.5 + 0.25 * odd) * g_p)
+        else:
+            pp, _, gp = step.dots(g_p, g)
+            step.descend(g_p + (0.5 + 0.25 * odd) * gp / pp * g)
+
+
+@pytest.mark.parametrize("how", ["direction", "factor", "tensor"])
+def test_what_no_pass_shows_tells_steps_apart(how, tape):
+    def run(captured):
+        model = network()
+        optimizer = Alternating(model.parameters(), torch.optim.SGD, how=how, lr=0.1, momentum=0.5)
+        if captured:
+            tape(model, optimizer)
+            step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
+        for x, y in batches(8):
+            if captured:
+                step(x, y)
+            else:
+                optimizer.step(lambda: losses_of(model(x), y))  # noqa: B023
+        return model.state_dict()
+
+    assert_same(run(True), run(False))
+    assert Tape.captures == 2
+
+
+class Filled(Trace):
     """A trace whose arrays are there at once, and which remembers what they were when a kernel was launched."""
 
     def __init__(self, space):
         super().__init__(space)
         self.launched = []
 
-    def on(self, array):
-        place = super().on(array)
+    def place(self, array):
+        place = super().place(array)
         place.copy_(torch.from_numpy(array))
         self.launched.append((place, place.clone()))
         return place
@@ -524,23 +632,19 @@ def test_triton_reads_what_a_trace_keeps(method):
             for x, y in batches(2):
                 x, y = x.to(device), y.to(device)
                 closure = lambda index=slice(None): losses_of(model(x[index]), y[index])  # noqa: B023, E731
-                trace = live.Trace()
+                trace = Trace()
                 if traced:
                     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-                    with live.live_options(optimizer.param_groups, trace), trace.recording():
+                    with trace.recording():
                         optimizer.step(closure, targets=y)
                     model.load_state_dict(before[0])
                     optimizer.load_state_dict(before[1])
                     trace = Filled(torch.zeros(trace.asked, dtype=torch.uint8, device=device))
-                with live.live_options(optimizer.param_groups, trace), trace.recording():
+                with trace.recording() if traced else contextlib.nullcontext():
                     optimizer.step(closure, targets=y)
                 if traced:
                     assert len(trace.launched) >= 6
-                    for group in optimizer.param_groups:
-                        group["taken"] -= 1
-                    trace.refresh(everything=True)
-                    for group in optimizer.param_groups:
-                        group["taken"] += 1
+                    trace.upload()
                     for place, then in trace.launched:
                         assert torch.equal(place.view(torch.int64), then.view(torch.int64))
         return model.state_dict()
@@ -623,12 +727,12 @@ class FakeCuda:
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr(graph.torch, "cuda", fake)
+    monkeypatch.setattr(capture.torch, "cuda", fake)
     return fake
 
 
 def test_graphs_share_memory_as_long_as_one_is_left(cuda):
-    machine = graph.Machine("cuda:1")
+    machine = capture.Machine("cuda:1")
     replays = [machine.capture(lambda: torch.ones(()))[0] for _ in range(3)]
     assert list(cuda.pools.values()) == [3]
     del replays[:]
@@ -639,7 +743,7 @@ def test_graphs_share_memory_as_long_as_one_is_left(cuda):
 
 
 def test_a_failed_capture_leaves_streams_and_devices(cuda):
-    machine = graph.Machine("cuda:1")
+    machine = capture.Machine("cuda:1")
 
     def fails():
         cuda.invalid = True
@@ -649,7 +753,7 @@ def test_a_failed_capture_leaves_streams_and_devices(cuda):
         machine.capture(fails)
     assert cuda.streams == [0] and not cuda.devices
     assert (
-        graph._what_failed(raised.value) == "the cause, then: operation failed due to a previous error during capture"
+        capture._what_failed(raised.value) == "the cause, then: operation failed due to a previous error during capture"
     )
     waits = len(cuda.waits)
     with pytest.raises(ValueError, match="oh"), machine.aside():
@@ -659,21 +763,19 @@ def test_a_failed_capture_leaves_streams_and_devices(cuda):
 
 
 def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
-    """Coming back fails too while a capture is invalid; batch norm learns on, no gradient stays, and the cause is told."""
+    """Restoring fails too while a capture is invalid; batch norm learns on, no gradient stays, and the cause is told."""
     model = network()
     optimizer = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
     tape(model, optimizer)
-    failing, restore = [False], optimizer.restore
+    failing, perturbation = [False], optimizer._perturbation
 
     def look(grad):
         if failing[0] and optimizer.is_perturbed:
-            monkeypatch.setattr(optimizer, "restore", come_back)
+            monkeypatch.setattr(perturbation, "restore", come_back)
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    def come_back():
-        if optimizer.is_perturbed:
-            raise RuntimeError("the capture is invalid")
-        restore()
+    def come_back(workers):
+        raise RuntimeError("the capture is invalid")
 
     model[0].weight.register_hook(look)  # when the other layers have their gradients
     step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=1)
@@ -689,7 +791,7 @@ def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
             assert_same(model.state_dict(), weights)
             assert model[1].track_running_stats and all(param.grad is None for param in model.parameters())
             assert step._machine is not machines[0]
-            monkeypatch.setattr(optimizer, "restore", restore)
+            monkeypatch.delattr(perturbation, "restore")
         else:
             step(x, y)
     assert Tape.captures == 2
@@ -702,7 +804,7 @@ def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
 
 
 def test_a_trace_does_not_hand_out_more_than_there_is():
-    trace = live.Trace(torch.zeros(24, dtype=torch.uint8))
+    trace = Trace(torch.zeros(24, dtype=torch.uint8))
     place = trace.place(np.array([[1.0, 2.0]]))
     assert place.dtype == torch.float64 and place.shape == (1, 2)
     with pytest.raises(RuntimeError, match="reads more than the 24 bytes"):
@@ -721,6 +823,7 @@ def on_a_gpu(monkeypatch, stream=1, capturing=False):
 
 def test_each_stream_and_each_capture_has_scratch_memory_of_its_own(monkeypatch):
     now = on_a_gpu(monkeypatch)
+    monkeypatch.setattr(dispatch, "_TABLES", {})  # a full one would be cleared
     lists = ([torch.zeros(3)], None, None)
     op = ops.OPS["grad_norm"]
     table = dispatch.table_for(op, lists)
@@ -731,7 +834,7 @@ def test_each_stream_and_each_capture_has_scratch_memory_of_its_own(monkeypatch)
     captured = dispatch.table_for(op, lists)
     assert captured is not table and dispatch.table_for(op, lists) is not captured
     assert dispatch.table_for(op, lists, table) is not table  # an optimizer's, in a graph of somebody's own
-    with live.Trace().recording():
+    with Trace().recording():
         assert dispatch.table_for(op, lists, table) is table  # graph_step's are made for the graph
     now.capturing = False
     assert dispatch.table_for(op, lists) is table
@@ -759,13 +862,13 @@ def test_a_graph_has_tables_of_its_own(layout, tape):
     step = lf.graph_step(model, losses_of, optimizer, next(batches(1)), warmup=2)
     for x, y in batches(2):
         step(x, y)
-    parts = {id(part) for table in optimizer._tables.values() for part in table.parts}
+    parts = {id(part) for table in optimizer._workers.tables.values() for part in table.parts}
     x, y = next(batches(1))
     step(x, y)
-    assert parts == {id(part) for table in optimizer._tables.values() for part in table.parts}
+    assert parts == {id(part) for table in optimizer._workers.tables.values() for part in table.parts}
     (kind,) = next(iter(step._kinds.values()))
-    taped = {id(args[0].scratch_memory) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "scratch_memory")}
-    assert taped.isdisjoint(id(part.scratch_memory) for table in optimizer._tables.values() for part in table.parts)
+    taped = {id(args[0]._scratch) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "_scratch")}
+    assert taped.isdisjoint(id(part._scratch) for table in optimizer._workers.tables.values() for part in table.parts)
 
 
 def test_constants_are_kept_and_a_graph_holds_its_own(tape):
@@ -776,10 +879,10 @@ def test_constants_are_kept_and_a_graph_holds_its_own(tape):
     for x, y in batches(4):
         step(x, y)
     held = list(optimizer._constants.values())
-    one, other = optimizer._constant((1.0, 2.0)), optimizer._constant((3.0, 4.0))
-    assert optimizer._constant((1.0, 2.0)) is one and optimizer._constant((3.0, 4.0)) is other
+    one, other = optimizer.constant((1.0, 2.0)), optimizer.constant((3.0, 4.0))
+    assert optimizer.constant((1.0, 2.0)) is one and optimizer.constant((3.0, 4.0)) is other
     for i in range(100):
-        optimizer._constant((float(i), 0.0))
+        optimizer.constant((float(i), 0.0))
     assert len(optimizer._constants) == 64 and (1.0, 2.0) not in {key[0] for key in optimizer._constants}
     kind = next(kind for kinds in step._kinds.values() for kind in kinds if kind.replay)
     assert {id(one) for one in held} <= {id(one) for one in kind.alive}
