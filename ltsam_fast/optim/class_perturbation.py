@@ -123,7 +123,8 @@ class ClassPasses:
         optimizer = self._optimizer
         known = optimizer.row_wise_head
         if known is None or not same_items(known[0], self._scope):
-            owner = owner_of(self._scope, optimizer.model or optimizer.head_module)  # type: ignore[attr-defined]
+            root = optimizer.head_module if optimizer.model is None else optimizer.model  # type: ignore[attr-defined]
+            owner = owner_of(self._scope, root)
             known = optimizer.row_wise_head = self._scope, None if owner is None else Head(owner, self._scope)
         head = known[1]
         return head if head and by_row_alone(head.module) else None
