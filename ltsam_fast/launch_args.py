@@ -41,7 +41,7 @@ class LaunchArgs:
 
     What a table knows of them:
 
-    * ``op``, ``device``; ``wide``: accumulate in fp64.
+    * ``op``, ``device``; ``wide``: accumulate in fp64; ``accumulator``: the dtype of sums and norms.
     * ``pointers`` int64 (T, R), 0 where absent; ``dtypes`` uint8 (T, R), indices of :data:`DTYPES`; ``numels`` int64 (T,).
     * ``groups`` int32 (T,), rows of the hyperparameters; ``buckets`` int32 (T,), nondecreasing, outputs of a reduction,
       ``bucket_count`` of them.
@@ -83,6 +83,7 @@ class LaunchArgs:
         self.first_chunk = np.concatenate([[0], np.cumsum(-(-self.numels // CHUNK))]).astype(np.int64)
         self.device = device
         self.wide = wide
+        self.accumulator = torch.float64 if wide else torch.float32
         self.cache: dict[Any, Any] = {}
         # The first cell counts finished CUDA blocks and must start at zero; then a cell for each chunk and sum.
         cells = 1 + int(self.first_chunk[-1]) * op.sums
@@ -95,11 +96,6 @@ class LaunchArgs:
         self.addresses: tuple[int, ...] = ()
         self.stream_or_threads = 0
         self.launched: bool | Callable[[], NDArray[np.bool_]] = False
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        """The dtype of sums and norms."""
-        return torch.float64 if self.wide else torch.float32
 
     @property
     def positions(self) -> list[int]:

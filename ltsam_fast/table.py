@@ -7,6 +7,7 @@ tensor that moved can never leave a stale address behind; what follows from them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -71,7 +72,11 @@ class TensorTable:
         self._snapshot = np.empty((0, len(op.roles), COLUMNS), np.int64)
         self._valid_for: tuple[Any, ...] | None = None
         self._lists: tuple[Any, ...] = ()
-        self._staged: list[Staged] = []
+        self.staged: list[Staged] = []
+        """Tensors with stand-ins, after whose call :meth:`finish` is to be called."""
+        self.calls = 0
+        """Calls that have begun."""
+        self._reader = reader()
         self._finished = False
         self._unfinished: list[tuple[int, torch.Tensor, int]] = []  # row, tensor and its version, before it is written
 
@@ -82,6 +87,7 @@ class TensorTable:
         buckets: Sequence[int] | None = None,
         bucket_count: int = 1,
         offsets: Sequence[int] | None = None,
+        rows: int = 1,
     ) -> list[LaunchArgs]:
         """Checks the tensors and returns the parts to launch on.
 
@@ -91,28 +97,49 @@ class TensorTable:
             buckets: Output index of each tensor in a reduction, nondecreasing; ``None``: 0.
             bucket_count: Number of outputs of a reduction.
             offsets: For random numbers, the element that each tensor begins at; ``None``: 0.
+            rows: Rows of hyperparameters.
 
         Raises:
             TypeError: An entry is no tensor, or its dtype is not one of :data:`DTYPES`.
             ValueError: Lengths, shapes or devices differ; a tensor is sparse or on an unsupported device; a tensor that is
-                written shares memory with another. Nothing was changed then.
+                written shares memory with another; a group has no row. Nothing was changed then.
         """
-        self.clear_launched()
-        self._lists = lists = self._as_lists(roles)
+        self._finished, self._unfinished = False, []
+        for part in self.parts:
+            part.launched = False
+        self.calls += 1
+        lists: tuple[Any, ...] = tuple([role if type(role) in (list, NoneType) else list(role) for role in roles])  # type: ignore[arg-type]
+        count = len(lists[0] or ())
         # Copies, for callers may change their lists in place.
-        asked_for = ([None if one is None else list(one) for one in (groups, buckets, offsets)], bucket_count)
-        still_valid = asked_for == self._valid_for
-        renewable = still_valid and not self._staged and len(self.parts) == 1
-        change = self._read(lists, self.parts[0].pointers if renewable else None)
+        asked_for = (
+            [None if one is None else list(one) for one in (groups, buckets, offsets)],
+            bucket_count,
+            rows,
+            count,
+        )
+        still_valid = asked_for == self._valid_for and all([role is None or len(role) == count for role in lists])
+        if not still_valid:
+            self._check_lengths(lists, count)
+            from ltsam_fast.ops.checks import check_groups  # which, by way of its package, imports this module
+
+            check_groups(groups, count, rows)
+        renewable = still_valid and not self.staged and len(self.parts) == 1
+        try:
+            change = self._reader(lists, self._snapshot, self._written, self.parts[0].pointers if renewable else None)
+        except Exception:
+            self._snapshot[...] = NEVER_READ
+            self._explain(lists)
+            raise
         if change == REFRESHED:
             self.parts[0].cache.clear()
         elif change != SAME or not still_valid:
             self._valid_for = None  # until the checks have passed
-            self._rebuild(lists, groups, buckets, offsets, bucket_count)
+            self._rebuild(lists, groups if rows > 1 else None, buckets, offsets, bucket_count)
             self._valid_for = asked_for
-        if self._staged:
+        if self.staged:
+            self._lists = lists
             lists = tuple(role and list(role) for role in lists)
-            for staged in self._staged:
+            for staged in self.staged:
                 if self.op.roles[staged.role] in self.op.reads:
                     staged.copy.copy_(lists[staged.role][staged.row].detach())
                 lists[staged.role][staged.row] = staged.memory
@@ -121,16 +148,14 @@ class TensorTable:
         return self.parts
 
     def finish(self) -> None:
-        """Ends a call: copies what was computed on stand-ins into the tensors they stand in for."""
-        pairs = [(one, self._lists[one.role][one.row]) for one in self._staged if self._written[one.role]]
+        """Ends a call that used stand-ins: copies what was computed on them into the tensors they stand in for."""
+        pairs = [(one, self._lists[one.role][one.row]) for one in self.staged if self._written[one.role]]
         if pairs:
             self._unfinished = [(one.row, tensor, version(tensor)) for one, tensor in pairs if one.role == self._target]
             # In one call, so that an interrupt finds either nothing written or everything.
             torch._foreach_copy_([tensor.detach() for _, tensor in pairs], [one.copy for one, _ in pairs])
         self._finished = True
         self._lists = ()
-        for part in self.parts:
-            part.lists, part.launched = (), True
 
     def launched(self) -> list[int]:
         """Says how far the latest call had come when an interrupt (``KeyboardInterrupt``) ended it.
@@ -142,7 +167,7 @@ class TensorTable:
         """
         pending: set[int] = set()
         if not self._finished:
-            pending = {one.row for one in self._staged if self._written[one.role]}
+            pending = {one.row for one in self.staged if self._written[one.role]}
             pending -= {row for row, tensor, before in self._unfinished if version(tensor) != before}
         found: list[int] = []
         for part in self.parts:
@@ -150,15 +175,7 @@ class TensorTable:
             found += [position for position, row in zip(part.positions, rows, strict=True) if row]
         return sorted(set(found) - pending)
 
-    def clear_launched(self) -> None:
-        """Forgets the latest call. A call begins with this, but an interrupt may come before it begins."""
-        self._finished, self._unfinished = False, []
-        for part in self.parts:
-            part.launched = False
-
-    def _as_lists(self, roles: tuple[Role, ...]) -> tuple[Any, ...]:
-        lists = tuple(role if role is None or type(role) is list else list(role) for role in roles)
-        count = len(lists[0] or ())
+    def _check_lengths(self, lists: tuple[Any, ...], count: int) -> None:
         for argument, role in zip(self.op.arguments, lists, strict=True):
             if role is not None and len(role) != count:
                 raise ValueError(
@@ -166,16 +183,6 @@ class TensorTable:
                 )
         if len(self._snapshot) != count:
             self._snapshot = np.full((count, len(lists), COLUMNS), NEVER_READ, np.int64)
-            self._valid_for = None  # of no tensors none has changed
-        return lists
-
-    def _read(self, lists: tuple[Any, ...], pointers: NDArray[np.int64] | None) -> int:
-        try:
-            return reader()(lists, self._snapshot, self._written, pointers)
-        except Exception:
-            self._snapshot[...] = NEVER_READ
-            self._explain(lists)
-            raise
 
     def _explain(self, lists: tuple[Any, ...]) -> None:
         """Raises the reason why some tensor could not be read, if it is a known one."""
@@ -202,7 +209,7 @@ class TensorTable:
         if found := find_overlap(self._snapshot, lists, self._written):
             names = [f"{self.op.arguments[role]}[{index}]" for role, index in found]
             raise ValueError(f"{names[0]} and {names[1]} share memory: give each its own, or list it once")
-        rows, self._staged = self._stage(self._snapshot.copy(), lists, offsets)
+        rows, self.staged = self._stage(self._snapshot.copy(), lists, offsets)
         count = len(rows)
         group_of = np.zeros(count, np.int32) if groups is None else np.asarray(groups, np.int32)
         bucket_of = np.zeros(count, np.int32) if buckets is None else np.asarray(buckets, np.int32)

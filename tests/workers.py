@@ -250,7 +250,9 @@ def overflow_in_one_shard():
                             group["steps"] += name == "LookSAM"  # it counts the steps that were skipped too
                         continue
                     bad = scaled and step in overflows
-                    passes = iter([bad] * 2 if len(opt.phases) == 1 or name == "GNM" else [bad and not last, bad and last])
+                    passes = iter(
+                        [bad] * 2 if len(opt.phases) == 1 or name == "GNM" else [bad and not last, bad and last]
+                    )
 
                     def closure(x=x, y=y, model=model, passes=passes):
                         model[0].spoil = next(passes)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast import ops
+from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.gradients import Differentiable
 from ltsam_fast.shared import SharedBackward, Weighting
-from ltsam_fast.weight_caches import clear_weight_caches
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """``loss_fn(output, labels)`` returns the loss of each sample, shape (B,)."""

@@ -133,15 +133,6 @@ def checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
     return rows
 
 
-def check_signals(sizes: dict[str, int], **signals: Tensor | None) -> None:
-    """Raises ValueError unless each signal is a tensor of as many elements as ``sizes`` says, or of one."""
-    for name, value in signals.items():
-        count = sizes.get(name, 1)
-        if value is not None and (not isinstance(value, Tensor) or value.numel() != count):
-            element = "one element" if count == 1 else f"{count} elements"
-            raise ValueError(f"{name} must be a tensor of {element}, got {value!r}")
-
-
 def check_groups(groups: Sequence[int] | None, tensors: int, rows: int) -> None:
     """Raises ValueError unless ``groups`` names one of ``rows`` groups for each tensor."""
     if groups is None:

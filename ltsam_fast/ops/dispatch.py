@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from ltsam_fast.backend import Backend, backend_for
-from ltsam_fast.launch_args import LaunchArgs, Op, Role, stream_or_threads
-from ltsam_fast.ops.checks import check_groups, check_signals, checked_rows
+from ltsam_fast.backend import backend_for
+from ltsam_fast.launch_args import Op, Role
+from ltsam_fast.ops.checks import checked_rows
 from ltsam_fast.table import TensorTable
-from ltsam_fast.weight_caches import clear_weight_caches
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,33 +145,57 @@ def table_for(op: Op, lists: tuple[Role, ...], given: TensorTable | None = None)
 
 _SLOTS = {"norm": 0, "scales": 0, "grad_scale": 1, "found_inf": 2, "combination": 3, "skipped": 4}
 """Place in ``lt::Signals`` of a signal: a small tensor that is read, or written, on the device."""
-
-
-def _at(args: LaunchArgs, name: str, value: Tensor) -> Tensor:
-    """A signal on the tensors' device and in the type that backends read."""
-    dtype = torch.float32 if name in ("grad_scale", "found_inf", "skipped") else args.accumulator
-    if value.dtype is dtype and value.device == args.device and value.is_contiguous():
-        return value
-    return value.detach().to(args.device, dtype).contiguous()
+_SINGLE = frozenset(("grad_scale", "found_inf", "skipped"))
+"""Signals in float32; the others are in the accumulator's type."""
 
 
 _HERE = contextlib.nullcontext()
 
 
-def launch(
-    backend: Backend, args: LaunchArgs, hyper: NDArray[np.float64], signals: dict[str, Tensor | None]
-) -> dict[str, Tensor]:
-    """Runs one backend call; returns the signals as it saw them."""
-    seen = {name: _at(args, name, value) for name, value in signals.items() if value is not None}
-    addresses = [0] * 5
-    for name, value in seen.items():
-        addresses[_SLOTS[name]] = value.data_ptr()
-    args.hyper = hyper if tracer is None else tracer.place(hyper)
-    args.signals, args.addresses = seen, tuple(addresses)
-    with torch.cuda.device(args.device) if args.device.type == "cuda" else _HERE:
-        args.stream_or_threads = stream_or_threads(args.device)
-        getattr(backend, args.op.name)(args)
-    return seen
+def _launch(
+    op: Op,
+    table: TensorTable,
+    bound: dict[str, Any],
+    hyper: NDArray[np.float64],
+    signals: dict[str, Any],
+) -> list[dict[str, Tensor]]:
+    """Binds the tensors and runs one backend call for each part; returns the signals as these saw them.
+
+    ``results`` stands for a signal "norm" that is made: so many numbers in the part's accumulator.
+    """
+    parts = table.bind(**bound, rows=len(hyper))
+    calls = [(part, backend_for(part.device)) for part in parts]
+    sizes = {"combination": 4, "scales": len(bound["roles"][0] or ())}
+    found = []
+    for args, backend in calls:
+        seen: dict[str, Tensor] = {}
+        addresses = [0] * 5
+        for name, value in signals.items():
+            if value is None:
+                continue
+            if name == "results":
+                name, value = "norm", torch.empty(value, dtype=args.accumulator, device=args.device)
+            elif not isinstance(value, Tensor) or value.numel() != sizes.get(name, 1):
+                element = "one element" if name not in sizes else f"{sizes[name]} elements"
+                raise ValueError(f"{name} must be a tensor of {element}, got {value!r}")
+            dtype = torch.float32 if name in _SINGLE else args.accumulator
+            if value.dtype is not dtype or value.device != args.device or not value.is_contiguous():
+                value = value.detach().to(args.device, dtype).contiguous()
+            seen[name] = value
+            addresses[_SLOTS[name]] = value.data_ptr()
+        args.hyper = hyper if tracer is None else tracer.place(hyper)
+        args.signals, args.addresses = seen, tuple(addresses)
+        on_cpu = args.device.type == "cpu"
+        with _HERE if on_cpu else torch.cuda.device(args.device):
+            args.stream_or_threads = (
+                torch.get_num_threads() if on_cpu else torch.cuda.current_stream(args.device).cuda_stream
+            )
+            getattr(backend, op.name)(args)
+        args.launched, args.lists = True, ()
+        found.append(seen)
+    if table.staged:
+        table.finish()
+    return found
 
 
 def run(
@@ -185,24 +209,18 @@ def run(
 ) -> None:
     """Runs a pass that writes tensors."""
     hyper = hyper_rows(op, values or {})
-    check_groups(groups, len(roles[0] or ()), len(hyper))
-    check_signals({"combination": 4, "scales": len(roles[0] or ())}, **signals)
     lists = roles
     if "original" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
+    if "w" in op.writes:
+        clear_weight_caches()
     own = table_for(op, roles, table)
-    parts = own.bind(lists, groups if len(hyper) > 1 else None, offsets=offsets)
-    backends = [backend_for(part.device) for part in parts]
-    for part, backend in zip(parts, backends, strict=True):
-        launch(backend, part, hyper, signals)
-    own.finish()
+    _launch(op, own, {"roles": lists, "groups": groups, "offsets": offsets}, hyper, signals)
     # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
     for role, tensors in zip(op.roles, roles, strict=True):
         if tensors is not None and role in op.writes and (role == "w" or table is None):
             torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
-    if "w" in op.writes:
-        clear_weight_caches()
 
 
 def reduce(
@@ -218,13 +236,20 @@ def reduce(
 ) -> list[Tensor]:
     """Runs a reduction; returns ``bucket_count * op.sums`` numbers for each part."""
     own = table_for(op, roles, table)
-    parts = own.bind(roles, groups if len(hyper) > 1 else None, buckets, bucket_count)
-    backends = [backend_for(part.device) for part in parts]
+    bound = {"roles": roles, "groups": groups, "buckets": buckets, "bucket_count": bucket_count}
+    more = {"results": bucket_count * op.sums, "found_inf": found_inf, **signals}
     results = []
-    for part, backend in zip(parts, backends, strict=True):
-        results.append(torch.empty(bucket_count * op.sums, dtype=part.accumulator, device=part.device))
-        seen = launch(backend, part, hyper, {"norm": results[-1], "found_inf": found_inf, **signals})
+    for seen in _launch(op, own, bound, hyper, more):
+        results.append(seen["norm"])
         if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
-    own.finish()
     return results
+
+
+def clear_weight_caches() -> None:
+    """Clears what torch keeps of weights until a context ends: whatever moves weights must, or nobody sees that they moved.
+
+    These are autocast's 16-bit casts and what ``torch.nn.utils.parametrize.cached()`` keeps.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor
 
 from ltsam_fast.launch_args import Role
-from ltsam_fast.ops.checks import check_groups, check_signals
+from ltsam_fast.ops.checks import check_groups
 from ltsam_fast.ops.dispatch import OPS, Hyper, Tensors, hyper_rows, reduce
 from ltsam_fast.table import TensorTable
 
@@ -57,14 +58,14 @@ def grad_norm(
     """
     op = OPS["grad_norm"]
     hyper = hyper_rows(op, {"adaptive": adaptive, "eta": eta})
-    check_groups(groups, len(grads), len(hyper))
-    check_signals({"combination": 4}, found_inf=found_inf, combination=combination)
-    if per_group and groups is None:
-        raise ValueError("groups must be given when per_group is set, got None")
+    if per_group:
+        if groups is None:
+            raise ValueError("groups must be given when per_group is set, got None")
+        check_groups(groups, len(grads), len(hyper))
     if params is None and hyper[:, 0].any():
         raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
     outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
-    if kept_grads is not None and len(kept_grads) == len(grads) and any(grad is None for grad in grads):
+    if kept_grads is not None and len(kept_grads) == len(grads) and NoneType in map(type, grads):
         if combination is not None:
             grads = _filled(grads, kept_grads)
         else:  # a tensor is known by its first role, so a gradient that stands alone takes it
@@ -118,7 +119,7 @@ def grad_dots(grads: Tensors, other: Tensors, *, table: TensorTable | None = Non
     >>> grad_dots([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])])
     tensor([5., 9., 3.])
     """
-    if len(other) == len(grads) and any(grad is None for grad in grads):
+    if len(other) == len(grads) and NoneType in map(type, grads):
         grads = _filled(grads, other)
     op = OPS["grad_dots"]
     dots = reduce(op, (grads, other), hyper_rows(op, {}), table=table)

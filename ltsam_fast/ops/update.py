@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 
 from torch import Tensor
 
@@ -75,8 +76,10 @@ def sgd_step_(
         "maximize": maximize,
         "max_norm": max_norm,
     }
-    check_momentum_buffers(momentum_buffers, momentum, groups)
-    check_clipping(max_norm, norm)
+    if momentum_buffers is None or NoneType in map(type, momentum_buffers):
+        check_momentum_buffers(momentum_buffers, momentum, groups)
+    if norm is None and max_norm:
+        check_clipping(max_norm, norm)
     roles = (params, backups, grads, kept_grads, momentum_buffers, steps)
     run(
         OPS["sgd_step_"],
@@ -167,7 +170,8 @@ def adam_step_(
     for name, buffers in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs), ("steps", steps)):
         if buffers is None:
             raise ValueError(f"{name} must hold one tensor per weight, got None")
-    check_clipping(max_norm, norm)
+    if norm is None and max_norm:
+        check_clipping(max_norm, norm)
     roles = (params, backups, grads, kept_grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
     run(
         OPS["adam_step_"],

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from ltsam_fast import ops
 from ltsam_fast.ops.checks import number
+from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.gradients import check_all_dense
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.perturbation import Perturbation
-from ltsam_fast.weight_caches import clear_weight_caches
 
 Group = dict[str, Any]
 
@@ -60,8 +60,9 @@ class FusedStep:
         """Restores the weights and steps."""
         base, params, table = optimizer.base_optimizer, update.params, workers.tables[self._op]
         state = self._arguments(base.param_groups, update.groups, params, [base.state[param] for param in params])
-        backups, grads, kept = perturbation.sources_of(params, workers), update.grads, update.kept
-        perturbation.begin_update(params, table)
+        grads, kept, now = update.grads, update.kept, perturbation.now
+        backups = now.backups if params is now.params else perturbation.sources_of(params, workers)
+        perturbation.updating = params, table, table.calls
         if workers.sharded:
             params, grads, kept = workers.local(params), workers.local(grads), kept and workers.local(kept)
             state = {name: workers.local(values) for name, values in state.items()}

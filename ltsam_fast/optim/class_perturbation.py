@@ -12,8 +12,9 @@ from torch import Tensor
 from ltsam_fast import ops
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.base_step import sign_of
-from ltsam_fast.optim.gradients import Differentiable, Gradient, check_all_dense, gradients_of, same_items
+from ltsam_fast.optim.gradients import Differentiable, Gradient, check_all_dense, gradients_of
 from ltsam_fast.optim.head import Head, by_row_alone, owner_of
+from ltsam_fast.optim.perturbation import same_items
 from ltsam_fast.shared import Weighting
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.ops.checks import check_counts, check_shared_backward, tail_of
-from ltsam_fast.optim.class_weights import ClassWeights, pilot_of
+from ltsam_fast.optim.closures import ClassWeights, pilot_of
 from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.options import option
 
@@ -88,7 +88,7 @@ class ClassWise(Sharing):
                 u, v = (one.double() for one in made)
                 weights = tuple(ClassWeights(one, self.open_ended) if bool(one.any()) else None for one in (u, v))
                 known = (options, (u, v), weights, pilot_of(u, v))
-            self._class_weights = known
+            self._class_weights, self.weights_now = known, known[2]
         return known
 
     @property
@@ -100,10 +100,6 @@ class ClassWise(Sharing):
     def class_weights(self) -> Tensor | None:
         """v, shape (C,), float64."""
         return self._known()[1][1]  # type: ignore[no-any-return]
-
-    def class_weights_now(self) -> tuple[ClassWeights | None, ClassWeights | None]:
-        """u and v as a step uses them; :meth:`classes` has seen whether they are up to date."""
-        return self._class_weights[2]  # type: ignore[return-value]
 
     @property
     def pilot(self) -> int | None:

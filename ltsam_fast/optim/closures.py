@@ -1,17 +1,21 @@
-"""Closures: evaluated with gradients out of reach, their losses checked."""
+"""Closures: evaluated with gradients out of reach, their losses checked and weighed."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.gradients import swap_gradients
-from ltsam_fast.weight_caches import clear_weight_caches
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.amp import LossScale
 
 Closure = Callable[..., Tensor]
 
@@ -26,7 +30,7 @@ class Part:
         size: The number of samples; -1 until it is known.
         losses: The losses seen at w, detached, shape (B,), if those of all samples were seen at once.
         total: The sum of the losses seen at w.
-        weights: Weights of the samples, shape (B,), by the :class:`ltsam_fast.optim.class_weights.ClassWeights` they are from.
+        weights: Weights of the samples, shape (B,), by the :class:`ltsam_fast.optim.closures.ClassWeights` they are from.
     """
 
     def __init__(self, closure: Closure, labels: Tensor | None, params: list[Tensor]) -> None:
@@ -47,7 +51,6 @@ class Part:
         """
         if index is None and self.size >= 0 and self._needs_index:
             index = torch.arange(self.size, device=self.labels.device if self.labels is not None else None)
-        clear_weight_caches()  # of an evaluation without gradients, too
         stash = _stash_gradients(self._params)
         try:
             with torch.set_grad_enabled(graph):
@@ -58,6 +61,8 @@ class Part:
             raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
         finally:
             _put_back(self._params, stash)
+            if not graph:
+                clear_weight_caches()  # autocast keeps casts that have no gradients, too
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -81,6 +86,28 @@ class Part:
             self.total = self.total + seen.sum()
             self.losses = seen
         return losses
+
+    def seeds(self, weights: Sequence[ClassWeights | None], losses: Tensor, divisor: int, scaling: LossScale) -> Any:
+        """The weights (B,) that losses are differentiated with, one vector for each weighting; None where all are zero.
+
+        Args:
+            weights: The weightings; without any it is the mean's.
+            losses: (B,)
+            divisor: By what the weights are divided: the number of samples.
+            scaling: By what they are multiplied.
+        """
+        if not weights:
+            return [scaling(torch.full_like(losses, 1 / divisor))]
+        seeds: list[Tensor | None] = []
+        for one in weights:
+            if one is None:
+                seeds.append(None)
+                continue
+            if one not in self.weights:
+                self.weights[one] = one.of(self.labels, losses)  # type: ignore[arg-type]
+            seed = self.weights[one] / divisor
+            seeds.append(scaling(seed) if scaling.signals else seed)
+        return seeds
 
 
 def _stash_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
@@ -131,3 +158,78 @@ def check_takes_index(parts: list[Part], method: str) -> None:
             raise ValueError(
                 "closure must give index a default, or targets must be given: else the batch's size is unknown"
             )
+
+
+class ClassWeights:
+    """Weights of the classes in one loss.
+
+    Args:
+        values: Shape (C,), not all zero.
+        open_ended: Whether the last entry stands for all further classes.
+    """
+
+    def __init__(self, values: Tensor, open_ended: bool = False) -> None:
+        self.values, self.open_ended = values.double(), open_ended
+
+    def of(self, labels: Tensor, losses: Tensor) -> Tensor:
+        """The weights of samples with these labels, shape (B,), in the losses' dtype and on their device."""
+        self.values = self.values.to(losses.device, non_blocking=True)
+        chosen = labels.to(losses.device, torch.long, non_blocking=True)
+        if self.open_ended:
+            chosen = chosen.clamp(max=len(self.values) - 1)
+        return self.values[chosen].to(losses.dtype)
+
+
+def pilot_of(u: Tensor, v: Tensor) -> int | None:
+    """Which of two vectors of weights is nowhere near zero, so that it can weigh a sweep that both share; None: neither."""
+    sizes = [one.abs() for one in (u, v)]
+    least = 1e-3 * max(float(one.max()) for one in sizes)
+    return next((i for i, one in enumerate(sizes) if float(one.min()) > least), None)
+
+
+class CompiledGraphs:
+    """What an optimizer knows of the graphs of torch.compile in its closures, if it differentiates losses more than once.
+
+    A graph may give its saved tensors' memory away during the backward. torch refuses to differentiate such a graph again;
+    without that (``torch._functorch.config.donated_buffer``) its graphs can be differentiated as often as any.
+    """
+
+    def __init__(self) -> None:
+        self._compiled = 0  # graphs when the closure's were looked at
+
+    @contextlib.contextmanager
+    def reusable(self) -> Iterator[None]:
+        """Has torch.compile, if it is at work in here, make graphs that can be differentiated again. About 3 us."""
+        from torch._functorch import config
+
+        before = config.donated_buffer
+        config.donated_buffer = False
+        try:
+            yield
+        finally:
+            config.donated_buffer = before
+
+    def check(self, losses: Tensor) -> None:
+        """Raises ValueError if a graph that was compiled elsewhere can be differentiated only once.
+
+        With the setting above torch itself would not notice any more. Looked at only after something was compiled.
+        """
+        from torch._dynamo.utils import counters
+
+        compiled = counters["stats"]["unique_graphs"]
+        if compiled == self._compiled:
+            return
+        seen, nodes = set(), [losses.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if getattr(getattr(getattr(node, "_forward_cls", None), "metadata", None), "bw_donated_idxs", None):
+                raise ValueError(
+                    "closure must not use a graph of torch.compile that can be differentiated only once: set "
+                    "torch._functorch.config.donated_buffer = False before the model's first forward pass, "
+                    "or let that be in step()"
+                )
+            nodes += [following for following, _ in node.next_functions]
+        self._compiled = compiled

@@ -17,7 +17,7 @@ from ltsam_fast.optim.step import AtPerturbed, AtWeights, LossIncrease, MicroBat
 from ltsam_fast.optim.trace import Call, Trace
 
 if TYPE_CHECKING:
-    from ltsam_fast.optim.class_weights import ClassWeights
+    from ltsam_fast.optim.closures import ClassWeights
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 
@@ -82,8 +82,8 @@ class _DryStep(Step):
     """A step without parameters, whose verbs note what rows of hyperparameters do not show."""
 
     def __init__(self, optimizer: SharpnessAware, scaling: LossScale, size: int, workers: Single) -> None:
-        super().__init__(optimizer, scaling)
-        self._all, self._params, self._groups = self._params, [], []
+        super().__init__(optimizer, scaling, [], [])
+        self._all = optimizer.all_params()[0]
         self._size, self._workers = size, workers
         self._perturbation = _Unchanged()
         self._perturbation.low_precision = optimizer._perturbation.low_precision
@@ -95,7 +95,7 @@ class _DryStep(Step):
 
     def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
         self._optimizer.classes()  # brings the weights up to date
-        return self._optimizer.class_weights_now()  # type: ignore[no-any-return]
+        return self._optimizer.weights_now  # type: ignore[no-any-return]
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         for first in range(0, self._size, size):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterable
-from typing import Any
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -89,24 +88,13 @@ class Sum(Combination):
         return {self.last: 1.0, self.before: 1.0}
 
 
-_NONE = type(None)  # `None in tensors` would compare element by element
 _requires_grad = operator.attrgetter("requires_grad")
 _grad = operator.attrgetter("grad")
 
 
-def some_missing(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether one of them is None."""
-    return _NONE in map(type, tensors)
-
-
 def all_missing(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all of them are None."""
-    return all(map(operator.is_, tensors, itertools.repeat(None)))
-
-
-def same_items(first: list[Any], second: list[Any]) -> bool:
-    """Whether two lists have the same objects."""
-    return len(first) == len(second) and all(map(operator.is_, first, second))
+    return {*map(type, tensors)} <= {NoneType}
 
 
 def gradients_of(params: list[Tensor]) -> list[Tensor | None]:

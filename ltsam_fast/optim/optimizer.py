@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.ops.checks import check_model, check_targets
+from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
-from ltsam_fast.optim.closures import Closure, check_takes_index
-from ltsam_fast.optim.compiled import CompiledGraphs
+from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.options import Configurable, option
 from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
@@ -83,6 +83,8 @@ class SharpnessAware(Configurable, Optimizer):
     norm_eps = option(1e-12, "Added to the norm of the gradient.", ge=0, per_group=True, keyword=False)
     perturb = option(True, "Whether the group is perturbed.", per_group=True, keyword=False)
 
+    weights_now: Any = None
+    """The class weights u and v, None where all are zero, of methods that have any; :meth:`classes` brings them up to date."""
     asam_constant = "eta"
     """The option with ASAM's constant."""
     buffers: tuple[str, ...] = ()
@@ -165,10 +167,6 @@ class SharpnessAware(Configurable, Optimizer):
         """Below which number the samples' classes must lie; None: they are not looked at."""
         return None
 
-    def class_weights_now(self) -> Any:
-        """The class weights u and v, of methods that have any."""
-        return None
-
     def end_step(self) -> None:
         """Is called when a step has been counted."""
 
@@ -216,20 +214,19 @@ class SharpnessAware(Configurable, Optimizer):
         labels: list[Any] = [None] * len(closures)
         if targets is not None or self.classes() is not None:
             labels = self._check_targets(targets, len(closures))
+        self._clear_gradients()
         step = self._begin(scaler)
         passes = Passes(self, step, closures, labels)
         if self.needs_index:
             check_takes_index(passes.parts, type(self).__name__)
         try:
+            rule = self.rule(step)
+            request = next(rule)
+            with contextlib.suppress(StopIteration):
+                while True:
+                    request = rule.send(passes(request))
             self._clear_gradients()
-            with self.graphs.reusable() if self.several_gradients else _NOTHING:
-                rule = self.rule(step)
-                request = next(rule)
-                with contextlib.suppress(StopIteration):
-                    while True:
-                        request = rule.send(passes(request))
             loss = passes.mean_loss()
-            self._clear_gradients()
             if scaler is not None:
                 step.scaling.report(self)
             return loss
@@ -396,7 +393,9 @@ class SharpnessAware(Configurable, Optimizer):
         scaling = NO_SCALE if scaler is None else LossScale(scaler, self.all_params()[0])
         if self._workers.averages:
             self._check_join(bool(scaling.signals))
-        return Step(self, scaling)
+        params, groups = self.all_params()
+        clear_weight_caches()
+        return Step(self, scaling, params, groups)
 
     def _abandon(self, step: Step | None) -> None:
         """Ends a step that failed: puts weights back, unless there are new ones already. A further Ctrl-C does not keep it."""
@@ -466,7 +465,7 @@ class SharpnessAware(Configurable, Optimizer):
             *self._perturbation.memory,
             *self._constants.values(),
             self.skipped.memory,
-            self.class_weights_now(),
+            self.weights_now,
         ]
 
     def discard_step(self) -> None:

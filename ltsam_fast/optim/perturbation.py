@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,9 +15,13 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ltsam_fast import ops
-from ltsam_fast.optim.gradients import same_items
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.table import TensorTable
+
+
+def same_items(first: list[Any], second: list[Any]) -> bool:
+    """Whether two lists have the same objects."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 class Perturbed(NamedTuple):
@@ -36,7 +41,8 @@ class Perturbed(NamedTuple):
         )
 
 
-_NOTHING = Perturbed([], [], [])
+NOTHING = Perturbed([], [], [])
+"""No parameters."""
 
 
 class Perturbation:
@@ -47,12 +53,15 @@ class Perturbation:
     """
 
     def __init__(self) -> None:
-        self.now = _NOTHING
-        self._perturbing: tuple[Perturbed, TensorTable] | None = None  # a pass that perturbs has begun
-        self._updating: tuple[list[Tensor], TensorTable] | None = None  # the base optimizer's pass has begun
+        self.now = NOTHING
+        self.perturbing: tuple[Perturbed, TensorTable, int] | None = None
+        """What a pass is about to perturb, its table, and the calls of it before."""
+        self.updating: tuple[list[Tensor], TensorTable, int] | None = None
+        """The parameters whose new values the base optimizer's pass is about to write, its table, and the calls before."""
         self._memory: dict[Tensor, Tensor] = {}
         self._backed_up: tuple[list[Tensor], list[torch.dtype], list[Tensor]] = ([], [], [])
-        self._disabled: list[tuple[Any, str, Any]] = []  # attributes of modules, and what they were
+        self.disabled: list[tuple[Any, str, Any]] = []
+        """Attributes of modules that stand for running statistics, and what they were."""
         self.low_precision = False
         """Whether one of the weights that were backed up last has 16 bits."""
 
@@ -82,19 +91,6 @@ class Perturbation:
         self._memory.clear()
         self._backed_up = ([], [], [])
 
-    def begin(self, perturbed: Perturbed, table: TensorTable) -> None:
-        """Is told before a pass that fills the backups and perturbs the weights."""
-        table.clear_launched()
-        self._perturbing = perturbed, table
-
-    def done(self, workers: Single) -> None:
-        """Is told after it."""
-        if self._perturbing is not None:
-            self.now = self._perturbing[0]
-            self._perturbing = None
-        if workers.sharded:
-            workers.reshard()
-
     def back_up(self, params: list[Tensor], positions: list[int], workers: Single) -> None:
         """Copies weights to their backups; the caller then may write anything into the weights."""
         backups = self.backups_for(params, workers)
@@ -108,40 +104,29 @@ class Perturbation:
         old = dict(zip(self.now.params, self.now.backups, strict=True))
         return [old.get(param, shard) for param, shard in zip(params, workers.local(params), strict=True)]
 
-    def begin_update(self, params: list[Tensor], table: TensorTable) -> None:
-        """Is told before a pass that writes the new weights of ``params``."""
-        table.clear_launched()
-        self._updating = params, table
-
-    def updated(self, workers: Single) -> None:
-        """Is told when the step has been counted: nothing is perturbed any more."""
-        self.now, self._updating = _NOTHING, None
-        if workers.sharded:
-            workers.reshard()
-
     def restore(self, workers: Single) -> bool:
         """Puts the unperturbed weights back; returns whether new ones were there already, from the base optimizer's pass."""
-        if self._perturbing is not None:
-            perturbed, table = self._perturbing
-            self.now = perturbed.at(table.launched())
-            self._perturbing = None
+        if self.perturbing is not None:
+            perturbed, table, calls = self.perturbing
+            self.now = perturbed.at(table.launched() if table.calls > calls else [])
+            self.perturbing = None
         stepped = False
-        if self._updating is not None:
-            params, table = self._updating
-            new = {params[i] for i in table.launched()}
+        if self.updating is not None:
+            params, table, calls = self.updating
+            new = {params[i] for i in table.launched()} if table.calls > calls else set()
             self.now = self.now.at([i for i, param in enumerate(self.now.params) if param not in new])
-            stepped, self._updating = bool(new), None
+            stepped, self.updating = bool(new), None
         if self.now.params:
             ops.restore_(workers.local(self.now.params), self.now.backups, table=workers.tables["restore_"])
-            self.now = _NOTHING
+            self.now = NOTHING
             workers.reshard()
-        if self._disabled:
+        if self.disabled:
             self.enable_running_stats()
         return stepped
 
     def discard(self) -> None:
         """Forgets about perturbations that the device has not made: weights are as they were before the step."""
-        self.now, self._perturbing, self._updating = _NOTHING, None, None
+        self.now, self.perturbing, self.updating = NOTHING, None, None
         self.enable_running_stats()
 
     def disable_running_stats(self, model: torch.nn.Module) -> None:
@@ -150,14 +135,14 @@ class Perturbation:
             for name, value in _statistics(module) if module.training else ():
                 # What is disabled already is another optimizer's to enable: theirs may end before or after this one's step.
                 if getattr(module, name) is not value:
-                    self._disabled.append((module, name, getattr(module, name)))
+                    self.disabled.append((module, name, getattr(module, name)))
                     setattr(module, name, value)
 
     def enable_running_stats(self) -> None:
         """Undoes :meth:`disable_running_stats`."""
-        for owner, name, value in reversed(self._disabled):
+        for owner, name, value in reversed(self.disabled):
             setattr(owner, name, value)
-        self._disabled = []
+        self.disabled = []
 
 
 def _statistics(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.class_weights import ClassWeights
+from ltsam_fast.optim.closures import ClassWeights
 from ltsam_fast.optim.dry_run import empty_answer
 from ltsam_fast.optim.gradients import Gradient, State, Sum, gradients_of, own_memory, take_gradients
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, MicroBatch, Pause, Step

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
-from ltsam_fast.optim.class_weights import ClassWeights
 from ltsam_fast.optim.closures import Closure, Part
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
     Sum,
     gradients_of,
-    same_items,
     swap_gradients,
     take_gradients,
 )
 from ltsam_fast.optim.masks import fisher
+from ltsam_fast.optim.perturbation import same_items
 from ltsam_fast.optim.step import (
     AtClassPerturbed,
     AtPerturbed,
@@ -62,7 +61,7 @@ class Passes:
         self.parts = [Part(*pair, self._params) for pair in zip(closures, labels, strict=True)]
         self._totals: Tensors = []  # of the micro-batches so far
         self._by_class: ClassPasses | None = None
-        self.class_weights = optimizer.class_weights_now()
+        self.class_weights = optimizer.weights_now
         """The class weights u and v of the method, if it has any."""
         step._passes = self
 
@@ -110,15 +109,25 @@ class Passes:
         for part in parts:
             with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
                 with shared.record_outputs() if shared else _NOTHING:
-                    losses = part.evaluate(index)
+                    with optimizer.graphs.reusable() if optimizer.several_gradients else _NOTHING:
+                        losses = part.evaluate(index)
                 if optimizer.several_gradients:
                     optimizer.graphs.check(losses)
                 # Of a batch in parts the size is known at its end.
-                seeds = self._seeds(request.weights, part, losses, len(losses) if len(parts) == 1 else 1)
+                divisor = len(losses) if len(parts) == 1 else 1
+                seeds = part.seeds(request.weights, losses, divisor, self._scaling)
                 if request.squares and part is parts[0]:
                     squares = self._squares(losses, request.squares)
-                if shared is None or not self._sweep(shared, losses, seeds, found):
-                    self._backward(losses, seeds, found)
+                if shared is not None and self._sweep(shared, losses, seeds, found):
+                    continue
+                chosen = [k for k, seed in enumerate(seeds) if seed is not None]
+                for k in chosen:
+                    if (before := found[k]) is not None:
+                        swap_gradients(self._params, before)
+                    torch.autograd.backward(losses, seeds[k], retain_graph=k != chosen[-1])
+                    found[k] = take_gradients(self._params)
+                    if workers.finds_unused:
+                        workers.gradients_cleared()
         if len(parts) > 1:
             torch._foreach_mul_([g for one in found for g in one or () if g is not None], 1 / self.size)
         self._step.seen_unperturbed = True
@@ -131,23 +140,6 @@ class Passes:
         whole = answer[0] if len(answer) == 1 else answer
         return (whole, squares) if request.squares else whole
 
-    def _seeds(
-        self, weights: tuple[ClassWeights | None, ...], part: Part, losses: Tensor, divisor: int
-    ) -> list[Tensor | None]:
-        """The weights (B,) that the losses are differentiated with; None where all are zero."""
-        if not weights:
-            return [self._scaling(torch.full_like(losses, 1 / divisor))]
-        seeds: list[Tensor | None] = []
-        for one in weights:
-            if one is None:
-                seeds.append(None)
-                continue
-            if one not in part.weights:
-                part.weights[one] = one.of(part.labels, losses)  # type: ignore[arg-type]
-            seed = part.weights[one] / divisor
-            seeds.append(self._scaling(seed) if self._scaling.signals else seed)
-        return seeds
-
     def _shared(self, params: list[Tensor]) -> SharedBackward | None:
         """What makes several gradients from one backward sweep, if the optimizer is told so."""
         optimizer = self._optimizer
@@ -159,17 +151,6 @@ class Passes:
             optimizer.check_options(optimizer.param_groups[0])
             shared = optimizer.sharing = SharedBackward(optimizer.model, params, mode)  # type: ignore[arg-type]
         return shared
-
-    def _backward(self, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]) -> None:
-        """Adds the gradients for all seeds to those found so far."""
-        chosen = [k for k, seed in enumerate(seeds) if seed is not None]
-        for k in chosen:
-            if (before := found[k]) is not None:
-                swap_gradients(self._params, before)
-            torch.autograd.backward(losses, seeds[k], retain_graph=k != chosen[-1])
-            found[k] = take_gradients(self._params)
-            if self._workers.finds_unused:
-                self._workers.gradients_cleared()
 
     def _sweep(
         self, shared: SharedBackward, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]
@@ -227,7 +208,7 @@ class Passes:
         for part, index in zip(parts, indices, strict=True):  # type: ignore[arg-type]
             with workers.backward(averaging and part is parts[-1]) if workers.averages else _NOTHING:
                 losses = part.evaluate(index, at_w=first)
-                (seed,) = self._seeds(weights, part, losses, size if size > 0 else len(losses))
+                (seed,) = part.seeds(weights, losses, size if size > 0 else len(losses), self._scaling)
                 torch.autograd.backward(losses, seed)
         tensors = gradients_of(self._params) if last else take_gradients(self._params)
         if not last and workers.finds_unused:

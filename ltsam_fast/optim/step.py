@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,15 +28,14 @@ from ltsam_fast.optim.gradients import (
     Sum,
     all_missing,
     check_all_dense,
-    some_missing,
 )
 from ltsam_fast.optim.parallel import first_element
-from ltsam_fast.optim.perturbation import Perturbed
+from ltsam_fast.optim.perturbation import NOTHING, Perturbed
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
     from ltsam_fast.optim.class_perturbation import ClassGradients
-    from ltsam_fast.optim.class_weights import ClassWeights
+    from ltsam_fast.optim.closures import ClassWeights
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 
@@ -150,9 +150,9 @@ class Step:
         number: How many steps were taken before.
     """
 
-    def __init__(self, optimizer: SharpnessAware, scaling: LossScale) -> None:
+    def __init__(self, optimizer: SharpnessAware, scaling: LossScale, params: list[Tensor], groups: list[int]) -> None:
         self._optimizer, self.scaling = optimizer, scaling
-        self._params, self._groups = optimizer.all_params()
+        self._params, self._groups = params, groups
         self._perturbation, self._workers = optimizer._perturbation, optimizer._workers
         self._passes: Any = None
         self._finished = False
@@ -188,7 +188,7 @@ class Step:
     def dots(self, first: Gradient, second: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         """``<a, a>, <b, b>, <a, b>`` over all parameters, 0-d, on the device; of tensors that ``a`` has."""
         a, b = first.tensors, second.tensors
-        if some_missing(a):
+        if NoneType in map(type, a):
             chosen = [i for i, tensor in enumerate(a) if tensor is not None]
             a, b = [a[i] for i in chosen], [b[i] for i in chosen]
         dots = self._workers.dots(a, b, f" {first.number} {second.number}")
@@ -284,27 +284,8 @@ class Step:
         if gradient.number < 0:
             options.pop("grad_scale", None)
 
-        def launch(backups: list[Tensor]) -> None:
-            drawn = "probability" in options
-            if drawn or perturbation.low_precision:
-                options["stochastic"], options["seed"] = perturbation.low_precision, seed if drawn else 0
-                options["step"], options["skipped"] = self.number, optimizer.skipped.count(groups, params)
-            table = workers.tables["random_perturb_" if "seed" in options else "perturb_"]
-            if not again:
-                perturbation.begin(Perturbed(params, backups, positions), table)
-            ops.perturb_(
-                shards,
-                grads,
-                None if again else backups,
-                norm,
-                groups=group_of,
-                combination=combination,
-                original_params=backups if again else None,
-                table=table,
-                **options,
-            )
-
-        self._perturb(params, launch)
+        arguments = {"grads": grads, "norm": norm, "groups": group_of, "combination": combination, **options}
+        self._perturb(ops.perturb_, params, shards, positions, arguments, seed)
 
     def add_noise(self, amplitude: Sequence[float], clip: float, seed: int) -> None:
         """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``amplitude``, one for each group."""
@@ -312,23 +293,16 @@ class Step:
         positions = [i for i in self._ascending(None) if self._params[i].requires_grad]
         params = _at(self._params, positions)
 
-        def launch(backups: list[Tensor]) -> None:
-            table = workers.tables["gaussian_perturb_"]
-            self._perturbation.begin(Perturbed(params, backups, positions), table)
-            ops.gaussian_perturb_(
-                workers.local(params),
-                backups,
-                amplitude=amplitude,
-                clip=clip,
-                seed=seed,
-                step=self.number,
-                skipped=optimizer.skipped.count(optimizer.param_groups, params),
-                offsets=[first_element(param) for param in params] if workers.sharded else None,
-                groups=_at(self._groups, positions),
-                table=table,
-            )
-
-        self._perturb(params, launch)
+        arguments = {
+            "amplitude": amplitude,
+            "clip": clip,
+            "seed": seed,
+            "step": self.number,
+            "skipped": optimizer.skipped.count(optimizer.param_groups, params),
+            "offsets": [first_element(param) for param in params] if workers.sharded else None,
+            "groups": _at(self._groups, positions),
+        }
+        self._perturb(ops.gaussian_perturb_, params, workers.local(params), positions, arguments)
 
     def ascend_by_class(self, gradients: ClassGradients, scales: Callable[[Tensor, Tensor, int], Tensor]) -> None:
         """Turns each class's gradients G_kt into perturbed weights of the class's own, ``w_t + s_kt G_kt``.
@@ -392,7 +366,7 @@ class Step:
         if workers.sharded:
             grads = workers.redistributed(params, grads)
             kept = kept and workers.redistributed(params, kept)
-        if some_missing(grads):
+        if NoneType in map(type, grads):
             if kept and combination is not None:
                 kept = [None if grad is None else one for grad, one in zip(grads, kept, strict=True)]
             params, groups, grads, kept = self._only_with_gradient(params, groups, grads, kept)
@@ -404,7 +378,9 @@ class Step:
         update = Update(params, groups, grads, kept, combination, decoupled is not None, norm, max_norm)
         optimizer.base_step(optimizer, update, self._perturbation, scaling, workers)
         self.finish()
-        self._perturbation.updated(workers)
+        self._perturbation.now, self._perturbation.updating = NOTHING, None
+        if workers.sharded:
+            workers.reshard()
 
     # --- the rest is the engine's
 
@@ -417,7 +393,8 @@ class Step:
         self._finished = True
         if self.scaling.signals:
             optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params)
-        self._perturbation.enable_running_stats()
+        if self._perturbation.disabled:
+            self._perturbation.enable_running_stats()
         # What torch's learning rate schedulers look for; one may have been given the base optimizer.
         optimizer._opt_called = optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -460,7 +437,7 @@ class Step:
         excluded = {i for i, group in enumerate(groups) if not group["perturb"]}
         if tensors is None:
             return [i for i, group in enumerate(self._groups) if group not in excluded]
-        if not excluded and not some_missing(tensors):
+        if not excluded and NoneType not in map(type, tensors):
             return None
         chosen = [i for i, group in enumerate(self._groups) if group not in excluded and tensors[i] is not None]
         if not chosen and all_missing(tensors):
@@ -493,18 +470,42 @@ class Step:
         optimizer.skipped.created([(optimizer.state[params[i]], name) for i in beginning], self.scaling)
         return means
 
-    def _perturb(self, params: list[Tensor], launch: Any) -> None:
-        perturbation, workers = self._perturbation, self._workers
-        try:
-            launch(perturbation.backups_for(params, workers))
-        except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
-            if perturbation.now.params:
-                raise
-            perturbation.forget_backups()
-            launch(perturbation.backups_for(params, workers))
-        perturbation.done(workers)
-        model = self._optimizer._model
-        if model is not None and self.seen_unperturbed and self._optimizer.protects_running_stats:
+    def _perturb(
+        self,
+        op: Callable[..., None],
+        params: list[Tensor],
+        shards: list[Tensor],
+        positions: list[int] | None,
+        arguments: dict[str, Any],
+        seed: int = 0,
+    ) -> None:
+        """Runs a pass that perturbs, from what the weights were if they are perturbed already."""
+        perturbation, workers, optimizer = self._perturbation, self._workers, self._optimizer
+        again = bool(perturbation.now.params)
+        for last in (again, True):
+            backups = perturbation.backups_for(params, workers)
+            if op is ops.perturb_ and (perturbation.low_precision or "probability" in arguments):
+                drawn = {"seed": seed if "probability" in arguments else 0, "stochastic": perturbation.low_precision}
+                skipped = optimizer.skipped.count(optimizer.param_groups, params)
+                arguments |= {**drawn, "step": self.number, "skipped": skipped}
+            random = op is ops.perturb_ and "seed" in arguments
+            table = workers.tables["random_perturb_" if random else op.__name__]
+            if not again:
+                perturbation.perturbing = Perturbed(params, backups, positions), table, table.calls
+            source = {"original_params": backups, "backups": None} if again else {"backups": backups}
+            try:
+                op(shards, table=table, **source, **arguments)
+                break
+            except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
+                if last:
+                    raise
+                perturbation.forget_backups()
+        if perturbation.perturbing is not None:
+            perturbation.now, perturbation.perturbing = perturbation.perturbing[0], None
+        if workers.sharded:
+            workers.reshard()
+        model = optimizer._model
+        if model is not None and self.seen_unperturbed and optimizer.protects_running_stats:
             perturbation.disable_running_stats(model)
 
     def _only_with_gradient(
