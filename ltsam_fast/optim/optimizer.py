@@ -401,7 +401,7 @@ class SharpnessAware(Configurable, Optimizer):
         """Ends a step that failed: puts weights back, unless there are new ones already. A further Ctrl-C does not keep it."""
         while True:
             try:
-                if self._perturbation.restore(self._workers) and step is not None:
+                if self._perturbation.abandon(self._workers) and step is not None:
                     step.finish()
                 self._running = None
                 self.skipped.abandon_step()

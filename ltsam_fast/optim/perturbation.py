@@ -104,8 +104,21 @@ class Perturbation:
         old = dict(zip(self.now.params, self.now.backups, strict=True))
         return [old.get(param, shard) for param, shard in zip(params, workers.local(params), strict=True)]
 
-    def restore(self, workers: Single) -> bool:
-        """Puts the unperturbed weights back; returns whether new ones were there already, from the base optimizer's pass."""
+    def restore(self, workers: Single) -> None:
+        """Puts the unperturbed weights back in the middle of a step."""
+        if self.now.params:
+            ops.restore_(workers.local(self.now.params), self.now.backups, table=workers.tables["restore_"])
+            self.now = NOTHING
+            if workers.sharded:
+                workers.reshard()
+        self.enable_running_stats()
+
+    def abandon(self, workers: Single) -> bool:
+        """Puts the unperturbed weights back, whatever has happened.
+
+        Returns:
+            Whether there are new ones already, from the base optimizer's pass: then these stay.
+        """
         if self.perturbing is not None:
             perturbed, table, calls = self.perturbing
             self.now = perturbed.at(table.launched() if table.calls > calls else [])
@@ -117,11 +130,12 @@ class Perturbation:
             self.now = self.now.at([i for i, param in enumerate(self.now.params) if param not in new])
             stepped, self.updating = bool(new), None
         if self.now.params:
-            ops.restore_(workers.local(self.now.params), self.now.backups, table=workers.tables["restore_"])
+            # One call of torch's, during which Python raises nothing.
+            torch._foreach_copy_(workers.local(self.now.params), self.now.backups)
             self.now = NOTHING
-            workers.reshard()
-        if self.disabled:
-            self.enable_running_stats()
+            if workers.sharded:
+                workers.reshard()
+        self.enable_running_stats()
         return stepped
 
     def discard(self) -> None:
