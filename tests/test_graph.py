@@ -502,8 +502,8 @@ class Filled(live.Trace):
         super().__init__(space)
         self.launched = []
 
-    def on(self, array):
-        place = super().on(array)
+    def place(self, array):
+        place = super().place(array)
         place.copy_(torch.from_numpy(array))
         self.launched.append((place, place.clone()))
         return place
