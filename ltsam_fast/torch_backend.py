@@ -23,7 +23,7 @@ def _arguments(args: LaunchArgs) -> dict[str, Any]:
     """The arguments of the reference implementation: lists of tensors, hyperparameters, signals, groups."""
     named: dict[str, Any] = {name: args.tensors(role) for role, name in enumerate(args.op.arguments)}
     for name, column in zip(args.op.hyper, args.hyper.T.tolist(), strict=True):
-        named[name] = int(column[0]) if name in ("seed", "step") else column
+        named[name] = int(column[0]) if name in ("stochastic", "seed", "step") else column  # one for all groups
     if args.op.hyper:
         named["groups"] = args.groups.tolist()
     return named | args.signals

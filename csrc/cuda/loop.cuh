@@ -544,7 +544,7 @@ struct Packer {
     slice.tensors = slice.buckets = hyper_rows = 0;
   }
 
-  bool room_for(int rows, int hyper_rows, int buckets) const {
+  bool fits(int rows, int hyper_rows, int buckets) const {
     return rows * slice.stride + hyper_rows * slice.hyper_columns + buckets <= Slice::kWords;
   }
 
@@ -562,7 +562,7 @@ struct Packer {
     if (numel == 0 && (F::step < 0 || !pointers[F::step < 0 ? 0 : F::step])) return true;
     const int row = int(std::find(groups, groups + hyper_rows, args.groups[tensor]) - groups);
     const bool fresh = row == hyper_rows;
-    if ((fresh && row == Slice::kHyperRows) || !room_for(slice.tensors + 1, hyper_rows + fresh, 0)) return false;
+    if ((fresh && row == Slice::kHyperRows) || !fits(slice.tensors + 1, hyper_rows + fresh, 0)) return false;
     if (fresh) {
       groups[hyper_rows++] = args.groups[tensor];
       Word* first = slice.words + slice.hyper_at(row);
@@ -624,7 +624,7 @@ struct CudaLoop {
     for (int64_t bucket = 0; bucket < args.buckets; ++bucket) {
       const int64_t begin = args.first_chunk[tensor];
       while (tensor < args.tensors && args.bucket_of[tensor] == bucket) ++tensor;
-      if (!packer.room_for(slice.tensors, packer.hyper_rows, slice.buckets + 1)) {
+      if (!packer.fits(slice.tensors, packer.hyper_rows, slice.buckets + 1)) {
         launch_slice<kernel>(F::name, slice, stream);
         packer.clear();
         slice.first_bucket = bucket;

@@ -82,6 +82,8 @@ def perturb_(
     Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3; means: Li et al. 2024 (Friendly SAM), Alg. 1;
     mask: Mi et al. 2022 (sparse SAM), Alg. 1; probability: Du et al. 2022 (ESAM), section 3.2.
 
+    >>> import torch
+    >>> from ltsam_fast.ops import grad_norm
     >>> w, g, backup = torch.tensor([1.0, 1.0]), torch.tensor([3.0, 4.0]), torch.empty(2)
     >>> perturb_([w], [g], [backup], grad_norm([g]), rho=0.5)
     >>> w
@@ -163,6 +165,7 @@ def gaussian_perturb_(
     Source: GNM-PT (NeurIPS 2024, arXiv 2410.21042), poster, eqs. 1-3. Philox-4x32-10 (Salmon et al. 2011) and the inverse
     distribution function after Giles (2011).
 
+    >>> import torch
     >>> w, backup = torch.zeros(4), torch.empty(4)
     >>> gaussian_perturb_([w], [backup], amplitude=1.0)
     >>> bool((w.abs() <= 1.0).all() and w.any())
@@ -198,6 +201,7 @@ def perturb_by_class_(
 
     Source: the class-conditional perturbations of CC-SAM (Zhou et al., CVPR 2023).
 
+    >>> import torch
     >>> w, g = torch.tensor([1.0, 1.0]), [torch.tensor([0.0, 2.0]), torch.tensor([4.0, 0.0])]
     >>> perturb_by_class_([w], [[g[0]], [g[1]]], torch.tensor([0.5, 0.25]))
     >>> g
