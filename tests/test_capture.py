@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
 from ltsam_fast import backend, ops
+from ltsam_fast.launch_args import LaunchArgs
 from ltsam_fast.ops import dispatch
 from ltsam_fast.optim import capture, dry_run
 from ltsam_fast.optim.options import option
@@ -867,8 +868,9 @@ def test_a_graph_has_tables_of_its_own(layout, tape):
     step(x, y)
     assert parts == {id(part) for table in optimizer._workers.tables.values() for part in table.parts}
     (kind,) = next(iter(step._kinds.values()))
-    taped = {id(args[0]._scratch) for _, args, _, _ in kind.replay.args[0] if hasattr(args[0], "_scratch")}
-    assert taped.isdisjoint(id(part._scratch) for table in optimizer._workers.tables.values() for part in table.parts)
+    taped = {id(one.scratch_memory) for _, args, _, _ in kind.replay.args[0] if isinstance(one := args[0], LaunchArgs)}
+    parts = [part for table in optimizer._workers.tables.values() for part in table.parts]
+    assert taped and taped.isdisjoint(id(part.scratch_memory) for part in parts)
 
 
 def test_constants_are_kept_and_a_graph_holds_its_own(tape):
