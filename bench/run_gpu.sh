@@ -49,7 +49,7 @@ python3 -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || gpu=0
 workers=()
 python_has xdist && workers=(-n "$(($(nproc) < 14 ? $(nproc) : 14))") # Triton compiles hundreds of kernels
 
-tests=(tests/test_graph.py tests/test_ops.py tests/test_every_backend.py tests/test_random.py tests/test_losses.py)
+tests=(tests/test_capture.py tests/test_ops.py tests/test_every_backend.py tests/test_random.py tests/test_losses.py)
 chosen="cuda or triton or gpu"
 if ((gpu)); then
     export LTSAM_REQUIRE=cpu,cuda

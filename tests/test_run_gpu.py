@@ -13,7 +13,7 @@ import torch
 
 from ltsam_fast import backend, graph
 
-from .test_graph import Tape
+from .test_capture import Tape
 
 ROOT = Path(__file__).parents[1]
 PYTHON = """#!/usr/bin/env bash
@@ -98,7 +98,7 @@ def test_the_whole_steps_come_first(script, tmp_path):
     order = (
         "ltsam_fast info",
         "test_end2end",
-        "test_graph",
+        "test_capture",
         "test_steps",
         "memcheck",
         "racecheck",
