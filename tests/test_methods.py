@@ -66,7 +66,9 @@ def test_clips_like_clip_grad_norm(name, base, backend):
 
 def groups_of_all_kinds(row):
     """Radii and rates of their own, no perturbation, ASAM, no radius."""
-    scaled = {"adaptive": True, "eta": 0.1} if row.adaptive and row.method != "SSESAM" else {}
+    scaled = {"adaptive": True} if row.adaptive and row.method != "SSESAM" else {}
+    if scaled and "eta" not in row.options:  # which then is the method's own
+        scaled["eta"] = 0.1
 
     def groups(model):
         first, second, third = model[0], model[2], model[4]

@@ -393,15 +393,16 @@ def test_phases_clear_gradients(name):
     """Those that keep gradients by themselves, the others when asked."""
     row, model, (x, y) = EVERY[name].of("phases"), network(), batches(steps=1)[0]
     opt = row.make(model, lr=0.1)
-    for zero_grad in (True,) if len(opt.phases) == 3 else (False, True):
+    by_themselves = len(opt.phases) > 2
+    for zero_grad in (True,) if by_themselves else (False, True):
         for number, phase in enumerate(opt.phases):
             model.zero_grad()
             if number == 0 and name == "SparseSAM":
                 opt.refresh_mask(losses(model, x, y))
             losses(model, x, y).mean().backward()
-            named = {} if len(opt.phases) == 3 else {"zero_grad": zero_grad}
+            named = {} if by_themselves else {"zero_grad": zero_grad}
             assert getattr(opt, phase)(**named) is None
-            cleared = zero_grad or (number == 0 and name in ("GSAM", "WSAM"))
+            cleared = zero_grad or (number == 0 and name in ("GSAM", "WSAM", "LookSAM"))
             assert all((p.grad is None) == cleared for p in model.parameters())
 
 
