@@ -19,10 +19,8 @@ from torch.optim import SGD, AdamW, RMSprop
 
 import ltsam_fast as lf
 
-from .family import ROWS, closure_of
-from .methods import METHODS
+from .method_rows import PHASED, ROWS, closure_of, step_in_phases
 from .oracles import batches, flat, network
-from .phases import step_in_phases
 
 BASES = {
     "sgd": (SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}),
@@ -30,7 +28,6 @@ BASES = {
     "rmsprop": (RMSprop, {"lr": 0.01}),
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-NAMES = tuple(METHODS) + tuple(ROWS)
 
 
 def weights(name, base, interface, dtype, backend, steps=20):
@@ -38,9 +35,7 @@ def weights(name, base, interface, dtype, backend, steps=20):
     kind, options = BASES[base]
     model = network(dtype)
     with lf.use_backend(backend):
-        opt = (METHODS | ROWS)[name].make(model, kind, **options)
-        if interface == "phases" and not opt.phases:
-            return None
+        opt = ROWS[name].make(model, kind, **options)
         for x, y in batches(dtype, steps=steps):
             losses = closure_of(model, x, y)
             step_in_phases(opt, losses) if interface == "phases" else opt.step(losses, targets=y)
@@ -49,14 +44,15 @@ def weights(name, base, interface, dtype, backend, steps=20):
 
 def record():
     """The weights of every case, by its name."""
-    cases = list(itertools.product(NAMES, BASES, ("closure", "phases"), DTYPES, ("cpu", "torch")))
+    cases = list(itertools.product(ROWS, BASES, ("closure", "phases"), DTYPES, ("cpu", "torch")))
     cases += [(name, "sgd", "closure", torch.float32, "triton") for name in ("SAM", "FocalSAM")]
     found = {}
     for name, base, interface, dtype, backend in cases:
-        steps = 5 if backend == "triton" else 20
-        end = weights(name, base, interface, dtype, backend, steps)
-        if end is not None:
-            found[f"{name} {base} {interface} {dtype} {backend}"] = end
+        if interface == "closure" or ROWS[name].method in PHASED:
+            steps = 5 if backend == "triton" else 20
+            found[f"{name} {base} {interface} {dtype} {backend}"] = weights(
+                name, base, interface, dtype, backend, steps
+            )
     return found
 
 

@@ -6,94 +6,19 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim import SGD, AdamW, RMSprop
 from torch.utils._pytree import tree_leaves
 
 import ltsam_fast as lf
 
-COUNTS = [40, 20, 5]
-METHODS = {
-    "SAM": {},
-    "FocalSAM": {"class_counts": COUNTS},
-    "ImbSAM": {"class_counts": COUNTS, "eta": 30},
-    "GNM": {},
-    "FriendlySAM": {},
-    "GSAM": {},
-    "WSAM": {},
+from .method_rows import BASES, EVERY, driven, each_way, every, on_cpu, phased, skip_step, step_in_phases
+from .oracles import batches, flat, losses, network, relative_error
+
+KINDS = {
+    "dampened": (SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.3, "weight_decay": 1e-3}),
+    "adamw": (AdamW, {"lr": 0.01}),
+    "unfused": (RMSprop, {"lr": 0.01}),
 }
-MORE = {"SSESAM": {"class_counts": COUNTS, "eta": 30}, "ESAM": {}, "MSAM": {"m": 3}, "CCSAM": {"class_counts": COUNTS}}
-BASES = {
-    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}),
-    "dampened": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "dampening": 0.3}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01}),
-    "unfused": (torch.optim.RMSprop, {"lr": 0.01}),
-}
-OVERFLOWS = (1, 7, 8)
-
-
-def data(steps=12):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        yield torch.randn(9, 4, generator=generator), torch.randint(0, 3, (9,), generator=generator)
-
-
-class Run:
-    """A model, its optimizer and a scaler, driven through one of the interfaces."""
-
-    def __init__(self, method, base, scaled=True, **more):
-        torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
-        cls, options = BASES[base]
-        options = (METHODS | MORE).get(method, {}) | options | more
-        self.optimizer = getattr(lf, method)(self.model.parameters(), cls, rho=0.05, **options)
-        # Powers of two, and no growth: scaling then changes no bit of the result.
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6, enabled=scaled)
-
-    def losses(self, x, y, index=slice(None)):
-        return F.cross_entropy(self.model(x[index]), y[index], reduction="none")
-
-    def step(self, x, y, spoil):
-        passes, self.calls = iter(spoil), 0
-
-        def closure(index=slice(None)):
-            self.calls += 1
-            return Overflow.apply(self.losses(x, y, index=index), next(passes, False))
-
-        self.optimizer.step(closure, targets=y, scaler=self.scaler)
-        self.scaler.update()
-
-    def backward(self, x, y, weights, spoil):
-        losses = Overflow.apply(self.losses(x, y), spoil)
-        self.scaler.scale((losses * weights).sum() / len(y)).backward()
-
-    def phases(self, x, y, spoil, finish=None, **first):
-        """The phases, with ``spoil`` for the backward passes, which may overflow one by one."""
-        optimizer, spoil = self.optimizer, list(spoil)
-        while len(spoil) < 3:
-            spoil.append(spoil[-1])
-        ones = torch.ones(len(y))
-        if isinstance(optimizer, lf.GNM):
-            optimizer.first_step(zero_grad=True, **first)
-            self.backward(x, y, ones, spoil[0])
-            last = optimizer.second_step
-        elif "third_step" in optimizer.phases:
-            u, v = (w.float()[y] for w in (optimizer.clean_weights, optimizer.class_weights))
-            self.backward(x, y, u, spoil[0])
-            optimizer.first_step(**first)
-            self.backward(x, y, v, spoil[1])
-            optimizer.second_step()
-            self.backward(x, y, v, spoil[2])
-            last = optimizer.third_step
-        else:
-            optimizer.zero_grad()
-            self.backward(x, y, ones, spoil[0])
-            optimizer.first_step(zero_grad=True, **first)
-            self.backward(x, y, ones, spoil[1])
-            last = optimizer.second_step
-        (finish or last)()
-        self.scaler.update()
-
-    def state(self):
-        return [p.detach().clone() for p in self.model.parameters()], copy.deepcopy(self.optimizer.state_dict())
 
 
 class Overflow(torch.autograd.Function):
@@ -109,18 +34,63 @@ class Overflow(torch.autograd.Function):
         return (grad * torch.inf if ctx.spoil else grad), None
 
 
+class Run:
+    """A model, its optimizer and a scaler, driven through one of the interfaces."""
+
+    def __init__(self, name, kind="dampened", interface="closure", scaled=True, **more):
+        base, options = KINDS[kind]
+        self.row, self.interface, self.model = EVERY[name].of(interface), interface, network(torch.float32)
+        self.optimizer = self.row.make(self.model, base, **options, **more)
+        # Powers of two, and no growth: scaling then changes no bit of the result.
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=10**6, enabled=scaled)
+
+    def losses_spoilt(self, pass_):
+        """Losses whose gradient overflows in one of the step's evaluations; None: in none."""
+        self.calls = 0
+
+        def loss(model, x, y):
+            self.calls += 1
+            return Overflow.apply(losses(model, x, y), self.calls - 1 == pass_)
+
+        return loss
+
+    def step(self, x, y, pass_=None):
+        scale = self.scaler.get_scale()
+        self.row.step(self.interface, self.optimizer, self.model, x, y, self.losses_spoilt(pass_), scaler=self.scaler)
+        self.scaler.update()
+        return self.scaler.get_scale() < scale
+
+    def skip(self):
+        """A step that overflows in the other run."""
+        if self.row.counts_tried:
+            skip_step(self.optimizer)
+
+    def state(self):
+        return [p.detach().clone() for p in self.model.parameters()], copy.deepcopy(self.optimizer.state_dict())
+
+
+def data(steps):
+    return enumerate(batches(torch.float32, steps))
+
+
 def ordered(tree):
     if isinstance(tree, dict):
         return {key: ordered(tree[key]) for key in sorted(tree)}
     return [ordered(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
 
 
+COUNTERS = ("steps", "skipped_steps")
+"""A group's counts of steps."""
+
+
 def assert_same(one, other):
-    """Equal to the last bit, but for the count of steps that were tried."""
+    """Equal to the last bit, but for the count of steps that were tried, and LookSAM's direction, which has any length."""
     for state in (one[1], other[1]):
         for group in state["param_groups"]:
-            group.pop("steps", None)
-            group.pop("skipped_steps", None)
+            for name in COUNTERS:
+                group.pop(name, None)
+        for of_parameter in state["state"].values():
+            of_parameter.pop("grad_v", None)
     for mine, its in zip(tree_leaves(ordered(one)), tree_leaves(ordered(other)), strict=True):
         if isinstance(mine, torch.Tensor):
             torch.testing.assert_close(mine, its, rtol=0, atol=0)
@@ -133,187 +103,216 @@ def assert_close(one, other):
         torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("which", ["first", "last", "all"])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", METHODS | MORE)
-def test_steps_that_overflow_are_skipped(method, base, which):
-    run, skipping = Run(method, base), Run(method, base)
-    for i, (x, y) in enumerate(data()):
-        scale = run.scaler.get_scale()
-        spoil = [which == "all"] * getattr(run, "calls", 1)
-        spoil[0 if which == "first" else -1] = True
-        run.step(x, y, spoil if i in OVERFLOWS else ())
-        assert (run.scaler.get_scale() < scale) == (i in OVERFLOWS)
-        if i not in OVERFLOWS:
-            skipping.step(x, y, ())
-    assert_same(run.state(), skipping.state())
+# --- steps that overflow
 
 
-@pytest.mark.parametrize("which", ["first", "last"])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method, options", [("LookSAM", {"k": 3}), ("SSESAM", {"switch_step": 6})])
-def test_steps_that_overflow_count_where_a_method_counts_steps(method, options, base, which):
-    """Whoever looks, refreshes or switches at every so many steps counts those that were tried, without asking the device."""
-    options = MORE.get(method, {}) | options
-    run, skipping = Run(method, base, **options), Run(method, base, **options)
-    for i, (x, y) in enumerate(data()):
-        bad = i in (1, 6, 7)  # LookSAM looks at step 6 and uses an older look at step 8
-        spoil = [bad] if len(run.optimizer.phases) == 1 else [bad and which == "first", False, bad and which == "last"]
-        if method != "SSESAM" or i >= options["switch_step"]:
-            spoil = [spoil[0], spoil[-1]]
-        run.step(x, y, spoil)
-        if bad:
-            for group in skipping.optimizer.param_groups:
-                group["steps"] += 1
-        else:
-            skipping.step(x, y, ())
-    for mine, its in zip(run.model.parameters(), skipping.model.parameters(), strict=True):
-        assert torch.equal(mine, its)
+@pytest.mark.parametrize("kind", KINDS)
+@driven
+def test_steps_that_overflow_are_skipped(name, interface, kind):
+    """In any of their passes, in the very first step too: what follows is as if they had not been tried."""
+    plain = Run(name, kind, interface)
+    passes = [(plain.step(x, y), plain.calls)[1] for _, (x, y) in data(9)]
+    for number in range(passes[0]):
+        if (name, number) == ("ESAM", 1):  # the pass without gradients
+            continue
+        if name == "MSAM" and 1 < number < 7:  # micro-batches between the first and the last
+            continue
+        run, skipping = Run(name, kind, interface), Run(name, kind, interface)
+        for i, (x, y) in data(9):
+            bad = i in (0, 6, 7)  # LookSAM looks at step 6 and uses an older look at step 7
+            assert run.step(x, y, min(number, passes[i] - 1) if bad else None) == bad, (number, i)
+            skipping.skip() if bad else skipping.step(x, y)
+        assert_same(run.state(), skipping.state())
 
 
 @pytest.mark.parametrize("which", ["first", "last"])
 @pytest.mark.parametrize("mask", ["fisher", "dynamic"])
 def test_an_overflow_leaves_sparse_sams_mask(mask, which):
     """The mask is renewed at steps 0, 3, 6, ...; at 6 gradients overflow, and the one of step 3 stays until 9."""
-    run = Run("SparseSAM", "sgd", refresh_every=3, mask=mask)
-    for i, (x, y) in enumerate(data()):
+    run = Run("SparseSAM", refresh_every=3, mask=mask)
+    for i, (x, y) in data(12):
         before = [state["mask"].clone() for state in run.optimizer.state.values()]
-        run.step(x, y, [i == 6 and which == "first", i == 6 and which == "last"])
+        run.step(x, y, ["first", "last"].index(which) if i == 6 else None)
         after = [state["mask"] for state in run.optimizer.state.values()]
         changed = i == 0 or any(not torch.equal(*pair) for pair in zip(before, after, strict=True))
         assert changed == (i in (0, 3, 9))
 
 
-@pytest.mark.parametrize("which", ["first", "last"])
-def test_sparse_sams_first_mask_is_made_again_after_an_overflow(which):
-    run, skipping = Run("SparseSAM", "sgd"), Run("SparseSAM", "sgd")
-    for i, (x, y) in enumerate(data(5)):
-        run.step(x, y, [i < 2 and which == "first", i < 2 and which == "last"])
-        if i > 1:
-            skipping.step(x, y, ())
-    assert_same(run.state(), skipping.state())
+def test_friendly_sam_begins_anew_after_a_first_overflow():
+    results = []
+    for overflow in (True, False):
+        run = Run("FriendlySAM")
+        for i, (x, y) in data(4):
+            if overflow and i == 0:
+                run.optimizer.step(lambda x=x, y=y: losses(run.model, x, y) * torch.inf, scaler=run.scaler)  # noqa: B023
+                run.scaler.update(2.0**8)
+            run.step(x, y)
+        results.append(flat(run.model))
+    assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("method", METHODS | MORE)
-def test_an_overflow_in_the_very_first_step(method):
-    run, skipping = Run(method, "dampened"), Run(method, "dampened")
-    for i, (x, y) in enumerate(data(4)):
-        run.step(x, y, [True] * 8 if i == 0 else ())
-        if i:
-            skipping.step(x, y, ())
-    assert_same(run.state(), skipping.state())
-
-
-@pytest.mark.parametrize("method", ["GNM", "ESAM"])
-def test_random_numbers_after_an_overflow_survive_a_checkpoint(method):
-    run = Run(method, "sgd")
-    for i, (x, y) in enumerate(data(4)):
-        run.step(x, y, [True] * 3 if i == 1 else ())
-    resumed = Run(method, "sgd")
+@pytest.mark.parametrize("name", ["GNM", "ESAM"])
+def test_random_numbers_after_an_overflow_survive_a_checkpoint(name):
+    run = Run(name)
+    for i, (x, y) in data(4):
+        run.step(x, y, 0 if i == 1 else None)
+    resumed = Run(name)
     resumed.model.load_state_dict(run.model.state_dict())
     resumed.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    assert resumed.optimizer.param_groups[0]["skipped_steps"] == 1
-    for x, y in data(3):
-        run.step(x, y, ())
-        resumed.step(x, y, ())
+    for _, (x, y) in data(3):
+        run.step(x, y)
+        resumed.step(x, y)
     assert_same(run.state(), resumed.state())
 
 
-@pytest.mark.parametrize("passes", [(True, False, False), (False, True, False), (False, False, True)])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("method", METHODS)
-def test_phases_with_a_scaler(method, base, passes):
-    run, skipping = Run(method, base), Run(method, base, scaled=False)
-    if method == "GNM":
-        passes = (True,)
-    elif "third_step" not in run.optimizer.phases:
-        passes = (passes[0], passes[1] or passes[2])
-    for i, (x, y) in enumerate(data()):
-        scale = run.scaler.get_scale()
-        run.phases(x, y, passes if i in OVERFLOWS else (False,), scaler=run.scaler)
-        assert (run.scaler.get_scale() < scale) == (i in OVERFLOWS)
-        if i not in OVERFLOWS:
-            skipping.phases(x, y, (False,))
-    assert_close(run, skipping)
+@on_cpu
+def test_overflow_of_the_clean_gradient_alone(backend):
+    """The frequent class weighs next to nothing in the sharp loss; its clean gradient overflows all the same."""
+    counts = [10**9, 1]
+    for used in ((0, 1), (1,)):  # the parameter that overflowed has a gradient in the last pass, or has none
+        params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))]
+        opt = lf.FocalSAM(params, SGD, class_counts=counts, gamma=1.0, lam=0.5, rho=0.1, lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        passes = iter([(0, 1), used])
+
+        def closure(params=params, passes=passes):
+            both = torch.tensor([1e35, 1.0])
+            return sum(
+                (params[i] * torch.ones(3)).sum() * (both if i == 0 else 1.0) for i in next(passes)
+            ) * torch.ones(2)
+
+        opt.step(closure, targets=torch.tensor([0, 1]), scaler=scaler)
+        assert torch.equal(flat(params), torch.ones(6, dtype=torch.float64))
+        assert not any(buffer.any() for state in opt.state.values() for buffer in state.values())
+        scaler.update()
+        assert scaler.get_scale() == 2.0**15
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_torchs_contract(method):
-    """grad_scale and found_inf as attributes: found_inf is set on the device, and the step does nothing."""
-    run, plain = Run(method, "adamw"), Run(method, "adamw", scaled=False)
-    for i, (x, y) in enumerate(data(4)):
-        run.scaler.scale(torch.zeros(()))
-        run.optimizer.grad_scale, run.optimizer.found_inf = run.scaler._get_scale_async(), torch.zeros(())
+@pytest.mark.parametrize("number", [0, 3, 7])
+@pytest.mark.parametrize("interface", ["closure", "phases"])
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM"])
+def test_an_overflow_in_any_micro_batch(name, interface, number):
+    """In the last pass it skips the step; without one it is the step of the whole batch."""
+    results = []
+    for parts in (True, False):
+        run = Run(name, scaled=parts)
+        for step, (x, y) in data(4):
+            bad = parts and step == 2
+            pieces = list(zip(x.split(2), y.split(2), strict=True))
+            if not parts:
+                if step != 2:
+                    run.row.step(interface, run.optimizer, run.model, x, y)
+                continue
+
+            def loss(i, x, y, run=run, bad=bad):
+                infinite = bad and i == number and run.optimizer.is_perturbed
+                return losses(run.model, x, y) * (float("inf") if infinite else 1.0)
+
+            if interface == "closure":
+                closures = [lambda i=i, piece=piece, loss=loss: loss(i, *piece) for i, piece in enumerate(pieces)]
+                run.optimizer.step(closures, targets=[y for _, y in pieces], scaler=run.scaler)
+            else:
+                all_parts = lambda loss=loss, pieces=pieces: torch.cat([loss(i, *one) for i, one in enumerate(pieces)])  # noqa: E731
+                step_in_phases(run.optimizer, all_parts, y, run.scaler)
+            run.scaler.update(2.0**8)
+        results.append(flat(run.model))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+# --- steps that do not
+
+
+@each_way
+def test_a_scaled_step_is_the_unscaled_one(name, base, interface):
+    """One update of the scale for each step: with 8 good ones it grows with the 3rd and the 6th."""
+    row, (kind, options), results = EVERY[name].of(interface), BASES[base], []
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+    for used in (scaler, torch.amp.GradScaler("cpu", enabled=False), None):
+        model, means = network(), []
+        opt = row.make(model, kind, max_grad_norm=0.05, **options)
+        for x, y in batches(steps=8):
+            means.append(row.step(interface, opt, model, x, y, scaler=used))
+            if used:
+                used.update()
+        results.append(flat(model) if interface == "phases" else torch.cat([flat(model), torch.stack(means)]))
+    assert relative_error(results[0], results[2]) < 1e-9 and torch.equal(results[1], results[2])
+    assert scaler.get_scale() == 256.0 * 4
+
+
+@every
+def test_bfloat16_autocast(name):
+    run = Run(name)
+
+    def under_autocast(model, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(x), y, reduction="none")
+
+    before = run.state()[0]
+    for _, (x, y) in data(3):
+        run.row.step("closure", run.optimizer, run.model, x, y, under_autocast, scaler=run.scaler)
+        run.scaler.update()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())
+    assert any(not torch.equal(p, old) for p, old in zip(run.model.parameters(), before, strict=True))
+
+
+# --- torch's contract, with the phases
+
+
+@phased
+def test_the_scale_as_attributes(name):
+    """grad_scale and found_inf: found_inf is set on the device, and the step does nothing."""
+    run, plain = Run(name, "adamw", "phases"), Run(name, "adamw", "phases", scaled=False)
+    for i, (x, y) in data(4):
+        run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(2.0**8), torch.zeros(())
         before = run.state()
-        run.scaler.update = lambda: None
-        run.phases(x, y, (i == 2,))
+        loss = run.losses_spoilt(0 if i == 2 else None)
+        step_in_phases(run.optimizer, lambda x=x, y=y, loss=loss: 2.0**8 * loss(run.model, x, y), y)
         assert run.optimizer.found_inf.item() == (i == 2)
         if i == 2:
             assert_same(run.state(), before)
+            plain.skip()
         else:
-            plain.phases(x, y, (False,))
+            plain.step(x, y)
         del run.optimizer.grad_scale, run.optimizer.found_inf
     assert_close(run, plain)
 
 
-@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "GNM"])
-def test_scaler_step_is_the_last_phase(method):
-    run, plain = Run(method, "sgd"), Run(method, "sgd", scaled=False)
-    fired = []
-    run.optimizer.register_step_post_hook(lambda *_: fired.append(1))
-    assert run.optimizer._step_supports_amp_scaling
+@phased
+def test_scaler_step_is_the_last_phase(name):
+    run, plain, fired = Run(name, interface="phases"), Run(name, interface="phases", scaled=False), []
+    opt, scaler = run.optimizer, run.scaler
+    opt.register_step_post_hook(lambda *_: fired.append(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for i, (x, y) in enumerate(data(6)):
-            before = run.state()
-            run.phases(x, y, (i == 3,), finish=lambda: run.scaler.step(run.optimizer))
+        for i, (x, y) in data(6):
+            before, loss = run.state(), run.losses_spoilt(0 if i == 3 else None)
+            last = opt.phases[-1]
+            setattr(opt, last, lambda last=last, **_: (delattr(opt, last), scaler.step(opt)))
+            step_in_phases(opt, lambda x=x, y=y, loss=loss: loss(run.model, x, y), y, scaler)
+            scaler.update()
             if i == 3:
                 assert_same(run.state(), before)
+                plain.skip()
             else:
-                plain.phases(x, y, (False,))
-    assert run.scaler.get_scale() == 2.0**7 and len(fired) == 6
-    assert_close(run, plain)
-
-
-def test_clipping_under_a_scaler():
-    run, plain = Run("FocalSAM", "sgd", max_grad_norm=0.05), Run("FocalSAM", "sgd", scaled=False, max_grad_norm=0.05)
-    for x, y in data(5):
-        run.step(x, y, (False,))
-        plain.step(x, y, (False,))
+                plain.step(x, y)
+    assert scaler.get_scale() == 2.0**7 and len(fired) == 6
     assert_close(run, plain)
 
 
 def test_unscaled_gradients_are_refused():
-    run = Run("SAM", "sgd")
-    ((x, y),) = data(1)
-    run.backward(x, y, torch.ones(len(y)), False)
+    run = Run("SAM")
+    ((_, (x, y)),) = data(1)
+    run.scaler.scale(losses(run.model, x, y).mean()).backward()
     run.scaler.unscale_(run.optimizer)
     with pytest.raises(ValueError, match=r"unscale_\(optimizer\) must not be called.*max_grad_norm"):
         run.optimizer.first_step(scaler=run.scaler)
 
 
 def test_a_closure_through_the_scaler_is_refused():
-    run = Run("SAM", "sgd")
-    ((x, y),) = data(1)
-    run.backward(x, y, torch.ones(len(y)), False)
+    run = Run("SAM")
+    ((_, (x, y)),) = data(1)
+    run.scaler.scale(losses(run.model, x, y).mean()).backward()
     before = run.state()
     with pytest.raises(ValueError, match=r"call step\(closure, scaler=scaler\)"):
-        run.scaler.step(run.optimizer, lambda: run.losses(x, y))
+        run.scaler.step(run.optimizer, lambda: losses(run.model, x, y))
     assert_same(run.state(), before)
-
-
-@pytest.mark.parametrize("method", METHODS | MORE)
-def test_bfloat16_autocast(method):
-    run = Run(method, "sgd")
-    losses = run.losses
-
-    def under_autocast(*arguments, **named):
-        with torch.autocast("cpu", torch.bfloat16):
-            return losses(*arguments, **named)
-
-    run.losses = under_autocast
-    before = run.state()[0]
-    for x, y in data(3):
-        run.step(x, y, (False,))
-    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())
-    assert any(not torch.equal(p, old) for p, old in zip(run.model.parameters(), before, strict=True))

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import io
+import math
 import pickle
 import random
 from types import SimpleNamespace
@@ -14,14 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import SGD, Adadelta, AdamW, RMSprop
+from torch.optim import SGD, Adadelta, Adam, AdamW, RMSprop
 
 import ltsam_fast as lf
-from ltsam_fast import compat
-from ltsam_fast.reference import draws
+from ltsam_fast import compat, plain, reference
 
-from . import oracles_family as family
-from .methods import BASES, SOME
+from . import oracles
+from .method_rows import BASES, SOME, on_cpu
 from .oracles import COUNTS, batches, flat, losses, network, relative_error
 
 RHO, ETA = 0.1, 10
@@ -82,7 +82,7 @@ def test_imb_sam(factor):
         optimizer.third_step()
     own = {"class_counts": COUNTS, "eta": ETA, "tail_weight": factor}
     twin = network()
-    expected, _ = family.imb_sam(twin, groups(twin), batches(), SGD, BASE, **own)
+    expected, _ = oracles.imb_sam(twin, groups(twin), batches(), SGD, BASE, **own)
     assert relative_error(flat(model), expected) < 1e-9
 
 
@@ -93,7 +93,7 @@ def test_imb_sam_by_closure_has_todays_factor():
         optimizer.step(lambda x=x, y=y: losses(model, x, y), targets=y)
     twin = network()
     own = {"class_counts": COUNTS, "eta": ETA, "tail_weight": 2}
-    assert relative_error(flat(model), family.imb_sam(twin, groups(twin), batches(), SGD, BASE, **own)[0]) < 1e-9
+    assert relative_error(flat(model), oracles.imb_sam(twin, groups(twin), batches(), SGD, BASE, **own)[0]) < 1e-9
 
 
 def test_sam_around_an_optimizer():
@@ -105,7 +105,7 @@ def test_sam_around_an_optimizer():
         losses(model, x, y).mean().backward()
         optimizer.second_step()
     twin = network()
-    expected, _ = family.friendly_sam(twin, groups(twin), batches(), SGD, BASE, sigma=0.0)
+    expected, _ = oracles.sam(twin, groups(twin), batches(), SGD, BASE)
     assert relative_error(flat(model), expected) < 1e-9
 
 
@@ -117,7 +117,7 @@ def test_sam_with_a_base_class(base, adaptive, form):
     model = network()
     optimizer = compat.SAM(params=model.parameters(), base_optimizer=kind, rho=RHO, adaptive=adaptive, **options)
     script_with(optimizer, model, form)
-    assert_agrees(model, family.friendly_sam, kind, options, adaptive=adaptive, norm_eps=1e-12, sigma=0.0)
+    assert_agrees(model, oracles.sam, kind, options, adaptive=adaptive, norm_eps=1e-12)
 
 
 def test_sse_sam():
@@ -138,7 +138,7 @@ def test_sse_sam():
         optimizer.update_rho()
     twin = network()
     own = {"class_counts": COUNTS, "eta": ETA, "tail_rho": 0.2, "switch_step": 10}
-    assert relative_error(flat(model), family.sse_sam(twin, groups(twin), data, SGD, BASE, **own)[0]) < 1e-9
+    assert relative_error(flat(model), oracles.sse_sam(twin, groups(twin), data, SGD, BASE, **own)[0]) < 1e-9
 
 
 def test_gnm_with_its_double_epoch_0():
@@ -150,13 +150,14 @@ def test_gnm_with_its_double_epoch_0():
         losses(model, x, y).mean().backward()
         optimizer.second_step(zero_grad=True)
 
-    def noise(step, number, shape):
-        words = draws.random_words(torch.empty(shape), number, 0, step, None)
+    def noise(step, params):
         halved = 0.5 ** ((step // 5 - 1) // 2)  # 2 in epoch 0, 1 in 1 and 2, 1/2 in 3 and 4
-        return (draws.normal(words).double() / 3).clamp(-1, 1) * halved
+        drawn = [torch.zeros_like(param, requires_grad=False) for param in params]
+        reference.gaussian_perturb_(drawn, None, amplitude=halved, step=step)
+        return drawn
 
     twin = network()
-    expected, _ = family.gnm(twin, groups(twin), data, SGD, BASE, noise=noise, dis_mul=0.5)
+    expected, _ = oracles.gnm(twin, groups(twin), data, SGD, BASE, noise=noise, dis_mul=0.5)
     assert relative_error(flat(model), expected) < 1e-9
 
 
@@ -204,7 +205,7 @@ def test_asam_of_its_authors(base, eta):
     model = network()
     samsungs_script(compat.ASAM(kind(model.parameters(), **options), model, rho=RHO, eta=eta), model)
     half = lambda t: 0.5 ** (t // 5)  # noqa: E731
-    assert_agrees(model, family.friendly_sam, kind, options, weights_scaled, eta=eta, sigma=0.0, schedule=half)
+    assert_agrees(model, oracles.sam, kind, options, weights_scaled, eta=eta, schedule=half)
 
 
 def test_sam_of_asams_authors():
@@ -216,7 +217,7 @@ def test_sam_of_asams_authors():
         model = network()
         samsungs_script(make(SGD(model.parameters(), **BASE), model), model)
         half = lambda t: 0.5 ** (t // 5)  # noqa: E731
-        assert_agrees(model, family.friendly_sam, sigma=0.0, schedule=half)
+        assert_agrees(model, oracles.sam, schedule=half)
 
 
 def test_asam_in_several_groups_with_numbers_that_change():
@@ -237,7 +238,7 @@ def test_asam_in_several_groups_with_numbers_that_change():
     half = lambda t: 0.5 ** (t // 5)  # noqa: E731
     twin = network()
     order = groups(twin, {"rho": RHO, "norm_eps": 1e-16, "eta": 0.2})
-    family.friendly_sam(twin, order, batches(), SGD, BASE, sigma=0.0, schedule=half)
+    oracles.sam(twin, order, batches(), SGD, BASE, schedule=half)
     assert relative_error(flat(model), flat(twin)) < 1e-9
 
 
@@ -257,7 +258,7 @@ def test_friendly_sam(base, form):
     model = network()
     optimizer = compat.FriendlySAM(model.parameters(), kind, RHO, 0.7, 0.6, 0, **options)
     script_with(optimizer, model, form)
-    assert_agrees(model, family.friendly_sam, kind, options, norm_eps=1e-12, sigma=0.7, lmbda=0.6)
+    assert_agrees(model, oracles.friendly_sam, kind, options, norm_eps=1e-12, sigma=0.7, lmbda=0.6)
 
 
 # --- the forms of SAM
@@ -279,7 +280,7 @@ def test_sam_around_an_optimizer_by_keywords(make):
         optimizer.first_step()
         losses(model, x, y).mean().backward()
         optimizer.second_step()
-    assert_agrees(model, family.friendly_sam, sigma=0.0)
+    assert_agrees(model, oracles.sam)
 
 
 def test_the_forms_of_sam_are_not_mixed():
@@ -327,7 +328,7 @@ def test_imb_sam_whose_radius_is_set():
         (losses(model, x, y)[tail].sum() / len(y)).backward()
         optimizer.third_step()
 
-    @family.method
+    @oracles.method
     def oracle(p):
         tail = p.tail(COUNTS, ETA)
         return p.gradient(1 / len(p.y) - tail) + p.gradient(tail, p.eps(p.gradient(tail), 0.01 * p.t))
@@ -341,7 +342,7 @@ def test_a_schedule_of_the_radius_in_the_groups(form):
     optimizer = compat.SAM(model.parameters(), SGD, rho=3.0, **BASE)
     script_with(optimizer, model, form, rho_of=lambda step: 0.01 * step)
 
-    @family.method
+    @oracles.method
     def oracle(p):
         return p.gradient(eps=p.eps(p.gradient(), 0.01 * p.t))
 
@@ -414,7 +415,7 @@ def test_gsam_with_set_closure():
     assert rates[:4] == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1]) and rates[3 + 9] == pytest.approx(0.1 - 0.099 / 3)
     assert radii[0] == 0.2 and radii[10] == pytest.approx(0.02 + 0.18 * 0.75)
 
-    @family.method
+    @oracles.method
     def oracle(p):
         g = p.gradient()
         g_p = p.gradient(eps=p.eps(g, radii[p.t]))
@@ -441,7 +442,7 @@ def test_gsam_with_a_closure_of_ones_own():
 
         optimizer.step(closure)
         assert optimizer.update_rho_t() == RHO
-    assert_agrees(model, family.gsam, norm_eps=1e-12)
+    assert_agrees(model, oracles.gsam, norm_eps=1e-12)
 
 
 def test_the_schedules_of_gsam():
@@ -468,7 +469,7 @@ def clipped(g, limit):
     return g if limit is None else g * min(1.0, limit / (g.norm().item() + 1e-6))
 
 
-@family.method
+@oracles.method
 def weighted_sam(p, gamma, decouple, max_norm, twice=False):
     """WSAM; its ``step`` after a backward() of the script's gets a first gradient of twice the size."""
     a, first = gamma / (1 - gamma), p.gradient() * (2 if twice else 1)
@@ -561,7 +562,7 @@ def test_running_statistics_of_scripts():
 # --- LookSAM
 
 
-@family.method
+@oracles.method
 def look_sam_by_tensor(p, k, alpha, kept=False):
     """As rollovd's class: every tensor has its own decomposition. ``kept``: the clean gradient is not cleared."""
     g = p.gradient()
@@ -632,7 +633,7 @@ def test_look_sam_resumes():
 # --- ESAM
 
 
-@family.method
+@oracles.method
 def esam_by_tensor(p, beta, gamma, chance):
     """As the published class: tensors that are frozen till the next ascent, and losses above the int(gamma B)-th rise."""
     frozen = p.state.get("frozen", [False] * len(p.sizes))
@@ -652,14 +653,9 @@ def esam_by_tensor(p, beta, gamma, chance):
     return direction
 
 
-def spread_tensors(p, values):
-    return flat([torch.full_like(param, value) for param, value in zip(p.params, values, strict=True)])
-
-
 @pytest.mark.parametrize(("beta", "gamma"), [(0.6, 0.5), (1.0, 0.5), (0.5, 1.0), (1.0, 1.0), (0.6, 0.07)])
 @pytest.mark.parametrize("base", SOME)
-def test_esam(base, beta, gamma, monkeypatch):
-    monkeypatch.setattr(family.Problem, "spread_tensors", spread_tensors, raising=False)
+def test_esam(base, beta, gamma):
     kind, options = BASES[base]
     options = {name: value for name, value in options.items() if name != "maximize"}
     model = network()
@@ -940,3 +936,161 @@ def test_between_two_phases_no_step_begins():
     sse = AROUND["SSESAM"](SGD(model.parameters(), lr=0.1), model)
     with pytest.raises(ValueError, match=r"call compute_and_add_epsilon\(\), .*, update\(\)"):
         sse.step(lambda: losses(model, x, y))
+
+
+# --- whole scripts, for the SAM that most people have and for Focal-SAM
+
+
+def script_with_two_steps(SAM, model, data, adaptive):
+    optimizer = SAM(
+        model.parameters(), torch.optim.SGD, rho=RHO, adaptive=adaptive, lr=0.1, momentum=0.9, weight_decay=0.0005
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.2)
+    for inputs, targets in data:
+        predictions = model(inputs)
+        loss = F.cross_entropy(predictions, targets, label_smoothing=0.1, reduction="none")
+        loss.mean().backward()
+        optimizer.first_step(zero_grad=True)
+        F.cross_entropy(model(inputs), targets, label_smoothing=0.1, reduction="none").mean().backward()
+        optimizer.second_step(zero_grad=True)
+        with torch.no_grad():
+            _ = torch.argmax(predictions.data, 1) == targets
+        scheduler.step()
+    return flat(model)
+
+
+def script_with_closure(SAM, model, data, adaptive):
+    optimizer = SAM(
+        model.parameters(), torch.optim.SGD, rho=RHO, adaptive=adaptive, lr=0.1, momentum=0.9, weight_decay=0.0005
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.2)
+    loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)
+    for input, output in data:
+
+        def closure(input=input, output=output):
+            loss = loss_function(model(input), output)
+            loss.backward()
+            return loss
+
+        loss = loss_function(model(input), output)
+        loss.backward()
+        optimizer.step(closure)
+        optimizer.zero_grad()
+        scheduler.step()
+    return flat(model)
+
+
+def script_with_three_steps(FocalSAM, model, data, scaler=None):
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    optimizer = FocalSAM(
+        model.parameters(), torch.optim.SGD, rho=RHO, adaptive=False, lr=0.1, momentum=0.9, weight_decay=2e-4
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+    flat_gamma, sharpness = 3.0, 0.5
+    for images, target in data:
+        classes = torch.unique(target)
+        counts = torch.tensor(COUNTS, dtype=images.dtype)
+        focus = sharpness * (1 - counts / counts.sum()).pow(flat_gamma)[classes]
+        mask = (target[:, None] == classes[None, :]).to(images.dtype)
+
+        def weighted(loss, weight, mask=mask):
+            return (mask * loss[:, None] * weight[None, :]).sum() / len(mask)
+
+        def backward(loss, **kwargs):
+            (loss if scaler is None else scaler.scale(loss)).backward(**kwargs)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+
+        loss = criterion(model(images), target)
+        backward(weighted(loss, 1 - focus), retain_graph=True)
+        optimizer.first_step()
+        backward(weighted(loss, focus))
+        optimizer.second_step()
+        loss = criterion(model(images), target)
+        backward(weighted(loss, focus))
+        optimizer.third_step()
+        scheduler.step()
+    return flat(model)
+
+
+def smoothed(model, x, y, perturbed):
+    return F.cross_entropy(model(x), y, label_smoothing=0.1, reduction="none")
+
+
+@on_cpu
+@pytest.mark.parametrize("script", [script_with_two_steps, script_with_closure])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_scripts_for_sam(script, adaptive, backend):
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0005}
+    model = network()
+    script(compat.SAM, model, batches(), adaptive)
+    more = {"adaptive": adaptive, "norm_eps": 1e-12, "schedule": lambda t: 0.2 ** (t // 10), "loss": smoothed}
+    assert_agrees(model, oracles.sam, options=options, **more)
+
+
+@on_cpu
+def test_a_script_for_focal_sam(backend):
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
+    model = network()
+    script_with_three_steps(lf.FocalSAM, model, batches())
+    more = {"norm_eps": 1e-12, "schedule": lambda t: 0.5 * (1 + math.cos(math.pi * t / 30))}
+    assert_agrees(model, oracles.focal_sam, options=options, class_counts=COUNTS, gamma=3.0, lam=0.5, **more)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")  # the plain loop's
+def test_scripts_give_what_the_plain_loops_give():
+    for adaptive in (False, True):
+        results = [script_with_two_steps(SAM, network(), batches(), adaptive) for SAM in (lf.SAM, plain.SAM)]
+        assert relative_error(*results) < 1e-9
+    results = [script_with_three_steps(kind, network(), batches()) for kind in (lf.FocalSAM, plain.FocalSAM)]
+    assert relative_error(*results) < 1e-9
+
+
+def test_reference_closure_may_zero_gradients_and_return_what_it_likes():
+    results = []
+    for returned in ("loss", "detached", "number", "nothing"):
+        model = network()
+        opt = compat.SAM(model.parameters(), SGD, rho=RHO, lr=0.1, momentum=0.9)
+        for x, y in batches(steps=3):
+
+            def closure(x=x, y=y, model=model, opt=opt, returned=returned):
+                opt.zero_grad()
+                loss = losses(model, x, y).mean()
+                loss.backward()
+                return {"loss": loss, "detached": loss.detach(), "number": loss.item()}.get(returned)
+
+            closure()
+            value = opt.step(closure)
+            assert returned != "loss" or (value.shape == () and not value.requires_grad)
+            opt.zero_grad()
+        results.append(flat(model))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("base", [SGD, Adam, RMSprop])
+def test_an_error_in_a_reference_closure_leaves_the_original_weights(base, error):
+    model, (x, y) = network(), batches(steps=1)[0]
+    opt = compat.SAM(model.parameters(), base, rho=1.0, lr=0.1)
+    before = flat(model)
+
+    def closure():
+        assert not torch.equal(flat(model), before)
+        losses(model, x, y).mean().backward()
+        raise error
+
+    losses(model, x, y).mean().backward()
+    with pytest.raises(error):
+        opt.step(closure)
+    assert torch.equal(flat(model), before) and all(p.grad is None for p in model.parameters())
+    opt.state_dict()
+
+
+def test_a_closure_that_forgot_backward():
+    model, (x, y) = network(), batches(steps=1)[0]
+    opt = compat.SAM(model.parameters(), SGD, lr=0.1)
+    before = flat(model)
+    losses(model, x, y).mean().backward()
+    with pytest.raises(ValueError, match="closure must call backward"):
+        opt.step(lambda: losses(model, x, y).mean())
+    assert torch.equal(flat(model), before)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.optim import SGD, AdamW, RMSprop
 
-from .family import EVERY, ROWS, closure_of
-from .methods import METHODS
+from .method_rows import EVERY, closure_of, every
 from .oracles import batches, flat, network
 
 STEPS = 8  # SSE-SAM's switch and LookSAM's and sparse SAM's periods are shorter
@@ -27,7 +26,7 @@ def fresh():
 
 def make(name, model, base=SGD, /, **more):
     options = {"switch_step": 3} if name == "SSESAM" else {}
-    return (METHODS | ROWS)[name].make(model, base, lr=0.05, **options, **more)
+    return EVERY[name].make(model, base, **{"lr": 0.05, **options, **more})
 
 
 def graphs():
@@ -38,7 +37,7 @@ def breaks():
     return sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("name", EVERY)
+@every
 def test_a_compiled_model(name):
     results, seen = [], []
     for compiled in (False, True):
@@ -69,7 +68,7 @@ def test_batch_norm_in_a_compiled_model_has_two_graphs():
 
 
 @pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])
-@pytest.mark.parametrize("name", EVERY)
+@every
 def test_a_compiled_training_step_breaks_once(name, base):
     """The step is left alone; what the user computes before and after it is compiled, and never again."""
     results = []

@@ -292,6 +292,13 @@ def test_available_or_a_reason():
         assert reason and "\n" not in reason
 
 
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_which_backends_the_tests_run_on(name):
+    """One line for each that is missing here; tests of every backend have no entry for it."""
+    if reason := backend.why_not(name):
+        pytest.skip(f"{name}: {reason}")
+
+
 @pytest.mark.parametrize("name", ["gpu", "", None])
 def test_unknown_names_are_refused(name):
     with pytest.raises(ValueError, match="unknown backend .*'cuda', 'triton', 'cpu', 'torch'"):

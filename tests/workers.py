@@ -29,11 +29,10 @@ from torch.optim import SGD, AdamW, RMSprop
 
 import ltsam_fast as lf
 
-from .family import ROWS, closure_of
-from .methods import METHODS
+from .method_rows import EVERY, closure_of, skip_step
 from .oracles import CLASSES, FEATURES, batches, flat, network
 
-STEPS, FEW = 20, 8
+STEPS = 8
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
     "adamw": (AdamW, {"lr": 0.01}),
@@ -75,7 +74,7 @@ class Odd(nn.Module):
 def make(name, params, base, /, **more):
     kind, options = BASES[base]
     model, params = (params, None) if isinstance(params, nn.Module) else (None, params)
-    return (METHODS | ROWS)[name].make(model, kind, params, **options, **more)
+    return EVERY[name].make(model, kind, params, **options, **more)
 
 
 def share(data):
@@ -134,26 +133,26 @@ def sharded(name, base, steps=STEPS, kind=network, mesh=None, **more):
 @job(2, 4)
 def synced():
     found = {row: ddp(*row, ascent_sync=True) for row in MATRIX}
-    return found | {row: ddp(*row, FEW, ascent_sync=True) for row in MORE * (dist.get_world_size() == 2)}
+    return found | {row: ddp(*row, ascent_sync=True) for row in MORE * (dist.get_world_size() == 2)}
 
 
 @job(2, 4)
 def shards():
     found = {row: sharded(*row) for row in MATRIX}
-    return found | {row: sharded(*row, FEW) for row in MORE * (dist.get_world_size() == 2)}
+    return found | {row: sharded(*row) for row in MORE * (dist.get_world_size() == 2)}
 
 
 @job(2, 4)
 def odd_shards():
-    return {name: sharded(name, "adamw", 8, Odd) for name in ("SAM", "GNM")} | {
-        "clipped": sharded("FocalSAM", "rmsprop", 8, Odd, max_grad_norm=0.05),
-        "WSAM": sharded("WSAM", "rmsprop", 8, Odd),
+    return {name: sharded(name, "adamw", STEPS, Odd) for name in ("SAM", "GNM")} | {
+        "clipped": sharded("FocalSAM", "rmsprop", STEPS, Odd, max_grad_norm=0.05),
+        "WSAM": sharded("WSAM", "rmsprop", STEPS, Odd),
     }
 
 
 @job(4)
 def replicated_shards():
-    return {name: sharded(name, "sgd", 8, Odd, replicas()) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM", "GSAM")}
+    return {name: sharded(name, "sgd", STEPS, Odd, replicas()) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM", "GSAM")}
 
 
 @job(4)
@@ -171,7 +170,7 @@ def several_meshes():
             parameter.grad /= dist.get_world_size()
 
         parameter.register_post_accumulate_grad_hook(average)
-    train(model, opt, share(batches(steps=8)))
+    train(model, opt, share(batches(steps=STEPS)))
     return {"SAM": whole(model)}
 
 
@@ -203,7 +202,7 @@ def mixed_precision():
     for name in ("SAM", "FocalSAM"):
         model = shard(network(torch.float32), **policy)
         opt = make(name, model, "sgd")
-        for x, y in share(batches(torch.float32, steps=8)):
+        for x, y in share(batches(torch.float32, steps=STEPS)):
             opt.step(lambda x=x, y=y, model=model: F.cross_entropy(model(x).float(), y, reduction="none"), targets=y)
         found[name] = whole(model)
     return found
@@ -246,13 +245,12 @@ def overflow_in_one_shard():
                 scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=scaled)
                 for step, (x, y) in enumerate(share(batches(torch.float32, steps=11))):
                     if step in overflows and not scaled:
-                        for group in opt.param_groups:
-                            group["steps"] += name == "LookSAM"  # it counts the steps that were skipped too
+                        if EVERY[name].counts_tried:
+                            skip_step(opt)
                         continue
                     bad = scaled and step in overflows
-                    passes = iter(
-                        [bad] * 2 if len(opt.phases) == 1 or name == "GNM" else [bad and not last, bad and last]
-                    )
+                    one = name == "GNM" or (name == "LookSAM" and step % 3)
+                    passes = iter([bad] if one else [bad and not last, bad and last])
 
                     def closure(x=x, y=y, model=model, passes=passes):
                         model[0].spoil = next(passes)
@@ -311,7 +309,7 @@ def in_parts():
         model = DistributedDataParallel(network()) if kind == "ddp" else shard(network())
         more = {"ascent_sync": True} if kind == "ddp" else {}
         opt = make("FocalSAM", model, "sgd", model=model, **more)
-        for x, y in share(batches(steps=FEW)):
+        for x, y in share(batches(steps=STEPS)):
             pieces = list(zip(x.split([1, 5, 2]), y.split([1, 5, 2]), strict=True))
             opt.step([closure_of(model, *piece) for piece in pieces], [piece[1] for piece in pieces])
         found[kind, "closure"] = whole(model)
@@ -328,7 +326,7 @@ def in_parts():
                     yield
 
         opt = make("SAM", model, "sgd", model=model)
-        for x, y in share(batches(steps=FEW)):
+        for x, y in share(batches(steps=STEPS)):
             sam_in_parts(model, opt, list(zip(x.split([1, 5, 2]), y.split([1, 5, 2]), strict=True)), synced)
         found[kind, "phases"] = whole(model)
     return found
@@ -458,7 +456,7 @@ def saved():
     """Steps, a checkpoint, and more steps, which show that saving changed nothing."""
     found = {}
     for name, base in CHECKPOINTED:
-        model, data = shard(network()), share(batches(steps=FEW))
+        model, data = shard(network()), share(batches(steps=STEPS))
         opt = make(name, model, base)
         checkpoint(model, opt, folder_of(name) / "fresh")
         train(model, opt, data[:5])
@@ -476,13 +474,11 @@ def reloaded():
             model = shard(network(seed=5))
             opt = make(name, model, base)
             checkpoint(model, opt, folder_of(name) / kind, load=True)
-            train(model, opt, share(batches(steps=FEW))[begin:])
+            train(model, opt, share(batches(steps=STEPS))[begin:])
             found[name, base, kind] = whole(model)
     return found
 
 
-ALL_METHODS = tuple(name for name in METHODS | ROWS if hasattr(lf, name))
-"""One row for each method."""
 ALWAYS_JOINED = ("GNM", "MSAM", "LookSAM", "GSAM", "WSAM")
 """Methods that are the joined batch without ``ascent_sync``."""
 JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 4}}
@@ -544,7 +540,7 @@ def train_experts(name, base, world, rank=None, group=None, kind="", wrap=None, 
         else:
             opt = make(name, module, base, model=model, **more)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=kind == "overflow")
-    for step, (x, y) in enumerate(batches(steps=8, size=24)):
+    for step, (x, y) in enumerate(batches(steps=STEPS, size=24)):
         y = y.sort().values if step % 2 else y  # a worker has the head, another the tail
         who, first = asked(step, world, 24), torch.arange(24) < 24 // world
         if rank is not None:
@@ -594,7 +590,7 @@ def experts():
     """Parameters that only some workers use."""
     return {
         (name, base): of_experts(name, base, ascent_sync=name not in ALWAYS_JOINED)
-        for name in ALL_METHODS
+        for name in EVERY
         for base in ("sgd", "rmsprop")
     }
 
@@ -603,8 +599,7 @@ def experts():
 def experts_at_radius_zero():
     """Without ``ascent_sync``, and without a perturbation, all methods are the base optimizer under plain DDP."""
     return {
-        name: of_experts(name, "sgd", **({} if name == "SGD" else at_radius_zero(name)))
-        for name in ("SGD", *ALL_METHODS)
+        name: of_experts(name, "sgd", **({} if name == "SGD" else EVERY[name].unperturbed)) for name in ("SGD", *EVERY)
     }
 
 
@@ -625,7 +620,7 @@ def experts_in_phases():
 def experts_otherwise():
     return {
         (name, kind): of_experts(name, "sgd", kind=kind, ascent_sync=name not in ALWAYS_JOINED)
-        for name in ALL_METHODS
+        for name in EVERY
         for kind in KINDS
     }
 
@@ -639,18 +634,8 @@ def experts_of_a_group():
         return None
     return {
         name: train_experts(name, "sgd", 2, dist.get_rank(), group, wrap=wrap, ascent_sync=name not in ALWAYS_JOINED)
-        for name in ALL_METHODS
+        for name in EVERY
     }
-
-
-def at_radius_zero(name):
-    """Options without a perturbation. LookSAM would reuse what rounding leaves of it."""
-    own = {
-        "CCSAM": {"noise_ratio": 0.0},
-        "SSESAM": {"rho": 0.0, "tail_rho": 0.0},
-        "LookSAM": {"rho": 0.0, "alpha": 0.0},
-    }
-    return own.get(name, {"rho": 0.0})
 
 
 def error_of(call, *args, **options):
@@ -665,13 +650,13 @@ def joined_early():
     """Worker 1 has two batches more: what its steps become, or what is said, with the weights before and after."""
     found = {}
     data = share(batches(steps=6))[: 4 + 2 * dist.get_rank()]
-    for name in ("SGD", *ALL_METHODS):
+    for name in ("SGD", *EVERY):
         model = DistributedDataParallel(network())
         opt = SGD(model.parameters(), **BASES["sgd"][1])
         opt = (
             opt
             if name == "SGD"
-            else make(name, model, "sgd", model=model, **JOINED.get(name, {}), **at_radius_zero(name))
+            else make(name, model, "sgd", model=model, **(JOINED.get(name, {}) | EVERY[name].unperturbed))
         )
         with model.join():
             for x, y in data:
@@ -738,7 +723,7 @@ def options_for_one_pass():
             late = list(inner.named_parameters())[:2]
             hooked = {"param_to_hook_all_reduce": inner[2].weight}
             model = DistributedDataParallel(inner, delay_all_reduce_named_params=late, **hooked)
-        for name in ALL_METHODS:
+        for name in EVERY:
             later = make(name, inner, "sgd")
             found[option, name] = [
                 error_of(make, name, model, "sgd", model=model),
@@ -753,7 +738,7 @@ def synced_parts():
     """m-SAM's parts climb along their averages, if all workers have as many."""
     model = DistributedDataParallel(network())
     opt = make("MSAM", model, "sgd", model=model, m=4, ascent_sync=True)
-    train(model, opt, share(batches(steps=FEW)))
+    train(model, opt, share(batches(steps=STEPS)))
     weights = flat(model)
     x, y = (one[: 8 - 4 * dist.get_rank()] for one in batches(steps=1)[0])
     said = error_of(opt.step, closure_of(model, x, y), y)
@@ -764,7 +749,7 @@ def synced_parts():
 def compressed():
     """A communication hook that rounds to float16."""
     found = {}
-    for name in ALL_METHODS:
+    for name in EVERY:
         model = DistributedDataParallel(network())
         model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         train(model, make(name, model, "sgd", model=model), share(batches(steps=4)))

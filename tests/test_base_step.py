@@ -1,6 +1,5 @@
 """Every optimizer of torch as the base of every method: made once, of the user's own parameters."""
 
-import dataclasses
 import functools
 
 import pytest
@@ -9,8 +8,7 @@ from torch import nn, optim
 
 import ltsam_fast as lf
 
-from .family import EVERY, ROWS, closure_of
-from .methods import METHODS
+from .method_rows import EVERY, closure_of, every
 from .oracles import batches, flat, network, relative_error
 
 REFUSED = ("LBFGS", "SparseAdam")
@@ -29,27 +27,15 @@ def weights(model):
     return [{"params": [first], "rho": 0.05, "lr": 0.02}, {"params": others}]
 
 
-def make(name, model, base, params, **options):
-    row = (METHODS | ROWS)[name]
-    return row.make(model, base, params, **options)
-
-
-def expected(name, base, options):
-    if name in METHODS:
-        return dataclasses.replace(METHODS[name], groups=weights).oracle(base, options, DATA)[0]
-    return ROWS[name].expected(base, options, DATA, weights)[0]
-
-
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", EVERY)
+@every
 def test_steps_agree_with_the_oracle(name, base):
-    kind, options = getattr(optim, base), {"lr": 0.01, **MORE.get(base, {})}
+    row, kind, options = EVERY[name], getattr(optim, base), {"lr": 0.01, **MORE.get(base, {})}
     model = network()
-    opt = make(name, model, kind, weights(model), **options)
     start = flat(model)
-    for x, y in DATA:
-        opt.step(closure_of(model, x, y), targets=y)
-    wanted = expected(name, kind, options)
+    opt = row.make(model, kind, weights(model), **options)
+    row.drive("closure", opt, model, DATA)
+    wanted = row.expected(kind, options, DATA, weights)[0]
     # Muon orthogonalizes in bfloat16, where a last bit may make a difference.
     assert relative_error(flat(model) - start, wanted - start) < (2e-2 if base == "Muon" else 1e-7)
     assert opt.base_optimizer.param_groups is opt.param_groups and len(opt.param_groups) == 2
@@ -82,7 +68,7 @@ def test_parameters_in_every_form(base, form):
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@every
 def test_bases_that_cannot_step_with_gradients_alone_are_refused_by_name(name):
     class Wanting(optim.SGD):
         def step(self, closure):
@@ -98,10 +84,10 @@ def test_bases_that_cannot_step_with_gradients_alone_are_refused_by_name(name):
             (lambda params, **options: optim.SparseAdam(params, **options), "must not be SparseAdam"),
         ):
             with pytest.raises(ValueError, match=message):
-                make(name, model, base, groups, lr=0.1)
+                EVERY[name].make(model, base, groups, lr=0.1)
         for base in (optim.SGD(model.parameters(), lr=0.1), 3, nn.Linear, int):
             with pytest.raises(TypeError, match=r"base_optimizer must be a class such as torch\.optim\.SGD, got"):
-                make(name, model, base, groups)
+                EVERY[name].make(model, base, groups)
 
 
 def test_what_a_base_refuses_is_said_before_anything_changes():
@@ -122,17 +108,15 @@ def test_what_a_base_refuses_is_said_before_anything_changes():
     assert list(groups[0]) == ["params", "rho"]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@every
 @pytest.mark.parametrize("base", [optim.Adadelta, functools.partial(optim.Adadelta, rho=0.7)], ids=["0.9", "0.7"])
 def test_options_of_one_name_do_not_meet(name, base):
-    model = network()
-    opt = make(name, model, base, weights(model), lr=0.5)
+    row, model = EVERY[name], network()
+    opt = row.make(model, base, weights(model), lr=0.5)
     assert [group["rho"] for group in opt.param_groups] == [0.05, 0.1]
-    for x, y in DATA:
-        opt.step(closure_of(model, x, y), targets=y)
+    found = row.drive("closure", opt, model, DATA)
     assert [group["rho"] for group in opt.param_groups] == [0.05, 0.1]
-    wanted = expected(name, base, {"lr": 0.5})
-    assert relative_error(flat(model), wanted) < 1e-9
+    assert relative_error(found, row.expected(base, {"lr": 0.5}, DATA, weights)[0]) < 1e-9
 
 
 class WithoutRate(torch.optim.Optimizer):
@@ -149,24 +133,90 @@ class WithoutRate(torch.optim.Optimizer):
                     param.sub_(group["share"] * param.grad)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@every
 def test_a_base_without_a_learning_rate(name):
     if name == "WSAM":
         with pytest.raises(ValueError, match="decouple must be False with WithoutRate, which has no learning rate"):
-            (METHODS | ROWS)[name].make(network(), WithoutRate)
+            EVERY[name].make(network(), WithoutRate)
     more = {"decouple": False} if name == "WSAM" else {}
     results = []
     for base, options in ((WithoutRate, {}), (torch.optim.SGD, {"lr": 0.1})):
         model = network()
-        opt = (METHODS | ROWS)[name].make(model, base, **options, **more)
-        for x, y in DATA:
-            opt.step(closure_of(model, x, y), targets=y)
-        results.append(flat(model))
+        opt = EVERY[name].make(model, base, **options, **more)
+        results.append(EVERY[name].drive("closure", opt, model, DATA))
     assert relative_error(*results) < 1e-12
 
 
-@pytest.mark.parametrize("name", EVERY)
+@every
 def test_to_maximize_with_a_base_that_cannot_is_refused(name):
     weight = torch.nn.Parameter(torch.randn(4, 3))
     with pytest.raises(ValueError, match="maximize must be left out: Muon only minimizes"):
-        (METHODS | ROWS)[name].make(None, torch.optim.Muon, [{"params": [weight], "maximize": True}], lr=0.01)
+        EVERY[name].make(None, torch.optim.Muon, [{"params": [weight], "maximize": True}], lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        (optim.SGD, {"lr": 0.1, "momentum": 0.9, "foreach": True}),
+        (optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
+        (optim.SGD, {"lr": torch.tensor(0.1), "momentum": 0.9}),
+        (optim.Adam, {"lr": 0.01, "foreach": True}),
+        (optim.AdamW, {"lr": 0.01, "fused": True}),
+        (optim.Adam, {"lr": torch.tensor(0.01)}),
+        (optim.RMSprop, {"lr": 0.01, "foreach": True}),
+        (optim.Adagrad, {"lr": 0.01, "fused": True}),
+        (functools.partial(optim.SGD, momentum=0.9), {"lr": 0.1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["SAM", "FocalSAM", "WSAM"])
+def test_takes_the_bases_options(name, base, options):
+    plain = {key: float(value) for key, value in options.items() if key in ("lr", "momentum")}
+    if isinstance(base, functools.partial):
+        plain |= base.keywords
+    results = []
+    for kind, own in ((base, options), (getattr(base, "func", base), plain)):
+        model = network()
+        results.append(EVERY[name].drive("closure", EVERY[name].make(model, kind, **own), model, DATA))
+    assert relative_error(*results) < 1e-6  # the learning rate's tensor is float32
+
+
+@every
+def test_subclasses_of_a_fused_base_step_by_themselves(name):
+    row = (
+        EVERY[name].having(decouple=False) if name == "WSAM" else EVERY[name]
+    )  # a step beside follows the group's rate
+
+    class Halved(optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["lr"] /= 2
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 2
+
+    results = []
+    for base, lr in ((Halved, 0.2), (optim.SGD, 0.1)):
+        model = network()
+        results.append(row.drive("closure", row.make(model, base, lr=lr, momentum=0.9), model, DATA))
+    assert relative_error(*results) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [(optim.SGD, {"lr": 0.1, "momentum": 0.9}), (optim.Adam, {"lr": 0.01}), (optim.RMSprop, {"lr": 0.01})],
+)
+def test_gradients_of_the_first_phase_alone(base, options):
+    kept, perturbed = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))
+    opt = lf.FocalSAM([kept, perturbed], base, rho=0.1, **options)
+    kept.grad, twin = torch.arange(4.0), nn.Parameter(torch.ones(4))
+    opt.first_step()
+    perturbed.grad = torch.ones(3)
+    opt.second_step()
+    assert torch.equal(kept, torch.ones(4)) and not torch.equal(perturbed, torch.ones(3))
+    opt.third_step()
+    plain = base([twin], **options)
+    twin.grad = torch.arange(4.0)
+    plain.step()
+    assert torch.allclose(kept, twin, rtol=1e-6)
+    assert torch.equal(perturbed, torch.ones(3)) and perturbed not in opt.state

@@ -22,13 +22,12 @@ from torch.optim import SGD
 
 import ltsam_fast as lf
 
+from .method_rows import every
 from .oracles import batches, flat, network, relative_error
 from .workers import (
-    ALL_METHODS,
     ALWAYS_JOINED,
     BASES,
     CHECKPOINTED,
-    FEW,
     IN_PHASES,
     KINDS,
     LOCAL,
@@ -36,6 +35,7 @@ from .workers import (
     MORE,
     ONE_PASS_OPTIONS,
     REFUSED_IN_JOIN,
+    STEPS,
     Odd,
     alone,
     checkpoint,
@@ -66,7 +66,7 @@ def test_workers_are_the_joined_batch(name, base, job, world):
 @pytest.mark.parametrize("job", ["synced", "shards"])
 @pytest.mark.parametrize("name, base", MORE)
 def test_more_methods_are_the_joined_batch(name, base, job):
-    assert_all(2, job, (name, base), alone(name, base, FEW))
+    assert_all(2, job, (name, base), alone(name, base))
 
 
 @WORLDS
@@ -81,17 +81,17 @@ def test_more_methods_are_the_joined_batch(name, base, job):
 )
 def test_shards_of_unequal_size(key, name, base, more, world):
     """17 and 9 rows, fewer rows than workers, one number, nothing: GNM's noise is that of the whole tensors."""
-    assert_all(world, "odd_shards", key, alone(name, base, FEW, Odd, **more))
+    assert_all(world, "odd_shards", key, alone(name, base, kind=Odd, **more))
 
 
 @pytest.mark.parametrize("name", ["SAM", "FocalSAM", "ImbSAM", "GNM", "GSAM"])
 def test_replicas_of_shards(name):
     """HSDP: norms are summed over the shards, once, and not over the replicas."""
-    assert_all(4, "replicated_shards", name, alone(name, "sgd", FEW, Odd))
+    assert_all(4, "replicated_shards", name, alone(name, "sgd", kind=Odd))
 
 
 def test_parameters_on_several_meshes():
-    assert_all(4, "several_meshes", "SAM", alone("SAM", "adamw", FEW, adaptive=True, max_grad_norm=0.05))
+    assert_all(4, "several_meshes", "SAM", alone("SAM", "adamw", adaptive=True, max_grad_norm=0.05))
 
 
 def test_partial_gradients_of_tensor_parallelism():
@@ -102,7 +102,7 @@ def test_partial_gradients_of_tensor_parallelism():
 @pytest.mark.parametrize("name", ["SAM", "FocalSAM"])
 def test_mixed_precision_policy(name):
     """As far from double precision as bfloat16 is, and the same on all workers."""
-    assert_all(2, "mixed_precision", name, alone(name, "sgd", FEW), 5e-3)
+    assert_all(2, "mixed_precision", name, alone(name, "sgd"), 5e-3)
     assert torch.equal(*(one["mixed_precision"][name] for one in results(2)))
 
 
@@ -122,7 +122,7 @@ def test_fsdp_uses_no_copies_of_other_weights(name):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_batch_in_parts(kind, interface, name):
     more = {"ascent_sync": True} if kind == "ddp" else {}
-    assert_all(2, "in_parts", (kind, interface), alone(name, "sgd", FEW, **more), 1e-12)
+    assert_all(2, "in_parts", (kind, interface), alone(name, "sgd", **more), 1e-12)
 
 
 def test_workers_with_shares_of_unequal_size():
@@ -134,7 +134,7 @@ def test_workers_stay_together(name):
     assert torch.equal(*(one["local"][name] for one in results(2)))
 
 
-def test_workers_climb_along_their_own_gradients():
+def test_workers_ascend_along_their_own_gradients():
     """The mean over workers of g(w + eps_i), as in the SAM paper."""
     model = network()
     opt = SGD(model.parameters(), **BASES["sgd"][1])
@@ -195,7 +195,7 @@ def assert_together(found):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_parameters_that_some_workers_use_are_the_joined_batch(name, base, world):
     """Weight decay and momentum do not move what no worker uses."""
     found = [one["experts"][name, base] for one in results(world)]
@@ -205,7 +205,7 @@ def test_parameters_that_some_workers_use_are_the_joined_batch(name, base, world
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_parameters_that_some_workers_use_without_a_perturbation(name, world):
     found = [one["experts_at_radius_zero"] for one in results(world)]
     assert_together([one[name] for one in found])
@@ -213,7 +213,7 @@ def test_parameters_that_some_workers_use_without_a_perturbation(name, world):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_parameters_that_some_workers_use_otherwise(name, kind):
     """Batches in parts, overflows, weights left alone, other experts at the perturbed weights, DDP's buckets as gradients."""
     found = [one["experts_otherwise"][name, kind] for one in results(2)]
@@ -233,7 +233,7 @@ def test_parameters_that_some_workers_use_in_the_phases(name):
     assert relative_error(found[0], expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_a_group_of_the_workers_and_a_compiled_model(name):
     found = [one["experts_of_a_group"][name] for one in results(3)[:2]]
     assert_together(found)
@@ -241,7 +241,7 @@ def test_a_group_of_the_workers_and_a_compiled_model(name):
     assert relative_error(found[0], expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_workers_with_more_batches_than_others(name):
     """In DDP's join() a step is what it is for plain DDP, or refused before anything has changed."""
     found = [one["joined_early"] for one in results(2)]
@@ -271,18 +271,18 @@ def test_reductions_of_the_methods_are_refused_in_join(kind):
 
 
 @pytest.mark.parametrize("option", ONE_PASS_OPTIONS)
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_options_of_ddp_for_one_pass_are_refused(name, option):
     for said in results(2)[0]["options_for_one_pass"][option, name]:
         assert f"model must not be DistributedDataParallel with {option}=" in said and "leave it out" in said
 
 
-def test_parts_that_climb_along_their_average():
+def test_micro_batches_that_ascend_along_their_average():
     found = [one["synced_parts"] for one in results(2)]
     assert_together([one["weights"] for one in found])
     data = [
         (x[order], y[order])
-        for x, y in batches(steps=FEW)
+        for x, y in batches(steps=STEPS)
         for order in [[*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]]
     ]
     model = network()
@@ -292,20 +292,20 @@ def test_parts_that_climb_along_their_average():
         assert "ascent_sync must be False" in one["said"] and "got 1 to 2" in one["said"] and one["left alone"]
 
 
-@pytest.mark.parametrize("name", ALL_METHODS)
+@every
 def test_workers_stay_together_with_compressed_gradients(name):
     assert_together([one["compressed"][name] for one in results(2)])
 
 
 @pytest.mark.parametrize("name, base", CHECKPOINTED)
 def test_a_checkpoint_disturbs_nothing(name, base):
-    assert_all(2, "saved", (name, base), alone(name, base, FEW))
+    assert_all(2, "saved", (name, base), alone(name, base))
 
 
 @pytest.mark.parametrize("kind", ["fresh", "later"])
 @pytest.mark.parametrize("name, base", CHECKPOINTED)
 def test_a_checkpoint_of_two_workers_for_four(name, base, kind):
-    assert_all(4, "reloaded", (name, base, kind), alone(name, base, FEW))
+    assert_all(4, "reloaded", (name, base, kind), alone(name, base))
 
 
 @pytest.mark.parametrize("name, base", CHECKPOINTED)
@@ -315,8 +315,8 @@ def test_a_checkpoint_of_two_workers_for_one(name, base):
     model = network(seed=5)
     opt = make(name, model, base)
     checkpoint(model, opt, folder_of(name) / "later", load=True)
-    train(model, opt, batches(steps=FEW)[5:])
-    assert relative_error(flat(model), alone(name, base, FEW)) < 1e-9
+    train(model, opt, batches(steps=STEPS)[5:])
+    assert relative_error(flat(model), alone(name, base)) < 1e-9
 
 
 def bereft(rank, folder):
@@ -360,11 +360,11 @@ def test_weights_offloaded_to_the_cpu(name, tmp_path):
     try:
         model = shard(network(), init_device_mesh("cuda", (1,)), offload_policy=CPUOffloadPolicy())
         opt = make(name, model, "adamw", max_grad_norm=0.05)
-        for x, y in batches(steps=FEW):
+        for x, y in batches(steps=STEPS):
             x, y = x.cuda(), y.cuda()
             opt.step(lambda x=x, y=y: F.cross_entropy(model(x), y, reduction="none"), targets=y)
         assert all(p.device.type == "cpu" for p in model.parameters())
         result = flat([p.full_tensor().cpu() for p in model.parameters()])
     finally:
         dist.destroy_process_group()
-    assert relative_error(result, alone(name, "adamw", FEW, max_grad_norm=0.05)) < 1e-9
+    assert relative_error(result, alone(name, "adamw", max_grad_norm=0.05)) < 1e-9

@@ -182,9 +182,16 @@ def counted(model, x, y):
     return closure, calls
 
 
-@pytest.mark.parametrize("scope", ["head", "all"])
-@pytest.mark.parametrize("given", ["module", "module, model", "parameters", "parameters, model", "group, model"])
-@pytest.mark.parametrize("name", NETS)
+GIVEN = [(name, given, "head") for name in NETS for given in ("module", "group, model")]
+GIVEN += [
+    (name, given, "head")
+    for name in ("batch norm", "layer norm", "batch norm in the head", "reentrant")
+    for given in ("module, model", "parameters", "parameters, model")
+]
+GIVEN += [(name, "module, model", "all") for name in NETS]
+
+
+@pytest.mark.parametrize(("name", "given", "scope"), GIVEN)
 def test_every_class_has_its_weights_and_all_share_the_batch(name, given, scope):
     make, passes = NETS[name]
     model, x = make(), torch.randn(8, 5, dtype=torch.float64)
