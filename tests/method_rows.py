@@ -53,7 +53,7 @@ def coordinates(step, params, beta=0.6):
     """The weights that ESAM perturbs."""
     drawn = [torch.zeros_like(param, requires_grad=False) for param in params]
     ones = [torch.ones_like(one) for one in drawn]
-    reference.perturb_(drawn, ones, None, torch.ones(()), rho=1.0, eps=0.0, chance=beta, seed=SEED, step=step)
+    reference.perturb_(drawn, ones, None, torch.ones(()), rho=1.0, eps=0.0, probability=beta, seed=SEED, step=step)
     return drawn
 
 
@@ -155,7 +155,8 @@ def step_in_phases(opt, evaluate, y=None, scaler=None, until=None):
     """
     weights = [None] * len(opt.phases)
     if y is not None and getattr(opt, "class_weights", None) is not None:
-        weights = [opt.clean_weights, opt.class_weights, opt.class_weights]
+        pair = [opt.clean_weights, opt.class_weights]
+        weights = pair + (pair if len(opt.phases) == 4 else pair[1:])
     at_w = None
     for number, (phase, weight) in enumerate(zip(opt.phases[:until], weights, strict=False)):
         if number or not isinstance(opt, lf.GNM):  # whose first phase needs no gradient
@@ -177,7 +178,7 @@ EVERY = {
     "ImbSAM": Row("ImbSAM", oracles.imb_sam, {"class_counts": COUNTS, "eta": 10}),
     "SSESAM": Row(
         "SSESAM", oracles.sse_sam, {"class_counts": COUNTS, "eta": 10, "tail_rho": 0.2, "switch_step": 5},
-        passes=("w", "e", "e"), in_phases={"switch_step": 0}, unperturbed={"rho": 0.0, "tail_rho": 0.0},
+        passes=("w", "e", "e"), unperturbed={"rho": 0.0, "tail_rho": 0.0},
         counts_tried=True,
     ),
     "CCSAM": Row("CCSAM", oracles.cc_sam, _CC, passes=("w", *"eeee"), unperturbed={"noise_ratio": 0.0}, adaptive=False),
@@ -193,13 +194,14 @@ EVERY = {
     ),
     "ESAM": Row(
         "ESAM", oracles.esam, {"seed": SEED}, {"mask": coordinates}, passes=("w", "e", "e"),
-        unperturbed={"rho": 0.0, "gamma": 1.0}, by_parts=True, indexed=True,
+        unperturbed={"rho": 0.0, "gamma": 1.0}, in_phases={"gamma": 1.0}, by_parts=True, indexed=True,
     ),
     "LookSAM": Row(
         "LookSAM", oracles.look_sam, {"k": 3}, unperturbed={"rho": 0.0, "alpha": 0.0}, counts_tried=True
     ),
     "GSAM": Row("GSAM", oracles.gsam),
     "WSAM": Row("WSAM", oracles.wsam),
+    "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}),
 }  # fmt: skip
 """Every method, one row each."""
 
@@ -220,7 +222,7 @@ ROWS = EVERY | {
 }  # fmt: skip
 """And their variants, for the formulas."""
 
-PHASED = tuple(name for name, row in EVERY.items() if row.make(network(), lr=0.1).phases)
+PHASED = tuple(name for name, row in EVERY.items() if row.of("phases").make(network(), lr=0.1).phases)
 DRIVEN = [(name, "closure") for name in EVERY] + [(name, "phases") for name in PHASED]
 
 every = pytest.mark.parametrize("name", EVERY)

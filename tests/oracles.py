@@ -295,6 +295,16 @@ def friendly_sam(p, sigma=1.0, lmbda=0.9):
 
 
 @method
+def vasso(p, theta=0.4):
+    """g(w + eps(d)), d = (1 - theta) d + theta g; at first d = g. Parameters that g lacks are left out, and their d stays."""
+    g, here = p.gradient(), p.has()
+    d, begun = p.state.get("d", 0 * g), p.state.get("begun", 0 * g)
+    p.state["d"] = torch.where(here * begun > 0, (1 - theta) * d + theta * g, torch.where(here > 0, g, d))
+    p.state["begun"] = begun.maximum(here)
+    return p.gradient(eps=p.eps(p.state["d"] * here))
+
+
+@method
 def m_sam(p, m):
     """sum_i (m_i/B) g^i(w + eps(g^i)), g^i of the mean loss of the i-th m_i samples; m_i = m but for the last."""
     direction = 0
