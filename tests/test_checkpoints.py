@@ -391,3 +391,41 @@ def test_adadeltas_own_rho_is_loaded():
         losses(twin, x, y).mean().backward()
         plain.step()
     assert torch.allclose(flat(model), flat(twin), rtol=0, atol=1e-12)
+
+
+# --- version 0.1.0
+
+_RENAMED = {"steps": "taken", "skipped_steps": "skipped", "asam_eta": "eta"}
+_KEPT_THEN = ("rho", "adaptive", "norm_eps", "perturb", "lr_max", "lr_seen")
+
+
+def as_of_0_1_0(opt):
+    """A checkpoint as version 0.1.0 wrote it: most options were attributes and are not in it, some names were others."""
+    state = copy.deepcopy(opt.state_dict())
+    for group in state["param_groups"]:
+        kept = {name: group[name] for name in _KEPT_THEN if name in group}
+        kept |= {"eta": 0.0} | {old: group[new] for new, old in _RENAMED.items() if new in group}
+        for name in {*opt.options, *_RENAMED}:
+            group.pop(name, None)
+        group.update({**{name: opt._base_only[name] for name in opt._base_only}, **kept})
+    for entry in state["state"].values():
+        if "mask" in entry:
+            entry["frozen"] = entry.pop("mask")
+    return state
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "rmsprop"])
+@every
+def test_a_checkpoint_of_version_0_1_0_goes_on(name, kind):
+    base, options = {"sgd": (SGD, {"momentum": 0.9}), "adamw": (AdamW, {}), "rmsprop": (torch.optim.RMSprop, {})}[kind]
+    model, data = network(), batches(steps=8)
+    opt = EVERY[name].make(model, base, lr=0.05, **options)
+    drive(opt, model, data[:4])
+    twin = copy.deepcopy(model)
+    old = as_of_0_1_0(opt)
+    assert "steps" not in old["param_groups"][0]
+    other = EVERY[name].make(twin, base, lr=1.0, **options)
+    other.load_state_dict(old)
+    for its, one in ((model, opt), (twin, other)):
+        drive(one, its, data[4:])
+    assert torch.equal(flat(model), flat(twin))

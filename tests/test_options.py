@@ -1,7 +1,9 @@
-"""Numbers as options: any real one is taken and kept as one of Python's; what is none, truth values too, is refused by name."""
+"""Options: declared once and kept everywhere. Any real number is one of Python's; what is none is refused by name."""
 
+import copy
 import inspect
 import io
+import pickle
 from decimal import Decimal
 from fractions import Fraction
 
@@ -13,7 +15,7 @@ from torch.optim import SGD
 
 import ltsam_fast as lf
 
-from .method_rows import EVERY
+from .method_rows import EVERY, closure_of, every
 from .oracles import batches, flat, network
 
 GROUP = ("rho", "eta", "norm_eps")
@@ -72,3 +74,110 @@ def test_options_of_groups(option):
         with pytest.raises(ValueError, match=f"{option} must be"):
             opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], option: value})
     assert len(opt.param_groups) == 2
+
+
+# --- options are declared once, and are everywhere
+
+OTHERS = {
+    "rho": 0.3, "adaptive": True, "max_grad_norm": 2.5, "ascent_sync": True, "eta": 0.25, "asam_eta": 0.25, "norm_eps": 1e-5,
+    "perturb": False, "shared_backward": "auto", "class_counts": [7.0, 5.0, 3.0, 2.0], "gamma": 0.75, "lam": 0.25,
+    "tail_classes": [1, 3], "tail_weight": 2.0, "tail_rho": 0.4, "switch_step": 6, "scope": "all", "head": None,
+    "noise_ratio": 1e-3, "flat_ratio": 0.25, "dis_mul": 0.3, "clip": 0.5, "decay_every": 4, "seed": 9, "sigma": 0.4,
+    "lmbda": 0.3, "m": 3, "sparsity": 0.8, "mask": "dynamic", "refresh_every": 5, "drop_rate": 0.1, "total_steps": 50, "num_samples": 3,
+    "beta": 0.8, "granularity": "tensor", "k": 2, "alpha": 0.9, "rho_min": 0.1, "rho_max": 0.5, "lr_min": 0.01, "lr_max": 0.4,
+    "lr_seen": 0.2, "decouple": False, "theta": 0.8,
+}  # fmt: skip
+"""Another value for each option than the default and the tests' own."""
+
+
+def others_of(name):
+    """Options of a method, all with another value, as keywords and as a group's entries."""
+    options = EVERY[name].cls.options
+    chosen = {option: OTHERS[option] for option in options}
+    chosen["eta"] = 3 if name in ("ImbSAM", "SSESAM") else OTHERS["eta"]
+    if name in ("CCSAM", "GNM"):
+        chosen["adaptive"] = False
+    if name == "ImbSAM":
+        chosen["eta"] = 3
+    return {n: v for n, v in chosen.items() if options[n].keyword}, {
+        n: v for n, v in chosen.items() if not options[n].keyword
+    }
+
+
+def with_others(name):
+    keywords, entries = others_of(name)
+    model = network()
+    head = {"head": model[4]} if name == "CCSAM" else {}
+    groups = [{"params": list(model.parameters()), **entries}]
+    return EVERY[name].cls(groups, SGD, **{**keywords, **head}, model=model, lr=0.1), model
+
+
+@every
+def test_options_survive_checkpoints_copies_and_pickles(name):
+    opt, _ = with_others(name)
+    keywords, entries = others_of(name)
+    wanted = {**keywords, **entries}
+    if name == "CCSAM":
+        wanted["head"] = [[0, 4], [0, 5]]
+    model = network()
+    loaded = EVERY[name].make(model, SGD, lr=0.2, model=model)
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for one in (opt, loaded, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        for option, value in wanted.items():
+            assert one.param_groups[0][option] == value and getattr(one, option) == value, option
+            assert f"{option}: " in repr(one)
+    late = {"params": [nn.Parameter(torch.zeros(2))]}
+    loaded.add_param_group(late)
+    whole = {option: value for option, value in wanted.items() if not loaded.options[option].per_group}
+    assert {option: loaded.param_groups[1][option] for option in whole} == whole
+
+
+@every
+def test_options_are_in_the_signature_the_defaults_and_the_docstring(name):
+    cls = EVERY[name].cls
+    parameters = inspect.signature(cls).parameters
+    opt = EVERY[name].make(network(), SGD, lr=0.1)
+    for option, declared in cls.options.items():
+        assert option in opt.defaults and option in opt.param_groups[0]
+        assert (option in parameters) == declared.keyword
+        if declared.keyword:
+            assert parameters[option].default == declared.default
+            assert f"{option}: {declared.doc}"[:40] in " ".join(cls.__doc__.split())
+    assert [*parameters][:4] == ["params", "base_optimizer", "rho", "adaptive"] and "model" in parameters
+    assert [*parameters][-1] == "base_kwargs"
+
+
+@every
+def test_an_attribute_sets_the_option_of_all_groups_and_checks_it(name):
+    model = network()
+    halves = [{"params": list(model[0].parameters())}, {"params": list(model[2:].parameters())}]
+    opt = EVERY[name].make(model, SGD, halves, lr=0.1)
+    opt.rho = np.float32(0.5)
+    assert [(group["rho"], type(group["rho"])) for group in opt.param_groups] == [(0.5, float)] * 2
+    with pytest.raises(ValueError, match=r"max_grad_norm must be a finite number >= 0, got -1"):
+        opt.max_grad_norm = -1
+    opt.param_groups[1]["max_grad_norm"] = 3.0
+    (x, y), *_ = batches(steps=1)
+    with pytest.raises(ValueError, match=r"max_grad_norm must be the same in all groups, got \[0\.0, 3\.0\]"):
+        opt.step(closure_of(model, x, y), targets=y)
+
+
+def test_two_groups_may_have_numbers_of_their_own_while_the_method_has_one():
+    model = network()
+    with pytest.raises(ValueError, match=r"gamma must be the same in all groups, got \[2\.0, 1\.0\]"):
+        halves = [{"params": list(model[0].parameters()), "gamma": 2.0}, {"params": list(model[2:].parameters())}]
+        opt = lf.FocalSAM(halves, SGD, class_counts=[4, 3, 2, 1], lr=0.1)
+        (x, y), *_ = batches(steps=1)
+        opt.step(closure_of(model, x, y), targets=y)
+
+
+def test_class_weights_follow_the_options():
+    opt = lf.FocalSAM(network().parameters(), SGD, class_counts=[40, 9, 3, 1], gamma=2.0, lr=0.1)
+    before = opt.class_weights
+    opt.gamma = 3.0
+    assert not torch.equal(opt.class_weights, before)
+    opt.class_counts = [1, 3, 9, 40]
+    assert torch.equal(opt.class_weights, lf.ops.focal_weights([1, 3, 9, 40], 3.0, 0.5))

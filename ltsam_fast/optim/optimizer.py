@@ -539,6 +539,7 @@ class SharpnessAware(Configurable, Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_group_options(group)
+            self._check_equal_options()
             if any(map(is_sharded, group["params"])):
                 if self.whole_gradients:
                     raise ValueError(

@@ -156,7 +156,6 @@ class Configurable:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = {name: value for name, value in vars(cls).items() if isinstance(value, Option)}
         cls.options = {}
         for base in cls.__mro__:
             for name, value in vars(base).items():
@@ -166,7 +165,7 @@ class Configurable:
             cls.__signature__ = None  # type: ignore[attr-defined]
         elif "rule" in vars(cls):
             cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
-        if cls.__doc__ and own and "Args:" not in cls.__doc__:
+        if cls.__doc__ and "rule" in vars(cls) and "Args:" not in cls.__doc__:
             cls.__doc__ = _documented(cls)
 
 
