@@ -47,6 +47,7 @@ METHODS = {
     "LookSAM": ({}, 38),
     "GSAM": ({}, 52),
     "WSAM": ({}, 44),
+    "VaSSO": ({}, 52),
 }
 """Options, and bytes moved per parameter and step (for LookSAM the mean)."""
 

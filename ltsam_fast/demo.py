@@ -75,6 +75,7 @@ METHODS: dict[str, tuple[str, Callable[..., Any] | None, Options]] = {
     "look_sam": ("LookSAM", lf.LookSAM, lambda s: {"rho": 0.1, "k": 2, "alpha": 0.5}),
     "gsam": ("GSAM", lf.GSAM, lambda s: {"rho": 0.1, "alpha": 0.2}),
     "wsam": ("WSAM", lf.WSAM, lambda s: {"rho": 0.1, "gamma": 0.8}),
+    "vasso": ("VaSSO", lf.VaSSO, lambda s: {"rho": 0.1, "theta": 0.4}),
 }
 """Name on the command line -> name in print, class and its options. SGD has no class: it is the base optimizer alone."""
 DEFAULT = ("sgd", "sam", "focal_sam")

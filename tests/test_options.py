@@ -83,7 +83,8 @@ OTHERS = {
     "perturb": False, "shared_backward": "auto", "class_counts": [7.0, 5.0, 3.0, 2.0], "gamma": 0.75, "lam": 0.25,
     "tail_classes": [1, 3], "tail_weight": 2.0, "tail_rho": 0.4, "switch_step": 6, "scope": "all", "head": None,
     "noise_ratio": 1e-3, "flat_ratio": 0.25, "dis_mul": 0.3, "clip": 0.5, "decay_every": 4, "seed": 9, "sigma": 0.4,
-    "lmbda": 0.3, "m": 3, "sparsity": 0.8, "mask": "dynamic", "refresh_every": 5, "drop_rate": 0.1, "total_steps": 50, "num_samples": 3,
+    "lmbda": 0.3, "m": 3, "sparsity": 0.8, "mask": "dynamic", "refresh_every": 5, "drop_rate": 0.1, "total_steps": 50,
+    "num_samples": 3,
     "beta": 0.8, "granularity": "tensor", "k": 2, "alpha": 0.9, "rho_min": 0.1, "rho_max": 0.5, "lr_min": 0.01, "lr_max": 0.4,
     "lr_seen": 0.2, "decouple": False, "theta": 0.8,
 }  # fmt: skip

@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
     "look_sam": ("LookSAM", lf.LookSAM, {}),
     "gsam": ("GSAM", lf.GSAM, {}),
     "wsam": ("WSAM", lf.WSAM, {}),
+    "vasso": ("VaSSO", lf.VaSSO, {}),
 }
 """Name on the command line -> name in print, class and fixed options; ``sgd`` is the base optimizer alone."""
 
@@ -80,9 +81,8 @@ def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     _, cls, fixed = METHODS[method]
-    classes = [one for one in cls.__mro__ if issubclass(one, SharpnessAware)] if cls else []
     found: dict[str, Any] = {}
-    for one in (*classes, _BASE_OPTIMIZERS[optimizer]):
+    for one in (*((cls,) if cls else ()), _BASE_OPTIMIZERS[optimizer]):
         for name, parameter in inspect.signature(one).parameters.items():
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 found.setdefault(name, parameter.default)
