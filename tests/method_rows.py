@@ -1,6 +1,6 @@
-"""The methods, one row each: every behaviour in these tests runs over ``EVERY``. A new method is one row here.
+"""The methods, one row each: every behaviour in these tests runs over ``EVERY``. A new method is one row there.
 
-Beside it the base optimizers, and what drives a step in either interface.
+Beside them the base optimizers, and what drives a step in either interface.
 """
 
 from __future__ import annotations
@@ -94,6 +94,12 @@ class Row:
     """Takes ``adaptive=True``."""
     counts_tried: bool = False
     """What it does at every so many steps counts those that overflowed too."""
+    state: tuple[str, ...] = ()
+    """What it keeps of each parameter from step to step."""
+    averages: bool = False
+    """That is a mean of gradients, which has one more where the rest of the step fails."""
+    joined: bool = False
+    """DistributedDataParallel's workers take the joined batch's step without ``ascent_sync``."""
 
     @property
     def cls(self):
@@ -135,11 +141,6 @@ class Row:
         for x, y in data:
             self.step(interface, opt, model, x, y, loss)
         return flat(model)
-
-
-def weights_of(opt):
-    """All weights as one vector."""
-    return flat([param for group in opt.param_groups for param in group["params"]])
 
 
 def skip_step(opt):
@@ -184,24 +185,27 @@ EVERY = {
     "CCSAM": Row("CCSAM", oracles.cc_sam, _CC, passes=("w", *"eeee"), unperturbed={"noise_ratio": 0.0}, adaptive=False),
     "GNM": Row(
         "GNM", oracles.gnm, {"seed": SEED}, {"noise": noise, "loss_there": True},
-        passes=("e",), adaptive=False,
+        passes=("e",), adaptive=False, joined=True,
     ),
-    "FriendlySAM": Row("FriendlySAM", oracles.friendly_sam, {"sigma": 0.7, "lmbda": 0.6}),
-    "MSAM": Row("MSAM", oracles.m_sam, {"m": 5}, passes=("w", "e") * 4, by_parts=True, indexed=True),
+    "FriendlySAM": Row(
+        "FriendlySAM", oracles.friendly_sam, {"sigma": 0.7, "lmbda": 0.6}, state=("grad_mean",), averages=True
+    ),
+    "MSAM": Row("MSAM", oracles.m_sam, {"m": 5}, passes=("w", "e") * 4, by_parts=True, indexed=True, joined=True),
     "SparseSAM": Row(
         "SparseSAM", oracles.sparse_sam, {"sparsity": 0.7, "refresh_every": 4, "num_samples": 6},
-        by_parts=True, in_phases={"refresh_every": 1}, counts_tried=True,
+        by_parts=True, in_phases={"refresh_every": 1}, counts_tried=True, state=("mask",),
     ),
     "ESAM": Row(
         "ESAM", oracles.esam, {"seed": SEED}, {"mask": coordinates}, passes=("w", "e", "e"),
         unperturbed={"rho": 0.0, "gamma": 1.0}, in_phases={"gamma": 1.0}, by_parts=True, indexed=True,
     ),
     "LookSAM": Row(
-        "LookSAM", oracles.look_sam, {"k": 3}, unperturbed={"rho": 0.0, "alpha": 0.0}, counts_tried=True
+        "LookSAM", oracles.look_sam, {"k": 3}, unperturbed={"rho": 0.0, "alpha": 0.0}, counts_tried=True,
+        state=("grad_v",), joined=True,
     ),
-    "GSAM": Row("GSAM", oracles.gsam),
-    "WSAM": Row("WSAM", oracles.wsam),
-    "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}),
+    "GSAM": Row("GSAM", oracles.gsam, joined=True),
+    "WSAM": Row("WSAM", oracles.wsam, joined=True),
+    "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}, state=("ascent_mean",)),
 }  # fmt: skip
 """Every method, one row each."""
 

@@ -22,15 +22,13 @@ from torch.optim import SGD
 
 import ltsam_fast as lf
 
-from .method_rows import every
+from .method_rows import EVERY, every
 from .oracles import batches, flat, network, relative_error
 from .workers import (
-    ALWAYS_JOINED,
     BASES,
     CHECKPOINTED,
     IN_PHASES,
     KINDS,
-    LOCAL,
     MATRIX,
     MORE,
     ONE_PASS_OPTIONS,
@@ -129,7 +127,7 @@ def test_workers_with_shares_of_unequal_size():
     assert_all(2, "unequal_shares", "SAM", alone("SAM", "sgd"))
 
 
-@pytest.mark.parametrize("name", LOCAL)
+@pytest.mark.parametrize("name", [name for name, row in EVERY.items() if not row.joined])
 def test_workers_stay_together(name):
     assert torch.equal(*(one["local"][name] for one in results(2)))
 
@@ -193,18 +191,18 @@ def assert_together(found):
     assert all(torch.equal(found[0], one) for one in found[1:])
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@WORLDS
 @pytest.mark.parametrize("base", ["sgd", "rmsprop"])
 @every
 def test_parameters_that_some_workers_use_are_the_joined_batch(name, base, world):
     """Weight decay and momentum do not move what no worker uses."""
     found = [one["experts"][name, base] for one in results(world)]
     assert_together(found)
-    expected = joined_experts(name, base, world, ascent_sync=name not in ALWAYS_JOINED)
+    expected = joined_experts(name, base, world, ascent_sync=not EVERY[name].joined)
     assert relative_error(found[0], expected) < 1e-9
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@WORLDS
 @every
 def test_parameters_that_some_workers_use_without_a_perturbation(name, world):
     found = [one["experts_at_radius_zero"] for one in results(world)]
@@ -221,7 +219,7 @@ def test_parameters_that_some_workers_use_otherwise(name, kind):
     if kind == "parts" and name in ("MSAM", "SparseSAM"):  # these look at the parts
         return
     same = "" if kind in ("parts", "gradient_as_bucket_view") else kind
-    expected = joined_experts(name, "sgd", 2, same, ascent_sync=name not in ALWAYS_JOINED)
+    expected = joined_experts(name, "sgd", 2, same, ascent_sync=not EVERY[name].joined)
     assert relative_error(found[0], expected) < 1e-9
 
 
@@ -229,15 +227,15 @@ def test_parameters_that_some_workers_use_otherwise(name, kind):
 def test_parameters_that_some_workers_use_in_the_phases(name):
     found = [one["experts_in_phases"][name] for one in results(2)]
     assert_together(found)
-    expected = joined_experts(name, "rmsprop", 2, "phases", ascent_sync=name not in ALWAYS_JOINED)
+    expected = joined_experts(name, "rmsprop", 2, "phases", ascent_sync=not EVERY[name].joined)
     assert relative_error(found[0], expected) < 1e-9
 
 
 @every
 def test_a_group_of_the_workers_and_a_compiled_model(name):
-    found = [one["experts_of_a_group"][name] for one in results(3)[:2]]
+    found = [one["experts_of_a_group"][name] for one in results(4)[:2]]
     assert_together(found)
-    expected = joined_experts(name, "sgd", 2, ascent_sync=name not in ALWAYS_JOINED)
+    expected = joined_experts(name, "sgd", 2, ascent_sync=not EVERY[name].joined)
     assert relative_error(found[0], expected) < 1e-9
 
 

@@ -247,10 +247,9 @@ def test_gradients_need_not_lie_like_their_weights(name, base):
     assert relative_error(results[1], results[0]) < 1e-6 and relative_error(results[2], results[0]) < 1e-6
 
 
-@on_cpu
-@with_bases("momentum", "adam")
+@with_bases("nesterov", "adamw")
 @every
-def test_mixed_dtypes_in_one_model(name, base, backend):
+def test_mixed_dtypes_in_one_model(name, base):
     row, (kind, options) = EVERY[name], BASES[base]
     model = nn.Sequential(network()[:3], network(torch.float32)[3:])
 
@@ -493,8 +492,8 @@ class Fails:
 
 @pytest.mark.parametrize(
     ("error", "in_backward"),
-    [(KeyboardInterrupt(), False), (KeyboardInterrupt(), True), (SystemExit(1), False), (RuntimeError("memory"), True)],
-    ids=["interrupt", "interrupt in backward", "exit", "out of memory"],
+    [(KeyboardInterrupt(), False), (RuntimeError("out of memory"), True)],
+    ids=["interrupt", "out of memory in backward"],
 )
 @with_bases("nesterov", "rmsprop")
 @every
@@ -514,7 +513,7 @@ def test_an_error_in_a_pass_leaves_the_original_weights(name, base, error, in_ba
             assert torch.equal(flat(model), before) and not opt.is_perturbed
             assert all(p.grad is None for p in model.parameters())
             row.drive("closure", opt, model, data[3:])
-            if name != "FriendlySAM":  # its mean has seen the gradient at w, which comes again
+            if not row.averages:
                 assert torch.equal(flat(model), wanted), call
         else:
             assert failing.calls < call or in_backward  # a pass without a graph has no backward
@@ -610,9 +609,7 @@ def test_restore_starts_over(name):
         assert opt.is_perturbed == (not torch.equal(flat(model), before))
         opt.restore()
         assert torch.equal(flat(model), before) and not opt.is_perturbed
-    assert (
-        torch.equal(row.drive("phases", opt, model, data[2:]), wanted) or name == "FriendlySAM"
-    )  # whose mean has moved
+    assert torch.equal(row.drive("phases", opt, model, data[2:]), wanted) or row.averages  # whose mean has moved
 
 
 INTERRUPTED = """
@@ -679,7 +676,7 @@ sender.join()
 @pytest.mark.parametrize("interface", ["closure", "phases"])
 def test_ctrl_c_at_random_moments(interface):
     """Real signals: whenever they come, the weights are those after a whole number of steps."""
-    names = [name for name, way in DRIVEN if way == interface and name != "FriendlySAM"]  # whose mean moves by itself
+    names = [name for name, way in DRIVEN if way == interface and not EVERY[name].averages]
     command = [sys.executable, "-c", INTERRUPTED, interface, *names]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr + result.stdout

@@ -29,7 +29,7 @@ from torch.optim import SGD, AdamW, RMSprop
 
 import ltsam_fast as lf
 
-from .method_rows import EVERY, closure_of, skip_step
+from .method_rows import EVERY, PHASED, closure_of, skip_step
 from .oracles import CLASSES, FEATURES, batches, flat, network
 
 STEPS = 8
@@ -41,8 +41,8 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 MATRIX = [(name, base) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM") for base in ("sgd", "adamw")]
 """What must be the joined batch with any number of workers."""
-MORE = [(name, base) for name in ("SSESAM", "FriendlySAM", "LookSAM", "GSAM", "WSAM") for base in ("sgd",)]
-LOCAL = ("SAM", "FocalSAM", "ImbSAM", "SSESAM", "CCSAM", "MSAM", "SparseSAM", "ESAM", "FriendlySAM")
+MORE = [(n, "sgd") for n, row in EVERY.items() if (n, "sgd") not in MATRIX and not row.by_parts and n != "CCSAM"]
+"""The others, but for those that look at parts and classes of their own share."""
 CHECKPOINTED = [("SAM", "adamw"), ("FocalSAM", "sgd"), ("GNM", "plain"), ("FriendlySAM", "sgd"), ("LookSAM", "rmsprop")]
 
 JOBS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {}
@@ -345,7 +345,7 @@ def unequal_shares():
 
 @job(2)
 def local():
-    return {name: ddp(name, "sgd", 6) for name in LOCAL}
+    return {name: ddp(name, "sgd", 6) for name, row in EVERY.items() if not row.joined}
 
 
 @job(2)
@@ -479,9 +479,7 @@ def reloaded():
     return found
 
 
-ALWAYS_JOINED = ("GNM", "MSAM", "LookSAM", "GSAM", "WSAM")
-"""Methods that are the joined batch without ``ascent_sync``."""
-JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 4}}
+JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 6}}
 """Options with which each sample of the joined batch counts as it does in its worker's share."""
 
 
@@ -585,17 +583,17 @@ def of_experts(*args, **more):
     return train_experts(*args, dist.get_world_size(), dist.get_rank(), **more)
 
 
-@job(2, 3)
+@job(2, 4)
 def experts():
     """Parameters that only some workers use."""
     return {
-        (name, base): of_experts(name, base, ascent_sync=name not in ALWAYS_JOINED)
+        (name, base): of_experts(name, base, ascent_sync=not EVERY[name].joined)
         for name in EVERY
         for base in ("sgd", "rmsprop")
     }
 
 
-@job(2, 3)
+@job(2, 4)
 def experts_at_radius_zero():
     """Without ``ascent_sync``, and without a perturbation, all methods are the base optimizer under plain DDP."""
     return {
@@ -606,34 +604,32 @@ def experts_at_radius_zero():
 KINDS = ("parts", "overflow", "alone", "redrawn", "gradient_as_bucket_view")
 
 
-IN_PHASES = ("SAM", "FriendlySAM", "GSAM", "WSAM", "GNM")
+IN_PHASES = [name for name in PHASED if not EVERY[name].told and not EVERY[name].by_parts]
 
 
 @job(2)
 def experts_in_phases():
-    return {
-        name: of_experts(name, "rmsprop", kind="phases", ascent_sync=name not in ALWAYS_JOINED) for name in IN_PHASES
-    }
+    return {name: of_experts(name, "rmsprop", kind="phases", ascent_sync=not EVERY[name].joined) for name in IN_PHASES}
 
 
 @job(2)
 def experts_otherwise():
     return {
-        (name, kind): of_experts(name, "sgd", kind=kind, ascent_sync=name not in ALWAYS_JOINED)
+        (name, kind): of_experts(name, "sgd", kind=kind, ascent_sync=not EVERY[name].joined)
         for name in EVERY
         for kind in KINDS
     }
 
 
-@job(3)
+@job(4)
 def experts_of_a_group():
-    """Two of three workers share the model, which is compiled."""
+    """Two of four workers share the model, which is compiled."""
     group = dist.new_group([0, 1])
     wrap = functools.partial(torch.compile, backend="eager")
-    if dist.get_rank() == 2:
+    if dist.get_rank() >= 2:
         return None
     return {
-        name: train_experts(name, "sgd", 2, dist.get_rank(), group, wrap=wrap, ascent_sync=name not in ALWAYS_JOINED)
+        name: train_experts(name, "sgd", 2, dist.get_rank(), group, wrap=wrap, ascent_sync=not EVERY[name].joined)
         for name in EVERY
     }
 
@@ -735,7 +731,7 @@ def options_for_one_pass():
 
 @job(2)
 def synced_parts():
-    """m-SAM's parts climb along their averages, if all workers have as many."""
+    """m-SAM's parts are perturbed along their averages, if all workers have as many."""
     model = DistributedDataParallel(network())
     opt = make("MSAM", model, "sgd", model=model, m=4, ascent_sync=True)
     train(model, opt, share(batches(steps=STEPS)))
