@@ -205,7 +205,7 @@ EVERY = {
     ),
     "GSAM": Row("GSAM", oracles.gsam, joined=True),
     "WSAM": Row("WSAM", oracles.wsam, joined=True),
-    "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}, state=("ascent_mean",)),
+    "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}, state=("ascent_mean",), averages=True),
 }  # fmt: skip
 """Every method, one row each."""
 

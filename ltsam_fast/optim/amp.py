@@ -82,6 +82,8 @@ class SkippedSteps:
         self._count: Tensor | None = None
         self._changed: list[tuple[Tensor, Tensor]] = []
         self._created: list[tuple[dict[str, Any], str]] = []
+        self.waiting = False
+        """Whether there is state that the end of the step decides about."""
         self._doubtful: tuple[Tensor, list[tuple[dict[str, Any], str]]] | None = None
 
     def count(self, groups: list[dict[str, Any]], params: list[Tensor]) -> Tensor | None:
@@ -102,15 +104,17 @@ class SkippedSteps:
             for group in groups:
                 group["skipped_steps"] = int(self._count)
 
-    def before_change(self, tensors: list[Tensor], scaling: LossScale) -> None:
-        """Keeps copies of state that is about to change: a later pass may overflow."""
-        if scaling.signals:
+    def before_change(self, tensors: list[Tensor], scaling: LossScale | None) -> None:
+        """Keeps copies of state that is about to change: a later pass may overflow. None: the scale is not known yet."""
+        if scaling is None or scaling.signals:
             self._changed += [(tensor, tensor.clone()) for tensor in tensors]
+            self.waiting = True
 
-    def created(self, entries: list[tuple[dict[str, Any], str]], scaling: LossScale) -> None:
-        """Takes note of state that this step has begun: one that overflows has not begun it."""
-        if scaling.signals:
+    def created(self, entries: list[tuple[dict[str, Any], str]], scaling: LossScale | None) -> None:
+        """Takes note of state that this step has begun: one that overflows has not begun it. None as above."""
+        if scaling is None or scaling.signals:
             self._created += entries
+            self.waiting = True
 
     def drop_doubtful(self) -> bool:
         """Drops state that was begun in a step which overflowed; returns whether it did. Waits for the device to know."""
@@ -127,6 +131,7 @@ class SkippedSteps:
         """Counts the step if it overflowed, and takes its changes back then. The device decides."""
         found_inf = scaling.found_inf
         if found_inf is None:
+            self.abandon_step()
             return
         count = self.count(groups, params)
         self._count = found_inf.detach().clone() if count is None else count.add_(found_inf)
@@ -141,11 +146,10 @@ class SkippedSteps:
         for tensor, old in self._changed:
             if not tensor.is_floating_point():
                 tensor.copy_(torch.where(found_inf.to(tensor.device).bool(), old, tensor))
-        self._changed = []
         if self._created:
             self._doubtful = found_inf, self._created
-            self._created = []
+        self.abandon_step()
 
     def abandon_step(self) -> None:
-        """Forgets about a step that failed."""
-        self._changed, self._created = [], []
+        """Forgets about what a step has changed and begun."""
+        self._changed, self._created, self.waiting = [], [], False

@@ -287,7 +287,8 @@ class SharpnessAware(Configurable, Optimizer):
         run = self._running
         if run is None:
             step = self._begin(scaler)
-            self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
+            if not self._within_step:
+                self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
             run = PhaseRun(self, step, inputs)
         scaling = run.step.scaling
         scaling.check_scaled(self)
@@ -344,14 +345,16 @@ class SharpnessAware(Configurable, Optimizer):
         """Whether step() is one of torch's own: a GradScaler takes the last phase, or a checkpoint wants state."""
         if self._running is not None:
             return self._running.position == len(self._running.names) - 1
+        if getattr(self, "grad_scale", None) is not None and len(self.phases) == 1:
+            return True
         return self._asks_for_state()
 
     def _torchs_own_call(self) -> Any:
-        if self._running is None:
+        if self._running is None and getattr(self, "grad_scale", None) is None:
             return self._create_state()
         self._within_step = True  # torch calls the hooks around it
         try:
-            return getattr(self, self.phase_names[self._running.position])()
+            return getattr(self, self.phase_names[0 if self._running is None else self._running.position])()
         finally:
             self._within_step = False
 
@@ -441,8 +444,9 @@ class SharpnessAware(Configurable, Optimizer):
             self._constants[key] = torch.tensor(values, device=param.device, dtype=key[2])
         return self._constants[key]
 
-    def set_mask(self, name: str, moving: Tensor, scaling: LossScale) -> None:
+    def set_mask(self, name: str, moving: Tensor, scaling: LossScale | None = None) -> None:
         """Keeps bits of the elements that stay as state of the parameters that may be perturbed; ``moving`` is (N,), bool."""
+        self.skipped.drop_doubtful()
         params = self.ascent_params()
         for param, bits in zip(params, to_bits(moving, [param.numel() for param in params]), strict=True):
             state = self.state[param]

@@ -130,8 +130,8 @@ class Perturbation:
             self.now = self.now.at([i for i, param in enumerate(self.now.params) if param not in new])
             stepped, self.updating = bool(new), None
         if self.now.params:
-            # One call of torch's, during which Python raises nothing.
-            torch._foreach_copy_(workers.local(self.now.params), self.now.backups)
+            with torch.no_grad():  # one call of torch's, during which Python raises nothing
+                torch._foreach_copy_(workers.local(self.now.params), self.now.backups)
             self.now = NOTHING
             if workers.sharded:
                 workers.reshard()

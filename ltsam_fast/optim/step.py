@@ -391,7 +391,7 @@ class Step:
         if self._finished:
             return
         self._finished = True
-        if self.scaling.signals:
+        if self.scaling.signals or optimizer.skipped.waiting:
             optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params)
         if self._perturbation.disabled:
             self._perturbation.enable_running_stats()

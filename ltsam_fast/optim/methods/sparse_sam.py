@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.optim import masks
-from ltsam_fast.optim.amp import NO_SCALE
 from ltsam_fast.optim.gradients import Gradient, check_all_dense
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
@@ -88,7 +87,7 @@ class SparseSAM(SharpnessAware):
         scores = masks.fisher(
             losses, self.ascent_params(), torch.ones_like(losses), self.num_samples, self.all_weights()
         )
-        self.set_mask("mask", masks.largest(scores, self._count(scores)), NO_SCALE)
+        self.set_mask("mask", masks.largest(scores, self._count(scores)))
 
     def _count(self, scores: Tensor) -> int:
         """Coordinates that are perturbed."""
