@@ -124,6 +124,7 @@ class TensorTable:
 
             check_groups(groups, count, rows)
         renewable = still_valid and not self.staged and len(self.parts) == 1
+        self._valid_for = None  # until all is done: an interrupt may come after any line
         try:
             change = self._reader(lists, self._snapshot, self._written, self.parts[0].pointers if renewable else None)
         except Exception:
@@ -133,9 +134,8 @@ class TensorTable:
         if change == REFRESHED:
             self.parts[0].cache.clear()
         elif change != SAME or not still_valid:
-            self._valid_for = None  # until the checks have passed
             self._rebuild(lists, groups if rows > 1 else None, buckets, offsets, bucket_count)
-            self._valid_for = asked_for
+        self._valid_for = asked_for
         if self.staged:
             self._lists = lists
             lists = tuple(role and list(role) for role in lists)
