@@ -78,7 +78,7 @@ class Call:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(benchmark, name, shape, request):
-    """Each backend, the twin, and the published formula by torch (of plain cross entropy: torch's own)."""
+    """Each backend, the reference implementation, and the published formula by torch (of plain cross entropy: torch's own)."""
     backends = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
     if not backends:
         pytest.skip(f"none of {', '.join(BACKENDS)} is available")

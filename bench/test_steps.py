@@ -110,7 +110,7 @@ def test_step(benchmark, method, network, request):
 @pytest.mark.parametrize("network", ("resnet32", "vit_b16"))
 @pytest.mark.parametrize("method", FAMILY)
 def test_family(benchmark, method, network, request):
-    """The optimizer's work in a step of every method against its twin in plain PyTorch; autograd's is left out."""
+    """The optimizer's work in a step of every method against the reference implementation's; autograd's is left out."""
     backends = available()
     benchmark.group = f"family, {network}"
     options, moved = FAMILY[method]

@@ -102,14 +102,14 @@ class TensorTable:
         # Copies, for callers may change their lists in place.
         asked_for = ([None if one is None else list(one) for one in (groups, buckets, offsets)], bucket_count)
         still_valid = asked_for == self._valid_for
+        self._valid_for = None  # until all is done: errors and interrupts leave nothing that the next call relies on
         renewable = still_valid and not self._staged and len(self.parts) == 1
         change = self._read(lists, self.parts[0].pointers if renewable else None)
         if change == REFRESHED:
             self.parts[0].cache.clear()
         elif change != SAME or not still_valid:
-            self._valid_for = None  # until the checks have passed
             self._rebuild(lists, groups, buckets, offsets, bucket_count)
-            self._valid_for = asked_for
+        self._valid_for = asked_for
         if self._staged:
             lists = tuple(role and list(role) for role in lists)
             for staged in self._staged:
@@ -151,7 +151,7 @@ class TensorTable:
         return sorted(set(found) - pending)
 
     def clear_launched(self) -> None:
-        """Forgets the latest call. A call begins with this, but an interrupt may come before it begins."""
+        """Forgets the latest call. The next one does so too, once it has begun: before it, for what an interrupt may cut off."""
         self._finished, self._unfinished = False, []
         for part in self.parts:
             part.launched = False
