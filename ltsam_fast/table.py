@@ -151,7 +151,7 @@ class TensorTable:
         return sorted(set(found) - pending)
 
     def clear_launched(self) -> None:
-        """Forgets the latest call. The next one does so too, once it has begun: before it, for what an interrupt may cut off."""
+        """Forgets the latest call. The next one does so too once it has begun; an interrupt may come before that."""
         self._finished, self._unfinished = False, []
         for part in self.parts:
             part.launched = False
