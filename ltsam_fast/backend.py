@@ -48,7 +48,6 @@ class Backend(Protocol):
     Tensors are on one device, their elements lie alike, and the device is the current one. An op
 
     * changes nothing but the roles it writes, signals, ``args.scratch``, ``args.cache`` and ``args.launched``;
-    * does not wait for the device;
     * as a reduction fills ``args.signals["norm"]``, which has ``bucket_count`` times ``sums`` numbers;
     * leaves evidence in ``args.launched`` for a ``KeyboardInterrupt``, which Python may raise before and after any line of
       Python: ``True``, set in native code once all has been written (or will be, by a kernel that is under way), or before it

@@ -62,4 +62,5 @@ def skip(found_inf: Tensor | None) -> bool:
 def write(*results: tuple[Tensor | None, Tensor | None]) -> None:
     """Fills tensors with results, in one call of torch: an interrupt finds all of them written or none."""
     present = [(to, result) for to, result in results if to is not None and result is not None]
-    torch._foreach_copy_([to for to, _ in present], [result for _, result in present])
+    if present:
+        torch._foreach_copy_([to for to, _ in present], [result for _, result in present])

@@ -117,8 +117,7 @@ def combine_(
 @torch.no_grad()
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     """w = backup, bit for bit."""
-    for w, backup in zip(params, backups, strict=True):
-        write((w, backup))
+    write(*zip(params, backups, strict=True))
 
 
 def _direction(

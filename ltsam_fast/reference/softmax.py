@@ -79,6 +79,13 @@ def adjusted_cross_entropy(
 ) -> Tensor:
     """loss = sum_c q_c (-log_softmax(a)_c) of a = scale (z - spread |e|) + shift - margin onehot(y), times (1 - p)^gamma."""
     a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
+    return _losses(a, targets, weight, label_smoothing, gamma, detach)[0]
+
+
+def _losses(
+    a: Tensor, targets: Tensor, weight: Tensor | None, label_smoothing: float, gamma: float, detach: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses (B,) of adjusted logits, and their hit, by which the label enters the derivative."""
     nlls = -a.log_softmax(1)
     nll = nlls.gather(1, targets[:, None])[:, 0]
     weight = a.new_ones(a.shape[1]) if weight is None else weight.to(a)
@@ -88,7 +95,7 @@ def adjusted_cross_entropy(
     if gamma:
         factor = _missed(nll) ** gamma
         losses = losses * (factor.detach() if detach else factor)
-    return losses
+    return losses, _hit(nll, weight[targets], label_smoothing, gamma, detach)
 
 
 def _hit(nll: Tensor, weight: Tensor, label_smoothing: float, gamma: float, detach: bool) -> Tensor:
@@ -102,17 +109,26 @@ def _hit(nll: Tensor, weight: Tensor, label_smoothing: float, gamma: float, deta
     return hit
 
 
-def losses_and_state(logits: Tensor, targets: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """What a native forward leaves: losses (B,) and, for the backward, (3, B): peak, 1 / sum, hit."""
-    losses = adjusted_cross_entropy(logits, targets, **arguments)
-    shaping = {name: arguments[name] for name in ("scale", "shift", "margin", "spread", "draw", "seed")}
-    a = _adjusted_logits(logits, targets, **shaping)
+def losses_and_state(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    margin: Tensor | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    gamma: float,
+    detach: bool,
+    spread: Tensor | None,
+    draw: Tensor | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """What a forward leaves: losses (B,) and, for the backward, (3, B): peak, 1 / sum, hit."""
+    a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
+    losses, hit = _losses(a, targets, weight, label_smoothing, gamma, detach)
     peak = a.amax(1)
-    inverse_sum = 1 / torch.exp(a - peak[:, None]).sum(1)
-    nll = -a.log_softmax(1).gather(1, targets[:, None])[:, 0]
-    weight = a.new_ones(a.shape[1]) if arguments["weight"] is None else arguments["weight"].to(a)
-    hit = _hit(nll, weight[targets], *(arguments[name] for name in ("label_smoothing", "gamma", "detach")))
-    return losses, torch.stack([peak, inverse_sum, hit])
+    return losses, torch.stack([peak, 1 / torch.exp(a - peak[:, None]).sum(1), hit])
 
 
 def cross_entropy_gradient(
