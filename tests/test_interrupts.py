@@ -313,7 +313,7 @@ def test_a_table_relies_on_nothing_that_an_interrupt_cut_off(backend, device, ge
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tables, "reader", lambda: reading)
+        patch.setattr(call.table, "_reader", reading)
         call()
     assert call.table.launched() == []
     call()
