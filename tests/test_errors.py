@@ -288,7 +288,7 @@ UNSUPPORTED = {
         (name, interface, kind)
         for kind in UNSUPPORTED
         for name, interface in (*((name, "closure") for name in EVERY), ("SAM", "phases"), ("FocalSAM", "phases"))
-        if kind != "meta" or name not in ("SparseSAM", "FriendlySAM")  # there torch itself refuses
+        if kind != "meta" or not (EVERY[name].averages or name == "SparseSAM")  # there torch itself refuses
     ],
 )
 def test_tensors_that_are_not_supported(name, interface, kind, base, perturb):
