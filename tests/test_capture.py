@@ -772,7 +772,7 @@ def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
 
     def look(grad):
         if failing[0] and optimizer.is_perturbed:
-            monkeypatch.setattr(perturbation, "restore", come_back)
+            monkeypatch.setattr(perturbation, "abandon", come_back)
             raise RuntimeError("operation not permitted when stream is capturing")
 
     def come_back(workers):
@@ -792,7 +792,7 @@ def test_after_a_failed_capture_another_can_be_taken(tape, monkeypatch):
             assert_same(model.state_dict(), weights)
             assert model[1].track_running_stats and all(param.grad is None for param in model.parameters())
             assert step._machine is not machines[0]
-            monkeypatch.delattr(perturbation, "restore")
+            monkeypatch.delattr(perturbation, "abandon")
         else:
             step(x, y)
     assert Tape.captures == 2

@@ -10,6 +10,8 @@ import torch
 import ltsam_fast as lf
 from ltsam_fast import demo, optim
 
+from .method_rows import EVERY
+
 
 @pytest.fixture(autouse=True)
 def needs_the_demo_extra():
@@ -37,7 +39,7 @@ def test_all_methods_in_one_table(tmp_path, capsys):
     assert demo.main(["--methods", "all", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert len(report["accuracy"]) == len(demo.METHODS) == 15
+    assert len(report["accuracy"]) == len(demo.METHODS) == len(EVERY) + 2  # and SGD, ASAM
     covered = {method for _, method, _ in demo.METHODS.values()}
     assert {getattr(lf, name) for name in optim.__all__ if name != "SharpnessAware"} <= covered
     for name, groups in report["accuracy"].items():

@@ -234,6 +234,8 @@ class SharpnessAware(Configurable, Optimizer):
             self._abandon(step)
             self._clear_gradients()
             raise
+        finally:
+            step.passes = None  # else a cycle would keep the batch, and what it refers to, for a while
 
     # --- the phases, which come from the rule
 
@@ -290,6 +292,7 @@ class SharpnessAware(Configurable, Optimizer):
             if not self._within_step:
                 self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
             run = PhaseRun(self, step, inputs)
+        run.check_gradients()
         scaling = run.step.scaling
         scaling.check_scaled(self)
         try:
@@ -303,7 +306,7 @@ class SharpnessAware(Configurable, Optimizer):
             self._abandon(run.step)
             raise
         if finished:
-            self._running = None
+            self._running = run.step.passes = None
             scaling.report(self)
             if not self._within_step:
                 self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
@@ -406,6 +409,8 @@ class SharpnessAware(Configurable, Optimizer):
             try:
                 if self._perturbation.abandon(self._workers) and step is not None:
                     step.finish()
+                if step is not None:
+                    step.passes = None
                 self._running = None
                 self.skipped.abandon_step()
                 return

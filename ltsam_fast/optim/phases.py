@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ltsam_fast.optim.closures import ClassWeights
 from ltsam_fast.optim.dry_run import empty_answer
-from ltsam_fast.optim.gradients import Gradient, State, Sum, gradients_of, own_memory, take_gradients
-from ltsam_fast.optim.step import AtPerturbed, AtWeights, MicroBatch, Pause, Step
+from ltsam_fast.optim.gradients import Gradient, State, Sum, all_missing, gradients_of, own_memory, take_gradients
+from ltsam_fast.optim.step import NO_GRADIENT, AtPerturbed, AtWeights, MicroBatch, Pause, Step
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
@@ -39,8 +39,18 @@ class PhaseRun:
         self._request: Any = None
         self._found: list[list[Tensor | None]] = []
         self.class_weights = _GIVEN, _GIVEN
-        step._passes = self
+        step.passes = self
         self.names = optimizer.phases
+
+    def check_gradients(self) -> None:
+        """Raises ValueError where the rule would ascend along the present gradients and there are none.
+
+        The phase can be repeated then.
+        """
+        request = self._request
+        if isinstance(request, AtWeights) and not request.last and len(self._found) + 1 == request.gradients:
+            if all_missing(gradients_of(self.step._params)):
+                raise ValueError(NO_GRADIENT)
 
     def advance(self) -> bool:
         """Runs the next phase; returns whether it was the last one."""

@@ -63,7 +63,7 @@ class Passes:
         self._by_class: ClassPasses | None = None
         self.class_weights = optimizer.weights_now
         """The class weights u and v of the method, if it has any."""
-        step._passes = self
+        step.passes = self
 
     def __call__(self, request: Any) -> Any:
         """Answers a request."""

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 
+NO_GRADIENT = "no parameter has a gradient to ascend along: call loss.backward() before this phase"
+
+
 class AtWeights:
     """A request for gradients at w.
 
@@ -154,7 +157,7 @@ class Step:
         self._optimizer, self.scaling = optimizer, scaling
         self._params, self._groups = params, groups
         self._perturbation, self._workers = optimizer._perturbation, optimizer._workers
-        self._passes: Any = None
+        self.passes: Any = None
         self._finished = False
         self.gradient_numbers = itertools.count(1)
         """Numbers for the gradients of the step's passes, in their order."""
@@ -166,11 +169,11 @@ class Step:
 
     def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
         """The class weights u and v of the method, None where all are zero."""
-        return self._passes.class_weights  # type: ignore[no-any-return]
+        return self.passes.class_weights  # type: ignore[no-any-return]
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The batch in micro-batches of ``size`` samples, the last of which may be smaller."""
-        return self._passes.micro_batches(size)  # type: ignore[no-any-return]
+        return self.passes.micro_batches(size)  # type: ignore[no-any-return]
 
     def state(self, name: str) -> State:
         """State of the method, kept from step to step: a tensor for each parameter, None where there is none yet."""
@@ -441,7 +444,7 @@ class Step:
             return None
         chosen = [i for i, group in enumerate(self._groups) if group not in excluded and tensors[i] is not None]
         if not chosen and all_missing(tensors):
-            raise ValueError("no parameter has a gradient to ascend along: call loss.backward() before this phase")
+            raise ValueError(NO_GRADIENT)
         return chosen
 
     def _drawn(self, positions: list[int] | None, probability: float, seed: int) -> list[int]:

@@ -54,6 +54,7 @@ class CCSAM(Sharing):
     Source: Zhou et al., "Class-Conditional Sharpness-Aware Minimization for Deep Long-Tailed Recognition", CVPR 2023; the
     radius is the published code's, with the joint norm of the weights and each tensor's own norm of the gradient.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = CCSAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], lr=0.1)

@@ -31,6 +31,7 @@ class ESAM(SharpnessAware):
     Source: Du et al., "Efficient Sharpness-Aware Minimization for Improved Training of Neural Networks", ICLR 2022
     (arXiv 2110.03141), Algorithm 1.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = ESAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)

@@ -32,6 +32,7 @@ class FocalSAM(ClassWise):
     Source: "Focal-SAM: Focal Sharpness-Aware Minimization for Long-Tailed Classification", ICML 2025 (arXiv 2505.01660),
     Algorithm 1.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = FocalSAM(model.parameters(), torch.optim.SGD, rho=0.2, class_counts=[90, 10], gamma=3.0, lam=0.5, lr=0.1)

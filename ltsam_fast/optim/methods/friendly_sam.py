@@ -25,6 +25,7 @@ class FriendlySAM(SharpnessAware):
     Source: Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024 (arXiv 2403.12350), Algorithm 1, with the mean of
     the steps before, as in the authors' code (for sigma = 1 the direction is the same).
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = FriendlySAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)

@@ -27,6 +27,7 @@ class GNM(SharpnessAware):
 
     Source: GNM-PT, "Gaussian Neighborhood Minimization Prompt Tuning", NeurIPS 2024 (arXiv 2410.21042), eqs. 1-3 of its poster.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = GNM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)

@@ -27,6 +27,7 @@ class GSAM(SharpnessAware):
     Source: Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022 (arXiv 2203.08065),
     Algorithm 1.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = GSAM(model.parameters(), torch.optim.SGD, alpha=0.2, rho_min=0.02, rho_max=0.1, lr=0.1)

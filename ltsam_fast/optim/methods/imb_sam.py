@@ -31,6 +31,7 @@ class ImbSAM(TailWise):
     Source: Zhou et al., "ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition", ICCV 2023
     (arXiv 2308.07815).
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = ImbSAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], eta=20, lr=0.1)

@@ -25,6 +25,7 @@ class LookSAM(SharpnessAware):
     Source: Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022 (arXiv 2203.02714),
     Algorithm 1.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = LookSAM(model.parameters(), torch.optim.SGD, rho=0.1, k=5, lr=0.1)

@@ -27,6 +27,7 @@ class MSAM(SharpnessAware):
 
     Source: Foret et al. 2021 (SAM), section 4.1, m-sharpness; Behdin et al., "mSAM" (arXiv 2302.09693), Algorithm 1.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = MSAM(model.parameters(), torch.optim.SGD, rho=0.1, m=4, lr=0.1)

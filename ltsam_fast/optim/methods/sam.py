@@ -25,6 +25,7 @@ class SAM(SharpnessAware):
     Source: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021
     (arXiv 2010.01412), Algorithm 1; Kwon et al., "ASAM", ICML 2021 (arXiv 2102.11600), Algorithm 1.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)

@@ -39,6 +39,7 @@ class SparseSAM(SharpnessAware):
     Source: Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022
     (arXiv 2210.05177), Algorithms 1-3.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = SparseSAM(model.parameters(), torch.optim.SGD, rho=0.1, sparsity=0.5, lr=0.1)

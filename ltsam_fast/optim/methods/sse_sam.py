@@ -29,6 +29,7 @@ class SSESAM(TailWise):
 
     Source: "SSE-SAM: Balancing Head and Tail Classes Gradually through Stage-Wise SAM", AAAI 2025 (arXiv 2412.13715).
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = SSESAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], eta=20, switch_step=70, lr=0.1)

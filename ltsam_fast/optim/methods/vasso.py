@@ -26,6 +26,7 @@ class VaSSO(SharpnessAware):
     Source: Li and Giannakis, "Enhancing Sharpness-Aware Optimization Through Variance Suppression", NeurIPS 2023
     (arXiv 2309.15639), Algorithm 1; d_1 as in the authors' code.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = VaSSO(model.parameters(), torch.optim.SGD, rho=0.1, theta=0.4, lr=0.1)

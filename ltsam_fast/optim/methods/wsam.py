@@ -25,6 +25,7 @@ class WSAM(SharpnessAware):
     Source: Yue et al., "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term", KDD 2023
     (arXiv 2305.15817), Algorithms 1 and 2.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> opt = WSAM(model.parameters(), torch.optim.SGD, rho=0.1, gamma=0.8, lr=0.1)
