@@ -266,8 +266,8 @@ each_way = pytest.mark.parametrize(("name", "base", "interface"), EACH_WAY)
 
 
 @functools.cache
-def expected(name, base, interface="closure"):
-    """The oracle's weights and losses over ``batches()``."""
+def expected(name, base, interface, steps):
+    """The oracle's weights and losses over ``batches(steps=steps)``."""
     if interface == "phases" and not ROWS[name].in_phases:
-        return expected(name, base)
-    return ROWS[name].of(interface).expected(*BASES[base], batches())
+        return expected(name, base, "closure", steps)
+    return ROWS[name].of(interface).expected(*BASES[base], batches(steps=steps))

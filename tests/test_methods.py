@@ -27,7 +27,7 @@ from .method_rows import (
     two_groups,
     with_bases,
 )
-from .oracles import CLASSES, COUNTS, FEATURES, batches, flat, losses, network, relative_error
+from .oracles import CLASSES, COUNTS, FEATURES, STEPS, batches, flat, losses, network, relative_error
 
 
 def test_every_method_has_a_row():
@@ -48,7 +48,7 @@ def test_25_steps_agree_with_the_oracle(name, base, interface):
     model = network()
     opt = row.make(model, kind, **options)
     seen = [row.step(interface, opt, model, x, y) for x, y in batches()]
-    weights, means = expected(name, base, interface)
+    weights, means = expected(name, base, interface, STEPS)
     assert relative_error(flat(model), weights) < 1e-9
     if interface == "closure":
         assert all(
@@ -367,15 +367,15 @@ def test_esam_keeps_the_samples_whose_loss_rises_most():
 
 # --- GSAM's radius lies between rho_min and rho_max, whatever the schedule of the learning rate
 
-LOW, HIGH, TOP, STEPS = 0.02, 0.1, 0.1, 12
+LOW, HIGH, TOP, SCHEDULED = 0.02, 0.1, 0.1, 12
 SCHEDULES = {
-    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, TOP, total_steps=STEPS + 1, cycle_momentum=False),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, TOP, total_steps=SCHEDULED + 1, cycle_momentum=False),
     "warm-up": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: min((step + 1) / 5, 1.0)),
     "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, 0.1, total_iters=4),
     "sequence": lambda opt: lr_scheduler.SequentialLR(
         opt, [lr_scheduler.LinearLR(opt, 0.1, total_iters=3), lr_scheduler.CosineAnnealingLR(opt, 9)], [3]
     ),
-    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, STEPS),
+    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, SCHEDULED),
 }
 """Schedules whose largest rate is known from the start."""
 
@@ -414,7 +414,7 @@ def test_the_radius_follows_the_schedules_range(name, base, tensor):
     tops = [TOP, TOP] if name == "OneCycleLR" else [TOP, TOP / 2]
     schedule = SCHEDULES[name](run.opt)
     found = []
-    for n in range(STEPS):
+    for n in range(SCHEDULED):
         if n == 5:  # a resumed run goes on in the same way
             saved = copy.deepcopy((run.opt.state_dict(), schedule.state_dict()))
             run = Radius([0.3, 0.3], base, tensor)
