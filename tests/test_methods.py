@@ -289,7 +289,6 @@ def test_imb_sam_with_named_tail_classes():
 # --- SSE-SAM
 
 
-@pytest.mark.xfail(reason="the tail's norm |T' g_t| is taken at the weights that are perturbed for the head")
 def test_sse_sam_scales_both_perturbations_by_the_unperturbed_weights():
     row, model = EVERY["SSESAM"].having(adaptive=True), network()
     weights = row.drive("closure", row.make(model, lr=0.1), model, batches(steps=3))

@@ -194,9 +194,9 @@ class Passes:
         indices = [None] * len(parts) if request.of is None else [micro.index] if micro else request.of
         first = not self._step.seen_unperturbed  # the step's only pass: its losses are what the step returns
         last = request.last if micro is None else micro.last
-        # DDP would take the gradients at w of other micro-batches for some of the sum.
-        averaging = last and not (request.accumulate and workers.finds_unused)
-        together = plus if workers.averages and averaging else None  # averaged with the gradient there, at once
+        # With find_unused_parameters DDP only averages what the last pass has used, and not what lay there before it.
+        averaging = last and not (workers.finds_unused and (request.accumulate or plus is not None))
+        together = plus if workers.averages and last else None  # averaged with the gradient there, at once
         if request.accumulate and self._totals:
             swap_gradients(self._params, self._totals)
         elif together is not None:

@@ -275,7 +275,7 @@ class Step:
             options["mask"] = [optimizer.state[param].get(mask) for param in params]
         norm = workers.norm(
             whole,
-            params,
+            perturbation.now.backups if again else params,
             kept_grads=options.get("means"),
             combination=combination,
             adaptive=options["adaptive"],
