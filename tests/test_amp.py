@@ -316,3 +316,17 @@ def test_a_closure_through_the_scaler_is_refused():
     with pytest.raises(ValueError, match=r"call step\(closure, scaler=scaler\)"):
         run.scaler.step(run.optimizer, lambda: losses(run.model, x, y))
     assert_same(run.state(), before)
+
+
+@pytest.mark.parametrize("name", ["FriendlySAM", "VaSSO"])
+def test_a_scale_that_comes_with_the_last_phase_only_is_refused(name):
+    """Where the first phase has averaged gradients: it did not know that they were scaled."""
+    run = Run(name)
+    (_, (x, y)), *_ = data(1)
+    opt, before = run.optimizer, flat(run.model)
+    run.scaler.scale(losses(run.model, x, y).mean()).backward()
+    opt.first_step(zero_grad=True)
+    run.scaler.scale(losses(run.model, x, y).mean()).backward()
+    with pytest.raises(ValueError, match=r"scaler must be given to first_step\(scaler=scaler\) too"):
+        run.scaler.step(opt)
+    assert torch.equal(flat(run.model), before) and not hasattr(opt, "grad_scale")

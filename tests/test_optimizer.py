@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import ltsam_fast as lf
+
 from .method_rows import (
     BASES,
     EACH_WAY,
@@ -29,7 +31,7 @@ from .method_rows import (
     two_groups,
     with_bases,
 )
-from .oracles import CLASSES, FEATURES, batches, flat, losses, network, relative_error
+from .oracles import CLASSES, COUNTS, FEATURES, batches, flat, losses, network, relative_error
 
 
 @every
@@ -479,3 +481,47 @@ def test_tied_weights_count_once(name):
         opt = EVERY[name].make(model, lr=0.05)
         results.append(EVERY[name].drive("closure", opt, model, batches(steps=4)))
     assert torch.equal(*results) and sum(len(group["params"]) for group in opt.param_groups) == 2
+
+
+@phased
+def test_hooks_come_in_one_order_in_both_interfaces(name):
+    """Those for all optimizers first before the step, and last after it, as torch calls them."""
+    row, model, said = EVERY[name].of("phases"), network(), []
+    opt = row.make(model, lr=0.1)
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: said.append("all before")),
+        register_optimizer_step_post_hook(lambda *_: said.append("all after")),
+        opt.register_step_pre_hook(lambda *_: said.append("before")),
+        opt.register_step_post_hook(lambda *_: said.append("after")),
+    ]
+    try:
+        for interface in ("closure", "phases"):
+            row.drive(interface, opt, model, batches(steps=1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert said == ["all before", "before", "after", "all after"] * 2
+
+
+def test_a_step_within_a_step_is_refused():
+    model, (x, y) = network(), batches(steps=1)[0]
+    opt = lf.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before = flat(model)
+
+    def closure():
+        if opt.is_perturbed:
+            opt.step(lambda: losses(model, x, y))
+        return losses(model, x, y)
+
+    with pytest.raises(ValueError, match="by a closure of the same step"):
+        opt.step(closure)
+    assert torch.equal(flat(model), before)
+    opt.step(lambda: losses(model, x, y))
+
+
+def test_with_all_weights_zero_nothing_moves():
+    model, (x, y) = network(), batches(steps=1)[0]
+    opt = lf.ImbSAM(model.parameters(), torch.optim.SGD, class_counts=COUNTS, eta=1000, tail_weight=0.0, lr=0.1)
+    before = flat(model)
+    opt.step(lambda: losses(model, x, y), targets=y)
+    assert torch.equal(flat(model), before) and opt.param_groups[0]["steps"] == 1

@@ -182,3 +182,52 @@ def test_class_weights_follow_the_options():
     assert not torch.equal(opt.class_weights, before)
     opt.class_counts = [1, 3, 9, 40]
     assert torch.equal(opt.class_weights, lf.ops.focal_weights([1, 3, 9, 40], 3.0, 0.5))
+
+
+@pytest.mark.parametrize("value", ["no", "False", 2, None, torch.tensor([1, 2])], ids=str)
+def test_a_flag_is_true_or_false(value):
+    with pytest.raises(ValueError, match="decouple must be True or False, got"):
+        lf.WSAM(network().parameters(), SGD, lr=0.1, decouple=value)
+    opt = lf.WSAM(network().parameters(), SGD, lr=0.1, decouple=np.False_)
+    assert opt.decouple is False
+
+
+WENT_BAD = [
+    ("WSAM", "gamma", 1.0, r"gamma must be a number in \[0, 1\), got 1\.0"),
+    ("ESAM", "beta", 0, r"beta must be a number in \(0, 1\], got 0"),
+    ("LookSAM", "k", 0, "k must be an integer >= 1, got 0"),
+    ("MSAM", "m", 0, "m must be an integer >= 1, got 0"),
+    ("CCSAM", "class_counts", None, "class_counts must be given for CCSAM"),
+    ("GNM", "adaptive", True, "adaptive must be False for GNM"),
+    ("SparseSAM", "mask", "foo", "mask must be one of 'fisher', 'dynamic', got 'foo'"),
+    ("GSAM", "rho_max", 0.1, "rho_min and rho_max must both be given, or neither, got None and 0.1"),
+]
+
+
+@pytest.mark.parametrize(("name", "option", "value", "message"), WENT_BAD)
+def test_an_option_that_goes_bad_is_refused_wherever_it_is_set(name, option, value, message):
+    model = network()
+    opt = EVERY[name].make(model, SGD, lr=0.1)
+    before = opt.param_groups[0][option]
+    with pytest.raises(ValueError, match=message):
+        setattr(opt, option, value)
+    assert opt.param_groups[0][option] == before
+    state = opt.state_dict()
+    opt.param_groups[0][option] = value
+    (x, y), *_ = batches(steps=1)
+    start = flat(model)
+    with pytest.raises(ValueError, match=message):
+        opt.step(closure_of(model, x, y), targets=y)
+    opt.param_groups[0][option] = before
+    state["param_groups"][0][option] = value
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(state)
+    assert torch.equal(flat(model), start)
+    opt.step(closure_of(model, x, y), targets=y)
+
+
+def test_class_counts_may_be_changed_in_place():
+    opt = lf.FocalSAM(network().parameters(), SGD, class_counts=[40, 9, 3, 1], lr=0.1)
+    before = opt.class_weights
+    opt.class_counts[0] = 1.0
+    assert not torch.equal(opt.class_weights, before)

@@ -78,7 +78,9 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
     What a base saved under one of the method's names is the base's own: see ``SharpnessAware.base_alone``.
     """
     if "steps" in saved and "perturb" in saved:
-        return {**{name: now[name] for name in optimizer.options}, **saved}
+        group = {**{name: now[name] for name in optimizer.options}, **saved}
+        optimizer.check_group_options(group)
+        return group
     if "perturb" in saved:  # version 0.1.0, which kept these in the groups, and other options in attributes
         own = {name: saved[before] for before, name in _OLD.items() if before in saved}
         own[optimizer.asam_constant] = own.pop("eta")

@@ -78,7 +78,10 @@ class ClassWise(Sharing):
 
     def _known(self) -> tuple[Any, ...]:
         """What is known of the class weights: the options, u and v, those that are not all zero, and the pilot of a sweep."""
-        options = [self.param_groups[0][name] for name in self.weight_options]
+        values = [self.param_groups[0][name] for name in self.weight_options]
+        options = [
+            list(value) if isinstance(value, list) else value for value in values
+        ]  # they may be changed in place
         known = vars(self).get("_class_weights")
         if known is None or known[0] != options:
             made = self.make_class_weights()

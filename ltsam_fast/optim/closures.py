@@ -199,7 +199,7 @@ class CompiledGraphs:
 
     @contextlib.contextmanager
     def reusable(self) -> Iterator[None]:
-        """Has torch.compile, if it is at work in here, make graphs that can be differentiated again. About 3 us."""
+        """Has torch.compile, if it is at work in here, make graphs that can be differentiated again."""
         from torch._functorch import config
 
         before = config.donated_buffer

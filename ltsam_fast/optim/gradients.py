@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ class Combination:
 
     def __rmul__(self, factor: Factor) -> Combination:
         return Combination({gradient: factor * own for gradient, own in self.terms.items()})
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        """Has ``tensor * gradient`` come here at once: torch would try to multiply first."""
+        if function is Tensor.mul:
+            factor, combination = arguments
+            return combination.__rmul__(factor)
+        return NotImplemented
 
     def __add__(self, other: Combination) -> Combination:
         terms = dict(self.terms)

@@ -72,6 +72,9 @@ class SharpnessAware(Configurable, Optimizer):
 
     _running: PhaseRun | None
     _phases: tuple[str, ...] | None
+    _stepping: bool
+    _checked_names: list[str]
+    _checked_values: list[list[Any]]
     _workers: Single
     _perturbation: Perturbation
 
@@ -121,7 +124,8 @@ class SharpnessAware(Configurable, Optimizer):
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
-            raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {base_optimizer!r}")
+            got = type(base_optimizer).__name__ if isinstance(base_optimizer, Optimizer) else repr(base_optimizer)
+            raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {got}")
         given = {"rho": rho, "adaptive": adaptive, **base_kwargs}
         own = {
             name: given.pop(name) if one.keyword and name in given else one.default
@@ -211,6 +215,8 @@ class SharpnessAware(Configurable, Optimizer):
             )
         if self._running is not None:
             self._check_turn("step")
+        if self._stepping:
+            raise ValueError("step() was called by a closure of the same step: call it when that has ended")
         labels: list[Any] = [None] * len(closures)
         if targets is not None or self.classes() is not None:
             labels = self._check_targets(targets, len(closures))
@@ -220,6 +226,7 @@ class SharpnessAware(Configurable, Optimizer):
         if self.needs_index:
             check_takes_index(passes.parts, type(self).__name__)
         try:
+            self._stepping = True
             rule = self.rule(step)
             request = next(rule)
             with contextlib.suppress(StopIteration):
@@ -235,6 +242,7 @@ class SharpnessAware(Configurable, Optimizer):
             self._clear_gradients()
             raise
         finally:
+            self._stepping = False
             step.passes = None  # else a cycle would keep the batch, and what it refers to, for a while
 
     # --- the phases, which come from the rule
@@ -288,15 +296,19 @@ class SharpnessAware(Configurable, Optimizer):
         self._check_turn(phase)
         run = self._running
         if run is None:
-            step = self._begin(scaler)
             if not self._within_step:
                 self._call_hooks(_global_optimizer_pre_hooks, self._optimizer_step_pre_hooks)
+            step = self._begin(scaler)
             run = PhaseRun(self, step, inputs)
         run.check_gradients()
         scaling = run.step.scaling
         scaling.check_scaled(self)
         try:
             if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+                if run.step.averaged_unscaled and scaling.grad_scale is None:
+                    raise ValueError(
+                        f"scaler must be given to first_step(scaler=scaler) too: {type(self).__name__} averages gradients there"
+                    )
                 scaling = run.step.scaling = scaling.with_signals_of(self)
             if self._workers.averages:
                 self._check_join(bool(scaling.signals))
@@ -309,8 +321,8 @@ class SharpnessAware(Configurable, Optimizer):
             self._running = run.step.passes = None
             scaling.report(self)
             if not self._within_step:
-                self._call_hooks(_global_optimizer_post_hooks, self._optimizer_step_post_hooks)
-        if zero_grad:
+                self._call_hooks(self._optimizer_step_post_hooks, _global_optimizer_post_hooks)
+        if zero_grad and not run.cleared:
             self._clear_gradients()
 
     def _check_turn(self, phase: str) -> None:
@@ -321,7 +333,8 @@ class SharpnessAware(Configurable, Optimizer):
         names = self.phases or self._running and self.phase_names[: position + 1]
         if not names:
             raise ValueError(
-                f"{phase}() is not to be had: {type(self).__name__}'s passes depend on the batch; call step(closure)"
+                f"{phase}() was called, but {type(self).__name__} has no phases, for its passes depend on the batch: call "
+                "step(closure)"
             )
         expected = self.phase_names[position]
         raise ValueError(
@@ -392,8 +405,12 @@ class SharpnessAware(Configurable, Optimizer):
 
     def _begin(self, scaler: Any) -> Step:
         """A step that begins now, with the workers that there are now."""
-        if len(self.param_groups) > 1:
+        values = [[group[name] for name in self._checked_names] for group in self.param_groups]
+        if values != self._checked_values:
+            for group in self.param_groups:
+                self.check_group_options(group)
             self._check_equal_options()
+            self._checked_values = values
         if self._may_average and not self._workers.averages:  # torch.distributed may have been initialized since
             self._workers = workers_of(self._model, self._sharded)
         scaling = NO_SCALE if scaler is None else LossScale(scaler, self.all_params()[0])
@@ -413,6 +430,8 @@ class SharpnessAware(Configurable, Optimizer):
                     step.passes = None
                 self._running = None
                 self.skipped.abandon_step()
+                for name in ("grad_scale", "found_inf"):  # which torch's GradScaler leaves there after an exception
+                    vars(self).pop(name, None)
                 return
             except KeyboardInterrupt:
                 continue
@@ -449,18 +468,18 @@ class SharpnessAware(Configurable, Optimizer):
             self._constants[key] = torch.tensor(values, device=param.device, dtype=key[2])
         return self._constants[key]
 
-    def set_mask(self, name: str, moving: Tensor, scaling: LossScale | None = None) -> None:
+    def set_mask(self, name: str, moving: Tensor) -> None:
         """Keeps bits of the elements that stay as state of the parameters that may be perturbed; ``moving`` is (N,), bool."""
         self.skipped.drop_doubtful()
         params = self.ascent_params()
         for param, bits in zip(params, to_bits(moving, [param.numel() for param in params]), strict=True):
             state = self.state[param]
             if name in state:  # in place, where CUDA graphs look for them
-                self.skipped.before_change([state[name]], scaling)
+                self.skipped.before_change([state[name]], None)
                 state[name].copy_(bits)
             else:
                 state[name] = bits
-                self.skipped.created([(state, name)], scaling)
+                self.skipped.created([(state, name)], None)
 
     def count_step(self, number: int) -> None:
         """Counts the step ``number``, a captured graph's too."""
@@ -620,10 +639,13 @@ class SharpnessAware(Configurable, Optimizer):
     def _reset_step_state(self) -> None:
         """Sets up what is not kept in copies and checkpoints."""
         self._running = self._phases = None
+        self._stepping = False
         self._perturbation = Perturbation()
         self.skipped = SkippedSteps()
         self._constants: dict[Any, Tensor] = {}
         self.graphs = CompiledGraphs()
+        self._checked_names = [name for name, one in self.options.items() if not one.counted]
+        self._checked_values = []
         self.sharing: SharedBackward | None = None
         self.row_wise_head: Any = None
         self.base_step = base_step_of(self.base_optimizer)
@@ -668,9 +690,6 @@ class SharpnessAware(Configurable, Optimizer):
                 hook(optimizer)
 
         self.base_optimizer.register_load_state_dict_post_hook(share)
-
-
-_NOTHING = contextlib.nullcontext()
 
 
 def _with_options(params: Any, own: dict[str, Any]) -> Any:

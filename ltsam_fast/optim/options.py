@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ltsam_fast.ops.checks import plain
@@ -26,6 +27,7 @@ class Option:
         per_group: Whether groups may differ in it.
         keyword: Whether the constructor takes it; else it can only be set for a group.
         annotation: Its type, in words of Python.
+        counted: Whether steps change it by themselves.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Option:
         per_group: bool = False,
         keyword: bool = True,
         annotation: str = "Any",
+        counted: bool = False,
     ) -> None:
+        self.counted = counted
         self.annotation = annotation
         self.default, self.check, self.accepts, self.doc = default, check, accepts, doc
         self.per_group, self.keyword = per_group, keyword
@@ -50,8 +54,16 @@ class Option:
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         value = self.check(self.name, value)
+        before = [group[self.name] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group[self.name] = value
+        try:
+            for group in optimizer.param_groups:
+                optimizer.check_group_options(group)
+        except ValueError:
+            for group, old in zip(optimizer.param_groups, before, strict=True):
+                group[self.name] = old
+            raise
 
 
 def option(
@@ -69,6 +81,7 @@ def option(
     optional: bool = False,
     per_group: bool = False,
     keyword: bool = True,
+    counted: bool = False,
 ) -> Any:
     """Declares an option in the body of a method's class.
 
@@ -86,6 +99,7 @@ def option(
         optional: Whether None is accepted, too.
         per_group: Whether groups may differ in it.
         keyword: Whether the constructor takes it; else it can only be set for a group.
+        counted: Whether steps change it by themselves.
     """
     annotation = "Any"
     if check is None and isinstance(default, bool):
@@ -97,11 +111,13 @@ def option(
         check = _number(ge, gt, le, lt, integer, accepts)
     if optional:
         check, annotation = _or_none(check), f"{annotation} | None"
-    return Option(default, check, accepts, doc, per_group, keyword, annotation)
+    return Option(default, check, accepts, doc, per_group, keyword, annotation, counted)
 
 
 def _flag(name: str, value: Any) -> bool:
-    return bool(value)
+    if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _choice(choices: Sequence[Any]) -> Callable[[str, Any], Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ltsam_fast.optim.closures import ClassWeights
 from ltsam_fast.optim.dry_run import empty_answer
-from ltsam_fast.optim.gradients import Gradient, State, Sum, all_missing, gradients_of, own_memory, take_gradients
+from ltsam_fast.optim.gradients import Gradient, State, Sum, gradients_of, own_memory, take_gradients
 from ltsam_fast.optim.step import NO_GRADIENT, AtPerturbed, AtWeights, MicroBatch, Pause, Step
 
 if TYPE_CHECKING:
@@ -30,10 +30,12 @@ class PhaseRun:
     Attributes:
         step: The step.
         position: How many phases have been run.
+        cleared: Whether the latest has cleared the gradients.
     """
 
     def __init__(self, optimizer: SharpnessAware, step: Step, inputs: dict[str, Any]) -> None:
         self.step, self.position = step, 0
+        self.cleared = False
         self._optimizer = optimizer
         self._rule = optimizer.rule(step, **inputs)
         self._request: Any = None
@@ -49,7 +51,7 @@ class PhaseRun:
         """
         request = self._request
         if isinstance(request, AtWeights) and not request.last and len(self._found) + 1 == request.gradients:
-            if all_missing(gradients_of(self.step._params)):
+            if all(param.grad is None for param in self.step._params):
                 raise ValueError(NO_GRADIENT)
 
     def advance(self) -> bool:
@@ -66,7 +68,7 @@ class PhaseRun:
                 keeps = request.averaged or request.gradients > 1
             else:
                 keeps = not request.last
-            params = self.step._params
+            params, self.cleared = self.step._params, keeps
             self._found.append(own_memory(take_gradients(params)) if keeps else gradients_of(params))
             if keeps:
                 self.step._workers.gradients_cleared()

@@ -159,6 +159,8 @@ class Step:
         self._perturbation, self._workers = optimizer._perturbation, optimizer._workers
         self.passes: Any = None
         self._finished = False
+        self.averaged_unscaled = False
+        """Whether gradients went into a running mean without a known scale."""
         self.gradient_numbers = itertools.count(1)
         """Numbers for the gradients of the step's passes, in their order."""
         self.seen_unperturbed = False
@@ -195,11 +197,12 @@ class Step:
             chosen = [i for i, tensor in enumerate(a) if tensor is not None]
             a, b = [a[i] for i in chosen], [b[i] for i in chosen]
         dots = self._workers.dots(a, b, f" {first.number} {second.number}")
-        self.scaling.note(dots[0])
+        if self.scaling.signals:
+            self.scaling.note(dots[0])
         if (scale := self.scaling.grad_scale) is not None:
             x, y = (torch.ones_like(scale) if one.number < 0 else 1 / scale for one in (first, second))
             dots = dots * torch.stack([x * x, y * y, x * y]).to(dots)
-        return dots[0], dots[1], dots[2]
+        return dots.unbind()  # type: ignore[return-value]
 
     # --- what a rule may do
 
@@ -347,17 +350,19 @@ class Step:
         Not kept are bools, but a bit for each element that stays, in the order of memory.
         """
         if self._optimizer.ascent_params():
-            self._optimizer.set_mask(name, make(*arguments), self.scaling)
+            self._optimizer.set_mask(name, make(*arguments))
 
     def restore(self) -> None:
         """Puts the unperturbed weights back in the middle of a step."""
         self._perturbation.restore(self._workers)
 
-    def descend(self, direction: Combination, *, decoupled: Combination | None = None) -> None:
+    def descend(self, direction: Combination | None, *, decoupled: Combination | None = None) -> None:
         """Restores the weights and steps: ``w <- base_step(w, direction) - lr decoupled``; the step ends with it.
 
-        A parameter moves if the latest gradient has a tensor for it; with a plain sum, if either has.
+        A parameter moves if the latest gradient has a tensor for it; with a plain sum, if either has. None moves nothing.
         """
+        if direction is None:
+            direction = Gradient([None] * len(self._params), 0)
         optimizer, workers, scaling = self._optimizer, self._workers, self.scaling
         gradient, other, combination = self._split(direction, decoupled)
         params, groups, grads = self._params, self._groups, gradient.tensors
@@ -422,7 +427,12 @@ class Step:
             coefficients = self._optimizer.constant(tuple(map(float, factors)))
         else:
             nothing = torch.zeros_like(known)
-            coefficients = torch.stack([nothing + factor for factor in factors])
+            coefficients = torch.stack(
+                [
+                    factor if isinstance(factor, Tensor) else nothing + factor if factor else nothing
+                    for factor in factors
+                ]
+            )
         if (scale := self.scaling.grad_scale) is not None and any(one and one.number < 0 for one in gradients):
             one = torch.ones_like(scale)  # of state that is not scaled
             scales = [scale if gradient is not None and gradient.number < 0 else one for gradient in gradients]
@@ -461,6 +471,7 @@ class Step:
         """Means as the pass takes them: None where they begin, as the gradient, unless that is to be included."""
         optimizer, workers, scale = self._optimizer, self._workers, self.scaling.grad_scale
         beginning = [i for i, mean in enumerate(means) if mean is None]
+        self.averaged_unscaled = scale is None
         check_all_dense(grads[i] for i in beginning)
         for i in beginning:
             inverse = 1.0 if scale is None else (1 / scale).to(grads[i])

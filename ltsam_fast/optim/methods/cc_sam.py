@@ -128,6 +128,7 @@ class CCSAM(Sharing):
 
     def classes(self) -> int:
         """The number of classes."""
+        self.check_options(self.param_groups[0])
         return len(self.class_counts)
 
     def rule(self, step: Step) -> Rule:

@@ -49,7 +49,7 @@ class GSAM(SharpnessAware):
     lr_max = option(
         None, "The largest learning rate of the schedule.", ge=0, optional=True, per_group=True, keyword=False
     )
-    lr_seen = option(0.0, "The largest learning rate so far.", ge=0, per_group=True, keyword=False)
+    lr_seen = option(0.0, "The largest learning rate so far.", ge=0, per_group=True, keyword=False, counted=True)
 
     own_reductions = True
 
