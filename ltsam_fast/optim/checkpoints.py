@@ -42,7 +42,7 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
     base, state = optimizer.base_optimizer, dict(state_dict["state"])
     try:
         names, loose, begun = _state_of(base, groups)
-    except Exception:  # a base that cannot be made, or stepped, like that: what it keeps is its secret
+    except Exception:  # a base that cannot be made, or stepped, like that: what it keeps is not known
         return {**state_dict, "param_groups": saved_groups}
     kept, lost, stepped = {}, False, False
     for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):

@@ -60,7 +60,7 @@ class Part:
                 raise
             raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
         finally:
-            _put_back(self._params, stash)
+            _restore_gradients(self._params, stash)
             if not graph:
                 clear_weight_caches()  # autocast keeps casts that have no gradients, too
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
@@ -120,8 +120,8 @@ def _stash_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
     return kept
 
 
-def _put_back(params: list[Tensor], stash: list[Tensor | None] | None) -> None:
-    """Puts gradients back. What the closure left, such as by another optimizer's step, is not this step's."""
+def _restore_gradients(params: list[Tensor], stash: list[Tensor | None] | None) -> None:
+    """Restores the gradients. What the closure left, such as by another optimizer's step, is not this step's."""
     if stash is not None or not {*map(type, map(_grad, params))} <= _NO_GRADIENT:
         swap_gradients(params, stash or [None] * len(params))
 

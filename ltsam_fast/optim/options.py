@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -215,4 +216,5 @@ def _documented(cls: type[Configurable]) -> str:
 
 
 def _described(one: Option) -> str:
-    return f"{one.doc} {one.accepts[:1].upper()}{one.accepts[1:]}; default {one.default!r}."
+    text = f"{one.doc} {one.accepts[:1].upper()}{one.accepts[1:]}; default {one.default!r}."
+    return textwrap.fill(text, 110, subsequent_indent=" " * 8)

@@ -1,4 +1,4 @@
-"""Perturbed weights: their backups, how they come back whatever happens, and the statistics that must not see them."""
+"""Perturbed weights: backups, restoring them whatever happens, and the running statistics that must not see them."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ class PhaseRun:
         return (whole, None) if request.squares else whole
 
 
-class _DryStep:
-    """A step whose verbs do nothing, and whose numbers are zeros."""
+class _CountedStep:
+    """A step whose verbs do nothing and whose numbers are zeros: only the requests of the rule count."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -129,7 +129,7 @@ _ZERO = torch.zeros(())
 
 def count_phases(optimizer: SharpnessAware) -> int:
     """How many phases the next step has, found out by running its rule without doing anything; 0: it cannot be run so."""
-    rule = optimizer.rule(_DryStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
+    rule = optimizer.rule(_CountedStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
     count, numbers = 0, itertools.count(1)
     answer: Any = None
     try:

@@ -393,7 +393,7 @@ class Step:
     # --- the rest is the engine's
 
     def finish(self) -> None:
-        """Counts the step, once."""
+        """Counts the step; called again, after an interrupt, it does nothing more."""
         optimizer = self._optimizer
         optimizer.count_step(self.number)
         if self._finished:
@@ -525,7 +525,7 @@ class Step:
     def _only_with_gradient(
         self, params: list[Tensor], groups: list[int], grads: list[Tensor | None], kept: list[Tensor | None] | None
     ) -> tuple[list[Tensor], list[int], list[Tensor | None], list[Tensor | None] | None]:
-        """The parameters that step; those that were perturbed and have no gradient since come back."""
+        """The parameters that step; those that were perturbed and have no gradient since are restored."""
         stepping = [i for i, grad in enumerate(grads) if grad is not None or (kept is not None and kept[i] is not None)]
         moving = {params[i] for i in stepping}
         now = self._perturbation.now

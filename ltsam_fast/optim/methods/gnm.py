@@ -22,7 +22,7 @@ class GNM(SharpnessAware):
     One forward and one backward a step; 36 bytes moved per fp32 parameter with SGD and momentum, in two passes. The noise is
     made inside the pass by a counter-based generator: the same for a seed on every backend, and nothing of it is stored.
 
-    Differences from the published code: parameters without a gradient come back too; epoch 0 does not have twice the noise
+    Differences from the published code: parameters without a gradient are restored too; epoch 0 does not have twice the noise
     (in ``ltsam_fast.compat.GNM`` it has). The loss returned is the one at w + e, for there is no other.
 
     Source: GNM-PT, "Gaussian Neighborhood Minimization Prompt Tuning", NeurIPS 2024 (arXiv 2410.21042), eqs. 1-3 of its poster.

@@ -20,7 +20,7 @@ class SAM(SharpnessAware):
     those in a group with ``adaptive=False``. The norm is global over all groups, the radius may differ by group.
 
     Differences from the reference implementation: restoring is a copy into the same storage; parameters without a gradient
-    in either pass come back too; ``state_dict`` has the base optimizer's state.
+    in either pass are restored too; ``state_dict`` has the base optimizer's state.
 
     Source: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021
     (arXiv 2010.01412), Algorithm 1; Kwon et al., "ASAM", ICML 2021 (arXiv 2102.11600), Algorithm 1.
