@@ -17,6 +17,7 @@ import ltsam_fast as lf
 
 from .method_rows import EVERY, closure_of, every
 from .oracles import batches, flat, network
+from .stubs import STUB, stub
 
 GROUP = ("rho", "eta", "norm_eps")
 COUNTED = (
@@ -231,3 +232,7 @@ def test_class_counts_may_be_changed_in_place():
     before = opt.class_weights
     opt.class_counts[0] = 1.0
     assert not torch.equal(opt.class_weights, before)
+
+
+def test_editors_know_the_constructors():
+    assert STUB.read_text() == stub(), "python -m tests.stubs"
