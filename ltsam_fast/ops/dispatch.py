@@ -152,7 +152,7 @@ _SINGLE = frozenset(("grad_scale", "found_inf", "skipped"))
 _HERE = contextlib.nullcontext()
 
 
-def _launch(
+def launch(
     op: Op,
     table: TensorTable,
     bound: dict[str, Any],
@@ -215,7 +215,7 @@ def run(
     if "w" in op.writes:
         clear_weight_caches()
     own = table_for(op, roles, table)
-    _launch(op, own, {"roles": lists, "groups": groups, "offsets": offsets}, hyper, signals)
+    launch(op, own, {"roles": lists, "groups": groups, "offsets": offsets}, hyper, signals)
     # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
     for role, tensors in zip(op.roles, roles, strict=True):
@@ -239,7 +239,7 @@ def reduce(
     bound = {"roles": roles, "groups": groups, "buckets": buckets, "bucket_count": bucket_count}
     more = {"results": bucket_count * op.sums, "found_inf": found_inf, **signals}
     results = []
-    for seen in _launch(op, own, bound, hyper, more):
+    for seen in launch(op, own, bound, hyper, more):
         results.append(seen["norm"])
         if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))
