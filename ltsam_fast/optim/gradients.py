@@ -77,11 +77,6 @@ class State(Gradient):
         super().__init__(tensors, number=-1)
         self.name = name
 
-    @property
-    def missing(self) -> bool:
-        """Whether no parameter has any."""
-        return all_missing(self.tensors)
-
 
 class Sum(Combination):
     """The plain sum of a gradient and one of an earlier pass: a parameter moves if it has either."""

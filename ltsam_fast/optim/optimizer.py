@@ -413,10 +413,10 @@ class SharpnessAware(Configurable, Optimizer):
             self._checked_values = values
         if self._may_average and not self._workers.averages:  # torch.distributed may have been initialized since
             self._workers = workers_of(self._model, self._sharded)
-        scaling = NO_SCALE if scaler is None else LossScale(scaler, self.all_params()[0])
+        params, groups = self.all_params()
+        scaling = NO_SCALE if scaler is None else LossScale(scaler, params)
         if self._workers.averages:
             self._check_join(bool(scaling.signals))
-        params, groups = self.all_params()
         clear_weight_caches()
         return Step(self, scaling, params, groups)
 

@@ -49,7 +49,7 @@ class Perturbation:
     """Which weights are perturbed now, and what they were.
 
     Python may raise KeyboardInterrupt after any line. So what a pass is about to write is noted before it, and its table knows
-    afterwards how far the pass had come (``TensorTable.launched``): :meth:`restore` is right at any moment.
+    afterwards how far the pass had come (``TensorTable.launched``): :meth:`abandon` is right at any moment.
     """
 
     def __init__(self) -> None:
