@@ -95,7 +95,8 @@ class ClassPasses:
             }
             self._rows.append(rows)
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
-                if rows and not self._head and self._prefers_sub_batches and passes.are_separable(part):
+                on_cpu = scope and scope[0].device.type == "cpu"  # on a GPU many small passes cost more
+                if rows and not self._head and on_cpu and self._are_separable(part):
                     self._sub_batches_at_weights(part, rows, sizes)
                 else:
                     self._part_at_weights(part, rows, sizes)
@@ -108,10 +109,9 @@ class ClassPasses:
         averaged = not perturbs or not self._workers.averages
         return Gradient(gradients_of(passes._params), next(passes._step.gradient_numbers), averaged), gradients
 
-    @property
-    def _prefers_sub_batches(self) -> bool:
-        """Whether a pass for each class costs less than a product with each weight: on a GPU many small passes do not."""
-        return self._scope[0].device.type == "cpu"
+    def _are_separable(self, part: Any) -> bool:
+        """Whether each class may have a pass of its own samples: DDP finds unused weights by the last pass alone."""
+        return not self._workers.finds_unused and self._passes.are_separable(part)
 
     def _sub_batches_at_weights(self, part: Any, rows: dict[int, Tensor], sizes: dict[int, int]) -> None:
         """A forward and backward for each class; the gradient of the mean loss is a sum of theirs."""
@@ -143,15 +143,16 @@ class ClassPasses:
         with (
             self._head.watched() if self._head else _NOTHING,
             shared.record_outputs() if shared else _NOTHING,
-            self._optimizer.graphs.reusable(),
             passes.recording(part, keeps_graph=waits),
         ):
             losses = part.evaluate()
         self._optimizer.graphs.check(losses)
         if self._head and not self._head.keeps_apart(losses):
             self._head = None
-            if waits:
-                unchanged.forget()  # type: ignore[union-attr]
+        # A checkpoint's recomputation could not tell the two passes apart.
+        if waits and (self._head is None or self._head.in_checkpoint):
+            waits = False
+            unchanged.forget()  # type: ignore[union-attr]
         mean = self._scaling(torch.full_like(losses, self._share / self._passes.size))
         shares = {}
         for k, chosen in rows.items():
@@ -168,7 +169,7 @@ class ClassPasses:
         at_w = Differentiable(losses, self._scope, self._optimizer.all_weights())
         for k, (weights, _) in shares.items():
             grads[k] = added(at_w.gradients(weights), self._scope, grads.get(k))
-        if waits and self._head:
+        if waits:
             self._waiting = losses, mean
         else:
             torch.autograd.backward(losses, mean)
@@ -214,8 +215,8 @@ class ClassPasses:
         parts, grads = self._passes.parts, self.gradients.grads
         for part, rows in zip(parts, self._rows, strict=True):
             weights = [grads[k] for k in rows]
-            with self._workers.backward(last=part is parts[-1]):
-                with head.by_row(list(rows.values()), weights), self._passes.reusing(part):
+            with self._workers.backward(last=part is parts[-1]), head.by_row(list(rows.values()), weights):
+                with self._passes.reusing(part):
                     losses = part.evaluate(at_w=False)
                 seed = self._scaling(torch.full_like(losses, share))
                 at_w, mean = self._waiting or (None, None)
@@ -231,7 +232,7 @@ class ClassPasses:
         for k, number in passes:
             part, rows = self._passes.parts[number], self._rows[number][k]
             ops.restore_(self._scope, grads[k])
-            index = rows if self._passes.are_separable(part) else None
+            index = rows if self._are_separable(part) else None
             with self._workers.backward(last=(k, number) == passes[-1]):
                 with self._passes.reusing(part):
                     losses = part.evaluate(index, at_w=False)

@@ -263,7 +263,10 @@ class CompiledGraphs:
 
     @contextlib.contextmanager
     def reusable(self) -> Iterator[None]:
-        """Has torch.compile, if it is at work in here, make graphs that can be differentiated again."""
+        """Has torch.compile, if it is at work in here, make graphs that can be differentiated again.
+
+        Around backwards too: for batches of several sizes those are compiled when they are first run.
+        """
         from torch._functorch import config
 
         before = config.donated_buffer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
-from ltsam_fast.shared.qualify import eager_modules
+from ltsam_fast.shared.qualify import current_checkpoint, eager_modules
 
 
 def owner_of(params: Sequence[Tensor], root: nn.Module | None) -> nn.Module | None:
@@ -60,10 +60,14 @@ class Head:
     Args:
         module: The module, called once in a forward pass, with one tensor, whose first dimension is the samples'.
         params: Its weights that require gradients.
+
+    Attributes:
+        in_checkpoint: Whether the watched pass called it in an activation checkpoint.
     """
 
     def __init__(self, module: nn.Module, params: list[Tensor]) -> None:
         self.module, self.params = module, params
+        self.in_checkpoint = False
         self._calls: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
@@ -79,6 +83,7 @@ class Head:
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._calls.append((*args, kwargs, output))
+            self.in_checkpoint = current_checkpoint() is not None
 
         hooks = [
             self.module.register_forward_pre_hook(before, with_kwargs=True),

@@ -30,6 +30,7 @@ from ltsam_fast.optim.step import Request, Step
 
 Rule = Generator[Request, Any, None]
 
+_NOTHING = contextlib.nullcontext()
 _CONSTANTS = 64
 _COUNTS = {"steps": 0, "skipped_steps": 0}
 _NAMES = ("first_step", "second_step", "third_step", "fourth_step")
@@ -241,7 +242,7 @@ class SharpnessAware(Configurable, Optimizer):
             self._stepping = True
             rule = self.rule(step)
             request = next(rule)
-            with contextlib.suppress(StopIteration):
+            with contextlib.suppress(StopIteration), self.graphs.reusable() if self.several_gradients else _NOTHING:
                 while True:
                     request = rule.send(passes(request))
             self._clear_gradients()

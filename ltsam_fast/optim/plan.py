@@ -89,7 +89,7 @@ class Passes:
         self.required = optimizer.plan == "require"
         self.mode = 0 if self.network is None else self.network.mode()
         self._ascent = self._ascent_params()
-        step.skips_zero_radius = optimizer.plan != "published" and not optimizer.captures
+        step.skips_zero_radius = not (optimizer.plan == "published" or optimizer.captures or self._workers.joins)
         self.unchanged = None
         if self.network is not None and len(self.parts) == 1 and not self._workers.sharded:
             self.unchanged = self.network.unchanged(optimizer.ascent_params())
@@ -145,8 +145,9 @@ class Passes:
 
     @property
     def _chooses(self) -> bool:
-        """Whether samples may be left out, as far as workers and CUDA graphs are concerned."""
-        return self.network is not None and self._workers.may_differ and not self._optimizer.captures
+        """Whether samples may be left out: a CUDA graph's passes are fixed, and some workers need as many as the others."""
+        fixed = self._optimizer.captures or self._workers.sharded or self._workers.joins
+        return self.network is not None and not fixed
 
     def are_separable(self, part: Part) -> bool:
         """Whether a part's samples can be evaluated in sub-batches."""
@@ -211,7 +212,6 @@ class Passes:
         keeps_graph = self._ascent is not None and shared is None and all(k >= request.kept for k in job.gradients)
         with (
             shared.record_outputs() if shared else _NOTHING,
-            optimizer.graphs.reusable() if optimizer.several_gradients else _NOTHING,
             self.recording(part, keeps_graph),
         ):
             losses = part.evaluate(job.samples)
@@ -240,10 +240,10 @@ class Passes:
     def _answer(self, request: AtWeights, found: list[Tensors | None], squares: Tensor | None) -> Any:
         """The gradients as the rule gets them."""
         optimizer, workers = self._optimizer, self._workers
-        if workers.averages:  # a worker without such samples has gradients of zeros, for the others may have some
+        if workers.averages:  # other workers may have such samples
             for k, weights in enumerate(request.weights):
-                if weights is not None and found[k] is None:
-                    found[k] = [torch.zeros_like(p) if p.requires_grad else None for p in self._params]
+                if weights is not None and found[k] is None and (k < request.kept or optimizer.ascent_sync):
+                    found[k] = self._nothing()
         averaged = request.last or not workers.averages
         if not averaged and (request.averaged or (optimizer.ascent_sync and request.gradients == 1)):
             found = [one and workers.average(self._params, one) for one in found]
@@ -252,10 +252,18 @@ class Passes:
         answer = [None if one is None else Gradient(one, next(numbers), averaged) for one in found]
         if request.of is None:
             for k, gradient in enumerate(answer):
+                if workers.averages and gradient is None and request.weights[k] is not None:
+                    gradient = Gradient(self._nothing(), 0, False)
                 if gradient is not None and (k < request.kept or self._ascent is None):
                     self._at_w[request.weights[k] if request.weights else None] = gradient
         whole = answer[0] if len(answer) == 1 else answer
         return (whole, squares) if request.squares else whole
+
+    def _nothing(self) -> Tensors:
+        """What a worker without samples has to give to an average."""
+        if self._workers.finds_unused:
+            return [None] * len(self._params)
+        return [torch.zeros_like(p, requires_grad=False) if p.requires_grad else None for p in self._params]
 
     def _ascent_params(self) -> list[Tensor] | None:
         """The weights that gradients for an ascent are taken of; None: of all."""
@@ -324,7 +332,7 @@ class Passes:
         if weights and weights[0] is None:
             return plus
         first = not self._step.seen_unperturbed  # the step's only pass: its losses are what the step returns
-        if not first and request.of is None and not self._step.is_perturbed:
+        if not first and request.of is None and self._step.stays:
             known = self._at_w.get(weights[0] if weights else None)
             if known is not None:
                 return known if plus is None else Sum(known, plus)  # type: ignore[arg-type]
@@ -332,6 +340,8 @@ class Passes:
         last = request.last if micro is None else micro.last
         pairs = self._samples(request, last)
         if not pairs:
+            if plus is None and workers.averages:
+                return Gradient(self._nothing(), next(self._step.gradient_numbers), False)
             return plus
         # With find_unused_parameters DDP only averages what the last pass has used, and not what lay there before it.
         averaging = last and not (workers.finds_unused and (request.accumulate or plus is not None))

@@ -172,6 +172,8 @@ class Step:
         """Whether a pass at w has updated running statistics."""
         self.skips_zero_radius = False
         """Whether an ascent by radius 0 is none, so that a gradient at w serves for w + eps."""
+        self.stays = False
+        """Whether the latest ascent was such a one."""
         self.number: int = optimizer.param_groups[0]["steps"]
 
     @property
@@ -249,14 +251,14 @@ class Step:
         Raises:
             ValueError: No parameter has a gradient.
         """
-        if direction is None:
-            return
         optimizer, perturbation, workers = self._optimizer, self._perturbation, self._workers
         groups = optimizer.param_groups
+        self.stays = False
         if self.skips_zero_radius and ema is None and not self.is_perturbed:
             radii = [group["rho"] for group in groups if group["perturb"]] if rho is None else rho
-            if not (any(radii) if isinstance(radii, Sequence) else radii):
-                return
+            self.stays = not (any(radii) if isinstance(radii, Sequence) else radii)
+        if direction is None or self.stays:
+            return
         gradient, _, combination = self._split(direction)
         tensors = gradient.tensors
         if workers.averages and not gradient.averaged and optimizer.ascent_sync:
