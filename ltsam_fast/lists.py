@@ -46,7 +46,7 @@ def gradients_of(params: list[Tensor]) -> list[Tensor | None]:
 
 
 @_natively
-def clear_gradients(params: list[Tensor]) -> None:
+def clear_gradients(params: Sequence[Tensor]) -> None:
     """Clears the gradients in place."""
     for param in params:
         param.grad = None

@@ -81,7 +81,7 @@ inline py::list gradients_of(const py::list& params) {
   return found;
 }
 
-inline void clear_gradients(const py::list& params) {
+inline void clear_gradients(const py::object& params) {
   Attribute grad("grad");
   for_all(params, [&](Py_ssize_t, PyObject* param) {
     grad.set(param, Py_None);
