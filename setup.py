@@ -24,7 +24,7 @@ ALSO_IN_SDIST = ["csrc/**/*.*", "tests/**/*.*", "bench/**/*.*", ".ci/*", ".clang
 # Not setuptools' build_temp: an editable install throws that away, and everything would be compiled again.
 BUILD = Path("build", f"cores-{sysconfig.get_config_var('SOABI')}")
 HEADERS = BUILD / f"pybind11-{pybind11.__version__}"  # a copy: build isolation puts the original elsewhere each time
-COMMON = ["-O3", "-std=c++17", "-Icsrc", f"-I{HEADERS}", f"-I{sysconfig.get_path('include')}"]
+COMMON = ["-O3", "-DNDEBUG", "-std=c++17", "-Icsrc", f"-I{HEADERS}", f"-I{sysconfig.get_path('include')}"]
 HOST = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off"]
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 

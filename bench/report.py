@@ -25,6 +25,10 @@ SECTIONS = {
         "The optimizer's work in a whole step of every method, against the same step on the backend torch, in "
         "plain PyTorch; autograd's time is left out of both.",
     ),
+    "host": (
+        "method tensors plain_us host_us ratio",
+        "The phases on tensors of four elements (SGD with momentum), rounds in turns: the host's time, and the plain loop's.",
+    ),
     "losses": (
         "loss shape implementation call_us ratio_plain ratio_torch gb_per_s",
         "Forward and backward of the losses on fp32 logits (samples x classes), rounds in turns; ratios to the published "
@@ -59,6 +63,7 @@ SECTIONS = {
 HEADS = {
     "plain_ms": "plain (ms)",
     "torch_ms": "torch (ms)",
+    "plain_us": "plain (us)",
     "fused_ms": "fused (ms)",
     "ratio": "ratio",
     "ratio_foreach": "to foreach + fused",
@@ -88,6 +93,7 @@ FORMATS = {
     "gb_per_s": ".0f",
     "bandwidth_gb_per_s": ".0f",
     "host_us": ".0f",
+    "plain_us": ".0f",
     "us": ".1f",
     "call_us": ".0f",
 }

@@ -38,6 +38,7 @@ from ltsam_fast.snapshot import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_LISTS = (list, NoneType)
 _WIDE = DTYPES.index(torch.float64)
 
 
@@ -59,15 +60,21 @@ def check_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 class TensorTable:
-    """The tensors of one op, T by R roles, as parts that native code can take."""
+    """The tensors of one op, T by R roles, as parts that native code can take.
 
-    def __init__(self, op: Op) -> None:
+    Args:
+        op: The op.
+        exact: Refuse backups of other dtypes than their weights'.
+    """
+
+    def __init__(self, op: Op, exact: bool = False) -> None:
         self.op = op
         self.parts: list[LaunchArgs] = []
         # A step is one number, masks have a bit for each element.
         self._arrays = [index for index, role in enumerate(op.roles) if role not in ("step", "mask")]
         self._written = tuple(role in op.writes for role in op.roles)
         self._target = self._written.index(True) if op.writes else 0
+        self._exact = np.array([exact and role == "backup" for role in op.roles])
         self._bitmaps = np.array([role == "mask" for role in op.roles])
         self._snapshot = np.empty((0, len(op.roles), COLUMNS), np.int64)
         self._valid_for: tuple[Any, ...] | None = None
@@ -108,16 +115,16 @@ class TensorTable:
         for part in self.parts:
             part.launched = False
         self.calls += 1
-        lists: tuple[Any, ...] = tuple([role if type(role) in (list, NoneType) else list(role) for role in roles])  # type: ignore[arg-type]
+        lists: tuple[Any, ...] = tuple([role if type(role) in _LISTS else list(role) for role in roles])  # type: ignore[arg-type]
         count = len(lists[0] or ())
         # Copies, for callers may change their lists in place.
         asked_for = (
             [None if one is None else list(one) for one in (groups, buckets, offsets)],
             bucket_count,
             rows,
-            count,
+            [None if role is None else len(role) for role in lists],
         )
-        still_valid = asked_for == self._valid_for and all([role is None or len(role) == count for role in lists])
+        still_valid = asked_for == self._valid_for
         if not still_valid:
             self._check_lengths(lists, count)
             from ltsam_fast.ops.checks import check_groups  # which, by way of its package, imports this module
@@ -275,6 +282,11 @@ class TensorTable:
             paired & arrays & (rows[..., [SHAPE, NUMEL]] != rows[:, :1, [SHAPE, NUMEL]]).any(axis=-1),
             ValueError,
             "has shape {it.shape}, but {other} has {base.shape}: they must be equal",
+        )
+        check(
+            paired & self._exact & (rows[..., DTYPE] != rows[:, :1, DTYPE]),
+            ValueError,
+            "has dtype {it.dtype}, but {other} has {base.dtype}: it would not keep them exactly",
         )
         whole_bytes = (rows[..., NUMEL] == -(-rows[:, :1, NUMEL] // 8)) & (rows[..., LAYOUT] == CONTIGUOUS)
         check(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ltsam_fast import ops, reference
+from ltsam_fast.table import TensorTable
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -68,6 +69,23 @@ def test_moved_tensors_are_noticed(backend, device):
         w = [torch.ones(1000, device=device)] if round_ % 2 else w
         w[0].fill_(1.0)
         g[0].data = torch.ones(1000, device=device)
+
+
+def test_memory_shared_by_two_of_thousands(generator):
+    """So many addresses are sorted otherwise than a few."""
+    memory = torch.randn(4 * 3000, generator=generator)
+    pieces = [memory[4 * i : 4 * i + 4] for i in torch.randperm(3000, generator=generator).tolist()]
+    table = TensorTable(ops.OPS["restore_"])
+    for _ in range(3):
+        w, backups = pieces[:1500], pieces[1500:]
+        ops.restore_(w, backups, table=table)
+        assert all(map(torch.equal, w, backups))
+        pieces = pieces[700:] + pieces[:700]
+    for one in (w[0], w[777], w[-1]):
+        begin = min(one.storage_offset() + 1, 4 * 3000 - 4)
+        backups[1234] = memory[begin : begin + 4]
+        with pytest.raises(ValueError, match="share memory"):
+            ops.restore_(w, backups, table=table)
 
 
 X = torch.ones(3)

@@ -110,16 +110,39 @@ inline const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {
   return *static_cast<const dlpack::ExchangeApi*>(api);
 }
 
+struct Extent {
+  int64_t begin;
+  int64_t bytes : 63;
+  uint64_t writes : 1;
+};
+
+/// Sorts by where they begin; thousands eight bits at a time, in a fraction of the time that comparing takes.
+inline void sort_by_address(std::vector<Extent>& extents) {
+  if (extents.size() < 1000)
+    return std::sort(extents.begin(), extents.end(),
+                     [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  uint64_t differ = 0;
+  for (const Extent& e : extents) differ |= uint64_t(e.begin ^ extents[0].begin);
+  std::vector<Extent> sorted(extents.size());
+  for (int shift = 0; shift < 64; shift += 8) {
+    while (shift < 64 && !(differ >> shift & 1)) ++shift;  // allocators hand out multiples of 64
+    if (shift == 64) break;
+    const auto digit = [shift](const Extent& e) { return size_t(uint64_t(e.begin) >> shift & 255); };
+    uint32_t places[257] = {};
+    for (const Extent& e : extents) ++places[digit(e) + 1];
+    for (int i = 0; i < 256; ++i) places[i + 1] += places[i];
+    for (const Extent& e : extents) sorted[places[digit(e)]++] = e;
+    extents.swap(sorted);
+  }
+}
+
 /// Whether memory that is written may be shared, by a snapshot: quick, and with tensors that have holes never sure.
 /// `written`: a bool for each role.
 inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot, const py::tuple& written) {
-  struct Extent {
-    int64_t begin, end;
-    bool writes;
-  };
   const py::ssize_t tensors = snapshot.shape(0), roles = snapshot.shape(1);
   std::vector<char> writes;
   for (const py::handle& one : written) writes.push_back(one.cast<bool>());
+  if (std::find(writes.begin(), writes.end(), 1) == writes.end()) return false;
   std::vector<Extent> extents;
   extents.reserve(size_t(tensors * roles));
   const int64_t* row = snapshot.data();
@@ -132,22 +155,22 @@ inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot
       if (r > 0 && !writes[size_t(r)] && row[kAddress] == first[kAddress] && row[kDtypeCode] == first[kDtypeCode])
         continue;
       const int64_t size = row[kDtypeCode] == kBitmap ? 1 : item_size(uint8_t(row[kDtypeCode]));
-      extents.push_back({row[kAddress], row[kAddress] + row[kNumel] * size, bool(writes[size_t(r)])});
+      extents.push_back({row[kAddress], row[kNumel] * size, writes[size_t(r)] != 0});
     }
   }
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  sort_by_address(extents);
   int64_t reach = 0, written_reach = 0;
   for (const Extent& e : extents) {
     if (e.begin < written_reach || (e.writes && e.begin < reach)) return true;
-    reach = std::max(reach, e.end);
-    if (e.writes) written_reach = std::max(written_reach, e.end);
+    reach = std::max(reach, e.begin + e.bytes);
+    if (e.writes) written_reach = std::max(written_reach, e.begin + e.bytes);
   }
   return false;
 }
 
 /// Fills out[tensor, role, column] from `roles`, a tuple of lists of tensors or None (or None, for an absent role), and
 /// says whether anything differs from what was there. With `pointers`, a table's addresses of the tensors that have
-/// their first role, those are renewed too where that is all it takes.
+/// their first role, those are renewed too where that is all it takes; `out` then has read the same roles before.
 inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::array_t<int64_t, py::array::c_style> out,
                     const py::tuple& written, std::optional<py::array_t<int64_t, py::array::c_style>> pointers) {
   const dlpack::ExchangeApi& api = exchange_api(capsule);
@@ -156,6 +179,7 @@ inline int snapshot(const py::capsule& capsule, const py::tuple& roles, py::arra
   int change = kSame;
   for (py::ssize_t r = 0; r < columns; ++r) {
     PyObject* list = PyTuple_GET_ITEM(roles.ptr(), r);
+    if (list == Py_None && pointers) continue;
     const bool repeats = r > 0 && list == PyTuple_GET_ITEM(roles.ptr(), r - 1);  // weights that are their own source
     for (py::ssize_t i = 0; i < tensors; ++i) {
       int64_t fresh[kColumns], *row = rows + (i * columns + r) * kColumns;

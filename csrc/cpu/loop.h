@@ -35,9 +35,11 @@ struct Chunk {
 };
 
 inline Chunk chunk_at(const LaunchArgs& args, int64_t index) {
-  // The last tensor that starts at or before this chunk: those of zero elements start where their successor does.
-  const int64_t tensor =
-      std::upper_bound(args.first_chunk, args.first_chunk + args.tensors + 1, index) - args.first_chunk - 1;
+  const int64_t* first = args.first_chunk;
+  int64_t tensor = index;  // where all are small
+  if (index >= args.tensors || first[index] > index || first[index + 1] <= index)
+    // The last tensor that starts at or before this chunk: those of zero elements start where their successor does.
+    tensor = std::upper_bound(first, first + args.tensors + 1, index) - first - 1;
   const int64_t begin = (index - args.first_chunk[tensor]) * kChunk;
   return {tensor, begin, std::min(kChunk, args.numels[tensor] - begin)};
 }

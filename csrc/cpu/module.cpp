@@ -1,10 +1,12 @@
 #include "bind.h"
 #include "cpu/dlpack.h"
+#include "cpu/lists.h"
 #include "cpu/loop.h"
 #include "cpu/row_loop.h"
 
 PYBIND11_MODULE(_cpu, m) {
   lt::bind<lt::CpuLoop>(m);
+  lt::bind_lists(m);
   m.def("snapshot", lt::snapshot);
   m.def("can_snapshot", lt::can_snapshot);
   m.def("may_overlap", lt::may_overlap);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from ltsam_fast.backend import backend_for
-from ltsam_fast.launch_args import Op, Role
+from ltsam_fast.launch_args import Op, Role, stream_or_threads
 from ltsam_fast.ops.checks import checked_rows
 from ltsam_fast.table import TensorTable
 
@@ -149,9 +148,6 @@ _SINGLE = frozenset(("grad_scale", "found_inf", "skipped"))
 """Signals in float32; the others are in the accumulator's type."""
 
 
-_HERE = contextlib.nullcontext()
-
-
 def launch(
     op: Op,
     table: TensorTable,
@@ -185,12 +181,12 @@ def launch(
             addresses[_SLOTS[name]] = value.data_ptr()
         args.hyper = hyper if tracer is None else tracer.place(hyper)
         args.signals, args.addresses = seen, tuple(addresses)
-        on_cpu = args.device.type == "cpu"
-        with _HERE if on_cpu else torch.cuda.device(args.device):
-            args.stream_or_threads = (
-                torch.get_num_threads() if on_cpu else torch.cuda.current_stream(args.device).cuda_stream
-            )
+        args.stream_or_threads = stream_or_threads(args.device)
+        if args.device.type == "cpu":
             getattr(backend, op.name)(args)
+        else:
+            with torch.cuda.device(args.device):
+                getattr(backend, op.name)(args)
         args.launched, args.lists = True, ()
         found.append(seen)
     if table.staged:
@@ -220,7 +216,9 @@ def run(
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
     for role, tensors in zip(op.roles, roles, strict=True):
         if tensors is not None and role in op.writes and (role == "w" or table is None):
-            torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+            torch.autograd.graph.increment_version(
+                tensors if role in op.needs else [tensor for tensor in tensors if tensor is not None]  # type: ignore[arg-type]
+            )
 
 
 def reduce(

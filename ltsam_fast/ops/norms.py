@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import NoneType
 
 import torch
 from torch import Tensor
 
 from ltsam_fast.launch_args import Role
+from ltsam_fast.lists import has_none
 from ltsam_fast.ops.checks import check_groups
 from ltsam_fast.ops.dispatch import OPS, Hyper, Tensors, hyper_rows, reduce
 from ltsam_fast.table import TensorTable
@@ -62,17 +62,18 @@ def grad_norm(
         if groups is None:
             raise ValueError("groups must be given when per_group is set, got None")
         check_groups(groups, len(grads), len(hyper))
-    if params is None and hyper[:, 0].any():
+    scaled = bool(hyper[:, 0].any())
+    if params is None and scaled:
         raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
     outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
-    if kept_grads is not None and len(kept_grads) == len(grads) and NoneType in map(type, grads):
+    if kept_grads is not None and len(kept_grads) == len(grads) and has_none(grads):
         if combination is not None:
             grads = _filled(grads, kept_grads)
         else:  # a tensor is known by its first role, so a gradient that stands alone takes it
             pairs = list(zip(grads, kept_grads, strict=True))
             grads = [other if grad is None else grad for grad, other in pairs]
             kept_grads = [None if grad is None else other for grad, other in pairs]
-    roles: tuple[Role, ...] = (grads, kept_grads, params if hyper[:, 0].any() else None)
+    roles: tuple[Role, ...] = (grads, kept_grads, params if scaled else None)
     if per_group and groups is not None and list(groups) != sorted(groups):
         order = sorted(range(len(groups)), key=groups.__getitem__)
         roles = tuple(None if role is None else [role[i] for i in order] for role in roles)
@@ -119,7 +120,7 @@ def grad_dots(grads: Tensors, other: Tensors, *, table: TensorTable | None = Non
     >>> grad_dots([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 0.0])])
     tensor([5., 9., 3.])
     """
-    if len(other) == len(grads) and NoneType in map(type, grads):
+    if len(other) == len(grads) and has_none(grads):
         grads = _filled(grads, other)
     op = OPS["grad_dots"]
     dots = reduce(op, (grads, other), hyper_rows(op, {}), table=table)

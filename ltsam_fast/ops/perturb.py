@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ltsam_fast.ops.checks import check_offsets
@@ -97,7 +96,7 @@ def perturb_(
     if seed is not None:
         op = OPS["random_perturb_"]
         values |= {"probability": probability, "stochastic": stochastic, "seed": seed, "step": step}
-    elif stochastic or np.any(np.not_equal(probability, 1.0)):
+    elif stochastic or any(one != 1.0 for one in _listed(probability)):
         raise ValueError("seed must be given with probability or stochastic, got None")
     roles = (params, original_params, grads, backups, means, mask)
     signals: Any = {
@@ -110,13 +109,17 @@ def perturb_(
     run(op, roles, values, groups, table, **signals)
 
 
+def _listed(value: Hyper) -> list[float]:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
 def _signed(rho: Hyper, maximize: Hyper) -> Hyper:
     """The radii as native code takes them: negative where the loss is maximized."""
-    radii = list(rho) if isinstance(rho, Sequence) else [rho]
+    radii = _listed(rho)
     for radius in radii:
         if isinstance(radius, Real) and not radius >= 0:
             raise ValueError(f"rho must be a finite number >= 0, got {radius}")
-    flags = list(maximize) if isinstance(maximize, Sequence) else [maximize]
+    flags = _listed(maximize)
     if not any(flags):
         return rho
     radii, flags = (one * max(len(radii), len(flags)) if len(one) == 1 else one for one in (radii, flags))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import NoneType
 
 from torch import Tensor
 
+from ltsam_fast.lists import has_none
 from ltsam_fast.ops.checks import check_clipping, check_momentum_buffers
 from ltsam_fast.ops.dispatch import OPS, Hyper, Tensors, run
 from ltsam_fast.table import TensorTable
@@ -76,7 +76,7 @@ def sgd_step_(
         "maximize": maximize,
         "max_norm": max_norm,
     }
-    if momentum_buffers is None or NoneType in map(type, momentum_buffers):
+    if momentum_buffers is None or has_none(momentum_buffers):
         check_momentum_buffers(momentum_buffers, momentum, groups)
     if norm is None and max_norm:
         check_clipping(max_norm, norm)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ltsam_fast import ops
+from ltsam_fast.lists import entries, has_none, values_of
 from ltsam_fast.ops.checks import number
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import LossScale
@@ -52,14 +53,14 @@ class FusedStep:
     def create_state(self, optimizer: Any, params: list[Tensor], groups: list[int]) -> None:
         """Makes the base optimizer's state as before its first step."""
         base = optimizer.base_optimizer
-        self._arguments(base.param_groups, groups, params, [base.state[param] for param in params])
+        self._arguments(base.param_groups, groups, params, values_of(base.state, params))
 
     def __call__(
         self, optimizer: Any, update: Update, perturbation: Perturbation, scaling: LossScale, workers: Single
     ) -> None:
         """Restores the weights and steps."""
         base, params, table = optimizer.base_optimizer, update.params, workers.tables[self._op]
-        state = self._arguments(base.param_groups, update.groups, params, [base.state[param] for param in params])
+        state = self._arguments(base.param_groups, update.groups, params, values_of(base.state, params))
         grads, kept, now = update.grads, update.kept, perturbation.now
         backups = now.backups if params is now.params else perturbation.sources_of(params, workers)
         perturbation.updating = params, table, table.calls
@@ -180,12 +181,17 @@ def _summed(update: Update, groups: list[Group], scaling: LossScale) -> tuple[li
     return totals, beside
 
 
-def _buffers(name: str, states: list[Group], params: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
-    """A buffer of each parameter's kind where wanted: what the state has, else zeros."""
-    buffers = [state.get(name) if want else None for state, want in zip(states, wanted, strict=True)]
-    for i, buffer in enumerate(buffers):
-        if buffer is None and wanted[i]:
-            buffers[i] = states[i][name] = torch.zeros_like(params[i], requires_grad=False)
+def _buffers(
+    name: str, states: list[Group], params: list[Tensor], groups: list[int], wanted: list[bool]
+) -> list[Tensor | None]:
+    """A buffer of each parameter's kind in the groups where it is wanted: what the state has, else zeros."""
+    buffers: list[Tensor | None] = entries(states, name)
+    if not all(wanted):
+        buffers = [buffer if wanted[group] else None for buffer, group in zip(buffers, groups, strict=True)]
+    if has_none(buffers):
+        for i, buffer in enumerate(buffers):
+            if buffer is None and wanted[groups[i]]:
+                buffers[i] = states[i][name] = torch.zeros_like(params[i], requires_grad=False)
     return buffers
 
 
@@ -213,7 +219,7 @@ def _sgd(groups: list[Group], group_of: list[int], params: list[Tensor], states:
     damped = [group["momentum"] != 0 and group["dampening"] != 0 for group in groups]
     state: dict[str, Any] = {}
     if any(momentum):
-        state["momentum_buffers"] = _buffers("momentum_buffer", states, params, [momentum[g] for g in group_of])
+        state["momentum_buffers"] = _buffers("momentum_buffer", states, params, group_of, momentum)
     if any(damped):
         state["steps"] = [
             _steps_of_sgd(state, param) if damped[group] else None
@@ -233,15 +239,15 @@ def _steps_of_sgd(state: Group, param: Tensor) -> Tensor:
 
 def _adam(groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any]) -> dict[str, Any]:
     """State and options of torch.optim.Adam and AdamW."""
-    everywhere = [True] * len(params)
+    everywhere = [True] * len(groups)
     state: dict[str, Any] = {
         "steps": [_step_count(state, param) for state, param in zip(states, params, strict=True)],
-        "exp_avgs": _buffers("exp_avg", states, params, everywhere),
-        "exp_avg_sqs": _buffers("exp_avg_sq", states, params, everywhere),
+        "exp_avgs": _buffers("exp_avg", states, params, group_of, everywhere),
+        "exp_avg_sqs": _buffers("exp_avg_sq", states, params, group_of, everywhere),
     }
     if any(group["amsgrad"] for group in groups):
-        amsgrad = [bool(groups[group]["amsgrad"]) for group in group_of]
-        state["max_exp_avg_sqs"] = _buffers("max_exp_avg_sq", states, params, amsgrad)
+        amsgrad = [bool(group["amsgrad"]) for group in groups]
+        state["max_exp_avg_sqs"] = _buffers("max_exp_avg_sq", states, params, group_of, amsgrad)
     for i in (0, 1):
         state[f"beta{i + 1}"] = [number(group["betas"][i]) for group in groups]
     state["decoupled"] = [float(group.get("decoupled_weight_decay", False)) for group in groups]

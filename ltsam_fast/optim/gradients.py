@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from types import NoneType
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.lists import clear_gradients, has_views
+from ltsam_fast.lists import gradients_of as gradients_of
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.table import check_dense
 
@@ -92,25 +93,14 @@ class Sum(Combination):
         return {self.last: 1.0, self.before: 1.0}
 
 
-_requires_grad = operator.attrgetter("requires_grad")
-_grad = operator.attrgetter("grad")
-
-
 def all_missing(tensors: Iterable[Tensor | None]) -> bool:
     """Whether all of them are None."""
     return {*map(type, tensors)} <= {NoneType}
 
 
-def gradients_of(params: list[Tensor]) -> list[Tensor | None]:
-    """The gradients in place, of parameters that are not frozen."""
-    if all(map(_requires_grad, params)):
-        return list(map(_grad, params))
-    return [param.grad if param.requires_grad else None for param in params]
-
-
 def swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Tensor | None]:
     """Puts ``grads`` in place and returns what was there."""
-    before = list(map(_grad, params))
+    before = [param.grad for param in params]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     return before
@@ -118,16 +108,15 @@ def swap_gradients(params: list[Tensor], grads: list[Tensor | None]) -> list[Ten
 
 def take_gradients(params: list[Tensor]) -> list[Tensor | None]:
     """Returns the gradients, as :func:`gradients_of` does, and clears them in place."""
-    grads = list(map(_grad, params))
-    if not all(map(_requires_grad, params)):
-        grads = gradients_of(params)
-    for param in params:
-        param.grad = None
+    grads = gradients_of(params)
+    clear_gradients(params)
     return grads
 
 
 def own_memory(grads: list[Tensor | None]) -> list[Tensor | None]:
     """The gradients, with copies of views: a view may be one of DDP's buckets, which the next backward overwrites."""
+    if not has_views(grads):
+        return grads
     return [grad.clone() if grad is not None and grad._is_view() else grad for grad in grads]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from ltsam_fast.lists import clear_gradients
 from ltsam_fast.ops.checks import check_model, check_targets
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
@@ -528,8 +529,7 @@ class SharpnessAware(Configurable, Optimizer):
     def _clear_gradients(self) -> None:
         """zero_grad() without torch's bookkeeping around it."""
         for group in self.param_groups:
-            for param in group["params"]:
-                param.grad = None
+            clear_gradients(group["params"])
         if self._workers.finds_unused:
             self._workers.gradients_cleared()
 

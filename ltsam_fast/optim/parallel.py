@@ -23,7 +23,7 @@ class _Tables(dict[str, TensorTable]):
     """The tables of the ops, kept from step to step; a key is an op's name, a space and a use where it has several."""
 
     def __missing__(self, key: str) -> TensorTable:
-        table = self[key] = TensorTable(ops.OPS[key.partition(" ")[0]])
+        table = self[key] = TensorTable(ops.OPS[key.partition(" ")[0]], exact=True)
         return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,13 +14,9 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ltsam_fast import ops
+from ltsam_fast.lists import same_items as same_items
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.table import TensorTable
-
-
-def same_items(first: list[Any], second: list[Any]) -> bool:
-    """Whether two lists have the same objects."""
-    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 class Perturbed(NamedTuple):
@@ -59,27 +54,29 @@ class Perturbation:
         self.updating: tuple[list[Tensor], TensorTable, int] | None = None
         """The parameters whose new values the base optimizer's pass is about to write, its table, and the calls before."""
         self._memory: dict[Tensor, Tensor] = {}
-        self._backed_up: tuple[list[Tensor], list[torch.dtype], list[Tensor]] = ([], [], [])
+        self._backed_up: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.disabled: list[tuple[Any, str, Any]] = []
         """Attributes of modules that stand for running statistics, and what they were."""
         self.low_precision = False
         """Whether one of the weights that were backed up last has 16 bits."""
 
     def backups_for(self, params: list[Tensor], workers: Single) -> list[Tensor]:
-        """Memory for the old weights, kept from step to step."""
-        known, dtypes, backups = self._backed_up
-        now = [param.dtype for param in params]  # after model.float() a backup in bfloat16 would round what it keeps
-        if dtypes == now and same_items(params, known):
+        """Memory for the old weights, kept from step to step.
+
+        Whether it still fits them is for the pass to say that fills it: if not, :meth:`forget_backups`.
+        """
+        known, backups = self._backed_up
+        if same_items(params, known):
             return backups
         for param in params:
             if is_lazy(param):  # only where noise comes before the first forward pass
                 raise ValueError("params must be initialized, got a lazy module's: run the model on a batch first")
-            if param not in self._memory or self._memory[param].dtype != param.dtype:
+            if param not in self._memory:
                 (shard,) = workers.local([param])
                 self._memory[param] = torch.empty_like(shard, requires_grad=False)
-        self._backed_up = params, now, [self._memory[param] for param in params]
-        self.low_precision = torch.bfloat16 in now or torch.float16 in now
-        return self._backed_up[2]
+        self._backed_up = params, [self._memory[param] for param in params]
+        self.low_precision = not {param.dtype for param in params}.isdisjoint((torch.bfloat16, torch.float16))
+        return self._backed_up[1]
 
     @property
     def memory(self) -> list[Tensor]:
@@ -87,12 +84,14 @@ class Perturbation:
         return list(self._memory.values())
 
     def forget_backups(self) -> None:
-        """Lets go of the memory: a parameter may have changed its device or shape."""
+        """Lets go of the memory: a parameter may have changed its device, shape or dtype."""
         self._memory.clear()
-        self._backed_up = ([], [], [])
+        self._backed_up = ([], [])
 
     def back_up(self, params: list[Tensor], positions: list[int], workers: Single) -> None:
         """Copies weights to their backups; the caller then may write anything into the weights."""
+        if any(param in self._memory and self._memory[param].dtype != param.dtype for param in params):
+            self.forget_backups()  # after model.float() one in bfloat16 would round what it keeps
         backups = self.backups_for(params, workers)
         ops.restore_(backups, workers.local(params))
         self.now = Perturbed(params, backups, positions)

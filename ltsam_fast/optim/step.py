@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.lists import has_none
 from ltsam_fast.optim.base_step import Update
 from ltsam_fast.optim.gradients import (
     Combination,
@@ -207,7 +207,7 @@ class Step:
     def dots(self, first: Gradient, second: Gradient) -> tuple[Tensor, Tensor, Tensor]:
         """``<a, a>, <b, b>, <a, b>`` over all parameters, 0-d, on the device; of tensors that ``a`` has."""
         a, b = first.tensors, second.tensors
-        if NoneType in map(type, a):
+        if has_none(a):
             chosen = [i for i, tensor in enumerate(a) if tensor is not None]
             a, b = [a[i] for i in chosen], [b[i] for i in chosen]
         dots = self._workers.dots(a, b, f" {first.number} {second.number}")
@@ -392,7 +392,7 @@ class Step:
         if workers.sharded:
             grads = workers.redistributed(params, grads)
             kept = kept and workers.redistributed(params, kept)
-        if NoneType in map(type, grads):
+        if has_none(grads):
             if kept and combination is not None:
                 kept = [None if grad is None else one for grad, one in zip(grads, kept, strict=True)]
             params, groups, grads, kept = self._only_with_gradient(params, groups, grads, kept)
@@ -468,7 +468,7 @@ class Step:
         excluded = {i for i, group in enumerate(groups) if not group["perturb"]}
         if tensors is None:
             return [i for i, group in enumerate(self._groups) if group not in excluded]
-        if not excluded and NoneType not in map(type, tensors):
+        if not excluded and not has_none(tensors):
             return None
         chosen = [i for i, group in enumerate(self._groups) if group not in excluded and tensors[i] is not None]
         if not chosen and all_missing(tensors):
@@ -516,19 +516,18 @@ class Step:
         again = bool(perturbation.now.params)
         for last in (again, True):
             backups = perturbation.backups_for(params, workers)
+            drawn: dict[str, Any] = {}
             if op is ops.perturb_ and (perturbation.low_precision or "probability" in arguments):
                 drawn = {"seed": seed if "probability" in arguments else 0, "stochastic": perturbation.low_precision}
-                skipped = optimizer.skipped.count(optimizer.param_groups, params)
-                arguments |= {**drawn, "step": self.number, "skipped": skipped}
-            random = op is ops.perturb_ and "seed" in arguments
-            table = workers.tables["random_perturb_" if random else op.__name__]
+                drawn |= {"step": self.number, "skipped": optimizer.skipped.count(optimizer.param_groups, params)}
+            table = workers.tables["random_perturb_" if drawn else op.__name__]
             if not again:
                 perturbation.perturbing = Perturbed(params, backups, positions), table, table.calls
             source = {"original_params": backups, "backups": None} if again else {"backups": backups}
             try:
-                op(shards, table=table, **source, **arguments)
+                op(shards, table=table, **source, **arguments, **drawn)
                 break
-            except ValueError:  # perhaps a parameter changed its device or shape, and has a backup of the old kind
+            except ValueError:  # perhaps a parameter is of another device, shape or dtype now than its backup
                 if last:
                     raise
                 perturbation.forget_backups()
