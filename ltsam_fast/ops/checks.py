@@ -88,13 +88,6 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
 
 
-def check_shared_backward(value: Any) -> bool | str:
-    """The value; raises ValueError unless it is True, False or "auto"."""
-    if not (isinstance(value, bool) or value == "auto"):
-        raise ValueError(f'shared_backward must be True, False or "auto", got {value!r}')
-    return value
-
-
 def check_tail_classes(name: str, value: Any) -> list[int]:
     """The numbers of classes as a list; raises ValueError for what are none."""
     try:

@@ -39,9 +39,9 @@ class CCSAM(_CCSAM):
         head: Any | None = None,
         noise_ratio: float = 1e-06,
         flat_ratio: float = 0.5,
-        shared_backward: Any = False,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -64,6 +64,7 @@ class ESAM(_ESAM):
         seed: int = 0,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -81,9 +82,9 @@ class FocalSAM(_FocalSAM):
         gamma: float = 1.0,
         lam: float = 0.5,
         class_counts: Any | None = None,
-        shared_backward: Any = False,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -102,6 +103,7 @@ class FriendlySAM(_FriendlySAM):
         lmbda: float = 0.9,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -124,6 +126,7 @@ class GNM(_GNM):
         seed: int = 0,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -148,6 +151,7 @@ class GSAM(_GSAM):
         lr_min: float = 0.0,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -167,9 +171,9 @@ class ImbSAM(_ImbSAM):
         tail_classes: Any | None = None,
         tail_weight: float = 1.0,
         class_counts: Any | None = None,
-        shared_backward: Any = False,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -188,6 +192,7 @@ class LookSAM(_LookSAM):
         alpha: float = 0.7,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -204,6 +209,7 @@ class MSAM(_MSAM):
         m: int = 32,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -218,6 +224,7 @@ class SAM(_SAM):
         *,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -237,9 +244,9 @@ class SSESAM(_SSESAM):
         tail_rho: float | None = None,
         switch_step: int | None = None,
         class_counts: Any | None = None,
-        shared_backward: Any = False,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -268,6 +275,7 @@ class SparseSAM(_SparseSAM):
         seed: int = 0,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -284,6 +292,7 @@ class VaSSO(_VaSSO):
         theta: float = 0.4,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -302,6 +311,7 @@ class WSAM(_WSAM):
         decouple: bool = True,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
+        plan: str = "auto",
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...

@@ -170,7 +170,11 @@ class GraphStep:
             with self._autocast():
                 return self.loss_fn(self.model(*x), y)
 
-        loss = self._take_step(self.optimizer, closure, targets, self.scaler)
+        self.optimizer.captures = True
+        try:
+            loss = self._take_step(self.optimizer, closure, targets, self.scaler)
+        finally:
+            self.optimizer.captures = False
         if self.scaler is not None:
             self.scaler.update()
         return loss  # type: ignore[no-any-return]

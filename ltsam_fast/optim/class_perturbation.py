@@ -64,6 +64,7 @@ class ClassPasses:
         self.gradients = ClassGradients(self._scope, signs)
         self._rows: list[dict[int, Tensor]] = []  # of each part the samples of its classes
         self._head: Head | None = None
+        self._waiting: tuple[Tensor, Tensor] | None = None
 
     def at_weights(self) -> tuple[Gradient, ClassGradients]:
         """The gradient of the mean loss, which stays in place, and the classes'."""
@@ -92,13 +93,22 @@ class ClassPasses:
         self, number: int, part: Any, members: dict[int, dict[int, list[int]]], sizes: dict[int, int]
     ) -> None:
         classes, grads = self.gradients.classes, self.gradients.grads
-        shared = self._passes._shared(self._scope) if classes else None
-        with self._head.watched() if self._head else contextlib.nullcontext():
-            with shared.record_outputs() if shared else contextlib.nullcontext():
-                losses = part.evaluate()
+        passes, unchanged = self._passes, self._passes.unchanged
+        shared = passes.shared(self._scope) if classes and not self._head else None
+        # The mean loss is differentiated with the perturbed one: their gradients meet where the head begins.
+        waits = self._head is not None and unchanged is not None
+        with (
+            self._head.watched() if self._head else _NOTHING,
+            shared.record_outputs() if shared else _NOTHING,
+            self._optimizer.graphs.reusable(),
+            passes.recording(part, keeps_graph=waits),
+        ):
+            losses = part.evaluate()
         self._optimizer.graphs.check(losses)
         if self._head and not self._head.keeps_apart(losses):
             self._head = None
+            if waits:
+                unchanged.forget()  # type: ignore[union-attr]
         mean = self._scaling(torch.full_like(losses, self._share / self._passes.size))
         shares = {}
         self._rows.append({})
@@ -109,7 +119,8 @@ class ClassPasses:
                 shares[k] = self._scaling(weights), chosen
         found = None
         if shared is not None and shares and self._share > 0:
-            found = shared(losses, mean, [Weighting(weights / mean, chosen) for weights, chosen in shares.values()])
+            factors = [Weighting(weights / mean, chosen) for weights, chosen in shares.values()]
+            found = passes.attempt(lambda: shared(losses, mean, factors))
         if found is not None:
             for k, one in zip(shares, found, strict=True):
                 grads[k] = added(one, self._scope, grads.get(k))
@@ -117,7 +128,10 @@ class ClassPasses:
         at_w = Differentiable(losses, self._scope, self._optimizer.all_weights())
         for k, (weights, _) in shares.items():
             grads[k] = added(at_w.gradients(weights), self._scope, grads.get(k))
-        torch.autograd.backward(losses, mean)
+        if waits and self._head:
+            self._waiting = losses, mean
+        else:
+            torch.autograd.backward(losses, mean)
 
     def _find_head(self) -> Head | None:
         """The module of the scope's parameters, if it computes each row by itself; hooks come and go from step to step."""
@@ -158,20 +172,34 @@ class ClassPasses:
         parts, grads = self._passes.parts, self.gradients.grads
         for part, rows in zip(parts, self._rows, strict=True):
             weights = [grads[k] for k in rows]
-            with self._workers.backward(last=part is parts[-1]), head.by_row(list(rows.values()), weights):
-                losses = part.evaluate(at_w=False)
-                torch.autograd.backward(losses, self._scaling(torch.full_like(losses, share)))
+            with self._workers.backward(last=part is parts[-1]):
+                with head.by_row(list(rows.values()), weights), self._passes.reusing(part):
+                    losses = part.evaluate(at_w=False)
+                seed = self._scaling(torch.full_like(losses, share))
+                at_w, mean = self._waiting or (None, None)
+                if at_w is None:
+                    torch.autograd.backward(losses, seed)
+                else:
+                    torch.autograd.backward([losses, at_w], [seed, mean])
 
     def _class_by_class(self, share: float) -> None:
-        """In a pass for each class, of the whole batch, whose samples may mix."""
+        """In a pass for each class: of its samples, or of the whole batch where samples may mix."""
         grads = self.gradients.grads
         passes = [(k, number) for k in grads for number, rows in enumerate(self._rows) if k in rows]
         for k, number in passes:
+            part, rows = self._passes.parts[number], self._rows[number][k]
             ops.restore_(self._scope, grads[k])
+            index = rows if self._passes.are_separable(part) else None
             with self._workers.backward(last=(k, number) == passes[-1]):
-                losses = self._passes.parts[number].evaluate(at_w=False)
-                weights = torch.zeros_like(losses).index_fill_(0, self._rows[number][k], share)
+                with self._passes.reusing(part):
+                    losses = part.evaluate(index, at_w=False)
+                weights = torch.full_like(losses, share)
+                if index is None:
+                    weights = torch.zeros_like(losses).index_fill_(0, rows, share)
                 torch.autograd.backward(losses, self._scaling(weights))
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _members_of(labels: Sequence[Any]) -> dict[int, dict[int, list[int]]]:

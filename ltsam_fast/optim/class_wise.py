@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.ops.checks import check_counts, check_shared_backward, tail_of
+from ltsam_fast.ops.checks import check_counts, tail_of
 from ltsam_fast.optim.closures import ClassWeights, pilot_of
 from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.options import option
@@ -18,32 +18,7 @@ def check_class_counts(name: str, value: Any) -> list[float]:
     return check_counts(value).tolist()  # type: ignore[no-any-return]
 
 
-class Sharing(SharpnessAware):
-    """Base of the methods that need several gradients of one batch, which one backward sweep may give.
-
-    With ``shared_backward=True`` a network that mixes samples, such as by batch norm in training, is an error that names the
-    module, raised by the first step before anything has changed; with "auto" it gets one log line, and a backward for each
-    gradient. ``step()`` only: with the phases the backwards are the caller's. See :class:`ltsam_fast.shared.SharedBackward`.
-    """
-
-    several_gradients = True
-    shared_backward = option(
-        False,
-        "Take the gradients at w from one backward sweep; needs ``model``.",
-        check=lambda name, value: check_shared_backward(value),
-        accepts='True, False or "auto"',
-    )
-
-    def check_options(self, options: Any) -> None:
-        """Raises ValueError if options do not go together."""
-        super().check_options(options)
-        if options["shared_backward"] and self.model is None:
-            raise ValueError(
-                f"model must be given with shared_backward={options['shared_backward']!r}: the network that is examined"
-            )
-
-
-class ClassWise(Sharing):
+class ClassWise(SharpnessAware):
     r"""Base of the methods that weigh the classes: u in the clean loss, v in the sharp one.
 
     .. code-block:: text
@@ -52,12 +27,12 @@ class ClassWise(Sharing):
         eps    = rho * g_v(w) / (|g_v(w)| + 1e-12)
         w     <- base_step(w, g_u(w) + g_v(w + eps))
 
-    The first two backwards share a graph; where u or v is zero for every class its passes are not run at all.
-
-    ``shared_backward=True`` makes both gradients from one sweep: 2 forwards, 2 backwards and a second product with each weight,
-    7 units instead of 8 where SAM takes 6, and little more than 6 where most weights are frozen.
+    The first two backwards share a graph; where u or v is zero for every class its passes are not run at all. Given the
+    network as ``model``, and a closure that takes an index, samples with weight 0 are not evaluated, and u and v without a
+    sample in common are two sub-batches. Others share a backward sweep: 7 units instead of 8 where SAM takes 6.
     """
 
+    several_gradients = True
     class_counts = option(
         None,
         "Numbers of training samples, one per class. Without them only the phases can be used, and the losses are weighed by "

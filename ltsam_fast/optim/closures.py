@@ -31,6 +31,7 @@ class Part:
         losses: The losses seen at w, detached, shape (B,), if those of all samples were seen at once.
         total: The sum of the losses seen at w.
         weights: Weights of the samples, shape (B,), by the :class:`ltsam_fast.optim.closures.ClassWeights` they are from.
+        host_labels: The labels on the CPU, once they are needed there.
     """
 
     def __init__(self, closure: Closure, labels: Tensor | None, params: list[Tensor]) -> None:
@@ -39,6 +40,9 @@ class Part:
         self.losses: Tensor | None = None
         self.total: Any = 0
         self.weights: dict[Any, Tensor] = {}
+        self.host_labels: Tensor | None = None
+        self._masks: dict[ClassWeights, Tensor] = {}
+        self._indices: dict[tuple[ClassWeights, bool], Tensor] = {}
         self._needs_index = _needs_index(closure)
 
     def evaluate(self, index: Tensor | None = None, *, at_w: bool = True, graph: bool = True) -> Tensor:
@@ -87,7 +91,14 @@ class Part:
             self.losses = seen
         return losses
 
-    def seeds(self, weights: Sequence[ClassWeights | None], losses: Tensor, divisor: int, scaling: LossScale) -> Any:
+    def seeds(
+        self,
+        weights: Sequence[ClassWeights | None],
+        losses: Tensor,
+        divisor: int,
+        scaling: LossScale,
+        index: Tensor | None = None,
+    ) -> Any:
         """The weights (B,) that losses are differentiated with, one vector for each weighting; None where all are zero.
 
         Args:
@@ -95,6 +106,7 @@ class Part:
             losses: (B,)
             divisor: By what the weights are divided: the number of samples.
             scaling: By what they are multiplied.
+            index: The numbers of the samples that the losses are of; None: all.
         """
         if not weights:
             return [scaling(torch.full_like(losses, 1 / divisor))]
@@ -105,9 +117,33 @@ class Part:
                 continue
             if one not in self.weights:
                 self.weights[one] = one.of(self.labels, losses)  # type: ignore[arg-type]
-            seed = self.weights[one] / divisor
+            whole = self.weights[one]
+            seed = (whole if index is None else whole[index]) / divisor
             seeds.append(scaling(seed) if scaling.signals else seed)
         return seeds
+
+    def mask(self, weights: ClassWeights) -> Tensor:
+        """Which samples have weights that are not zero, (B,), bool, on the CPU. Needs ``host_labels``."""
+        if weights not in self._masks:
+            self._masks[weights] = weights.nonzero(self.host_labels)  # type: ignore[arg-type]
+        return self._masks[weights]
+
+    def index(self, weights: ClassWeights, device: torch.device, others: bool = False) -> Tensor:
+        """The numbers of these samples, or of the ``others``, ascending, (n,), int64, on a device.
+
+        The same tensor each time: what was computed of these samples may be known.
+        """
+        if (weights, others) not in self._indices:
+            mask = self.mask(weights)
+            index = (~mask if others else mask).nonzero().flatten()
+            self._indices[weights, others] = index.to(device, non_blocking=True)
+        return self._indices[weights, others]
+
+    @property
+    def kind(self) -> Any:
+        """What the closure runs, as far as that can be told: two with the same code count as one."""
+        function = getattr(self.closure, "func", self.closure)  # of a partial
+        return getattr(function, "__code__", type(function))
 
 
 def _stash_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
@@ -142,18 +178,40 @@ def _needs_index(closure: Closure) -> bool:
     return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+def takes_index(closure: Closure, needed: bool = False) -> bool:
+    """Whether a closure's first argument is the numbers of the samples wanted: one without default, or whose default means all.
+
+    Any other default is a value that the closure was given for itself, as in ``lambda x=x: ...``.
+
+    Args:
+        closure: The closure.
+        needed: The method cannot do without: then a closure whose arguments do not tell may be called with an index.
+    """
+    try:
+        parameters = inspect.signature(closure).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        return needed
+    first = next(iter(parameters), None)
+    if first is None or first.kind in (first.KEYWORD_ONLY, first.VAR_KEYWORD):
+        return False
+    if first.kind is first.VAR_POSITIONAL:
+        return needed
+    if first.default is None:
+        return needed or first.name in _INDEX_NAMES
+    return first.default is first.empty or first.default is ... or isinstance(first.default, slice)
+
+
+_INDEX_NAMES = ("index", "indices", "idx", "i")
+
+
 def check_takes_index(parts: list[Part], method: str) -> None:
     """Raises ValueError unless every closure can be called with an index."""
     for part in parts:
-        try:
-            inspect.signature(part.closure).bind(torch.zeros(0))
-        except TypeError:
+        if not takes_index(part.closure, needed=True):
             raise ValueError(
                 f"closure must take an index, for {method} evaluates parts of the batch: "
                 f"def closure(index=slice(None)), with the losses of x[index]; {_PUBLISHED}"
-            ) from None
-        except ValueError:  # a callable without a signature
-            continue
+            )
         if part.labels is None and part._needs_index:
             raise ValueError(
                 "closure must give index a default, or targets must be given: else the batch's size is unknown"
@@ -170,6 +228,7 @@ class ClassWeights:
 
     def __init__(self, values: Tensor, open_ended: bool = False) -> None:
         self.values, self.open_ended = values.double(), open_ended
+        self._nonzero = self.values.cpu() != 0
 
     def of(self, labels: Tensor, losses: Tensor) -> Tensor:
         """The weights of samples with these labels, shape (B,), in the losses' dtype and on their device."""
@@ -178,6 +237,11 @@ class ClassWeights:
         if self.open_ended:
             chosen = chosen.clamp(max=len(self.values) - 1)
         return self.values[chosen].to(losses.dtype)
+
+    def nonzero(self, labels: Tensor) -> Tensor:
+        """Which samples with these labels, on the CPU, have weights that are not zero, shape (B,), bool."""
+        chosen = labels.long()
+        return self._nonzero[chosen.clamp(max=len(self._nonzero) - 1) if self.open_ended else chosen]
 
 
 def pilot_of(u: Tensor, v: Tensor) -> int | None:

@@ -20,13 +20,13 @@ from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
 from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.masks import to_bits
+from ltsam_fast.optim.network import Network
 from ltsam_fast.optim.options import Configurable, option
 from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
 from ltsam_fast.optim.plan import Passes
 from ltsam_fast.optim.step import Request, Step
-from ltsam_fast.shared import SharedBackward
 
 Rule = Generator[Request, Any, None]
 
@@ -73,6 +73,7 @@ class SharpnessAware(Configurable, Optimizer):
     _running: PhaseRun | None
     _phases: tuple[str, ...] | None
     _stepping: bool
+    _network: Network | None
     _checked_names: list[str]
     _checked_values: list[list[Any]]
     _workers: Single
@@ -82,6 +83,13 @@ class SharpnessAware(Configurable, Optimizer):
     adaptive = option(False, "Scale the perturbation by the weights, as ASAM does.", per_group=True)
     max_grad_norm = option(0.0, "Clip the final gradient to this norm, inside the update; 0: do not.", ge=0)
     ascent_sync = option(False, "Under DDP, ascend along the mean of all workers' gradients.")
+    plan = option(
+        "auto",
+        'How ``step(closure)`` gets its gradients. "auto": the same gradients, to rounding, at the least cost, see '
+        ':mod:`ltsam_fast.optim.plan`; "published": by the published passes; "require": as "auto", and a network that mixes '
+        "samples is an error that names the module.",
+        choices=("auto", "published", "require"),
+    )
     eta = option(0.0, "ASAM's constant: ``|w|`` becomes ``|w| + eta``.", ge=0, per_group=True, keyword=False)
     norm_eps = option(1e-12, "Added to the norm of the gradient.", ge=0, per_group=True, keyword=False)
     perturb = option(True, "Whether the group is perturbed.", per_group=True, keyword=False)
@@ -110,6 +118,8 @@ class SharpnessAware(Configurable, Optimizer):
     """Whether running statistics see the unperturbed pass only."""
     phase_names: tuple[str, ...] = _NAMES
     """What the phases are called."""
+    captures = False
+    """Whether the step is to be held by a CUDA graph: then its passes must not depend on the batch."""
     pickled: tuple[str, ...] = ("base_optimizer", "_model", "_base_only")
     """Attributes that survive copying and pickling, besides torch's."""
 
@@ -160,6 +170,8 @@ class SharpnessAware(Configurable, Optimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError if options, which are in their ranges, do not go together."""
+        if options["plan"] == "require" and self.model is None:
+            raise ValueError("model must be given with plan='require': the network that closures evaluate, got None")
 
     def resolve_options(self) -> None:
         """Is called once the groups are there: an option that names parameters then becomes their places in the groups."""
@@ -243,6 +255,7 @@ class SharpnessAware(Configurable, Optimizer):
             raise
         finally:
             self._stepping = False
+            passes.end()
             step.passes = None  # else a cycle would keep the batch, and what it refers to, for a while
 
     # --- the phases, which come from the rule
@@ -450,6 +463,15 @@ class SharpnessAware(Configurable, Optimizer):
         groups = [group for group in self.param_groups if group["perturb"]]
         return [param for group in groups for param in group["params"] if param.requires_grad]
 
+    @property
+    def network(self) -> Network | None:
+        """What is known of the network; None if it is not given, or passes are to be as published."""
+        if self._model is None or self.plan == "published":
+            return None
+        if self._network is None or self._network.model is not self._model:
+            self._network = Network(self._model)
+        return self._network
+
     def all_weights(self) -> list[Tensor]:
         """All weights that are known: a loss may depend on some that are not to be stepped."""
         return [*self.all_params()[0], *(self.model.parameters() if self.model is not None else ())]
@@ -646,7 +668,7 @@ class SharpnessAware(Configurable, Optimizer):
         self.graphs = CompiledGraphs()
         self._checked_names = [name for name, one in self.options.items() if not one.counted]
         self._checked_values = []
-        self.sharing: SharedBackward | None = None
+        self._network = None
         self.row_wise_head: Any = None
         self.base_step = base_step_of(self.base_optimizer)
         self.model = self._model  # and with it the workers that there are

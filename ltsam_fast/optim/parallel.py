@@ -36,6 +36,8 @@ class Single:
     """Whether parameters are shards of larger ones."""
     finds_unused = False
     """Whether a worker may lack gradients that others have."""
+    may_differ = True
+    """Whether a worker may run another number of passes than others, so long as the last one is everybody's."""
 
     def __init__(self, model: torch.nn.Module | None = None) -> None:
         self.model = model
@@ -97,6 +99,15 @@ class Replicated(Single):
         return getattr(self.model, "find_unused_parameters", False)
 
     @property
+    def may_differ(self) -> bool:  # type: ignore[override]
+        return not self._joins
+
+    @property
+    def _joins(self) -> bool:
+        """Whether DDP's join() is around: workers that have joined take part in what belongs to a forward pass."""
+        return getattr(getattr(self.model, "_join_config", None), "enable", False)
+
+    @property
     def _group(self) -> Any:
         """The workers that share the model; None: all."""
         return getattr(self.model, "process_group", None)
@@ -156,7 +167,7 @@ class Replicated(Single):
 
     def check_join(self, reasons: dict[str, Any]) -> None:
         # Joined workers take part in DDP's own reductions only, and once for each forward pass of the others.
-        if not getattr(getattr(self.model, "_join_config", None), "enable", False):
+        if not self._joins:
             return
         for reason, holds in reasons.items():
             if holds:
@@ -177,6 +188,7 @@ class Sharded(Single):
     """One of FSDP2's workers, each of which has a shard of every parameter; every backward averages by itself."""
 
     sharded = True
+    may_differ = False
 
     def local(self, tensors: list[Any]) -> list[Any]:
         return local_shards(tensors)

@@ -1,17 +1,30 @@
-"""How a request is answered: which passes are run, on which samples, and what they share."""
+"""How a request is answered: which passes are run, on which samples, and what they share.
+
+The published methods evaluate the whole batch for every gradient. With ``plan="auto"`` a step runs, of what gives the same
+gradients to rounding, what costs least:
+
+1. A sample whose weight is zero is not evaluated.
+2. Two weightings with no sample in common are two sub-batches.
+3. Two that have samples in common share one backward sweep (:mod:`ltsam_fast.shared`).
+4. A backward that only an ascent needs covers the perturbed weights only.
+5. What no perturbed weight has a part in is not computed again at w + eps (:mod:`ltsam_fast.optim.unchanged`).
+6. At radius 0 there is no second pass.
+
+For 1 to 3 samples must not mix in the network, which :mod:`ltsam_fast.optim.network` finds out.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
-from ltsam_fast.optim.closures import Closure, Part
+from ltsam_fast.optim.closures import ClassWeights, Closure, Part, takes_index
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -21,7 +34,6 @@ from ltsam_fast.optim.gradients import (
     take_gradients,
 )
 from ltsam_fast.optim.masks import fisher
-from ltsam_fast.optim.perturbation import same_items
 from ltsam_fast.optim.step import (
     AtClassPerturbed,
     AtPerturbed,
@@ -32,6 +44,7 @@ from ltsam_fast.optim.step import (
     Step,
 )
 from ltsam_fast.shared import SharedBackward, Weighting
+from ltsam_fast.shared.autograd_graph import has_reentrant_checkpoint
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
@@ -39,8 +52,15 @@ if TYPE_CHECKING:
 Tensors = list[Tensor | None]
 
 
+class Job(NamedTuple):
+    """A forward pass over some samples of a part, None for all, and which of the gradients asked for it gives."""
+
+    samples: Tensor | None
+    gradients: Sequence[int]
+
+
 class Passes:
-    """Answers a rule's requests by running closures forward and backward, as the methods were published.
+    """Answers a rule's requests by running closures forward and backward.
 
     Args:
         optimizer: The optimizer whose step it is.
@@ -61,13 +81,28 @@ class Passes:
         self.parts = [Part(*pair, self._params) for pair in zip(closures, labels, strict=True)]
         self._totals: Tensors = []  # of the micro-batches so far
         self._by_class: ClassPasses | None = None
+        self._at_w: dict[Any, Gradient] = {}  # whole gradients, by their class weights
         self.class_weights = optimizer.weights_now
         """The class weights u and v of the method, if it has any."""
+        self.network = optimizer.network
+        """What is known of the network; None: passes are run as published."""
+        self.required = optimizer.plan == "require"
+        self.mode = 0 if self.network is None else self.network.mode()
+        self._ascent = self._ascent_params()
+        step.skips_zero_radius = optimizer.plan != "published" and not optimizer.captures
+        self.unchanged = None
+        if self.network is not None and len(self.parts) == 1 and not self._workers.sharded:
+            self.unchanged = self.network.unchanged(optimizer.ascent_params())
         step.passes = self
 
     def __call__(self, request: Any) -> Any:
         """Answers a request."""
         return getattr(self, _ANSWERS[type(request)])(request)
+
+    def end(self) -> None:
+        """Lets go of what the step has kept."""
+        if self.unchanged is not None:
+            self.unchanged.forget()
 
     def mean_loss(self) -> Tensor:
         """The mean loss at w over all samples, 0-d."""
@@ -97,60 +132,153 @@ class Passes:
         """The number of samples in all parts."""
         return sum(part.size for part in self.parts)
 
+    # --- which samples
+
+    def fetch_labels(self) -> None:
+        """Has the labels on the CPU. If they are on a device, all are fetched at once, and that waits for it."""
+        if self.parts[0].host_labels is None:
+            labels: list[Any] = [part.labels for part in self.parts]
+            if labels[0].device.type != "cpu":
+                labels = list(torch.cat(labels).cpu().split(list(map(len, labels))))
+            for part, one in zip(self.parts, labels, strict=True):
+                part.host_labels = one
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether samples may be left out, as far as workers and CUDA graphs are concerned."""
+        return self.network is not None and self._workers.may_differ and not self._optimizer.captures
+
+    def are_separable(self, part: Part) -> bool:
+        """Whether a part's samples can be evaluated in sub-batches."""
+        if not self._chooses or not all(takes_index(one.closure) for one in self.parts):
+            return False
+
+        def evaluate(index: Tensor | None) -> Tensor:
+            with self._workers.backward(last=False), torch.enable_grad():
+                return part.evaluate(index, at_w=False)
+
+        return self.network.is_separable((self.mode, part.kind), evaluate, part.size, self._params, self.required)  # type: ignore[union-attr]
+
+    def _jobs(self, part: Part, weights: Sequence[ClassWeights | None]) -> list[Job]:
+        """The forward passes for some gradients at w, which have all samples in them: the step returns the mean loss."""
+        asked = [k for k, one in enumerate(weights) if one is not None]
+        whole = Job(None, asked or [0])
+        if not self._chooses or not asked:
+            return [whole]
+        self.fetch_labels()
+        asked = [k for k in asked if bool(part.mask(weights[k]).any())]  # type: ignore[arg-type]
+        if len(asked) != 2:
+            return [Job(None, asked)] if asked else [whole]
+        u, v = (weights[k] for k in asked)
+        if bool((part.mask(u) & part.mask(v)).any()) or not self.are_separable(part):  # type: ignore[arg-type]
+            return [Job(None, asked)]
+        device = self._params[0].device
+        return [Job(part.index(v, device, others=True), asked[:1]), Job(part.index(v, device), asked[1:])]  # type: ignore[arg-type]
+
+    # --- gradients at w
+
     def at_weights(self, request: AtWeights) -> Any:
         """Gradients at w, for one or more weightings of the samples."""
-        parts = self.parts if request.of is None else [request.of.part]
-        index = None if request.of is None else request.of.index
-        optimizer, workers = self._optimizer, self._workers
+        micro = request.of
+        parts = self.parts if micro is None else [micro.part]
+        workers = self._workers
         found: list[Tensors | None] = [None] * request.gradients
-        squares, shared = None, None
-        if request.gradients == 2 and optimizer.param_groups[0]["shared_backward"] and None not in request.weights:
-            shared = self._shared(self._params)
+        squares = None
         for part in parts:
-            with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
-                with shared.record_outputs() if shared else _NOTHING:
-                    with optimizer.graphs.reusable() if optimizer.several_gradients else _NOTHING:
-                        losses = part.evaluate(index)
-                if optimizer.several_gradients:
-                    optimizer.graphs.check(losses)
-                # Of a batch in parts the size is known at its end.
-                divisor = len(losses) if len(parts) == 1 else 1
-                seeds = part.seeds(request.weights, losses, divisor, self._scaling)
-                if request.squares and part is parts[0]:
-                    squares = self._squares(losses, request.squares)
-                if shared is not None and self._sweep(shared, losses, seeds, found):
-                    continue
-                chosen = [k for k, seed in enumerate(seeds) if seed is not None]
-                for k in chosen:
-                    if (before := found[k]) is not None:
-                        swap_gradients(self._params, before)
-                    torch.autograd.backward(losses, seeds[k], retain_graph=k != chosen[-1])
-                    found[k] = take_gradients(self._params)
-                    if workers.finds_unused:
-                        workers.gradients_cleared()
+            jobs = self._jobs(part, request.weights) if micro is None else [Job(micro.index, [0])]
+            for job in jobs:
+                shared = self.shared(self._params) if len(job.gradients) == 2 else None
+                with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
+                    losses = self._evaluate_at_w(part, job, request, shared)
+                    # Of a batch in parts the size is known at its end.
+                    divisor = 1 if len(parts) > 1 else len(losses) if micro is not None else part.size
+                    seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
+                    if request.squares and part is parts[0]:
+                        squares = self._squares(losses, request.squares)
+                    if shared is None or not self._sweep(shared, losses, seeds, found):
+                        self._differentiate(losses, job.gradients, seeds, request.kept, found)
         if len(parts) > 1:
             torch._foreach_mul_([g for one in found for g in one or () if g is not None], 1 / self.size)
         self._step.seen_unperturbed = True
+        return self._answer(request, found, squares)
+
+    def _evaluate_at_w(self, part: Part, job: Job, request: AtWeights, shared: Any) -> Tensor:
+        """A forward pass at w, whose losses may be differentiated several times."""
+        optimizer = self._optimizer
+        if self.unchanged is not None and request.of is not None:
+            self.unchanged.forget()
+        # Kept with its graph only where no backward goes through that before the pass at w + eps does.
+        keeps_graph = self._ascent is not None and shared is None and min(job.gradients) >= request.kept
+        with (
+            shared.record_outputs() if shared else _NOTHING,
+            optimizer.graphs.reusable() if optimizer.several_gradients else _NOTHING,
+            self.recording(part, keeps_graph),
+        ):
+            losses = part.evaluate(job.samples)
+        if optimizer.several_gradients:
+            optimizer.graphs.check(losses)
+        return losses
+
+    def _differentiate(
+        self, losses: Tensor, gradients: Sequence[int], seeds: list[Any], kept: int, found: list[Tensors | None]
+    ) -> None:
+        """Adds gradients to those found so far, in a backward each."""
+        ascent = self._ascent
+        if ascent is not None and has_reentrant_checkpoint(losses):  # a backward of some weights does not go there
+            ascent = None
+            if self.unchanged is not None:
+                self.unchanged.forget()
+        for k in gradients:
+            if (before := found[k]) is not None:
+                swap_gradients(self._params, before)
+            inputs = ascent if k >= kept else None
+            torch.autograd.backward(losses, seeds[k], retain_graph=k != gradients[-1], inputs=inputs)
+            found[k] = take_gradients(self._params)
+            if self._workers.finds_unused:
+                self._workers.gradients_cleared()
+
+    def _answer(self, request: AtWeights, found: list[Tensors | None], squares: Tensor | None) -> Any:
+        """The gradients as the rule gets them."""
+        optimizer, workers = self._optimizer, self._workers
+        if workers.averages:  # a worker without such samples has gradients of zeros, for the others may have some
+            for k, weights in enumerate(request.weights):
+                if weights is not None and found[k] is None:
+                    found[k] = [torch.zeros_like(p) if p.requires_grad else None for p in self._params]
         averaged = request.last or not workers.averages
         if not averaged and (request.averaged or (optimizer.ascent_sync and request.gradients == 1)):
             found = [one and workers.average(self._params, one) for one in found]
             averaged = True
         numbers = self._step.gradient_numbers
         answer = [None if one is None else Gradient(one, next(numbers), averaged) for one in found]
+        if request.of is None:
+            for k, gradient in enumerate(answer):
+                if gradient is not None and (k < request.kept or self._ascent is None):
+                    self._at_w[request.weights[k] if request.weights else None] = gradient
         whole = answer[0] if len(answer) == 1 else answer
         return (whole, squares) if request.squares else whole
 
-    def _shared(self, params: list[Tensor]) -> SharedBackward | None:
-        """What makes several gradients from one backward sweep, if the optimizer is told so."""
+    def _ascent_params(self) -> list[Tensor] | None:
+        """The weights that gradients for an ascent are taken of; None: of all."""
         optimizer = self._optimizer
-        mode = optimizer.param_groups[0]["shared_backward"]
-        if not mode:
+        groups = [group for group in optimizer.param_groups if group["perturb"]]
+        if optimizer.plan == "published" or self._workers.sharded or len(groups) == len(optimizer.param_groups):
             return None
-        shared = optimizer.sharing
-        if shared is None or shared.mode != mode or not same_items(shared.params, params):
-            optimizer.check_options(optimizer.param_groups[0])
-            shared = optimizer.sharing = SharedBackward(optimizer.model, params, mode)  # type: ignore[arg-type]
+        return any(group["rho"] for group in groups) and optimizer.ascent_params() or None
+
+    def shared(self, params: list[Tensor]) -> SharedBackward | None:
+        """What makes several gradients from one backward sweep, if the network is known and does not mix samples."""
+        if self.network is None:
+            return None
+        shared = self.network.shared(self.mode, params)
+        if shared is not None:
+            self.attempt(shared.check)
+            shared = self.network.shared(self.mode, params)
         return shared
+
+    def attempt(self, attempt: Callable[[], Any]) -> Any:
+        """What something with :meth:`shared` gives; None, from now on, if it finds that samples mix."""
+        assert self.network is not None
+        return self.network.attempt(self.mode, self.required, attempt)
 
     def _sweep(
         self, shared: SharedBackward, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]
@@ -159,13 +287,17 @@ class Passes:
         u, v = seeds
         assert u is not None and v is not None
         pilot = self._optimizer.pilot  # type: ignore[attr-defined]
-        if pilot is None:
-            both = u.abs() + v.abs()
-            made = shared(losses, both, [Weighting.sparse(one / both) for one in (u, v)], native=False)
-        else:
-            made = shared(losses, seeds[pilot], (seeds[1 - pilot] / seeds[pilot],))  # type: ignore[arg-type, operator]
+
+        def sweep() -> Any:
+            if pilot is None:
+                both = u.abs() + v.abs()
+                return shared(losses, both, [Weighting.sparse(one / both) for one in (u, v)], native=False)
+            made = shared(losses, seeds[pilot], (seeds[1 - pilot] / seeds[pilot],))  # type: ignore[operator]
             if made is not None:
                 made.insert(pilot, take_gradients(self._params))
+            return made
+
+        made = self.attempt(sweep)
         if made is None:
             return False
         for k in (0, 1):
@@ -184,16 +316,23 @@ class Passes:
             self._workers.add_up([scores])
         return scores
 
+    # --- the gradient at w + eps
+
     def at_perturbed(self, request: AtPerturbed) -> Combination | None:
         """The gradient at the perturbed weights."""
         weights, plus, workers = request.weights, request.plus, self._workers
         if weights and weights[0] is None:
             return plus
-        micro = request.of if isinstance(request.of, MicroBatch) else None
-        parts = self.parts if micro is None else [micro.part]
-        indices = [None] * len(parts) if request.of is None else [micro.index] if micro else request.of
         first = not self._step.seen_unperturbed  # the step's only pass: its losses are what the step returns
+        if not first and request.of is None and not self._step.is_perturbed:
+            known = self._at_w.get(weights[0] if weights else None)
+            if known is not None:
+                return known if plus is None else Sum(known, plus)  # type: ignore[arg-type]
+        micro = request.of if isinstance(request.of, MicroBatch) else None
         last = request.last if micro is None else micro.last
+        pairs = self._samples(request, last)
+        if not pairs:
+            return plus
         # With find_unused_parameters DDP only averages what the last pass has used, and not what lay there before it.
         averaging = last and not (workers.finds_unused and (request.accumulate or plus is not None))
         together = plus if workers.averages and last else None  # averaged with the gradient there, at once
@@ -202,23 +341,57 @@ class Passes:
         elif together is not None:
             swap_gradients(self._params, together.tensors)  # type: ignore[attr-defined]
         if request.of is None or request.accumulate:
-            size = 1 if first and len(parts) > 1 else self.size  # of a batch in parts the size is known at its end
+            size = 1 if first and len(pairs) > 1 else self.size  # of a batch in parts the size is known at its end
         else:
-            size = sum(map(len, indices))  # type: ignore[arg-type]
-        for part, index in zip(parts, indices, strict=True):  # type: ignore[arg-type]
-            with workers.backward(averaging and part is parts[-1]) if workers.averages else _NOTHING:
-                losses = part.evaluate(index, at_w=first)
-                (seed,) = part.seeds(weights, losses, size if size > 0 else len(losses), self._scaling)
+            size = sum(len(index) for _, index in pairs)  # type: ignore[arg-type, misc]
+        for part, index in pairs:
+            with workers.backward(averaging and part is pairs[-1][0]) if workers.averages else _NOTHING:
+                with self.reusing(part):
+                    losses = part.evaluate(index, at_w=first)
+                (seed,) = part.seeds(weights, losses, size if size > 0 else len(losses), self._scaling, index)
                 torch.autograd.backward(losses, seed)
         tensors = gradients_of(self._params) if last else take_gradients(self._params)
         if not last and workers.finds_unused:
             workers.gradients_cleared()
-        if first and len(parts) > 1:
+        if first and len(pairs) > 1:
             torch._foreach_mul_([grad for grad in tensors if grad is not None], 1 / self.size)
         if request.accumulate:
             self._totals = tensors
         gradient = Gradient(tensors, next(self._step.gradient_numbers), averaging or not workers.averages)
         return gradient if plus is None or together is not None else Sum(gradient, plus)  # type: ignore[arg-type]
+
+    def _samples(self, request: AtPerturbed, last: bool) -> list[tuple[Part, Tensor | None]]:
+        """The parts to be evaluated at w + eps, and which of their samples; None: all."""
+        if isinstance(request.of, MicroBatch):
+            return [(request.of.part, request.of.index)]
+        if request.of is not None:
+            return list(zip(self.parts, request.of, strict=True))
+        whole: list[tuple[Part, Tensor | None]] = [(part, None) for part in self.parts]
+        if not request.weights or not self._chooses or not self._step.seen_unperturbed:
+            return whole
+        self.fetch_labels()
+        device, v = self._params[0].device, request.weights[0]
+        pairs: list[tuple[Part, Tensor | None]] = []
+        for part in self.parts:
+            mask, index = part.mask(v), None  # type: ignore[arg-type]
+            if not bool(mask.any()):
+                if not (self._workers.averages and last and part is self.parts[-1]):
+                    continue
+                index = torch.zeros(1, dtype=torch.long, device=device)  # of weight zero: the other workers wait
+            elif not bool(mask.all()):
+                index = part.index(v, device)  # type: ignore[arg-type]
+            pairs.append((part, index if index is None or self.are_separable(part) else None))
+        return pairs
+
+    # --- what stays as it is
+
+    def recording(self, part: Part, keeps_graph: bool) -> Any:
+        """Around a forward pass at w: see :class:`ltsam_fast.optim.unchanged.UnchangedResults`."""
+        return _NOTHING if self.unchanged is None else self.unchanged.recording((self.mode, part.kind), keeps_graph)
+
+    def reusing(self, part: Part) -> Any:
+        """Around a forward pass at w + eps."""
+        return _NOTHING if self.unchanged is None else self.unchanged.reusing((self.mode, part.kind))
 
     def loss_increase(self, request: LossIncrease) -> list[Tensor]:
         """How much worse each sample's loss is at the perturbed weights."""
@@ -228,7 +401,7 @@ class Passes:
             raise ValueError(f"maximize must be the same in all groups for {name}: it selects samples by their loss")
         found = []
         for part in self.parts:
-            with self._workers.backward(last=False):
+            with self._workers.backward(last=False), self.reusing(part):
                 losses = part.evaluate(at_w=False, graph=False)
             found.append((losses - part.losses) * min(signs))  # type: ignore[operator]
         return found

@@ -53,11 +53,14 @@ class AtWeights:
         averaged: The gradient is a part of the step's direction, and not of the ascent's alone: workers average it, and it
             is taken away from ``.grad``.
         last: The step has no pass after this one.
+        kept: How many of several gradients, from the first on, are a part of the step's direction. The others, and a single
+            one that is not ``averaged`` or ``last``, are for an ascent alone: of weights that are not perturbed they are not
+            needed.
         squares: Besides, the squared gradients of so many single samples are asked for, summed up; the answer then is a
             pair. None in their place: the caller of the phases has seen to it.
     """
 
-    __slots__ = ("averaged", "gradients", "last", "of", "squares", "weights")
+    __slots__ = ("averaged", "gradients", "kept", "last", "of", "squares", "weights")
 
     def __init__(
         self,
@@ -65,9 +68,11 @@ class AtWeights:
         of: MicroBatch | None = None,
         averaged: bool = False,
         last: bool = False,
+        kept: int = 0,
         squares: int = 0,
     ) -> None:
         self.weights, self.of, self.averaged, self.last, self.squares = weights, of, averaged, last, squares
+        self.kept = 1 if averaged or last else kept
         self.gradients = len(weights) or 1
         """How many gradients are asked for."""
 
@@ -165,7 +170,14 @@ class Step:
         """Numbers for the gradients of the step's passes, in their order."""
         self.seen_unperturbed = False
         """Whether a pass at w has updated running statistics."""
+        self.skips_zero_radius = False
+        """Whether an ascent by radius 0 is none, so that a gradient at w serves for w + eps."""
         self.number: int = optimizer.param_groups[0]["steps"]
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether weights are perturbed now."""
+        return bool(self._perturbation.now.params)
 
     # --- what a rule may ask
 
@@ -241,6 +253,10 @@ class Step:
             return
         optimizer, perturbation, workers = self._optimizer, self._perturbation, self._workers
         groups = optimizer.param_groups
+        if self.skips_zero_radius and ema is None and not self.is_perturbed:
+            radii = [group["rho"] for group in groups if group["perturb"]] if rho is None else rho
+            if not (any(radii) if isinstance(radii, Sequence) else radii):
+                return
         gradient, _, combination = self._split(direction)
         tensors = gradient.tensors
         if workers.averages and not gradient.averaged and optimizer.ascent_sync:

@@ -10,6 +10,22 @@ Node = Any
 """A node of autograd's graph. torch returns the same Python object for a node only while a reference to it exists."""
 
 
+def has_reentrant_checkpoint(losses: Tensor) -> bool:
+    """Whether a checkpoint with ``use_reentrant=True`` hides a part of the graph: only a backward of everything goes there."""
+    seen, stack = set(), [losses.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            if node.name() == _REENTRANT:
+                return True
+            seen.add(node)
+            stack += [child for child, _ in node.next_functions]
+    return False
+
+
+_REENTRANT = "CheckpointFunctionBackward"
+
+
 class AutogradGraph:
     """The nodes between ``losses`` and ``params``, in an order that depends on the structure alone.
 
@@ -43,7 +59,7 @@ class AutogradGraph:
             names.append(node.name())
             self.leaf.append(index.get(id(node.variable), -1) if hasattr(node, "variable") else -1)
             stack += edges[-1]
-        self.reentrant = "CheckpointFunctionBackward" in names
+        self.reentrant = _REENTRANT in names
         children = [tuple(-1 if child is None else self.number[child] for child in below) for below in edges]
         self.structure = hash((tuple(names), tuple(children), tuple(self.leaf)))
         has_params = self._has_params(children)

@@ -1,6 +1,6 @@
 """The error that says why a network does not qualify."""
 
-REMEDY = "use shared_backward=False"
+REMEDY = 'use plan="published"'
 
 
 class NotShared(ValueError):

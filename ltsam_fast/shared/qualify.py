@@ -67,7 +67,7 @@ class OutputRecorder:
             for node in nodes:
                 self.outputs.setdefault(node, f"{name or 'model'} ({type(module).__name__})")
             self._calls.append((module, nodes))
-            if checkpoint := _current_checkpoint():
+            if checkpoint := current_checkpoint():
                 self._checkpoints.setdefault(checkpoint, set()).add(module)
 
         return record
@@ -96,30 +96,40 @@ class OutputRecorder:
 
 def eager_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yields names and modules, but not compiled ones and those in them: a hook would have them compiled again."""
-    if getattr(module, "_compiled_call_impl", None) is None and not hasattr(module, "_orig_mod"):
+    if not is_compiled(module):
         yield name, module
         for child, inner in module.named_children():
             yield from eager_modules(inner, f"{name}.{child}" if name else child)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run what torch.compile has made of it."""
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
 def _is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and not isinstance(value, nn.Parameter)
 
 
-def _current_checkpoint() -> Any:
+def current_checkpoint() -> Any:
     """Returns an object that identifies the activation checkpoint that is running, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks[0] if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "") else None
 
 
-def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
-    """Raises NotShared for modules and parameters that are known not to qualify."""
+def check_batch_norm(model: nn.Module) -> None:
+    """Raises NotShared for batch norm that normalizes by the batch."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise NotShared(
                 f"{name} ({type(module).__name__}) normalizes by the batch and so mixes samples: "
                 f"put it in eval mode, or {REMEDY}"
             )
+
+
+def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
+    """Raises NotShared for modules and parameters that are known not to qualify."""
+    check_batch_norm(model)
     names = {id(param): name for name, param in model.named_parameters()}
     for param in params:
         if id(param) not in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +46,6 @@ class SharedBackward:
     Args:
         model: The network.
         params: The parameters whose gradients are wanted.
-        mode: True: a network that does not qualify is an error; "auto": ``__call__`` returns ``None``, after one log line.
 
     Memory: besides the results a scaled copy of one gradient at a time; the analysis retains the graph, as two backwards do.
 
@@ -59,26 +58,33 @@ class SharedBackward:
     (torch.Size([2, 3]), torch.Size([2]))
     """
 
-    def __init__(self, model: torch.nn.Module, params: Iterable[Tensor], mode: bool | str = True) -> None:
-        self.model, self.params, self.mode = model, list(params), mode
+    def __init__(self, model: torch.nn.Module, params: Iterable[Tensor]) -> None:
+        self.model, self.params = model, list(params)
         self._plans: dict[tuple[Any, ...], tuple[ParameterUse, ...]] = {}
         self._recorder: OutputRecorder | None = None
         self._record_next = True
-        self._refused = False
         self._steps_to_wait, self._last_wait = 0, 0
+
+    def check(self) -> None:
+        """Looks at modules and parameters, if the next backward is analyzed.
+
+        Raises:
+            NotShared: One is known not to qualify, such as batch norm in training, which mixes samples.
+        """
+        if self._record_next:
+            check_module_types(self.model, self.params)
 
     @contextmanager
     def record_outputs(self) -> Iterator[None]:
         """A context for the forward pass: records the modules' outputs if the next backward is analyzed.
 
         Raises:
-            NotShared: A module mixes samples, such as batch norm in training, and ``mode`` is True.
+            NotShared: A module mixes samples, such as batch norm in training.
         """
-        if self._record_next and not self._refused:
-            self._checked(lambda: check_module_types(self.model, self.params))
-        if self._refused or not self._record_next:
+        if not self._record_next:
             yield
             return
+        self.check()
         self._recorder = OutputRecorder(self.model)
         try:
             yield
@@ -97,34 +103,23 @@ class SharedBackward:
             native: Whether to add the gradient with weights ``seeds`` to the parameters' ``grad``, too.
 
         Returns:
-            For each factor a gradient for each parameter. ``None`` if nothing was done: the network does not qualify, or this
-            structure of its graph is not analyzed yet.
+            For each factor a gradient for each parameter. ``None`` if nothing was done: this structure of the graph is not
+            analyzed yet.
 
         Raises:
-            NotShared: The network does not qualify, and ``mode`` is True.
+            NotShared: The network does not qualify.
         """
-        if self._refused or len(losses) < 2 or losses.grad_fn is None:
+        if len(losses) < 2 or losses.grad_fn is None:
             return None
         params = [param for param in self.params if param.requires_grad]
         graph = AutogradGraph(losses, params)
-        uses = self._checked(lambda: self._uses(graph, losses, params))
+        uses = self._uses(graph, losses, params)
         if uses is None:
             return None
         weightings = [one if isinstance(one, Weighting) else Weighting(one.to(seeds)) for one in factors]
         backward = _BackwardPass(graph, uses, params, seeds, weightings)
         backward.run(losses, native)
         return [_owned(found, self.params) for found in backward.grads]
-
-    def _checked(self, qualify: Callable[[], Any]) -> Any:
-        """Returns ``qualify()``. Its NotShared is raised if ``mode`` is True, else logged once."""
-        try:
-            return qualify()
-        except NotShared as error:
-            if self.mode is True:
-                raise
-            self._refused = True
-            _LOG.warning("shared_backward: two backward passes instead of one: %s", error)
-            return None
 
     def _uses(self, graph: AutogradGraph, losses: Tensor, params: list[Tensor]) -> tuple[ParameterUse, ...] | None:
         recorder, self._recorder = self._recorder, None
@@ -146,7 +141,7 @@ class SharedBackward:
         except Undetermined as error:  # try again 1, 3, 7, ... steps later
             self._steps_to_wait = self._last_wait = min(2 * self._last_wait + 1, 255)
             if self._last_wait == 7:
-                _LOG.warning("shared_backward: two backward passes as long as no gradient reaches %s", error)
+                _LOG.warning("plan: a backward pass for each gradient, as long as none reaches %s", error)
         self._record_next = False
         return self._plans.get(key)
 

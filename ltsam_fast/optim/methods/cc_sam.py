@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.class_wise import Sharing, check_class_counts
+from ltsam_fast.optim.class_wise import check_class_counts
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
 from ltsam_fast.optim.step import AtClassPerturbed, ByClass, Step
 
 
-class CCSAM(Sharing):
+class CCSAM(SharpnessAware):
     r"""Class-conditional sharpness-aware minimization, its first stage.
 
     .. code-block:: text
@@ -82,6 +82,7 @@ class CCSAM(Sharing):
     noise_ratio = option(1e-6, "Factor of all radii.", ge=0)
     flat_ratio = option(0.5, "Share of the perturbed loss.", ge=0, le=1)
 
+    several_gradients = True
     whole_gradients = True
     own_reductions = True
     host_only = "it looks up the classes in the batch on the host"
@@ -126,6 +127,10 @@ class CCSAM(Sharing):
         groups = self.param_groups
         return [position[g, i] for g, i in places if groups[g]["perturb"] and groups[g]["params"][i].requires_grad]
 
+    def ascent_params(self) -> list[Tensor]:
+        params, _ = self.all_params()
+        return [params[i] for i in self.perturbed_parameters()]
+
     def classes(self) -> int:
         """The number of classes."""
         self.check_options(self.param_groups[0])
@@ -133,7 +138,7 @@ class CCSAM(Sharing):
 
     def rule(self, step: Step) -> Rule:
         scope = self.perturbed_parameters()
-        flat = self.flat_ratio if scope else 0.0  # with nothing to perturb all of the loss is plain
+        flat = self.flat_ratio if scope and self.noise_ratio else 0.0  # unperturbed, all of the loss is plain
         g, by_class = yield ByClass(1 - flat, scope)
         if by_class.classes:
             counts = [max(self.class_counts[k], 2.0) for k in by_class.classes]

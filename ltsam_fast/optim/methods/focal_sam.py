@@ -54,7 +54,7 @@ class FocalSAM(ClassWise):
 
     def rule(self, step: Step) -> Rule:
         u, v = step.class_weights()
-        g_u, g_v = yield AtWeights(u, v)
+        g_u, g_v = yield AtWeights(u, v, kept=1)
         step.ascend(g_v)
         g_p = yield AtPerturbed(v, plus=g_u)
         step.descend(g_p)

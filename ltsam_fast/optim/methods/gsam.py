@@ -54,6 +54,7 @@ class GSAM(SharpnessAware):
     own_reductions = True
 
     def check_options(self, options: Any) -> None:
+        super().check_options(options)
         low, high = options["rho_min"], options["rho_max"]
         if (low is None) != (high is None):
             raise ValueError(f"rho_min and rho_max must both be given, or neither, got {low!r} and {high!r}")

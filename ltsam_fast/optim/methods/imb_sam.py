@@ -65,7 +65,7 @@ class ImbSAM(TailWise):
 
     def rule(self, step: Step) -> Rule:
         head, tail = step.class_weights()
-        g_h, g_t = yield AtWeights(head, tail)
+        g_h, g_t = yield AtWeights(head, tail, kept=1)
         step.ascend(g_t)
         g_p = yield AtPerturbed(tail, plus=g_h)
         step.descend(g_p)

@@ -55,8 +55,9 @@ class SSESAM(TailWise):
 
     def rule(self, step: Step) -> Rule:
         head, tail = step.class_weights()
-        g_h, g_t = yield AtWeights(head, tail)
-        if self.switch_step is None or step.number < self.switch_step:
+        first_stage = self.switch_step is None or step.number < self.switch_step
+        g_h, g_t = yield AtWeights(head, tail, kept=0 if first_stage else 1)
+        if first_stage:
             step.ascend(g_h)
             g_h = yield AtPerturbed(head, last=False)
         step.ascend(g_t, rho=self.tail_rho)

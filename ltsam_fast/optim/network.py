@@ -1,0 +1,99 @@
+"""What is known of the network that closures evaluate: whether it mixes samples, and what of it stays as it is at w."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltsam_fast.optim.perturbation import same_items
+from ltsam_fast.optim.probe import Evaluate, check_separable
+from ltsam_fast.optim.unchanged import UnchangedResults
+from ltsam_fast.shared import NotShared, SharedBackward
+
+_LOG = logging.getLogger("ltsam_fast")
+
+
+class Network:
+    """Finds out, once for each kind of pass, which of the exact ways around the published passes a network allows.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._separable: dict[Any, bool] = {}
+        self._mixing: set[Any] = set()
+        self._shared: SharedBackward | None = None
+        self._unchanged: UnchangedResults | None = None
+        self._fixed: tuple[list[Tensor], bool] = ([], False)
+        self._logged = False
+
+    def mode(self) -> int:
+        """What depends on ``train()`` and ``eval()``: a number for the modes of all modules."""
+        return hash(tuple([module.training for module in self.model.modules()]))
+
+    def is_separable(self, kind: Any, evaluate: Evaluate, size: int, params: Sequence[Tensor], required: bool) -> bool:
+        """Whether samples can be evaluated in sub-batches.
+
+        Args:
+            kind: The kind of pass; the first one is compared with what it is in two parts.
+            evaluate: Runs the pass for some of its samples.
+            size: The number of all.
+            params: The weights.
+            required: Whether samples that mix are an error.
+
+        Raises:
+            NotShared: They do, and are.
+        """
+        if kind not in self._separable:
+            if size < 2:
+                return False
+            try:
+                check_separable(self.model, evaluate, size, params)
+                self._separable[kind] = True
+            except NotShared as error:
+                self.refuse(error, required)
+                self._separable[kind] = False
+        return self._separable[kind]
+
+    def shared(self, mode: int, params: list[Tensor]) -> SharedBackward | None:
+        """What makes several gradients from one backward sweep; None where samples mix."""
+        if mode in self._mixing:
+            return None
+        if self._shared is None or not same_items(self._shared.params, params):
+            self._shared = SharedBackward(self.model, params)
+        return self._shared
+
+    def attempt(self, mode: int, required: bool, attempt: Callable[[], Any]) -> Any:
+        """The result of something with :meth:`shared`; None, from now on, if that finds that samples mix.
+
+        Raises:
+            NotShared: They do, and ``required`` says that this is an error.
+        """
+        try:
+            return attempt()
+        except NotShared as error:
+            self.refuse(error, required)
+            self._mixing.add(mode)
+            return None
+
+    def refuse(self, error: NotShared, required: bool) -> None:
+        """Raises the error if that is required; else the log says so, once."""
+        if required:
+            raise error
+        if not self._logged:
+            self._logged = True
+            _LOG.warning("plan: passes are run as published: %s", error)
+
+    def unchanged(self, perturbed: list[Tensor]) -> UnchangedResults | None:
+        """What keeps results that no perturbed weight has a part in; None if every weight is perturbed."""
+        if not same_items(self._fixed[0], perturbed):
+            own = set(map(id, perturbed))
+            fixed = bool(perturbed) and any(id(param) not in own for param in self.model.parameters())
+            self._fixed = perturbed, fixed and not isinstance(self.model, nn.DataParallel)
+            self._unchanged = UnchangedResults(self.model, perturbed) if self._fixed[1] else None
+        return self._unchanged

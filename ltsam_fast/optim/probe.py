@@ -1,0 +1,229 @@
+"""Finds out on a batch whether a network's samples can be evaluated in sub-batches: by doing so, and comparing."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ltsam_fast.optim.gradients import Differentiable
+from ltsam_fast.shared.not_shared import REMEDY, NotShared
+from ltsam_fast.shared.qualify import check_batch_norm, eager_modules
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+"""How much losses and gradients may differ, relative to the largest, by rounding."""
+COARSE = 3e-2
+"""The same where a module's output has 16 bits, or matrix products have (TF32)."""
+
+Evaluate = Callable[[Tensor | None], Tensor]
+"""The losses of the samples with these numbers, 1-D; None: of all."""
+
+
+def check_separable(model: nn.Module, evaluate: Evaluate, size: int, params: Sequence[Tensor]) -> None:
+    """Compares a batch, evaluated as a whole, with two parts of it: each sample's loss, and the gradients.
+
+    Random numbers are replaced by their means meanwhile, so that dropout does not hide what mixes. Generators and buffers are
+    as before afterwards.
+
+    Args:
+        model: The network.
+        evaluate: Runs the forward pass.
+        size: How many samples the batch has, >= 2.
+        params: Weights whose gradients are compared.
+
+    Raises:
+        NotShared: Samples mix, or the forward pass changes a buffer. The message names the module.
+    """
+    check_batch_norm(model)
+    device = params[0].device
+    chosen = torch.arange(size, device=device) % 3 == 1
+    indices = [(~chosen).nonzero().flatten(), chosen.nonzero().flatten()]
+    wanted = [param for param in params if param.requires_grad]
+    seeds = torch.linspace(0.5, 1.5, size, dtype=torch.float64, device=device)
+
+    def gradients(losses: Tensor, index: Tensor | None = None) -> list[Tensor]:
+        weights = (seeds if index is None else seeds[index]).to(losses)
+        found = Differentiable(losses, wanted, model.parameters()).gradients(weights, retain_graph=False)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, wanted, strict=True)]
+
+    with _restored(model, device) as buffers, _Means():
+        with _Outputs(model) as outputs:
+            losses = evaluate(None)
+        buffers.check()
+        tolerance = (
+            COARSE
+            if outputs.coarse or _has_tf32(losses)
+            else TOLERANCE[torch.promote_types(losses.dtype, torch.float32)]
+        )
+        whole, separate = gradients(losses), [torch.zeros_like(param) for param in wanted]
+        for index in indices:
+            some = evaluate(index)
+            if _differ(some.detach(), losses.detach()[index], tolerance):
+                raise NotShared(f"{_where(model, evaluate, size, index, tolerance)}; {REMEDY}")
+            separate = [a + b for a, b in zip(separate, gradients(some, index), strict=True)]
+        largest = max((grad.abs().max() for grad in whole if grad.numel()), default=torch.zeros(()))
+        for param, one, other in zip(wanted, whole, separate, strict=True):
+            if bool(((one - other).abs() > tolerance * largest).any()):
+                name = next((name for name, own in model.named_parameters() if own is param), "a parameter")
+                raise NotShared(f"samples mix in the gradient of {name}; {REMEDY}")
+
+
+def _differ(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    largest = wanted.abs().max() if wanted.numel() else 0.0
+    return bool(((found - wanted).abs() > tolerance * (largest + 1e-3)).any())
+
+
+def _has_tf32(losses: Tensor) -> bool:
+    return losses.device.type == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
+class _Outputs:
+    """Around a forward pass: notes what modules give.
+
+    Attributes:
+        coarse: Whether any of it has 16 bits.
+        kept: Names of the modules and their outputs, in the order in which they ended, if these are kept.
+    """
+
+    def __init__(self, model: nn.Module, keep: bool = False) -> None:
+        self._model, self._keep = model, keep
+        self.coarse = False
+        self.kept: list[tuple[str, Tensor]] = []
+
+    def _hook(self, name: str) -> Any:
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            for one in output if isinstance(output, (tuple, list)) else [output]:
+                if isinstance(one, Tensor) and one.is_floating_point():
+                    self.coarse |= one.dtype in (torch.bfloat16, torch.float16)
+                    if self._keep:
+                        self.kept.append((f"{name or 'model'} ({type(module).__name__})", one.detach()))
+
+        return note
+
+    def __enter__(self) -> _Outputs:
+        self._hooks = [one.register_forward_hook(self._hook(name)) for name, one in eager_modules(self._model)]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _where(model: nn.Module, evaluate: Evaluate, size: int, index: Tensor, tolerance: float) -> str:
+    """Says which module's output of some samples is the first that differs from theirs in the whole batch."""
+    runs = []
+    for one in (None, index):
+        with _Outputs(model, keep=True) as outputs:
+            evaluate(one)
+        runs.append(outputs.kept)
+    before = ""
+    for (name, whole), (_, some) in zip(*runs, strict=False):
+        if not _has_rows(whole, some, size, index, tolerance):
+            return f"samples mix in {name}" + (f", or between {before} and it" if before else "")
+        before = name
+    return f"samples mix after {before}" if before else "samples mix in the closure"
+
+
+def _has_rows(whole: Tensor, some: Tensor, size: int, index: Tensor, tolerance: float) -> bool:
+    """Whether ``some`` is what ``whole`` has of the samples ``index``, along whatever dimension they lie."""
+    if whole.shape == some.shape:
+        return not _differ(some, whole, tolerance)
+    for dim, (all_rows, rows) in enumerate(zip(whole.shape, some.shape, strict=False)):
+        if all_rows % size or all_rows * len(index) != rows * size:
+            continue
+        each = all_rows // size
+        for parts, sample in (((size, each), dim), ((each, size), dim + 1)):
+            picked = whole.unflatten(dim, parts).index_select(sample, index).flatten(dim, dim + 1)
+            if picked.shape == some.shape and not _differ(some, picked, tolerance):
+                return True
+    return False
+
+
+class _Buffers:
+    """The buffers of a network: whether they change, and what they were."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._named = [(name, one, one._version, one.clone()) for name, one in model.named_buffers()]
+
+    def check(self) -> None:
+        """Raises NotShared if one has changed."""
+        for name, now, version, _ in self._named:
+            if now._version != version:
+                raise NotShared(f"{name} is changed by every forward pass; {REMEDY}")
+
+    def restore(self) -> None:
+        """Makes them what they were."""
+        for _, now, version, before in self._named:
+            if now._version != version:
+                now.copy_(before)
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module, device: torch.device) -> Iterator[_Buffers]:
+    """Around forward passes: leaves generators and buffers as they were."""
+    buffers = _Buffers(model)
+    states = random.getstate(), "numpy" in sys.modules and sys.modules["numpy"].random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield buffers
+    finally:
+        random.setstate(states[0])
+        if states[1]:
+            sys.modules["numpy"].random.set_state(states[1])
+        with torch.no_grad():
+            buffers.restore()
+
+
+_FILLED: dict[str, Callable[..., Any]] = {
+    "bernoulli_": lambda p=0.5: p,
+    "uniform_": lambda low=0.0, high=1.0: (low + high) / 2,
+    "normal_": lambda mean=0.0, std=1.0: mean,
+    "exponential_": lambda rate=1.0: 1.0,
+    "rand": lambda *_: 0.5,
+    "rand_like": lambda *_: 0.5,
+    "randn": lambda *_: 0.0,
+    "randn_like": lambda *_: 0.0,
+}
+"""Random functions, and what stands for their numbers: a function of their arguments after the first."""
+
+
+class _Means(TorchDispatchMode):
+    """Replaces random numbers by their means; those that select or permute are refused."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        names = [one.name for one in func._schema.arguments]
+        if "dropout_p" in names:
+            args, kwargs = _with(names, args, kwargs, "dropout_p", 0.0)
+        if torch.Tag.nondeterministic_seeded not in func.tags or "dropout_p" in names:
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("native_dropout", "_fused_dropout"):
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        if name == "bernoulli":
+            return args[0].clone() if len(args) == 1 else torch.full_like(args[0], args[1])
+        if name == "_cudnn_rnn":
+            return func(*_with(names, args, kwargs, "dropout", 0.0)[0], **kwargs)
+        if name not in _FILLED:
+            raise NotShared(f"{name}() in the forward pass may mix samples; {REMEDY}")
+        value = _FILLED[name](*args[1:])
+        result = func(*args, **kwargs)
+        return result.copy_(value) if isinstance(value, Tensor) else result.fill_(value)
+
+
+def _with(
+    names: list[str], args: Any, kwargs: dict[str, Any], name: str, value: Any
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with another value of one of them."""
+    args, place = list(args), names.index(name)
+    if place < len(args):
+        args[place] = value
+    elif name in kwargs:
+        kwargs = {**kwargs, name: value}
+    return args, kwargs

@@ -1,0 +1,326 @@
+"""What a forward pass computes without any perturbed weight: kept at w, and not computed again at w + eps."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import EllipsisType, NoneType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
+
+from ltsam_fast.shared.qualify import current_checkpoint, is_compiled
+
+
+class _Result(NamedTuple):
+    """What a call gave.
+
+    Attributes:
+        value: Its value.
+        versions: Those of the tensors in it. One that was changed in place since is not what the call gave.
+        arguments: The tensors that it was given. They stay alive, so that no other object gets the ``id`` of one.
+    """
+
+    value: Any
+    versions: list[int]
+    arguments: list[Tensor]
+
+    def is_intact(self) -> bool:
+        return self.versions == [one._version for one in _tensors_in(self.value)]
+
+
+class UnchangedResults:
+    """Results of calls that no perturbed weight has a part in.
+
+    Calls of torch's functions, and of the outermost modules without perturbed weights, are looked at. A call in the pass at
+    w + eps whose arguments are the same objects as at w, unchanged since, gives what it gave there, so it is not run: the
+    arguments are the batch, weights that are not perturbed, or results from here.
+
+    What draws random numbers is always run. So is everything in an activation checkpoint, which has to save in a pass what its
+    recomputation will. The first pass at w + eps of a kind computes all and compares: a call that gives something else
+    there, since its module reads another one's weights, say, is always run from then on.
+
+    Args:
+        model: The network.
+        perturbed: The weights that may be perturbed.
+    """
+
+    def __init__(self, model: nn.Module, perturbed: Sequence[Tensor]) -> None:
+        self.model, self.perturbed = model, list(perturbed)
+        self._ids = {id(one) for one in perturbed}
+        self._memory = {_address(one) for one in perturbed}
+        self._device = self.perturbed[0].device
+        self._mode = _Calls(self)
+        self._results: dict[Any, _Result] = {}
+        self._used: dict[Any, _Result] = {}
+        self._known: dict[int, int] = {}  # the versions of tensors in results, by id
+        self._excluded: list[Any] = []
+        self._verified: set[Any] = set()
+        self._notes_draws = False
+        self._aside = False  # inside of a call that is looked at as a whole
+        self._reusing = self._checking = self._keeps_graph = False
+
+    def forget(self) -> None:
+        """Lets go of all results: the step is over."""
+        self._results.clear()
+        self._known.clear()
+
+    @contextlib.contextmanager
+    def recording(self, kind: Any, keeps_graph: bool) -> Iterator[None]:
+        """Around a forward pass at w.
+
+        Args:
+            kind: What tells passes apart that may be of other code or in another mode.
+            keeps_graph: Whether no backward goes through the results before the next forward; else only those are kept that
+                have no graph.
+        """
+        self._reusing, self._keeps_graph = False, keeps_graph
+        before = _generators(self._device), None if kind in self._verified else _generators_elsewhere()
+        with self._looking():
+            yield
+        if before[1] is not None and before[1] != _generators_elsewhere():
+            self._excluded.append(kind)
+        if not self._notes_draws and not _same(before[0], _generators(self._device)):
+            self._notes_draws = True  # from the next step on it is seen which call draws
+            self.forget()
+        if kind in self._excluded:
+            self.forget()
+
+    @contextlib.contextmanager
+    def reusing(self, kind: Any) -> Iterator[None]:
+        """Around a forward pass at w + eps, of a kind as above."""
+        if not self._results:
+            yield
+            return
+        self._reusing, self._checking = True, kind not in self._verified
+        self._used = {}
+        with self._looking():
+            yield
+        self._verified.add(kind)
+        for key, found in self._used.items():  # a backward will go through their graphs, once
+            if any(one.requires_grad for one in _tensors_in(found.value)):
+                del self._results[key]
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        replaced: list[tuple[nn.Module, str, Any]] = []
+        self._aside = False
+        try:
+            self._replace(self.model, replaced)
+            with self._mode:
+                yield
+        finally:
+            for module, name, before in replaced:
+                if before is None:
+                    del vars(module)[name]
+                else:
+                    vars(module)[name] = before
+
+    def _replace(self, module: nn.Module, replaced: list[tuple[nn.Module, str, Any]]) -> None:
+        """Has calls of the outermost modules without perturbed weights, and of compiled ones, come here."""
+        fixed = self._ids.isdisjoint(map(id, module.parameters()))
+        if not fixed and not is_compiled(module):
+            for child in module.children():
+                self._replace(child, replaced)
+            return
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        run = self._whole(getattr(module, name))
+        replaced.append((module, name, vars(module).get(name)))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self.call(module, run, args, kwargs) if fixed else run(*args, **kwargs)
+
+        vars(module)[name] = call
+
+    def _whole(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """A call that is not looked into. Without the mode: torch.compile would compile anew for it."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._aside:
+                return run(*args, **kwargs)
+            self._aside = True
+            depth = torch._C._len_torch_function_stack()
+            on_top = depth and torch._C._get_function_stack_at(depth - 1) is self._mode
+            try:
+                with _pop_mode_temporarily() if on_top else contextlib.nullcontext():
+                    return run(*args, **kwargs)
+            finally:
+                self._aside = False
+
+        return call
+
+    def call(self, what: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a call, or returns what it gave at w."""
+        if self._aside:
+            return run(*args, **kwargs)
+        self._aside = True
+        try:
+            given: list[Tensor] = []
+            key = self._key(what, (args, kwargs), given)
+            found = self._results.get(key) if self._reusing and key is not None else None
+            if found is not None and not found.is_intact():
+                found = None
+            draws = self._notes_draws and key is not None and not self._reusing
+            before = _generators(self._device) if draws else None
+        finally:
+            self._aside = False
+        if found is not None and not self._checking:
+            self._used[key] = found
+            return found.value
+        value = run(*args, **kwargs)
+        if key is None or (self._reusing and found is None):
+            return value
+        self._aside = True
+        try:
+            if found is not None and _equal(found.value, value):
+                self._used[key] = found
+                return found.value
+            if found is not None or (before is not None and not _same(before, _generators(self._device))):
+                self._excluded.append(what)
+                return value
+            self._keep(key, value, given)
+            return value
+        finally:
+            self._aside = False
+
+    def _keep(self, key: Any, value: Any, given: list[Tensor]) -> None:
+        tensors = _tensors_in(value)
+        if not tensors or any(one.is_inference() for one in tensors):
+            return
+        if not self._keeps_graph and any(one.requires_grad for one in tensors):
+            return
+        if any(one is other for one in tensors for other in given):  # changed in place, or as it was
+            return
+        self._results[key] = _Result(value, [one._version for one in tensors], given)
+        self._known.update((id(one), one._version) for one in tensors)
+
+    def _key(self, what: Any, arguments: Any, given: list[Tensor]) -> Any:
+        """What tells a call from others; None: it is always run. ``given`` gets the tensors among its arguments."""
+        name = getattr(getattr(what, "__self__", None), "__name__", "") or getattr(what, "__name__", "")
+        if name in _RAW:
+            self._drop(arguments)
+            return None
+        if what in self._excluded or current_checkpoint() or torch._C._are_functorch_transforms_active():
+            return None
+        device = self._device.type
+        key: list[Any] = [
+            what,
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+        ]
+        return tuple(key) if self._describe(arguments, key, given) else None
+
+    def _describe(self, value: Any, key: list[Any], given: list[Tensor]) -> bool:
+        """Appends what tells a value from others; False: that is not known."""
+        if isinstance(value, Tensor):
+            given.append(value)
+            if not self._is_known(value):
+                return False
+            key += (id(value), value._version)
+        elif isinstance(value, (tuple, list)):
+            key += (type(value), len(value))
+            return all(self._describe(one, key, given) for one in value)
+        elif isinstance(value, dict):
+            key += (dict, *value)
+            return all(self._describe(one, key, given) for one in value.values())
+        elif isinstance(value, slice):
+            key.append(slice)
+            return all(self._describe(one, key, given) for one in (value.start, value.stop, value.step))
+        elif isinstance(value, _PLAIN):
+            key += (type(value), value)
+        else:
+            return False
+        return True
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a result, or none that depends on a perturbed weight as far as autograd knows."""
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+            return False
+        version = self._known.get(id(tensor))
+        if version is not None:
+            return tensor._version == version
+        return tensor.grad_fn is None and id(tensor) not in self._ids and _address(tensor) not in self._memory
+
+    def _drop(self, arguments: Any) -> None:
+        """Lets go of results that may be written to without autograd's knowledge."""
+        touched = {id(one) for one in _tensors_in(arguments)} & self._known.keys()
+        if touched:
+            self._results = {
+                key: one for key, one in self._results.items() if touched.isdisjoint(map(id, _tensors_in(one.value)))
+            }
+
+
+class _Calls(TorchFunctionMode):
+    """Has calls of torch's functions come to :meth:`UnchangedResults.call`."""
+
+    def __init__(self, results: UnchangedResults) -> None:
+        super().__init__()
+        self._results = results
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._results.call(func, func, args, kwargs or {})
+
+
+_PLAIN = (
+    NoneType,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    EllipsisType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+_RAW = frozenset({"data", "grad", "data_ptr", "numpy", "__dlpack__", "__array__", "storage", "untyped_storage"})
+"""What gives access to a tensor's memory past its version counter, or to what is not of the forward pass."""
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for one in value for tensor in _tensors_in(one)]
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two results have the same bits."""
+    pairs = _tensors_in(first), _tensors_in(second)
+    return len(pairs[0]) == len(pairs[1]) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*pairs, strict=True)
+    )
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; tensors that share it have the same."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
+
+
+def _generators(device: torch.device) -> tuple[Tensor, int]:
+    """The state of torch's generators. In a CUDA graph the device's does not move: what draws was seen before the capture."""
+    index = device.index or 0
+    offset = torch.cuda.default_generators[index].get_offset() if device.type == "cuda" else 0
+    return torch.default_generator.get_state(), offset
+
+
+def _same(first: tuple[Tensor, int], second: tuple[Tensor, int]) -> bool:
+    return first[1] == second[1] and torch.equal(first[0], second[0])
+
+
+def _generators_elsewhere() -> Any:
+    """The states of Python's generator and of NumPy's."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy and repr(numpy.random.get_state())
