@@ -356,18 +356,16 @@ class Checkpointed(nn.Module):
         return self.net[3:](x) * self.foreign
 
 
-SHARED = ("FocalSAM", "ImbSAM", "SSESAM", "CCSAM")
-
-
 @pytest.mark.parametrize("begin", [0, 2])
-@pytest.mark.parametrize(("name", "shared"), [*((name, None) for name in EVERY), *((name, "auto") for name in SHARED)])
-def test_weights_in_reentrant_checkpoints_count(name, shared, begin):
+@pytest.mark.parametrize("known", [False, True], ids=("", "model given"))
+@every
+def test_weights_in_reentrant_checkpoints_count(name, known, begin):
     """torch.autograd.grad doesn't see them."""
     results = []
     for reentrant in (False, True):
         model = Checkpointed(reentrant, begin)
         params = [{"params": list(model.net.parameters())}]
-        more = {"model": model, "shared_backward": shared if reentrant else False} if shared else {}
+        more = {"model": model, "plan": "auto" if reentrant else "published"} if known else {}
         opt = EVERY[name].make(model, SGD, params, lr=0.05, momentum=0.9, **more)
         results.append(EVERY[name].drive("closure", opt, model, batches(steps=4)))
         assert all(param.grad is None for param in model.net.parameters())

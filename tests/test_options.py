@@ -25,7 +25,7 @@ COUNTED = (
 )  # fmt: skip
 """Options that count; the others are shares."""
 NOT = ("self", "params", "base_optimizer", "class_counts", "model", "base_kwargs", "scope", "head", "mask", "granularity",
-       "tail_classes", "adaptive", "decouple", "shared_backward", "ascent_sync")  # fmt: skip
+       "tail_classes", "adaptive", "decouple", "plan", "ascent_sync")  # fmt: skip
 
 
 def options():
@@ -81,7 +81,7 @@ def test_options_of_groups(option):
 
 OTHERS = {
     "rho": 0.3, "adaptive": True, "max_grad_norm": 2.5, "ascent_sync": True, "eta": 0.25, "asam_eta": 0.25, "norm_eps": 1e-5,
-    "perturb": False, "shared_backward": "auto", "class_counts": [7.0, 5.0, 3.0, 2.0], "gamma": 0.75, "lam": 0.25,
+    "perturb": False, "plan": "require", "class_counts": [7.0, 5.0, 3.0, 2.0], "gamma": 0.75, "lam": 0.25,
     "tail_classes": [1, 3], "tail_weight": 2.0, "tail_rho": 0.4, "switch_step": 6, "scope": "all", "head": None,
     "noise_ratio": 1e-3, "flat_ratio": 0.25, "dis_mul": 0.3, "clip": 0.5, "decay_every": 4, "seed": 9, "sigma": 0.4,
     "lmbda": 0.3, "m": 3, "sparsity": 0.8, "mask": "dynamic", "refresh_every": 5, "drop_rate": 0.1, "total_steps": 50,

@@ -89,17 +89,17 @@ def ways_apart(name, method, dtype):
     kind, options = METHODS[method]
     start, inputs = cast(*NETWORKS[name](), dtype)
     ends = []
-    for shared in (False, True):
+    for plan in ("published", "require"):
         model = copy.deepcopy(start)
         opt = getattr(lf, kind)(
             [p for p in model.parameters() if p.requires_grad], torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, model=model,
-            shared_backward=shared, **options,
+            plan=plan, **options,
         )  # fmt: skip
         for seed, y in enumerate(([0, 1, 2, 0], [0, 0, 0, 0], [1, 2, 0, 1])):
             y = torch.tensor(y)
             opt.step(lambda y=y, seed=seed, model=model: losses_of(model, inputs, y, seed), targets=y)
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert len(opt.sharing._plans) == 1  # it was the sweep that ran
+    assert len(opt.network._shared._plans) == 1  # it was the sweep that ran
     begin = torch.cat([p.detach().flatten() for p in start.parameters()])
     return (ends[1] - ends[0]).norm(), (ends[0] - begin).norm()
 
@@ -164,9 +164,9 @@ MIXING = {
 }
 
 
-def focal(model, shared, **options):
+def focal(model, plan, **options):
     return lf.FocalSAM(
-        model.parameters(), torch.optim.SGD, class_counts=COUNTS, lr=0.1, model=model, shared_backward=shared, **options
+        model.parameters(), torch.optim.SGD, class_counts=COUNTS, lr=0.1, model=model, plan=plan, **options
     )
 
 
@@ -178,7 +178,7 @@ def test_mixing_is_refused_by_name(case, dtype):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(NotShared, match=message):
         y = torch.tensor([0, 1, 2, 0])
-        focal(model, True).step(lambda: losses_of(model, inputs, y, 0), targets=y)
+        focal(model, "require").step(lambda: losses_of(model, inputs, y, 0), targets=y)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
@@ -187,9 +187,9 @@ def test_mixing_falls_back_with_one_line(case, caplog):
     make, message = MIXING[case]
     start, inputs = cast(*make(), torch.float64)
     ends, y = [], torch.tensor([0, 1, 2, 0])
-    for shared in (False, "auto"):
+    for plan in ("published", "auto"):
         model = copy.deepcopy(start)
-        opt = focal(model, shared)
+        opt = focal(model, plan)
         with caplog.at_level(logging.WARNING, "ltsam_fast"):
             for _ in range(3):
                 opt.step(lambda model=model: losses_of(model, inputs, y, 0), targets=y)
@@ -208,20 +208,18 @@ def test_a_contrastive_loss_is_refused():
         return F.cross_entropy(z @ z.t(), torch.tensor([3, 2, 1, 0]), reduction="none")
 
     with pytest.raises(NotShared, match=r"samples mix after 2 \(Linear\)"):
-        focal(model, True).step(closure, targets=y)
+        focal(model, "require").step(closure, targets=y)
 
 
 def test_what_cannot_be_followed_is_refused():
     model = nn.Linear(5, CLASSES)
-    for shared, given, message in ((True, None, "model must be given"), ("yes", model, "shared_backward must be")):
+    for plan, given, message in (("require", None, "model must be given"), ("yes", model, "plan must be")):
         with pytest.raises(ValueError, match=message):
-            lf.ImbSAM(
-                model.parameters(), torch.optim.SGD, class_counts=COUNTS, lr=0.1, shared_backward=shared, model=given
-            )
+            lf.ImbSAM(model.parameters(), torch.optim.SGD, class_counts=COUNTS, lr=0.1, plan=plan, model=given)
     model.weight.register_hook(lambda grad: grad.clamp(-1, 1))
     y = torch.tensor([0, 1, 2, 0])
     with pytest.raises(NotShared, match="weight is hooked"):
-        focal(model, True).step(lambda: losses_of(model, (torch.ones(BATCH, 5),), y, 0), targets=y)
+        focal(model, "require").step(lambda: losses_of(model, (torch.ones(BATCH, 5),), y, 0), targets=y)
 
 
 # --- the examination
@@ -308,7 +306,7 @@ def test_checkpoints(native):
 
 def test_checkpoints_are_computed_no_more_often_than_by_two_backwards():
     model, inputs = cast(Checkpointed(False), images(8), torch.float64)
-    y, opt = torch.tensor([0, 1, 2, 0]), focal(model, True)
+    y, opt = torch.tensor([0, 1, 2, 0]), focal(model, "require")
     opt.step(lambda: losses_of(model, inputs, y, 0), targets=y)
     before = model.runs
     opt.step(lambda: losses_of(model, inputs, y, 0), targets=y)
@@ -319,12 +317,12 @@ def test_what_checkpoints_hide_is_refused():
     y = torch.tensor([0, 1, 2, 0])
     model, inputs = cast(Checkpointed(True), images(8), torch.float64)
     with pytest.raises(NotShared, match="use_reentrant"):
-        focal(model, True).step(lambda: losses_of(model, inputs, y, 0), targets=y)
+        focal(model, "require").step(lambda: losses_of(model, inputs, y, 0), targets=y)
     model = Checkpointed(False)
     model.last = model.more.bias
     model, inputs = cast(model, images(8), torch.float64)
     with pytest.raises(NotShared, match="last, of an activation checkpoint, is used outside"):
-        focal(model, True).step(lambda: losses_of(model, inputs, y, 0) * model.last.sum(), targets=y)
+        focal(model, "require").step(lambda: losses_of(model, inputs, y, 0) * model.last.sum(), targets=y)
 
 
 @pytest.mark.parametrize("name", ("ViT", "Swin", "BERT"))
@@ -341,10 +339,10 @@ def test_checkpoints_of_transformers(name):
 
 def test_a_batch_in_parts_and_a_scaler():
     ends = []
-    for shared in (False, True):
+    for plan in ("published", "require"):
         torch.manual_seed(0)
         model = Tied().double()
-        opt = focal(model, shared, rho=0.1)
+        opt = focal(model, plan, rho=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         for _ in range(3):
             x, y = torch.randn(2, BATCH, 6).double(), torch.randint(CLASSES, (2, BATCH))
@@ -359,15 +357,15 @@ def test_a_batch_in_parts_and_a_scaler():
 def test_copies_and_frozen_parameters():
     model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, CLASSES)).double()
     x, y = torch.randn(BATCH, 5).double(), torch.tensor([0, 1, 2, 0])
-    opt = copy.deepcopy(focal(model, True))
-    assert opt.shared_backward is True
+    opt = copy.deepcopy(focal(model, "require"))
+    assert opt.plan == "require"
     inner = opt.model
     opt.step(lambda: losses_of(inner, (x,), y, 0), targets=y)
     inner[0].weight.requires_grad_(False)
     frozen = inner[0].weight.clone()
     for _ in range(2):
         opt.step(lambda: losses_of(inner, (x,), y, 0), targets=y)
-    assert torch.equal(frozen, inner[0].weight) and len(opt.sharing._plans) == 2
+    assert torch.equal(frozen, inner[0].weight) and len(opt.network._shared._plans) == 2
 
 
 # --- gradients of classes
@@ -410,7 +408,7 @@ def test_gradients_of_classes_refuse_mixing():
 def test_steps_of_cc_sam(scope):
     start, (x,) = cast(*NETWORKS["MLP-Mixer"](), torch.float64)
     ends = []
-    for shared in (False, True):
+    for plan in ("published", "require"):
         model = copy.deepcopy(start)
         groups = [
             {"params": [*model.stem.parameters(), *model.blocks.parameters()]},
@@ -418,7 +416,7 @@ def test_steps_of_cc_sam(scope):
         ]
         opt = lf.CCSAM(
             groups, torch.optim.SGD, class_counts=COUNTS, scope=scope, noise_ratio=1e-2, lr=0.1, model=model,
-            shared_backward=shared,
+            plan=plan,
         )  # fmt: skip
         for y in ([0, 1, 2, 0], [1, 2, 1, 1]):
             y = torch.tensor(y)
@@ -428,7 +426,8 @@ def test_steps_of_cc_sam(scope):
 
             opt.step(closure, targets=y)
         ends.append(torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), start.parameters(), strict=True)]))
-    assert len(opt.sharing._plans) == 1
+    if scope == "all":
+        assert len(opt.network._shared._plans) == 1
     assert (ends[1] - ends[0]).norm() < 1e-12 * ends[0].norm()
 
 
@@ -453,12 +452,12 @@ def test_what_has_no_gradient_is_looked_at_again_and_named(caplog):
 
     model = Gated().double()
     x, y = torch.randn(BATCH, 5).double(), torch.tensor([0, 1, 2, 0])
-    opt = focal(model, True)
+    opt = focal(model, "require")
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
     (record,) = caplog.records
-    assert "first" in record.getMessage() and not opt.sharing._plans
+    assert "first" in record.getMessage() and not opt.network._shared._plans
     model.on = 1.0
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
-    assert len(opt.sharing._plans) == 1
+    assert len(opt.network._shared._plans) == 1

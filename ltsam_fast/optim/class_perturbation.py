@@ -12,7 +12,16 @@ from torch import Tensor
 from ltsam_fast import ops
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.base_step import sign_of
-from ltsam_fast.optim.gradients import Differentiable, Gradient, check_all_dense, gradients_of
+from ltsam_fast.optim.gradients import (
+    Differentiable,
+    Gradient,
+    add_scaled,
+    check_all_dense,
+    gradients_of,
+    own_memory,
+    swap_gradients,
+    take_gradients,
+)
 from ltsam_fast.optim.head import Head, by_row_alone, owner_of
 from ltsam_fast.optim.perturbation import same_items
 from ltsam_fast.shared import Weighting
@@ -69,7 +78,8 @@ class ClassPasses:
     def at_weights(self) -> tuple[Gradient, ClassGradients]:
         """The gradient of the mean loss, which stays in place, and the classes'."""
         passes, gradients, scope = self._passes, self.gradients, self._scope
-        members = _members_of([part.labels for part in passes.parts])
+        passes.fetch_labels()
+        members = _members_of([part.host_labels for part in passes.parts])
         sizes = {k: sum(map(len, numbers.values())) for k, numbers in members.items()}
         perturbs = bool(scope) and self._share < 1
         synced = perturbs and self._optimizer.ascent_sync and self._workers.averages
@@ -78,8 +88,17 @@ class ClassPasses:
         gradients.classes = sorted(sizes) if perturbs else []
         self._head = self._find_head() if perturbs else None
         for number, part in enumerate(passes.parts):
+            rows = {
+                k: torch.tensor(members[k][number], device=scope[0].device)
+                for k in gradients.classes
+                if number in members.get(k, ())
+            }
+            self._rows.append(rows)
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
-                self._part_at_weights(number, part, members, sizes)
+                if rows and not self._head and self._prefers_sub_batches and passes.are_separable(part):
+                    self._sub_batches_at_weights(part, rows, sizes)
+                else:
+                    self._part_at_weights(part, rows, sizes)
         passes._step.seen_unperturbed = True
         if synced:
             for k in gradients.classes:
@@ -89,12 +108,36 @@ class ClassPasses:
         averaged = not perturbs or not self._workers.averages
         return Gradient(gradients_of(passes._params), next(passes._step.gradient_numbers), averaged), gradients
 
-    def _part_at_weights(
-        self, number: int, part: Any, members: dict[int, dict[int, list[int]]], sizes: dict[int, int]
-    ) -> None:
-        classes, grads = self.gradients.classes, self.gradients.grads
+    @property
+    def _prefers_sub_batches(self) -> bool:
+        """Whether a pass for each class costs less than a product with each weight: on a GPU many small passes do not."""
+        return self._scope[0].device.type == "cpu"
+
+    def _sub_batches_at_weights(self, part: Any, rows: dict[int, Tensor], sizes: dict[int, int]) -> None:
+        """A forward and backward for each class; the gradient of the mean loss is a sum of theirs."""
+        passes, grads, params = self._passes, self.gradients.grads, self._passes._params
+        total = take_gradients(params)
+        for k, chosen in rows.items():
+            with passes.recording(part, keeps_graph=False):
+                losses = part.evaluate(chosen)
+            torch.autograd.backward(losses, self._scaling(torch.full_like(losses, 1 / sizes[k])))
+            found = own_memory(take_gradients(params))
+            check_all_dense(found)
+            self._workers.gradients_cleared()
+            total = add_scaled(total, found, self._share * sizes[k] / passes.size)
+            of_scope = [found[i] for i in self._positions]
+            if k in grads:
+                grads[k] = added(of_scope, self._scope, grads[k])
+            else:
+                pairs = zip(of_scope, self._scope, strict=True)
+                grads[k] = [torch.zeros_like(p, requires_grad=False) if g is None else g for g, p in pairs]
+        swap_gradients(params, total)
+
+    def _part_at_weights(self, part: Any, rows: dict[int, Tensor], sizes: dict[int, int]) -> None:
+        """A forward for all classes, and a backward for each, or one that they share."""
+        grads = self.gradients.grads
         passes, unchanged = self._passes, self._passes.unchanged
-        shared = passes.shared(self._scope) if classes and not self._head else None
+        shared = passes.shared(self._scope) if rows and not self._head else None
         # The mean loss is differentiated with the perturbed one: their gradients meet where the head begins.
         waits = self._head is not None and unchanged is not None
         with (
@@ -111,12 +154,9 @@ class ClassPasses:
                 unchanged.forget()  # type: ignore[union-attr]
         mean = self._scaling(torch.full_like(losses, self._share / self._passes.size))
         shares = {}
-        self._rows.append({})
-        for k in classes:
-            if number in members.get(k, ()):
-                chosen = self._rows[-1][k] = torch.tensor(members[k][number], device=losses.device)
-                weights = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
-                shares[k] = self._scaling(weights), chosen
+        for k, chosen in rows.items():
+            weights = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
+            shares[k] = self._scaling(weights), chosen
         found = None
         if shared is not None and shares and self._share > 0:
             factors = [Weighting(weights / mean, chosen) for weights, chosen in shares.values()]
@@ -136,6 +176,8 @@ class ClassPasses:
     def _find_head(self) -> Head | None:
         """The module of the scope's parameters, if it computes each row by itself; hooks come and go from step to step."""
         optimizer = self._optimizer
+        if optimizer.plan == "published":
+            return None
         known = optimizer.row_wise_head
         if known is None or not same_items(known[0], self._scope):
             root = optimizer.head_module if optimizer.model is None else optimizer.model  # type: ignore[attr-defined]

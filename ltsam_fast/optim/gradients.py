@@ -131,6 +131,14 @@ def own_memory(grads: list[Tensor | None]) -> list[Tensor | None]:
     return [grad.clone() if grad is not None and grad._is_view() else grad for grad in grads]
 
 
+def add_scaled(totals: list[Tensor | None], grads: list[Tensor | None], factor: float) -> list[Tensor | None]:
+    """``totals + factor * grads``, in place where there is a total; a missing gradient is zero."""
+    both = [(a, b) for a, b in zip(totals, grads, strict=True) if a is not None and b is not None]
+    if both:
+        torch._foreach_add_([a for a, _ in both], [b for _, b in both], alpha=factor)
+    return [factor * b if a is None and b is not None else a for a, b in zip(totals, grads, strict=True)]
+
+
 def check_all_dense(grads: Iterable[Tensor | None]) -> None:
     """Raises ValueError for a sparse gradient, where no op would before torch does."""
     for i, grad in enumerate(grads):

@@ -162,7 +162,7 @@ class Passes:
     def _jobs(self, part: Part, weights: Sequence[ClassWeights | None]) -> list[Job]:
         """The forward passes for some gradients at w, which have all samples in them: the step returns the mean loss."""
         asked = [k for k, one in enumerate(weights) if one is not None]
-        whole = Job(None, asked or [0])
+        whole = Job(None, asked if weights else [0])
         if not self._chooses or not asked:
             return [whole]
         self.fetch_labels()
@@ -208,7 +208,7 @@ class Passes:
         if self.unchanged is not None and request.of is not None:
             self.unchanged.forget()
         # Kept with its graph only where no backward goes through that before the pass at w + eps does.
-        keeps_graph = self._ascent is not None and shared is None and min(job.gradients) >= request.kept
+        keeps_graph = self._ascent is not None and shared is None and all(k >= request.kept for k in job.gradients)
         with (
             shared.record_outputs() if shared else _NOTHING,
             optimizer.graphs.reusable() if optimizer.several_gradients else _NOTHING,
