@@ -130,13 +130,13 @@ class WholeStep:
             return timed(lambda: self.optimizer.step(self.closure, targets=self.targets)) - autograd_seconds
 
 
-def interleaved(steps: list[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Times the steps in turns, so that other load affects all of them. The first three rounds warm up. Returns seconds."""
+def interleaved(steps: list[Callable[[], float]], rounds: int, warmup: int = 3) -> list[list[float]]:
+    """Times the steps in turns, so that other load affects all of them, after some rounds to warm up. Returns seconds."""
     times: list[list[float]] = [[] for _ in steps]
-    for index in range(rounds + 3):
+    for index in range(rounds + warmup):
         for step, column in zip(steps, times, strict=True):
             seconds = step()
-            if index >= 3:
+            if index >= warmup:
                 column.append(seconds)
     return times
 

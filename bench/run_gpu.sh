@@ -3,7 +3,7 @@
 # part all four, in this order. Each starts with the build. Needs torch, pytest, pytest-benchmark, pybind11 and ninja (with
 # pytest-xdist the tests take less time); no network.
 #
-#   steps   whole training steps, eager and as CUDA graphs         OUTDIR/steps/bench.json, report.md
+#   steps   whole training steps, eager and as CUDA graphs         OUTDIR/steps/bench.json, report.md, steps.png
 #   tests   the GPU's tests                                        OUTDIR/tests.txt
 #   bench   optimizer work and losses                              OUTDIR/bench/bench.json, report.md, report.png
 #   checks  memory and races of our kernels, graphs, counters      OUTDIR/memcheck.txt, racecheck.txt, graphs.txt, ncu.txt
@@ -55,11 +55,11 @@ if ((gpu)); then
     export LTSAM_REQUIRE=cpu,cuda
     LTSAM_CUDA_ARCHS=${LTSAM_CUDA_ARCHS:-$(python3 -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")}
     export LTSAM_CUDA_ARCHS
-    steps=(bench/test_end2end.py bench/test_shared.py)
+    steps=(bench/test_whole_steps.py)
     benches=(bench/test_steps.py bench/test_loss_time.py bench/test_precision.py)
 else
     echo "== no GPU: a dry run on the CPU"
-    steps=(bench/test_end2end.py -k resnet32)
+    steps=(bench/test_whole_steps.py -k MLP)
     benches=(bench/test_steps.py bench/test_loss_time.py -k "test_step and resnet32 or growth or methods and resnet32 and GNM or test_loss and 10")
 fi
 

@@ -34,3 +34,4 @@ def test_any_part_of_the_benchmarks_has_a_report(name, tmp_path, capsys):
     assert capsys.readouterr().out == text + "\n" and report.SECTIONS[name][1] in text
     assert text.count("\n| ") == 1 + len(report.rows(part, name))
     assert (tmp_path / "report.png").exists() == (name in ("phases", "methods", "growth"))
+    assert (tmp_path / "steps.png").exists() == (name == "whole steps")

@@ -98,7 +98,7 @@ def test_the_whole_steps_come_first(script, tmp_path):
     calls = (tmp_path / "calls").read_text()
     order = (
         "ltsam_fast info",
-        "test_end2end",
+        "test_whole_steps",
         "test_capture",
         "test_steps",
         "memcheck",
