@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from ltsam_fast.backend import backend_for
 from ltsam_fast.optim.base_step import FUSED, is_fused, step_without_hooks
+from ltsam_fast.optim.closures import parts_of
 from ltsam_fast.optim.dry_run import Outline, outline
 from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.parallel import Single, workers_of
@@ -296,25 +295,8 @@ def _facts(value: Any, depth: int = 3) -> Iterator[Any]:
             for one in (*vars(module).values(), *tensors):
                 yield from _facts(one, 0)
     elif depth:
-        for one in _parts(value):
+        for one in parts_of(value):
             yield from _facts(one, depth - 1)
-
-
-def _parts(value: Any) -> Iterator[Any]:
-    """What a callable is made of."""
-    if isinstance(value, functools.partial):
-        yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, types.MethodType):
-        yield from (value.__self__, value.__func__)
-    elif isinstance(value, types.FunctionType):
-        if str(value.__module__).partition(".")[0] not in ("torch", "ltsam_fast"):
-            yield from (value.__globals__.get(name) for name in value.__code__.co_names)
-            yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-            for cell in value.__closure__ or ():
-                with contextlib.suppress(ValueError):  # it is empty yet
-                    yield cell.cell_contents
-    elif callable(value) and not isinstance(value, type):
-        yield from getattr(value, "__dict__", {}).values()
 
 
 class Machine:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from ltsam_fast.optim.gradients import swap_gradients
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
+    from ltsam_fast.optim.criterion import Criterion
 
 Closure = Callable[..., Tensor]
 
@@ -23,7 +26,7 @@ _PUBLISHED = "a closure that calls backward() itself, as in scripts for the publ
 
 
 class Part:
-    """A closure with its labels: the batch, or one of the parts that it comes in.
+    """A closure with its labels: the batch, or one of the parts that it comes in. With a criterion it returns logits.
 
     Attributes:
         labels: The samples' classes, shape (B,), if they are known.
@@ -34,8 +37,10 @@ class Part:
         host_labels: The labels on the CPU, once they are needed there.
     """
 
-    def __init__(self, closure: Closure, labels: Tensor | None, params: list[Tensor]) -> None:
-        self.closure, self.labels, self._params = closure, labels, params
+    def __init__(
+        self, closure: Closure, labels: Tensor | None, params: list[Tensor], criterion: Criterion | None = None
+    ) -> None:
+        self.closure, self.labels, self._params, self.criterion = closure, labels, params, criterion
         self.size = -1 if labels is None else len(labels)
         self.losses: Tensor | None = None
         self.total: Any = 0
@@ -59,6 +64,9 @@ class Part:
         try:
             with torch.set_grad_enabled(graph):
                 losses = self.closure() if index is None else self.closure(index)
+                if self.criterion is not None:
+                    labels: Any = self.labels
+                    losses = self.criterion(losses, labels if index is None else labels[index.to(labels.device)])
         except RuntimeError as error:
             if graph or "does not require grad" not in str(error):
                 raise
@@ -69,6 +77,10 @@ class Part:
                 clear_weight_caches()  # autocast keeps casts that have no gradients, too
         if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            if self.criterion is not None:
+                raise ValueError(
+                    f"loss must return the per-sample losses, shape (B,), got {shape}: use reduction='none'"
+                )
             raise ValueError(
                 f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'; {_PUBLISHED}"
             )
@@ -139,11 +151,16 @@ class Part:
             self._indices[weights, others] = index.to(device, non_blocking=True)
         return self._indices[weights, others]
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The modules that a pass calls, as far as that can be seen."""
+        loss = self.criterion and self.criterion.loss
+        return [*modules_in(self.closure), *([loss] if isinstance(loss, torch.nn.Module) else [])]
+
     @property
     def kind(self) -> Any:
         """What the closure runs, as far as that can be told: two with the same code count as one."""
         function = getattr(self.closure, "func", self.closure)  # of a partial
-        return getattr(function, "__code__", type(function))
+        return getattr(function, "__code__", type(function)), self.criterion and type(self.criterion.loss)
 
 
 def _stash_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
@@ -216,6 +233,31 @@ def check_takes_index(parts: list[Part], method: str) -> None:
             raise ValueError(
                 "closure must give index a default, or targets must be given: else the batch's size is unknown"
             )
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """What a callable is made of."""
+    if isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, types.FunctionType):
+        if str(value.__module__).partition(".")[0] not in ("torch", "ltsam_fast"):
+            yield from (value.__globals__.get(name) for name in value.__code__.co_names)
+            yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # it is empty yet
+                    yield cell.cell_contents
+    elif callable(value) and not isinstance(value, type):
+        yield from getattr(value, "__dict__", {}).values()
+
+
+def modules_in(closure: Any, depth: int = 3) -> list[torch.nn.Module]:
+    """The modules that a closure refers to, as far as that can be seen."""
+    found: list[torch.nn.Module] = []
+    for one in parts_of(closure):
+        found += [one] if isinstance(one, torch.nn.Module) else modules_in(one, depth - 1) if depth else []
+    return found
 
 
 class ClassWeights:

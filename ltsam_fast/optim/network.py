@@ -36,7 +36,15 @@ class Network:
         """What depends on ``train()`` and ``eval()``: a number for the modes of all modules."""
         return hash(tuple([module.training for module in self.model.modules()]))
 
-    def is_separable(self, kind: Any, evaluate: Evaluate, size: int, params: Sequence[Tensor], required: bool) -> bool:
+    def is_separable(
+        self,
+        kind: Any,
+        evaluate: Evaluate,
+        size: int,
+        params: Sequence[Tensor],
+        others: Callable[[], list[nn.Module]],
+        required: bool,
+    ) -> bool:
         """Whether samples can be evaluated in sub-batches.
 
         Args:
@@ -44,6 +52,7 @@ class Network:
             evaluate: Runs the pass for some of its samples.
             size: The number of all.
             params: The weights.
+            others: Gives further modules that the pass calls, as far as they are known.
             required: Whether samples that mix are an error.
 
         Raises:
@@ -53,7 +62,7 @@ class Network:
             if size < 2:
                 return False
             try:
-                check_separable(self.model, evaluate, size, params)
+                check_separable(self.model, evaluate, size, params, others())
                 self._separable[kind] = True
             except NotShared as error:
                 self.refuse(error, required)

@@ -20,6 +20,7 @@ from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
 from ltsam_fast.optim.checkpoints import completed
 from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
+from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.network import Network
 from ltsam_fast.optim.options import Configurable, option
@@ -196,18 +197,25 @@ class SharpnessAware(Configurable, Optimizer):
         closure: Closure | Sequence[Closure] | None = None,
         targets: Tensor | Sequence[Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        *,
+        loss: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """One step of the method.
 
         Args:
             closure: Runs the forward pass alone and returns the per-sample losses, shape (B,), floating point, not
-                detached. A sequence of closures is a batch in parts: their gradients add up to one step.
+                detached. A sequence of closures is a batch in parts: their gradients add up to one step. Let it take the
+                numbers of the samples wanted, ``closure(index=slice(None))``, 1-D int64, and those that a step does not
+                need are not evaluated; some methods cannot do without.
             targets: The samples' classes, shape (B,), integer; a sequence with a sequence of closures. Methods that are told
                 class counts need them, each less than C; the others do not look at them.
             scaler: A GradScaler. If a gradient of either pass overflows, weights and base state stay as they were, which is
                 decided on the device. Call ``scaler.update()`` yourself, once a step.
 
                 With the phases, give it to the first one, and call neither its unscale_() nor its step().
+            loss: If given, the closure returns logits, (B, C), and the step applies this to them and ``targets``: one of
+                :mod:`ltsam_fast.losses`, of torch, or a function that returns the losses of the samples. Whatever its
+                ``reduction``, the step takes the mean, with class weights divided by theirs over the batch, as torch's.
 
         Returns:
             The mean loss at the unperturbed weights, 0-d, detached, on the losses' device.
@@ -232,11 +240,12 @@ class SharpnessAware(Configurable, Optimizer):
         if self._stepping:
             raise ValueError("step() was called by a closure of the same step: call it when that has ended")
         labels: list[Any] = [None] * len(closures)
-        if targets is not None or self.classes() is not None:
+        if targets is not None or loss is not None or self.classes() is not None:
             labels = self._check_targets(targets, len(closures))
+        criterion = None if loss is None else Criterion(loss, labels)
         self._clear_gradients()
         step = self._begin(scaler)
-        passes = Passes(self, step, closures, labels)
+        passes = Passes(self, step, closures, labels, criterion)
         if self.needs_index:
             check_takes_index(passes.parts, type(self).__name__)
         try:
@@ -247,10 +256,10 @@ class SharpnessAware(Configurable, Optimizer):
                 while True:
                     request = rule.send(passes(request))
             self._clear_gradients()
-            loss = passes.mean_loss()
+            mean = passes.mean_loss()
             if scaler is not None:
                 step.scaling.report(self)
-            return loss
+            return mean
         except BaseException:
             self._abandon(step)
             self._clear_gradients()

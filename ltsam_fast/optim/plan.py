@@ -47,6 +47,7 @@ from ltsam_fast.shared import SharedBackward, Weighting
 from ltsam_fast.shared.autograd_graph import has_reentrant_checkpoint
 
 if TYPE_CHECKING:
+    from ltsam_fast.optim.criterion import Criterion
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 Tensors = list[Tensor | None]
@@ -67,6 +68,7 @@ class Passes:
         step: The step.
         closures: The batch, in one or more parts.
         labels: The classes of each part's samples, or None.
+        criterion: Makes losses of what closures return, if these are no losses.
     """
 
     def __init__(
@@ -75,10 +77,11 @@ class Passes:
         step: Step,
         closures: Sequence[Closure],
         labels: Sequence[Tensor | None],
+        criterion: Criterion | None = None,
     ) -> None:
         self._optimizer, self._step, self._scaling = optimizer, step, step.scaling
         self._params, self._workers = step._params, step._workers
-        self.parts = [Part(*pair, self._params) for pair in zip(closures, labels, strict=True)]
+        self.parts = [Part(*pair, self._params, criterion) for pair in zip(closures, labels, strict=True)]
         self._totals: Tensors = []  # of the micro-batches so far
         self._by_class: ClassPasses | None = None
         self._at_w: dict[Any, Gradient] = {}  # whole gradients, by their class weights
@@ -158,7 +161,8 @@ class Passes:
             with self._workers.backward(last=False), torch.enable_grad():
                 return part.evaluate(index, at_w=False)
 
-        return self.network.is_separable((self.mode, part.kind), evaluate, part.size, self._params, self.required)  # type: ignore[union-attr]
+        kind = self.mode, part.kind
+        return self.network.is_separable(kind, evaluate, part.size, self._params, part.modules, self.required)  # type: ignore[union-attr]
 
     def _jobs(self, part: Part, weights: Sequence[ClassWeights | None]) -> list[Job]:
         """The forward passes for some gradients at w, which have all samples in them: the step returns the mean loss."""

@@ -25,7 +25,9 @@ Evaluate = Callable[[Tensor | None], Tensor]
 """The losses of the samples with these numbers, 1-D; None: of all."""
 
 
-def check_separable(model: nn.Module, evaluate: Evaluate, size: int, params: Sequence[Tensor]) -> None:
+def check_separable(
+    model: nn.Module, evaluate: Evaluate, size: int, params: Sequence[Tensor], others: Sequence[nn.Module] = ()
+) -> None:
     """Compares a batch, evaluated as a whole, with two parts of it: each sample's loss, and the gradients.
 
     Random numbers are replaced by their means meanwhile, so that dropout does not hide what mixes. Generators and buffers are
@@ -36,6 +38,7 @@ def check_separable(model: nn.Module, evaluate: Evaluate, size: int, params: Seq
         evaluate: Runs the forward pass.
         size: How many samples the batch has, >= 2.
         params: Weights whose gradients are compared.
+        others: Further modules whose buffers the forward pass may change, such as a loss.
 
     Raises:
         NotShared: Samples mix, or the forward pass changes a buffer. The message names the module.
@@ -52,7 +55,7 @@ def check_separable(model: nn.Module, evaluate: Evaluate, size: int, params: Seq
         found = Differentiable(losses, wanted, model.parameters()).gradients(weights, retain_graph=False)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, wanted, strict=True)]
 
-    with _restored(model, device) as buffers, _Means():
+    with _restored((model, *others), device) as buffers, _Means():
         with _Outputs(model) as outputs:
             losses = evaluate(None)
         buffers.check()
@@ -146,10 +149,11 @@ def _has_rows(whole: Tensor, some: Tensor, size: int, index: Tensor, tolerance: 
 
 
 class _Buffers:
-    """The buffers of a network: whether they change, and what they were."""
+    """The buffers of modules: whether they change, and what they were."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._named = [(name, one, one._version, one.clone()) for name, one in model.named_buffers()]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        named = {one: name for module in modules for name, one in module.named_buffers()}
+        self._named = [(name, one, one._version, one.clone()) for one, name in named.items()]
 
     def check(self) -> None:
         """Raises NotShared if one has changed."""
@@ -165,9 +169,9 @@ class _Buffers:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module, device: torch.device) -> Iterator[_Buffers]:
+def _restored(modules: Sequence[nn.Module], device: torch.device) -> Iterator[_Buffers]:
     """Around forward passes: leaves generators and buffers as they were."""
-    buffers = _Buffers(model)
+    buffers = _Buffers(modules)
     states = random.getstate(), "numpy" in sys.modules and sys.modules["numpy"].random.get_state()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
