@@ -318,7 +318,7 @@ def test_small_batches_on_a_cpu_are_torchs(name, dtype, reduction, generator, mo
         results = [(mine.detach(), gradients(mine, cotangent, z)) for mine in (small, fused)]
         close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
         torch.testing.assert_close(*results, **close)
-    for wrong in (-100, -1, 7):  # -100 is what torch ignores
+    for wrong in (-100, -1, 7, -(2**63)):  # -100 is what torch ignores, the last what it makes of NaN
         y[3] = wrong
         with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\), got"):
             criterion(z, y)

@@ -204,10 +204,13 @@ SMALL = 1 << 15
 
 
 def _small(logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers, reduction: str) -> Tensor:
-    check_range(targets, logits.shape[1])
     scale, shift, margin, weight, _, _ = vectors
     smoothing, gamma, detach, _, _ = numbers
-    return reference.adjusted_cross_entropy(
-        logits, targets, scale=scale, shift=shift, margin=margin, weight=weight, label_smoothing=smoothing,
-        gamma=gamma, detach=detach, reduction=reduction,
-    )  # fmt: skip
+    try:
+        return reference.adjusted_cross_entropy(
+            logits, targets, scale=scale, shift=shift, margin=margin, weight=weight, label_smoothing=smoothing,
+            gamma=gamma, detach=detach, reduction=reduction,
+        )  # fmt: skip
+    except IndexError:
+        check_range(targets, logits.shape[1])  # torch has looked, but does not name the argument
+        raise

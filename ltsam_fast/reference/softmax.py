@@ -83,14 +83,20 @@ def adjusted_cross_entropy(
     a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
     weight = None if weight is None else weight.to(a)
     if not gamma:
-        return F.cross_entropy(a, targets, weight, label_smoothing=label_smoothing, reduction=reduction)
-    nll = F.cross_entropy(a, targets, reduction="none")
+        return F.cross_entropy(
+            a, targets, weight, label_smoothing=label_smoothing, reduction=reduction, ignore_index=_NO_LABEL
+        )
+    nll = F.cross_entropy(a, targets, reduction="none", ignore_index=_NO_LABEL)
     missed = _missed(nll) if gamma < 1 else -torch.expm1(-nll)
     factor = missed if gamma == 1 else missed**gamma
     losses = (factor.detach() if detach else factor) * nll
     if weight is not None:
         losses = weight[targets] * losses
     return reduced(losses, targets, weight, reduction)[0]
+
+
+_NO_LABEL = -(2**61) - 1
+"""torch ignores one label, which thus is not refused: no number that labels come to by mistake, as -1 or a NaN's -2^63."""
 
 
 def reduced(losses: Tensor, targets: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor | int]:
