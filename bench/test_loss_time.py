@@ -13,7 +13,7 @@ from bench.measure import DEVICE, facts, interleaved, machine, timed
 from bench.test_steps import BACKENDS
 from ltsam_fast import losses
 
-SHAPES = ((64, 10), (256, 1000), (64, 8142))
+SHAPES = ((64, 10), (256, 10), (64, 100), (128, 100), (256, 1000), (64, 8142))
 LOSSES = ("CrossEntropy", "LogitAdjusted", "BalancedSoftmax", "LDAM", "VS", "ClassBalanced", "Focal", "GCL")
 
 
@@ -56,9 +56,9 @@ class Call:
         n = torch.linspace(1000, 2, classes).round()
         self.z = torch.rand(shape, generator=generator).to(DEVICE).requires_grad_()
         self.y = torch.randint(classes, (rows,), generator=generator).to(DEVICE)
-        self.backend = None if implementation == "plain" else implementation
-        fused = getattr(losses, name)
-        self.loss = fused(n, reduction="none").to(DEVICE) if self.backend else plain(name, n.to(DEVICE))
+        self.backend = None if implementation in ("plain", "automatic") else implementation
+        mine = getattr(losses, name)(n, reduction="none").to(DEVICE)
+        self.loss = plain(name, n.to(DEVICE)) if implementation == "plain" else mine
 
     def run(self):
         """Returns the losses and the gradient of their mean."""
@@ -78,11 +78,11 @@ class Call:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(benchmark, name, shape, request):
-    """Each backend, torch among them, and the published formula by torch (of plain cross entropy: torch's own)."""
+    """The loss as it is, each backend, torch among them, and the published formula (of plain cross entropy: torch's own)."""
     backends = [backend for backend in BACKENDS if not lf.backend.why_not(backend)]
     if not backends:
         pytest.skip(f"none of {', '.join(BACKENDS)} is available")
-    names = [*backends, "torch", "plain"]
+    names = ["automatic", *backends, "torch", "plain"]
     calls = [Call(name, implementation, shape) for implementation in names]
     benchmark.group = f"{name}, {shape[0]} x {shape[1]}"
     results = [call.run() for call in calls]

@@ -99,6 +99,11 @@ def wish() -> str | None:
     return _wish.get()
 
 
+def is_chosen() -> bool:
+    """Whether :func:`use_backend` or the environment says which backend runs an op."""
+    return bool(_wish.get() or _environment.get(_variable))
+
+
 @contextlib.contextmanager
 def using(name: str | None) -> Iterator[None]:
     """A context with this :func:`wish`."""

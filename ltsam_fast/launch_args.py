@@ -144,6 +144,20 @@ class Numbers(NamedTuple):
     by_label: bool = False
     """Cotangents are weights of the classes, to be divided by the number of rows; else one for each row."""
 
+    def floats(self) -> list[float]:
+        """What an operator of torch takes."""
+        return [float(number) for number in self[:4]]
+
+    @classmethod
+    def from_floats(cls, floats: Sequence[float]) -> Numbers:
+        """The numbers that an operator of torch got."""
+        smoothing, gamma, detach, seed = floats
+        return cls(smoothing, gamma, bool(detach), int(seed))
+
+    def of_reference(self) -> dict[str, Any]:
+        """Arguments of the reference implementation."""
+        return {name: number for name, number in self._asdict().items() if name != "by_label"}
+
 
 def stream_or_threads(device: torch.device) -> int:
     """The current CUDA stream of a device; on the CPU the number of threads."""

@@ -1,7 +1,8 @@
 r"""Losses for imbalanced classes: modules that are called with logits (B, C) and integer targets (B,).
 
-Each is one fused pass over the logits forward and one backward, see :func:`ltsam_fast.ops.adjusted_cross_entropy`. In the
-formulas :math:`n_c` are the training counts, n is their sum, and :math:`\pi_c = n_c / n`. All losses have:
+Each is one fused pass over the logits forward and one backward, or torch's own functions for small batches on a CPU: see
+:func:`ltsam_fast.ops.adjusted_cross_entropy`. In the formulas :math:`n_c` are the training counts, n is their sum, and
+:math:`\pi_c = n_c / n`. All losses have:
 
 * ``class_counts``: C finite numbers >= 0, not all 0. A count of 0 is an error in losses that have no finite value for a class
   without samples. Losses that do not use the counts only check that logits have C columns.
@@ -45,8 +46,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltsam_fast import ops
-from ltsam_fast.ops.checks import check_counts
+from ltsam_fast.launch_args import Numbers, version
+from ltsam_fast.ops import differentiable
+from ltsam_fast.ops.checks import check_counts, check_logits, check_reduction
+from ltsam_fast.ops.cross_entropy import prepared
 
 __all__ = [
     "GCL",
@@ -60,8 +63,6 @@ __all__ = [
     "Loss",
     "deferred_reweighting",
 ]
-
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def _check_number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
@@ -114,6 +115,7 @@ class Loss(nn.Module):
     margin: Tensor | None
     spread: Tensor | None
     weight: Tensor | None
+    _ready: Any = None  # here, for losses pickled by earlier versions have none
 
     def __init__(
         self,
@@ -126,8 +128,7 @@ class Loss(nn.Module):
         **constants: Tensor,
     ) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        check_reduction(reduction)
         _check_number("label_smoothing", label_smoothing, below=math.nextafter(1.0, 2.0))
         _check_number("gamma", gamma)
         self.classes = None if class_counts is None else len(check_counts(class_counts))
@@ -186,36 +187,49 @@ class Loss(nn.Module):
         if batch is not None and self.reduction != "none":
             raise ValueError(f"batch must be None with reduction={self.reduction!r}, it is for reduction='none'")
         losses = self._losses(logits, targets)
-        if self.reduction == "none":
-            if batch is None:
-                return losses
-            labels = _labels_of(batch, logits.shape[1]).to(losses.device, torch.int64, non_blocking=True)
-            return losses if self.weight is None else losses / self.weight.to(losses, non_blocking=True)[labels].mean()
-        if self.reduction == "sum":
-            return losses.sum()
-        if self.weight is None:
-            return losses.mean()
-        labels = targets.to(losses.device, torch.int64, non_blocking=True)
-        return losses.sum() / self.weight.to(losses, non_blocking=True)[labels].sum()
+        if batch is None:
+            return losses
+        labels = _labels_of(batch, logits.shape[1]).to(losses.device, torch.int64, non_blocking=True)
+        return losses if self.weight is None else losses / self.weight.to(losses, non_blocking=True)[labels].mean()
 
     def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
-        if self.classes is not None and isinstance(logits, Tensor) and tuple(logits.shape[1:]) != (self.classes,):
+        logits, targets = check_logits(logits, targets)
+        if self.classes is not None and logits.shape[1] != self.classes:
             raise ValueError(
                 f"logits must have shape (B, {self.classes}), for the loss was made for {self.classes} classes, "
                 f"got {tuple(logits.shape)}"
             )
-        return ops.adjusted_cross_entropy(
-            logits,
-            targets,
-            scale=self.scale,
-            shift=self.shift,
-            margin=self.margin,
-            weight=self.weight,
-            label_smoothing=self.label_smoothing,
-            gamma=self.gamma,
-            detach=self._detach,
-            **noise,
-        )
+        if logits.is_cpu and not differentiable.is_traced(logits):
+            vectors, numbers = self._kept(logits, noise)
+        else:
+            vectors, numbers = self._prepared(logits, noise)
+        return differentiable.adjusted_cross_entropy(logits, targets, vectors, numbers, self.reduction)
+
+    def _prepared(self, logits: Tensor, noise: dict[str, Any]) -> tuple[differentiable.Vectors, Numbers]:
+        return prepared(
+            logits, scale=self.scale, shift=self.shift, margin=self.margin, weight=self.weight,
+            label_smoothing=self.label_smoothing, gamma=self.gamma, detach=self._detach, **noise,
+        )  # fmt: skip
+
+    def _kept(self, logits: Tensor, noise: dict[str, Any]) -> tuple[differentiable.Vectors, Numbers]:
+        """The same, made anew when something has changed: on a CPU a vector's conversion takes as long as a small loss."""
+        find = self._buffers.get  # a module's attributes take longer
+        constants = [
+            one for name in ("scale", "shift", "margin", "weight", "spread") if (one := find(name)) is not None
+        ]
+        stamp = [
+            logits.dtype, logits.shape[1], self.label_smoothing, self.gamma, noise.get("seed"),
+            torch.is_inference_mode_enabled(), *map(id, constants), *map(version, constants),
+        ]  # fmt: skip
+        ready = self._ready
+        if ready is None or ready[0] != stamp:
+            # The constants must live: another tensor might get the id of one that is gone.
+            self._ready = ready = stamp, self._prepared(logits, noise), constants
+        vectors, numbers = ready[1]
+        return ((*vectors[:-1], noise["draw"]), numbers) if noise else (vectors, numbers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": None}
 
     def extra_repr(self) -> str:
         """Returns what ``print`` shows."""

@@ -101,8 +101,7 @@ def grad_dots(args: LaunchArgs) -> None:
 
 def cross_entropy(args: RowArgs) -> None:
     """See :class:`~ltsam_fast.launch_args.RowArgs`."""
-    given, numbers = args.tensors.get, args.numbers._asdict()
-    by_label = numbers.pop("by_label")
+    given, numbers, by_label = args.tensors.get, args.numbers.of_reference(), args.numbers.by_label
     logits: Any = given("logits")
     targets: Any = given("targets")
     named: dict[str, Any] = {name: given(name) for name in ("scale", "shift", "margin", "weight", "spread", "draw")}

@@ -296,6 +296,48 @@ def test_nothing_large_is_made_but_the_gradient(name, dtype, backend, device, ge
     assert made.addresses == {gradient.untyped_storage().data_ptr()}
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "GCL"])
+def test_small_batches_on_a_cpu_are_torchs(name, dtype, reduction, generator, monkeypatch):
+    """Unless a backend is chosen, which must give the same."""
+    if reason := lf.backend.why_not("cpu"):
+        pytest.skip(f"cpu: {reason}")
+    monkeypatch.delenv(lf.backend.VARIABLE, raising=False)
+    z, y, n = draw(generator, name, 20, 7)
+    criterion = getattr(losses, name)(n, **OPTIONS.get(name, {}), reduction=reduction)
+    for weight in (None, torch.rand(7, generator=generator)):
+        if name != "ClassBalanced":
+            criterion.set_weight(weight)
+        z = z.to(dtype).detach().requires_grad_()
+        small = criterion(z, y)
+        with lf.use_backend("cpu"):
+            fused = criterion(z, y)
+        assert "Direct" in type(fused.grad_fn).__name__ and "Direct" not in type(small.grad_fn).__name__
+        cotangent = torch.rand(small.shape, generator=generator)
+        results = [(mine.detach(), gradients(mine, cotangent, z)) for mine in (small, fused)]
+        close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+        torch.testing.assert_close(*results, **close)
+    for wrong in (-100, -1, 7, -(2**63)):  # -100 is what torch ignores, the last what it makes of NaN
+        y[3] = wrong
+        with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\), got"):
+            criterion(z, y)
+
+
+def test_constants_that_change_are_seen(generator):
+    z, y, n = draw(generator, "VS", 20, 7)
+    criterion, other = losses.VS(n), losses.VS(n.flip(0))
+    before = criterion(z, y)
+    criterion.scale.copy_(other.scale)
+    criterion.shift = other.shift.clone()
+    assert torch.equal(criterion(z, y), other(z, y)) and not torch.equal(criterion(z, y), before)
+    criterion.label_smoothing = 0.5
+    assert not torch.equal(criterion(z, y), other(z, y))
+    with torch.inference_mode():
+        criterion(z, y)
+    criterion(z.requires_grad_(), y).backward()
+
+
 @pytest.mark.parametrize("fullgraph", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles(name, fullgraph, generator):

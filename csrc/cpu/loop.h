@@ -80,15 +80,16 @@ LT_CLONES void expand(const uint8_t* from, int count, A* to) {
 
 /// The random words of `quads` times four elements.
 LT_CLONES inline void draw(const Philox philox, int64_t first_quad, int quads, uint32_t* words) {
-  constexpr int kPlane = 64;
+  constexpr int kPlane = 64, kVector = 16;
   for (int done = 0; done < quads; done += kPlane) {
     uint32_t plane[4][kPlane];
-    for (int q = 0; q < kPlane; ++q) {
+    const int planned = std::min(kPlane, (quads - done + kVector - 1) / kVector * kVector);
+    for (int q = 0; q < planned; ++q) {
       uint32_t word[4];
       philox(uint64_t(first_quad + done + q), word);
       for (int j = 0; j < 4; ++j) plane[j][q] = word[j];
     }
-    for (int q = 0; q < kPlane; ++q)
+    for (int q = 0; q < planned; ++q)
       for (int j = 0; j < 4; ++j) words[4 * (done + q) + j] = plane[j][q];
   }
 }
@@ -218,10 +219,10 @@ LT_CLONES void reduce_tile(const F f, const A* const* in, A (*lanes)[F::sums], i
 
 /// Joins lanes by halves. One after the other, each would wait for the one before: longer than a tiny tensor takes for
 /// all else.
-template <class T, class Join>
-inline T fold(T (&lanes)[kLanes], const Join& join) {
+template <class T, int kCount, class Join>
+inline T fold(T (&lanes)[kCount], const Join& join) {
 #pragma GCC unroll 8
-  for (int half = kLanes / 2; half; half /= 2)
+  for (int half = kCount / 2; half; half /= 2)
 #pragma GCC ivdep
     for (int j = 0; j < half; ++j) lanes[j] = join(lanes[j], lanes[j + half]);
   return lanes[0];

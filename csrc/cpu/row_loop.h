@@ -1,6 +1,7 @@
 // The CPU loop over rows of logits: a thread takes a row at a time, which stays in its cache from the first look to the
 // last.
 #pragma once
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -9,30 +10,26 @@
 
 namespace lt {
 
+constexpr int kGroup = 16;  // lanes of a row's end that are summed together
+
+/// |e| of an element for each random word.
+template <class A>
+LT_CLONES void noise_tile(const uint32_t* words, int count, A* noise) {
+  for (int i = 0; i < count; ++i) noise[i] = CrossEntropy<A>::noise(words[i]);
+}
+
 /// a = scale (z - spread |e|) + shift, in place or from z.
 template <bool kScale, bool kShift, bool kSpread, class A>
-LT_CLONES void adjust_tile(const A* z, int count, const A* scale, const A* shift, const A* spread,
-                           const uint32_t* words, A* a) {
+LT_CLONES void adjust_tile(const A* z, int count, const A* scale, const A* shift, const A* spread, const A* noise,
+                           A* a) {
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
     A x = z[i];
-    if constexpr (kSpread) x -= spread[i] * CrossEntropy<A>::noise(words[i]);
+    if constexpr (kSpread) x -= spread[i] * noise[i];
     if constexpr (kScale) x *= scale[i];
     if constexpr (kShift) x += shift[i];
     a[i] = x;
   }
-}
-
-/// A NaN is never greater, so it is passed over here and surfaces in the sum.
-template <class A>
-LT_CLONES A row_max(const A* a, int64_t count) {
-  A lanes[kLanes];
-  for (A& lane : lanes) lane = a[0];
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] = a[i + j] > lanes[j] ? a[i + j] : lanes[j];
-  for (int j = 0; i < count; ++i, ++j) lanes[j] = a[i] > lanes[j] ? a[i] : lanes[j];
-  return fold(lanes, [](A x, A y) { return y > x ? y : x; });
 }
 
 template <class A, class Term>
@@ -45,9 +42,28 @@ LT_HD A lane_sum(int64_t count, const Term& term) {
   return fold(lanes, [](A x, A y) { return x + y; });
 }
 
-template <class A>
-LT_CLONES A row_sum(const A* a, int64_t count, A peak) {
-  return lane_sum<A>(count, [&](int64_t i) { return CrossEntropy<A>::shifted_exp(a[i], peak); });
+/// The maximum of a row, and the sum of e^{a - maximum}, in kWidth lanes; as many as kLanes give the same bits if the
+/// row has no more elements. A NaN is never greater, so it is passed over here and surfaces in the sum. The rest of a
+/// row is filled up with -inf, which is no maximum and adds nothing: an element at a time it would take longer than all
+/// others.
+template <int kWidth, class A>
+LT_CLONES void peak_and_sum(const A* a, int64_t count, A* peak, A* sum) {
+  const int64_t full = count / kWidth * kWidth;
+  const int rest = int(count - full);
+  alignas(64) A tail[kWidth], lanes[kWidth];
+  for (int j = 0; j < kWidth; ++j) tail[j] = j < rest ? a[full + j] : -std::numeric_limits<A>::infinity();
+  for (int j = 0; j < kWidth; ++j) lanes[j] = a[0];
+  for (int64_t i = 0; i < full; i += kWidth)
+    for (int j = 0; j < kWidth; ++j) lanes[j] = a[i + j] > lanes[j] ? a[i + j] : lanes[j];
+  for (int j = 0; j < kWidth; ++j) lanes[j] = tail[j] > lanes[j] ? tail[j] : lanes[j];
+  const A top = fold(lanes, [](A x, A y) { return y > x ? y : x; });
+  for (int j = 0; j < kWidth; ++j) lanes[j] = 0;
+  for (int64_t i = 0; i < full; i += kWidth)
+    for (int j = 0; j < kWidth; ++j) lanes[j] += CrossEntropy<A>::shifted_exp(a[i + j], top);
+  for (int group = 0; group < rest; group += kGroup)
+    for (int j = group; j < group + kGroup; ++j) lanes[j] += CrossEntropy<A>::shifted_exp(tail[j], top);
+  *peak = top;
+  *sum = fold(lanes, [](A x, A y) { return x + y; });
 }
 
 /// sum_c w_c (peak - a_c)
@@ -57,7 +73,7 @@ LT_CLONES A spread_sum(const A* a, int64_t count, A peak, const A* weight) {
 }
 
 template <bool kScale, bool kSmooth, bool kWeighted, class A>
-LT_CLONES void slope_tile(const CrossEntropy<A> f, const A* a, int count, int64_t label, A times, const A* scale,
+LT_CLONES void slope_tile(const CrossEntropy<A> f, const A* a, int count, int label, A times, const A* scale,
                           const A* weight, A* slope) {
 #pragma GCC ivdep
   for (int i = 0; i < count; ++i) {
@@ -105,16 +121,22 @@ const A* adjusted_row(const Rows<A>& in, int64_t row, int64_t label, std::vector
   const bool native = in.dtype == (sizeof(A) == 8 ? kF64 : kF32);
   if (native && !in.adjusts()) return reinterpret_cast<const A*>(z);
   static thread_local uint32_t words[kTile];
+  static thread_local A noise[kTile];
   memory.resize(size_t(in.classes));
   A* a = memory.data();
   for_tiles(in.classes, [&](int64_t begin, int count) {
     const A* tile = native ? reinterpret_cast<const A*>(z) + begin : a + begin;
     if (!native) load(in.dtype, z + begin * item_size(in.dtype), count, a + begin);
-    if (in.spread) draw(Philox(in.seed, double(*in.draw), row & 0xffffff), begin / 4, (count + 3) / 4, words);
+    if (in.spread) {
+      // Whole groups, for a few elements past the last vector would take longer than a vector.
+      const int drawn = (count + kGroup - 1) / kGroup * kGroup;
+      draw(Philox(in.seed, double(*in.draw), row & 0xffffff), begin / 4, drawn / 4, words);
+      noise_tile(words, drawn, noise);
+    }
     choose(
         [&](auto scales, auto shifts, auto spreads) {
           adjust_tile<scales.value, shifts.value, spreads.value>(
-              tile, count, from(in.scale, begin), from(in.shift, begin), from(in.spread, begin), words, a + begin);
+              tile, count, from(in.scale, begin), from(in.shift, begin), from(in.spread, begin), noise, a + begin);
         },
         in.scale != nullptr, in.shift != nullptr, in.spread != nullptr);
   });
@@ -130,11 +152,13 @@ void row_gradients(const Rows<A>& in, const CrossEntropy<A>& f, const A* a, int6
   A factor[2] = {};
   for (int k = 0; k < outputs; ++k) factor[k] = in.factor(k, row, label) * (in.smooth != 0 ? A(1) : f.hit);
   for_tiles(in.classes, [&](int64_t begin, int count) {
+    // As an int, which is as wide as a float: comparing wider numbers takes a vector loop longer than the exponential.
+    const int label_here = label >= begin && label < begin + count ? int(label - begin) : -1;
     const auto place = [&](int k) { return in.grad[k] + (row * in.classes + begin) * item_size(in.dtype); };
     const auto slopes = [&](A times, A* to) {
       choose(
           [&](auto scales, auto smooths, auto weighs) {
-            slope_tile<scales.value, smooths.value, weighs.value>(f, a + begin, count, label - begin, times,
+            slope_tile<scales.value, smooths.value, weighs.value>(f, a + begin, count, label_here, times,
                                                                   from(in.scale, begin), from(in.weight, begin), to);
           },
           in.scale != nullptr, in.smooth != 0, in.weight != nullptr);
@@ -152,6 +176,13 @@ void row_gradients(const Rows<A>& in, const CrossEntropy<A>& f, const A* a, int6
   });
 }
 
+/// Whether all labels lie in [0, classes).
+LT_CLONES inline bool are_labels(const int64_t* labels, int64_t count, int64_t classes) {
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= uint64_t(labels[i]) < uint64_t(classes);
+  return all;
+}
+
 template <class A>
 void CpuLoop::cross_entropy(const Rows<A>& in, intptr_t threads) {
   for_each_chunk(in.rows, 16 * in.rows * in.classes, int(threads), [&](int64_t row) {
@@ -160,9 +191,11 @@ void CpuLoop::cross_entropy(const Rows<A>& in, intptr_t threads) {
     const A* a = adjusted_row(in, row, label, memory);
     A end[3];  // peak, 1 / sum, hit
     if (in.losses) {
-      end[0] = row_max(a, in.classes);
-      const A sum = row_sum(a, in.classes, end[0]);
-      A spread = 0;
+      A sum, spread = 0;
+      if (in.classes > kGroup)
+        peak_and_sum<kLanes>(a, in.classes, &end[0], &sum);
+      else
+        peak_and_sum<kGroup>(a, in.classes, &end[0], &sum);
       if (in.smooth != 0)
         spread = in.weight ? spread_sum<true>(a, in.classes, end[0], in.weight)
                            : spread_sum<false>(a, in.classes, end[0], in.weight);

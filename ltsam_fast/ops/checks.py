@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ltsam_fast.launch_args import DTYPES, Op, accumulator
 from ltsam_fast.reference.arithmetic import of_group
+from ltsam_fast.snapshot import native
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -200,12 +201,21 @@ def check_loss_numbers(label_smoothing: Any, gamma: Any, seed: Any) -> None:
         raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
 
 
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def check_reduction(reduction: Any) -> None:
+    """Raises ValueError unless this is the name of a reduction."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+
+
 def class_vector(name: str, vector: Any, logits: Tensor) -> Tensor | None:
     """A vector of classes as backends take it: on the logits' device, in the dtype of sums."""
     if vector is None:
         return None
     classes = logits.shape[1]
-    if not isinstance(vector, Tensor) or tuple(vector.shape) != (classes,):
+    if not isinstance(vector, Tensor) or vector.shape != (classes,):
         got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise ValueError(f"{name} must be a tensor of shape ({classes},), one number per class, got {got}")
     if vector.requires_grad:
@@ -222,13 +232,15 @@ def check_logits(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"logits has dtype {logits.dtype}: accepted are {accepted}")
     check_labels(targets, logits.shape[0])
-    return logits, targets.to(logits.device, torch.int64, non_blocking=True).contiguous()
+    if targets.dtype != torch.int64 or targets.device != logits.device:
+        targets = targets.to(logits.device, torch.int64, non_blocking=True)
+    return logits, targets.contiguous()
 
 
 def check_labels(targets: Any, rows: int) -> None:
     """Raises ValueError unless ``targets`` are ``rows`` integers."""
     integers = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
-    if not integers or targets.dim() != 1 or len(targets) != rows:
+    if not integers or targets.shape != (rows,):
         shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
         raise ValueError(f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {shape}")
 
@@ -241,7 +253,13 @@ def check_targets(targets: Tensor, rows: int, classes: int) -> None:
 
 def check_range(targets: Tensor, classes: int) -> None:
     """Raises ValueError unless labels lie in [0, classes). On a GPU that would wait for the device: nobody looks."""
-    if targets.device.type != "cpu" or not len(targets):
+    if not targets.is_cpu:
+        return
+    core = native()
+    if core is not None and targets.dtype == torch.int64 and targets.is_contiguous():
+        if core.are_labels(targets.data_ptr(), targets.shape[0], classes):
+            return
+    if not len(targets):
         return
     low, high = map(int, targets.aminmax())
     if not 0 <= low <= high < classes:

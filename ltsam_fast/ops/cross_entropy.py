@@ -10,7 +10,14 @@ from torch import Tensor
 from ltsam_fast import reference
 from ltsam_fast.launch_args import Numbers, accumulator
 from ltsam_fast.ops import differentiable
-from ltsam_fast.ops.checks import check_counts, check_logits, check_loss_numbers, check_range, class_vector
+from ltsam_fast.ops.checks import (
+    check_counts,
+    check_logits,
+    check_loss_numbers,
+    check_range,
+    check_reduction,
+    class_vector,
+)
 
 
 def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Tensor:
@@ -105,6 +112,7 @@ def adjusted_cross_entropy(
     spread: Tensor | None = None,
     draw: Tensor | None = None,
     seed: int = 0,
+    reduction: str = "none",
 ) -> Tensor:
     r"""Per-sample cross entropy of adjusted logits, in one pass; differentiable by the logits, in another.
 
@@ -115,7 +123,8 @@ def adjusted_cross_entropy(
     With ``gamma`` the loss is :math:`w_y (1 - p)^\gamma (-\ln p)` of the label's probability :math:`p = e^{a_y} / \sum_k
     e^{a_k}`. Nothing of size (B, C) is kept for the backward but the logits themselves, and nothing is written but their
     gradient; logits that are not contiguous are copied. The reference implementation computes a backward that is itself to
-    be differentiated.
+    be differentiated, and up to 32768 logits without noise on a CPU where no backend was chosen: there torch's functions are
+    faster, and keep a matrix or more of the logits' size.
 
     Args:
         logits: (B, C), contiguous or not.
@@ -131,9 +140,10 @@ def adjusted_cross_entropy(
             is used, from Philox by ``seed``, ``draw``, row and class: the same on every backend.
         draw: One int64 number on the logits' device; another one is another noise. Needed with ``spread``.
         seed: In [0, 2^53).
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``, which divides the sum by that of the samples' weights.
 
     Returns:
-        losses (B,) in fp32, or fp64 for fp64 logits. No gradient flows to anything but the logits.
+        losses (B,), or their sum or mean, in fp32, or fp64 for fp64 logits. No gradient flows to anything but the logits.
 
     Raises:
         ValueError: Shapes or numbers do not fit, or a target is out of range (on cpu; on a GPU that check would wait for the
@@ -146,13 +156,42 @@ def adjusted_cross_entropy(
     tensor([1.3863])
     """
     logits, targets = check_logits(logits, targets)
+    check_reduction(reduction)
+    vectors, numbers = prepared(
+        logits, scale=scale, shift=shift, margin=margin, weight=weight, label_smoothing=label_smoothing, gamma=gamma,
+        detach=detach, spread=spread, draw=draw, seed=seed,
+    )  # fmt: skip
+    return differentiable.adjusted_cross_entropy(logits, targets, vectors, numbers, reduction)
+
+
+def prepared(
+    logits: Tensor,
+    *,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    margin: Tensor | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+    gamma: float,
+    detach: bool,
+    spread: Tensor | None = None,
+    draw: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[differentiable.Vectors, Numbers]:
+    """The arguments of :func:`adjusted_cross_entropy`, checked and as backends take them."""
     check_loss_numbers(label_smoothing, gamma, seed)
-    vectors = {"scale": scale, "shift": shift, "margin": margin, "weight": weight, "spread": spread}
-    ready = {name: class_vector(name, vector, logits) for name, vector in vectors.items()}
-    if spread is not None:
-        if not isinstance(draw, Tensor) or draw.numel() != 1 or draw.dtype != torch.int64:
-            raise ValueError(f"draw must be a tensor with one int64 number when spread is given, got {draw!r}")
+    if spread is None:
+        draw = None
+    elif not isinstance(draw, Tensor) or draw.numel() != 1 or draw.dtype != torch.int64:
+        raise ValueError(f"draw must be a tensor with one int64 number when spread is given, got {draw!r}")
+    else:
         draw = draw.to(logits.device)
-    draw = None if spread is None else draw
-    numbers = {"label_smoothing": float(label_smoothing), "gamma": float(gamma), "detach": bool(detach), "seed": seed}
-    return differentiable.adjusted_cross_entropy(logits, targets, (*ready.values(), draw), *numbers.values())
+    vectors = (
+        class_vector("scale", scale, logits),
+        class_vector("shift", shift, logits),
+        class_vector("margin", margin, logits),
+        class_vector("weight", weight, logits),
+        class_vector("spread", spread, logits),
+        draw,
+    )
+    return vectors, Numbers(float(label_smoothing), float(gamma), bool(detach), seed)

@@ -7,68 +7,83 @@ saved, and none is written but the gradient itself.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast.backend import backend_for, using, wish
+from ltsam_fast import reference
+from ltsam_fast.backend import backend_for, is_chosen, using, wish
 from ltsam_fast.launch_args import Numbers, RowArgs, accumulator
 from ltsam_fast.ops.checks import check_range
-from ltsam_fast.reference.softmax import cross_entropy_gradient
+from ltsam_fast.reference.softmax import cross_entropy_gradient, reduced
 
 
 def launch(numbers: Numbers, **tensors: Tensor | None) -> None:
     """Runs ``cross_entropy`` on the backend of the logits: see :class:`~ltsam_fast.launch_args.RowArgs`."""
     args = RowArgs(numbers, tensors)
     backend = backend_for(args.device)
-    if args.rows:
-        with torch.cuda.device(args.device) if args.device.type == "cuda" else _HERE:
+    if not args.rows:
+        return
+    if args.device.type == "cuda":
+        with torch.cuda.device(args.device):
             backend.cross_entropy(args)
+    else:
+        backend.cross_entropy(args)
 
 
 _HERE = contextlib.nullcontext()
 
+Vectors = Sequence[Tensor | None]
+"""Those of :data:`VECTORS`, on the logits' device and ready for use."""
+
+VECTORS = ("scale", "shift", "margin", "weight", "spread", "draw")
+_SCALE, _SHIFT, _MARGIN, _WEIGHT, _SPREAD, _DRAW = range(len(VECTORS))
+
 _ARGUMENTS = (
-    "Tensor logits, Tensor targets, Tensor? scale, Tensor? shift, Tensor? margin, Tensor? weight, Tensor? spread, "
-    "Tensor? draw, float[] numbers"  # one list, for torch takes microseconds over each argument
+    f"Tensor logits, Tensor targets, {', '.join(f'Tensor? {name}' for name in VECTORS)}, "
+    "float[] numbers"  # one list, for torch takes microseconds over each argument
 )
 
 
-def _named(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    *vectors, (smoothing, gamma, detach, seed) = arguments
-    named = dict(zip(("scale", "shift", "margin", "weight", "spread", "draw"), vectors, strict=True))
-    return named, {"label_smoothing": smoothing, "gamma": gamma, "detach": bool(detach), "seed": int(seed)}
+def _named(vectors: Vectors, numbers: Numbers) -> dict[str, Any]:
+    """Arguments of :func:`launch`."""
+    weight_sum = None
+    if numbers.label_smoothing and (weight := vectors[_WEIGHT]) is not None:
+        weight_sum = weight.sum()
+    return {**dict(zip(VECTORS, vectors, strict=True)), "numbers": numbers, "weight_sum": weight_sum}
 
 
-def _weight_sum(vectors: dict[str, Any], numbers: dict[str, Any]) -> Tensor | None:
-    weight = vectors["weight"]
-    return None if weight is None or not numbers["label_smoothing"] else weight.sum()
-
-
-def _forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    vectors, numbers = _named(*rest)
+def _losses_and_state(logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers) -> tuple[Tensor, Tensor]:
     rows, classes = logits.shape
     check_range(targets, classes)
     losses = torch.empty(rows, dtype=accumulator(logits), device=logits.device)
     state = torch.empty(3, rows, dtype=losses.dtype, device=logits.device)
-    launch(
-        Numbers(**numbers), logits=logits.contiguous(), targets=targets, losses=losses, state=state,
-        weight_sum=_weight_sum(vectors, numbers), **vectors,
-    )  # fmt: skip
+    launch(logits=logits.contiguous(), targets=targets, losses=losses, state=state, **_named(vectors, numbers))
     return losses, state
 
 
-def _backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, *rest: Any) -> Tensor:
-    vectors, numbers = _named(*rest)
+def _gradient(
+    cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers
+) -> Tensor:
     logits = logits.contiguous()
     grad = torch.empty_like(logits)
     launch(
-        Numbers(**numbers), logits=logits, targets=targets, state=state.contiguous(),
-        cotangent_0=cotangent.to(state.dtype).contiguous(), grad_0=grad,
-        weight_sum=_weight_sum(vectors, numbers), **vectors,
+        logits=logits, targets=targets, state=state.contiguous(),
+        cotangent_0=cotangent.to(state.dtype).contiguous(), grad_0=grad, **_named(vectors, numbers),
     )  # fmt: skip
     return grad
+
+
+def _forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *vectors, numbers = rest
+    return _losses_and_state(logits, targets, vectors, Numbers.from_floats(numbers))
+
+
+def _backward(cotangent: Tensor, state: Tensor, logits: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+    *vectors, numbers = rest
+    return _gradient(cotangent, state, logits, targets, vectors, Numbers.from_floats(numbers))
 
 
 forward = torch.library.custom_op(
@@ -95,7 +110,7 @@ def _(cotangent: Tensor, state: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _traced(tensor: Tensor) -> bool:
+def is_traced(tensor: Tensor) -> bool:
     """Whether somebody looks on who must see an operator: a compiler, or a subclass of tensors."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
@@ -103,36 +118,47 @@ def _traced(tensor: Tensor) -> bool:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs[:8])
     ctx.mark_non_differentiable(output[1])
-    ctx.numbers = inputs[8]
-    ctx.wish = wish()
+    ctx.numbers, ctx.wish = Numbers.from_floats(inputs[8]), wish()
 
 
-def _differentiate(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, cotangent: Tensor) -> Tensor:
     state, logits, targets, *vectors = ctx.saved_tensors
+    numbers = ctx.numbers
     # The reference implementation can be differentiated again, and takes the batches of autograd.grad(is_grads_batched=True).
     if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(cotangent):
-        named, numbers = _named(*vectors, ctx.numbers)
-        grad = cross_entropy_gradient(cotangent, logits, targets, **named, **numbers)
-    else:
-        run = backward if _traced(cotangent) or torch._C._are_functorch_transforms_active() else _backward
-        with using(ctx.wish):
-            grad = run(cotangent, state, logits, targets, *vectors, ctx.numbers)
-    return grad, *[None] * 8
+        named = dict(zip(VECTORS, vectors, strict=True))
+        return cross_entropy_gradient(cotangent, logits, targets, **named, **numbers.of_reference())
+    with _HERE if ctx.wish == wish() else using(ctx.wish):
+        if is_traced(cotangent) or torch._C._are_functorch_transforms_active():
+            return backward(cotangent, state, logits, targets, *vectors, numbers.floats())
+        return _gradient(cotangent, state, logits, targets, vectors, numbers)
 
 
-forward.register_autograd(_differentiate, setup_context=_setup_context)
+def _differentiate_operator(ctx: Any, cotangent: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return _differentiate(ctx, cotangent), *[None] * 8
+
+
+forward.register_autograd(_differentiate_operator, setup_context=_setup_context)
 
 
 class _Direct(torch.autograd.Function):
-    """The same past torch's dispatcher: a third of what a small call costs."""
+    """The same past torch's dispatcher and with the reduction: a third of what a small call costs."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers, reduction: str
+    ) -> Tensor:
+        losses, state = _losses_and_state(logits, targets, vectors, numbers)
+        ctx.save_for_backward(state, logits, targets, *vectors)
+        ctx.numbers, ctx.wish = numbers, wish()
+        result, ctx.divisor = reduced(losses, targets, vectors[_WEIGHT], reduction)
+        return result
 
-    backward = staticmethod(_differentiate)
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        if cotangent.dim() == 0:
+            cotangent = (cotangent / ctx.divisor).expand(ctx.saved_tensors[0].shape[1])
+        return _differentiate(ctx, cotangent), None, None, None, None
 
 
 class _Transformed(torch.autograd.Function):
@@ -140,7 +166,7 @@ class _Transformed(torch.autograd.Function):
 
     forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_differentiate)
+    backward = staticmethod(_differentiate_operator)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], logits: Tensor, targets: Tensor, *rest: Any) -> Any:
@@ -158,12 +184,33 @@ class _Transformed(torch.autograd.Function):
 
 
 def adjusted_cross_entropy(
-    logits: Tensor, targets: Tensor, vectors: tuple[Tensor | None, ...], *numbers: float
+    logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers, reduction: str
 ) -> Tensor:
-    """Losses, shape (B,). Vectors in the order of the operator's arguments, on the logits' device and ready for use."""
-    if _traced(logits):
-        run: Any = forward
-    else:
-        run = (_Transformed if torch._C._are_functorch_transforms_active() else _Direct).apply
-    losses: Tensor = run(logits, targets, *vectors, [float(number) for number in numbers])[0]
-    return losses
+    """The losses, shape (B,), or their sum or mean."""
+    traced = is_traced(logits)
+    if traced or torch._C._are_functorch_transforms_active():
+        run: Any = forward if traced else _Transformed.apply
+        losses = run(logits, targets, *vectors, numbers.floats())[0]
+        return reduced(losses, targets, vectors[_WEIGHT], reduction)[0]
+    # Noise is made anew in each pass of ours; of torch's functions it would take too many.
+    if logits.numel() <= SMALL and logits.is_cpu and vectors[_SPREAD] is None and not is_chosen():
+        return _small(logits, targets, vectors, numbers, reduction)
+    result: Tensor = _Direct.apply(logits, targets, vectors, numbers, reduction)
+    return result
+
+
+SMALL = 1 << 15
+"""Logits of a batch on a CPU up to which torch's own functions are faster: their nodes are C++, ours begins in Python."""
+
+
+def _small(logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers, reduction: str) -> Tensor:
+    scale, shift, margin, weight, _, _ = vectors
+    smoothing, gamma, detach, _, _ = numbers
+    try:
+        return reference.adjusted_cross_entropy(
+            logits, targets, scale=scale, shift=shift, margin=margin, weight=weight, label_smoothing=smoothing,
+            gamma=gamma, detach=detach, reduction=reduction,
+        )  # fmt: skip
+    except IndexError:
+        check_range(targets, logits.shape[1])  # torch has looked, but does not name the argument
+        raise

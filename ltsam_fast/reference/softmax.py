@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ltsam_fast.reference.arithmetic import wide
@@ -76,10 +77,38 @@ def adjusted_cross_entropy(
     spread: Tensor | None = None,
     draw: Tensor | None = None,
     seed: int = 0,
+    reduction: str = "none",
 ) -> Tensor:
     """loss = sum_c q_c (-log_softmax(a)_c) of a = scale (z - spread |e|) + shift - margin onehot(y), times (1 - p)^gamma."""
     a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
-    return _losses(a, targets, weight, label_smoothing, gamma, detach)[0]
+    weight = None if weight is None else weight.to(a)
+    if not gamma:
+        return F.cross_entropy(
+            a, targets, weight, label_smoothing=label_smoothing, reduction=reduction, ignore_index=_NO_LABEL
+        )
+    nll = F.cross_entropy(a, targets, reduction="none", ignore_index=_NO_LABEL)
+    missed = _missed(nll) if gamma < 1 else -torch.expm1(-nll)
+    factor = missed if gamma == 1 else missed**gamma
+    losses = (factor.detach() if detach else factor) * nll
+    if weight is not None:
+        losses = weight[targets] * losses
+    return reduced(losses, targets, weight, reduction)[0]
+
+
+_NO_LABEL = -(2**61) - 1
+"""torch ignores one label, which thus is not refused: no number that labels come to by mistake, as -1 or a NaN's -2^63."""
+
+
+def reduced(losses: Tensor, targets: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor | int]:
+    """The losses, their sum or their mean, and what the sum was divided by."""
+    if reduction == "none":
+        return losses, 1
+    if reduction == "sum":
+        return losses.sum(), 1
+    if weight is None:
+        return losses.mean(), len(losses)
+    divisor = weight[targets].sum()
+    return losses.sum() / divisor, divisor
 
 
 def _losses(
