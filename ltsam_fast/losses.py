@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from ltsam_fast.launch_args import Numbers, version
 from ltsam_fast.ops import differentiable
 from ltsam_fast.ops.checks import check_counts, check_logits, check_reduction
-from ltsam_fast.ops.cross_entropy import prepared
+from ltsam_fast.ops.cross_entropy import focal_cross_entropy, prepared
 
 __all__ = [
     "GCL",
@@ -230,6 +230,26 @@ class Loss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": None}
+
+    def weighted(self, logits: Tensor, targets: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Returns the losses of the samples and the gradients of two weighted means of them, from one pass over the logits.
+
+        Args:
+            logits: (B, C)
+            targets: (B,)
+            u: C weights of the classes in the first mean, sum_j u[y_j] loss_j / B.
+            v: C weights in the second.
+
+        Returns:
+            Losses (B,), each multiplied by its class's weight, and two gradients (B, C), without a graph, as
+            :func:`ltsam_fast.ops.focal_cross_entropy`; ``None`` for a loss with noise.
+        """
+        if self.spread is not None:
+            return None
+        return focal_cross_entropy(
+            logits, targets, v, u, scale=self.scale, shift=self.shift, margin=self.margin, weight=self.weight,
+            label_smoothing=self.label_smoothing, gamma=self.gamma, detach=self._detach,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """Returns what ``print`` shows."""

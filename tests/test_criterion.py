@@ -108,7 +108,9 @@ def test_every_loss_and_plan(name, make, plan):
                 loss = make()
                 loss.reduction = "none"
                 closures = [
-                    lambda i=slice(None), x=x, y=y, all_of_them=ys: loss(model(x[i]), y[i], batch=all_of_them)
+                    lambda i=slice(None), x=x, y=y, net=model, of=loss, all_of_them=ys: of(
+                        net(x[i]), y[i], batch=all_of_them
+                    )
                     for x, y in zip(xs, ys, strict=True)
                 ]
                 opt.step(closures, ys, scaler)
@@ -160,3 +162,15 @@ def test_what_is_wrong_is_named(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         opt.step(lambda: model(x), targets, **options)
     assert torch.equal(flat(model), before)
+
+
+def test_both_gradients_come_from_one_pass(monkeypatch):
+    """Where a network mixes samples, so that nothing else is shared."""
+    calls = []
+    both = lf.losses.Loss.weighted
+    monkeypatch.setattr(lf.losses.Loss, "weighted", lambda *arguments: calls.append(1) or both(*arguments))
+    for name, options in (("FocalSAM", {}), ("ImbSAM", {"tail_classes": [2, 3], "class_counts": None})):
+        calls.clear()
+        wanted = trained(name, lambda model, x, y: lambda: F.cross_entropy(model(x), y, reduction="none"), **options)
+        assert_same(trained(name, lambda model, x, y: lambda: model(x), lf.losses.CrossEntropy(), **options), wanted)
+        assert len(calls) == 4

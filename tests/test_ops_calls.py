@@ -49,6 +49,37 @@ def test_focal_cross_entropy(rows, classes, dtype, backend, device):
         torch.testing.assert_close(grad.double(), wanted, rtol=tolerance, atol=tolerance / rows)
 
 
+ADJUSTED = {
+    "shift": {"shift": True},
+    "scale, margin": {"scale": True, "margin": True, "weight": True},
+    "smoothed": {"weight": True, "label_smoothing": 0.2, "shift": True},
+    "focal": {"gamma": 2.0, "weight": True},
+    "focal, detached": {"gamma": 1.5, "detach": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ADJUSTED)
+@pytest.mark.parametrize(("rows", "classes"), [(0, 3), (1, 2), (33, 7), (8, 1025)])
+def test_adjusted_losses_and_both_gradients(rows, classes, kind, dtype, backend, device):
+    generator = torch.Generator().manual_seed(rows)
+    options = {
+        name: torch.rand(classes, generator=generator).to(device) + 0.5 if value is True and name != "detach" else value
+        for name, value in ADJUSTED[kind].items()
+    }
+    logits = (3 * torch.randn(rows, classes, generator=generator)).to(device, dtype)
+    targets = torch.randint(0, classes, (rows,), generator=generator).to(device)
+    u, v = (torch.randn(classes, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    found = ops.focal_cross_entropy(logits, targets, v, u, **options)
+    z = logits.double().requires_grad_()
+    exact = reference.adjusted_cross_entropy(z, targets, **options)
+    tolerance = 40 * TOLERANCE[dtype]
+    torch.testing.assert_close(found[0].double(), exact.detach(), rtol=1e-4, atol=1e-4)
+    for grad, weight in zip(found[1:], (u, v), strict=True):
+        (wanted,) = torch.autograd.grad((weight[targets] * exact).sum() / max(rows, 1), z, retain_graph=True)
+        torch.testing.assert_close(grad.double(), wanted, rtol=tolerance, atol=tolerance / max(rows, 1))
+
+
 def test_overwriting_a_saved_weight_is_noticed(backend, device):
     w = torch.ones(3, device=device, requires_grad=True)
     loss = (w * w).sum()

@@ -47,20 +47,39 @@ def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Te
 
 
 def focal_cross_entropy(
-    logits: Tensor, targets: Tensor, v: Tensor, u: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    v: Tensor,
+    u: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    detach: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Per-sample cross entropy and the gradients of both of Focal-SAM's losses, from one pass over the logits.
 
     .. math:: \ell_j = \log \sum_c e^{z_{jc}} - z_{j y_j}, \qquad
         \nabla_{z_j} \frac{1}{B} \sum_i a_{y_i} \ell_i = \frac{a_{y_j}}{B} (\mathrm{softmax}(z_j) - 1_{y_j})
 
-    Feed the gradients to autograd: ``logits.backward(grad_u, retain_graph=True)``. The results themselves are detached.
+    Feed the gradients to autograd: ``logits.backward(grad_u, retain_graph=True)``. The results themselves are detached. With
+    arguments of :func:`adjusted_cross_entropy` :math:`\ell` is that loss.
 
     Args:
         logits: (B, C), contiguous or not.
         targets: (B,), int64 in [0, C).
         v: (C,) weights of the sharp loss, e.g. :func:`focal_weights`.
         u: (C,) weights of the clean loss; ``None``: 1 - v.
+        scale: (C,); this and all that follow: see :func:`adjusted_cross_entropy`.
+        shift: (C,)
+        margin: (C,)
+        weight: (C,)
+        label_smoothing: In [0, 1].
+        gamma: >= 0.
+        detach: A flag.
 
     Returns:
         losses (B,) in fp32, or fp64 for fp64 logits; grad_u and grad_v (B, C) in the logits' dtype.
@@ -79,23 +98,18 @@ def focal_cross_entropy(
     logits, targets = check_logits(logits, targets)
     logits = logits.detach()
     check_range(targets, logits.shape[1])
-    rows, classes = logits.shape
-    weights = []
-    for name, given in (("v", v), ("u", u)):
-        weight = 1 - v if given is None and name == "u" else given
-        if not isinstance(weight, Tensor) or tuple(weight.shape) != (classes,):
-            got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+    classes = logits.shape[1]
+    both = []
+    for name, given in (("u", 1 - v if u is None else u), ("v", v)):
+        if not isinstance(given, Tensor) or tuple(given.shape) != (classes,):
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"{name} must be a tensor of shape ({classes},), one weight per class, got {got}")
-        weights.append(weight.detach().to(logits.device, accumulator(logits)).contiguous())
-    v, u = weights
-    logits = logits.contiguous()
-    losses = torch.empty(rows, dtype=accumulator(logits), device=logits.device)
-    grad_u, grad_v = torch.empty_like(logits), torch.empty_like(logits)
-    differentiable.launch(
-        Numbers(by_label=True), logits=logits, targets=targets, losses=losses,
-        cotangent_0=u, cotangent_1=v, grad_0=grad_u, grad_1=grad_v,
+        both.append(given.detach().to(logits.device, accumulator(logits)).contiguous())
+    vectors, numbers = prepared(
+        logits, scale=scale, shift=shift, margin=margin, weight=weight, label_smoothing=label_smoothing, gamma=gamma,
+        detach=detach,
     )  # fmt: skip
-    return losses, grad_u, grad_v
+    return differentiable.both_gradients(logits.contiguous(), targets, both, vectors, numbers)
 
 
 def adjusted_cross_entropy(

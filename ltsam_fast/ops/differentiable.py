@@ -76,6 +76,19 @@ def _gradient(
     return grad
 
 
+def both_gradients(
+    logits: Tensor, targets: Tensor, weights: Sequence[Tensor], vectors: Vectors, numbers: Numbers
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, (B,), and the gradients by the logits of two means of them, weighted by class, in one pass."""
+    losses = torch.empty(len(logits), dtype=accumulator(logits), device=logits.device)
+    grads = torch.empty_like(logits), torch.empty_like(logits)
+    launch(
+        logits=logits, targets=targets, losses=losses, cotangent_0=weights[0], cotangent_1=weights[1],
+        grad_0=grads[0], grad_1=grads[1], **_named(vectors, numbers._replace(by_label=True)),
+    )  # fmt: skip
+    return losses, *grads
+
+
 def _forward(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *vectors, numbers = rest
     return _losses_and_state(logits, targets, vectors, Numbers.from_floats(numbers))

@@ -35,6 +35,7 @@ class Part:
         total: The sum of the losses seen at w.
         weights: Weights of the samples, shape (B,), by the :class:`ltsam_fast.optim.closures.ClassWeights` they are from.
         host_labels: The labels on the CPU, once they are needed there.
+        logit_gradients: For each of two weightings the latest pass's logits and their gradient, if the criterion made these.
     """
 
     def __init__(
@@ -46,18 +47,29 @@ class Part:
         self.total: Any = 0
         self.weights: dict[Any, Tensor] = {}
         self.host_labels: Tensor | None = None
+        self.logit_gradients: list[tuple[Tensor, Tensor]] | None = None
         self._masks: dict[ClassWeights, Tensor] = {}
         self._indices: dict[tuple[ClassWeights, bool], Tensor] = {}
         self._needs_index = _needs_index(closure)
 
-    def evaluate(self, index: Tensor | None = None, *, at_w: bool = True, graph: bool = True) -> Tensor:
+    def evaluate(
+        self,
+        index: Tensor | None = None,
+        *,
+        at_w: bool = True,
+        graph: bool = True,
+        weighted: Callable[..., Any] | None = None,
+    ) -> Tensor:
         """The closure's per-sample losses, checked.
 
         Args:
             index: The numbers of the samples wanted, 1-D; None: all.
             at_w: The weights are not perturbed: these losses count for what the step returns.
             graph: The losses are to be differentiated.
+            weighted: Makes losses and gradients of logits, see :meth:`Criterion.weighted`; then ``logit_gradients`` may be set,
+                and the losses have no graph.
         """
+        self.logit_gradients = None
         if index is None and self.size >= 0 and self._needs_index:
             index = torch.arange(self.size, device=self.labels.device if self.labels is not None else None)
         stash = _stash_gradients(self._params)
@@ -65,8 +77,13 @@ class Part:
             with torch.set_grad_enabled(graph):
                 losses = self.closure() if index is None else self.closure(index)
                 if self.criterion is not None:
-                    labels: Any = self.labels
-                    losses = self.criterion(losses, labels if index is None else labels[index.to(labels.device)])
+                    logits, labels = losses, self.labels
+                    labels = labels if index is None else labels[index.to(labels.device)]  # type: ignore[index, union-attr]
+                    if weighted is not None and (both := weighted(logits, labels)) is not None:
+                        losses, gradients = both
+                        self.logit_gradients = [(logits, one) for one in gradients]
+                    else:
+                        losses = self.criterion(logits, labels)  # type: ignore[arg-type]
         except RuntimeError as error:
             if graph or "does not require grad" not in str(error):
                 raise
@@ -84,7 +101,7 @@ class Part:
             raise ValueError(
                 f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'; {_PUBLISHED}"
             )
-        if graph and not losses.requires_grad:
+        if graph and not (losses if self.logit_gradients is None else logits).requires_grad:
             raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
         if index is not None:
             if len(losses) != len(index):
@@ -279,6 +296,12 @@ class ClassWeights:
         if self.open_ended:
             chosen = chosen.clamp(max=len(self.values) - 1)
         return self.values[chosen].to(losses.dtype)
+
+    def vector(self, classes: int, device: torch.device) -> Tensor:
+        """The weights of so many classes, (C,), float64."""
+        self.values = self.values.to(device, non_blocking=True)
+        further = self.values[-1:].expand(max(classes - len(self.values), 0))  # with labels if it is open-ended
+        return torch.cat([self.values[:classes], further])
 
     def nonzero(self, labels: Tensor) -> Tensor:
         """Which samples with these labels, on the CPU, have weights that are not zero, shape (B,), bool."""

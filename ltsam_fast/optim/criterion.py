@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ltsam_fast.losses import Loss
+
+if TYPE_CHECKING:
+    from ltsam_fast.optim.amp import LossScale
+    from ltsam_fast.optim.closures import ClassWeights
 
 _MEANS_BY_WEIGHT = (nn.CrossEntropyLoss, nn.NLLLoss)
 """Losses of torch whose mean divides by the weights of the labels."""
@@ -40,6 +44,39 @@ class Criterion:
         weight = self.mean_weight()
         return losses if weight is None else losses / weight.to(losses, non_blocking=True)
 
+    def weighted(
+        self,
+        logits: Any,
+        targets: Tensor,
+        weights: tuple[ClassWeights, ClassWeights],
+        factor: float,
+        scaling: LossScale,
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The losses, without a graph, and the logits' gradients for two weightings of the classes, from one pass.
+
+        Args:
+            logits: (B, C)
+            targets: (B,)
+            weights: The weightings.
+            factor: What gradients are multiplied by, besides the number of these samples.
+            scaling: And what else.
+
+        Returns:
+            None where the loss has no such pass.
+        """
+        if not isinstance(self.loss, Loss) or not isinstance(logits, Tensor) or logits.dim() != 2:
+            return None
+        mean = self.mean_weight()
+        vectors = []
+        for one in weights:
+            vector = scaling(one.vector(logits.shape[1], logits.device) * (factor * len(logits)))
+            vectors.append(vector if mean is None else vector / mean.to(vector, non_blocking=True))
+        found = self.loss.weighted(logits, targets, *vectors)
+        if found is None:
+            return None
+        losses, *gradients = found
+        return losses if mean is None else losses / mean.to(losses, non_blocking=True), gradients
+
     def mean_weight(self) -> Tensor | None:
         """What the mean of the samples' losses is to be divided by, 0-d: the mean of their weights; None: nothing."""
         if not self._known:
@@ -48,8 +85,6 @@ class Criterion:
 
     def _each(self, logits: Any, targets: Tensor) -> Any:
         loss: Any = self.loss
-        if isinstance(loss, Loss):
-            return loss.per_sample(logits, targets)
         if isinstance(logits, Tensor):
             targets = targets.to(logits.device, non_blocking=True)
         reduction = getattr(loss, "reduction", None)

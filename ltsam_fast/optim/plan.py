@@ -16,6 +16,7 @@ For 1 to 3 samples must not mix in the network, which :mod:`ltsam_fast.optim.net
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -195,13 +196,17 @@ class Passes:
                 shared = self.shared(self._params) if len(job.gradients) == 2 else None
                 with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
                     losses = self._evaluate_at_w(part, job, request, shared)
-                    # Of a batch in parts the size is known at its end.
-                    divisor = 1 if len(parts) > 1 else len(losses) if micro is not None else part.size
-                    seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
-                    if request.squares and part is parts[0]:
-                        squares = self._squares(losses, request.squares)
-                    if shared is None or not self._sweep(shared, losses, seeds, found):
-                        self._differentiate(losses, job.gradients, seeds, request.kept, found)
+                    roots = part.logit_gradients
+                    if roots is None:
+                        # Of a batch in parts the size is known at its end.
+                        divisor = 1 if len(parts) > 1 else len(losses) if micro is not None else part.size
+                        seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
+                        if request.squares and part is parts[0]:
+                            squares = self._squares(losses, request.squares)
+                        if shared is not None and self._sweep(shared, losses, seeds, found):
+                            continue
+                        roots = [(losses, seed) for seed in seeds]
+                    self._differentiate(roots, job.gradients, request.kept, found)
         if len(parts) > 1:
             torch._foreach_mul_([g for one in found for g in one or () if g is not None], 1 / self.size)
         self._step.seen_unperturbed = True
@@ -214,21 +219,26 @@ class Passes:
             self.unchanged.forget()
         # Kept with its graph only where no backward goes through that before the pass at w + eps does.
         keeps_graph = self._ascent is not None and shared is None and all(k >= request.kept for k in job.gradients)
+        weighted = None
+        if len(job.gradients) == 2 and shared is None and part.criterion is not None:
+            factor = 1 / part.size if len(self.parts) == 1 else 1.0
+            weights: Any = request.weights
+            weighted = functools.partial(part.criterion.weighted, weights=weights, factor=factor, scaling=self._scaling)
         with (
             shared.record_outputs() if shared else _NOTHING,
             self.recording(part, keeps_graph),
         ):
-            losses = part.evaluate(job.samples)
+            losses = part.evaluate(job.samples, weighted=weighted)
         if optimizer.several_gradients:
-            optimizer.graphs.check(losses)
+            optimizer.graphs.check(losses if part.logit_gradients is None else part.logit_gradients[0][0])
         return losses
 
     def _differentiate(
-        self, losses: Tensor, gradients: Sequence[int], seeds: list[Any], kept: int, found: list[Tensors | None]
+        self, roots: Sequence[tuple[Tensor, Any]], gradients: Sequence[int], kept: int, found: list[Tensors | None]
     ) -> None:
-        """Adds gradients to those found so far, in a backward each."""
+        """Adds gradients to those found so far, in a backward each from its root."""
         ascent = self._ascent
-        if ascent is not None and has_reentrant_checkpoint(losses):  # a backward of some weights does not go there
+        if ascent is not None and has_reentrant_checkpoint(roots[0][0]):  # a backward of some weights does not go there
             ascent = None
             if self.unchanged is not None:
                 self.unchanged.forget()
@@ -236,7 +246,7 @@ class Passes:
             if (before := found[k]) is not None:
                 swap_gradients(self._params, before)
             inputs = ascent if k >= kept else None
-            torch.autograd.backward(losses, seeds[k], retain_graph=k != gradients[-1], inputs=inputs)
+            torch.autograd.backward(*roots[k], retain_graph=k != gradients[-1], inputs=inputs)
             found[k] = take_gradients(self._params)
             if self._workers.finds_unused:
                 self._workers.gradients_cleared()

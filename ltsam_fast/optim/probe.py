@@ -174,7 +174,8 @@ def _restored(modules: Sequence[nn.Module], device: torch.device) -> Iterator[_B
     buffers = _Buffers(modules)
     states = random.getstate(), "numpy" in sys.modules and sys.modules["numpy"].random.get_state()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # Compiled modules run as they were written: torch.compile would give up on what it first sees in another mode.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
             yield buffers
     finally:
         random.setstate(states[0])

@@ -20,15 +20,31 @@ def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Te
 
 @torch.no_grad()
 def focal_cross_entropy(
-    logits: Tensor, targets: Tensor, v: Tensor, u: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    v: Tensor,
+    u: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    gamma: float = 0.0,
+    detach: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss_j = logsumexp(z_j) - z_j[y_j];  grad_a = a[y_j] / B (softmax(z_j) - onehot(y_j)) for a in (u, v)."""
-    z = wide(logits)
-    v = v.to(z)
-    u = 1 - v if u is None else u.to(z)
-    losses = torch.logsumexp(z, 1) - z.gather(1, targets[:, None])[:, 0]
-    slope = (z.softmax(1) - one_hot(targets, z.shape[1])) / max(len(z), 1)
-    return losses, (u[targets, None] * slope).to(logits.dtype), (v[targets, None] * slope).to(logits.dtype)
+    """loss_j as of adjusted_cross_entropy;  grad_a = a[y_j] / B dloss_j / dz_j for a in (u, v)."""
+    adjustment: dict[str, Any] = {
+        "scale": scale, "shift": shift, "margin": margin, "weight": weight, "label_smoothing": label_smoothing,
+        "gamma": gamma, "detach": detach, "spread": None, "draw": None, "seed": 0,
+    }  # fmt: skip
+    losses, _ = losses_and_state(logits, targets, **adjustment)
+    v = v.to(losses)
+    grads = [
+        cross_entropy_gradient(a[targets] / max(len(losses), 1), logits, targets, **adjustment)
+        for a in (1 - v if u is None else u.to(losses), v)
+    ]
+    return losses, grads[0], grads[1]
 
 
 def one_hot(targets: Tensor, classes: int) -> Tensor:

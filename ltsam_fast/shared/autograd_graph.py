@@ -10,9 +10,9 @@ Node = Any
 """A node of autograd's graph. torch returns the same Python object for a node only while a reference to it exists."""
 
 
-def has_reentrant_checkpoint(losses: Tensor) -> bool:
+def has_reentrant_checkpoint(root: Tensor) -> bool:
     """Whether a checkpoint with ``use_reentrant=True`` hides a part of the graph: only a backward of everything goes there."""
-    seen, stack = set(), [losses.grad_fn]
+    seen, stack = set(), [root.grad_fn]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
