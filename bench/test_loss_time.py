@@ -22,7 +22,7 @@ def plain(name, n):
     priors, rarity, margins = (n / n.sum()).log(), n.log().max() - n.log(), n**-0.25
     margins = 0.5 * margins / margins.max()
     scale, rarity = (n / n.max()) ** 0.3, 0.5 * rarity / rarity.max()
-    weights = losses.deferred_reweighting(1, n, 0).to(n)
+    weights, logs = losses.deferred_reweighting(1, n, 0).to(n), n.log()
 
     def focal(z, y):
         ce = F.cross_entropy(z, y, reduction="none")
@@ -38,7 +38,7 @@ def plain(name, n):
     return {
         "CrossEntropy": lambda z, y: F.cross_entropy(z, y, reduction="none"),
         "LogitAdjusted": lambda z, y: F.cross_entropy(z + priors, y, reduction="none"),
-        "BalancedSoftmax": lambda z, y: F.cross_entropy(z + n.log(), y, reduction="none"),
+        "BalancedSoftmax": lambda z, y: F.cross_entropy(z + logs, y, reduction="none"),
         "LDAM": ldam,
         "VS": lambda z, y: F.cross_entropy(z * scale + priors, y, reduction="none"),
         "ClassBalanced": lambda z, y: F.cross_entropy(z, y, weights, reduction="none"),

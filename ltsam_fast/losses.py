@@ -45,11 +45,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from ltsam_fast.launch_args import Numbers, version
-from ltsam_fast.ops import differentiable
+from ltsam_fast.backend import is_chosen
+from ltsam_fast.launch_args import Numbers
 from ltsam_fast.ops.checks import check_counts, check_logits, check_reduction
 from ltsam_fast.ops.cross_entropy import focal_cross_entropy, prepared
+from ltsam_fast.ops.differentiable import SMALL, Small, Vectors, adjusted_cross_entropy, are_transformed, is_watched
 
 __all__ = [
     "GCL",
@@ -63,6 +65,9 @@ __all__ = [
     "Loss",
     "deferred_reweighting",
 ]
+
+
+_CONSTANTS = ("scale", "shift", "margin", "spread", "weight")
 
 
 def _check_number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
@@ -103,6 +108,28 @@ def _labels_of(batch: Tensor | Sequence[Tensor], classes: int) -> Tensor:
     return labels
 
 
+class _Ready:
+    """A loss's constants as the ops take them, for logits of one dtype and number of classes on a CPU."""
+
+    def __init__(self, logits: Tensor, buffers: dict[str, Any], vectors: Vectors, numbers: Numbers) -> None:
+        self.dtype, self.classes = logits.dtype, logits.shape[1]
+        self.vectors, self.numbers, self.small = vectors, numbers, Small(vectors, numbers, logits)
+        self.draws, self.weight = buffers.get("draws"), buffers["weight"]
+        constants = [(name, one) for name in _CONSTANTS if (one := buffers[name]) is not None]
+        # Writes of an inference tensor are not counted.
+        self.watched = [(name, one, None if one.is_inference() else one._version) for name, one in constants]
+
+    def fits(self, logits: Tensor, buffers: dict[str, Any]) -> bool:
+        """Whether the logits are of that kind, and the constants still the same."""
+        _, classes = logits.shape
+        if classes != self.classes or logits.dtype is not self.dtype or buffers["weight"] is not self.weight:
+            return False
+        for name, constant, version in self.watched:  # a generator would take three times as long
+            if buffers[name] is not constant or (version is not None and constant._version != version):
+                return False
+        return True
+
+
 class Loss(nn.Module):
     """Base class of the losses: class constants, call and reduction.
 
@@ -115,7 +142,7 @@ class Loss(nn.Module):
     margin: Tensor | None
     spread: Tensor | None
     weight: Tensor | None
-    _ready: Any = None  # here, for losses pickled by earlier versions have none
+    _ready: _Ready | None = None  # here, for losses pickled by earlier versions have none
 
     def __init__(
         self,
@@ -134,9 +161,8 @@ class Loss(nn.Module):
         self.classes = None if class_counts is None else len(check_counts(class_counts))
         self.reduction, self.label_smoothing, self.gamma = reduction, label_smoothing, gamma
         self._detach = detach
-        for name in ("scale", "shift", "margin", "spread"):
+        for name in _CONSTANTS:
             self.register_buffer(name, constants.get(name))
-        self.register_buffer("weight", None)
         self.set_weight(weight)
 
     def set_weight(self, weight: Any) -> None:
@@ -184,49 +210,71 @@ class Loss(nn.Module):
                 ``batch`` is given with another reduction.
             TypeError: The logits' dtype is not supported.
         """
-        if batch is not None and self.reduction != "none":
-            raise ValueError(f"batch must be None with reduction={self.reduction!r}, it is for reduction='none'")
-        losses = self._losses(logits, targets)
         if batch is None:
-            return losses
+            return self._losses(logits, targets, self.reduction)
+        if self.reduction != "none":
+            raise ValueError(f"batch must be None with reduction={self.reduction!r}, it is for reduction='none'")
+        losses = self._losses(logits, targets, "none")
         labels = _labels_of(batch, logits.shape[1]).to(losses.device, torch.int64, non_blocking=True)
         return losses if self.weight is None else losses / self.weight.to(losses, non_blocking=True)[labels].mean()
 
-    def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
+    def per_sample(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns the losses of the samples, (B,), each multiplied by its class's weight, whatever the ``reduction``."""
+        return self._losses(logits, targets, "none")
+
+    def _losses(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        # Of a small batch's time each line takes a hundredth, a check some: torch looks at shapes and labels itself.
+        if not is_dynamo_compiling() and (ready := self._ready) is not None:
+            try:
+                if (
+                    type(logits) is Tensor
+                    and targets.dtype is torch.int64
+                    and ready.fits(logits, self._buffers)
+                    and logits.numel() <= SMALL
+                    and logits.is_cpu
+                    and not is_chosen()
+                    and not are_transformed()
+                ):
+                    return ready.small(logits, targets, reduction, ready.draws)
+            except Exception:  # what torch says names no argument: the checks do, or it comes again
+                pass
         logits, targets = check_logits(logits, targets)
         if self.classes is not None and logits.shape[1] != self.classes:
             raise ValueError(
                 f"logits must have shape (B, {self.classes}), for the loss was made for {self.classes} classes, "
                 f"got {tuple(logits.shape)}"
             )
-        if logits.is_cpu and not differentiable.is_traced(logits):
-            vectors, numbers = self._kept(logits, noise)
+        noise = self._noise()
+        if logits.is_cpu and not is_watched(logits):
+            kept = self._kept(logits, noise)
+            vectors: Vectors = (*kept.vectors[:-1], noise.get("draw"))
+            numbers = kept.numbers
         else:
             vectors, numbers = self._prepared(logits, noise)
-        return differentiable.adjusted_cross_entropy(logits, targets, vectors, numbers, self.reduction)
+        return adjusted_cross_entropy(logits, targets, vectors, numbers, reduction)
 
-    def _prepared(self, logits: Tensor, noise: dict[str, Any]) -> tuple[differentiable.Vectors, Numbers]:
+    def _noise(self) -> dict[str, Any]:
+        return {}
+
+    def _prepared(self, logits: Tensor, noise: dict[str, Any]) -> tuple[Vectors, Numbers]:
         return prepared(
             logits, scale=self.scale, shift=self.shift, margin=self.margin, weight=self.weight,
             label_smoothing=self.label_smoothing, gamma=self.gamma, detach=self._detach, **noise,
         )  # fmt: skip
 
-    def _kept(self, logits: Tensor, noise: dict[str, Any]) -> tuple[differentiable.Vectors, Numbers]:
-        """The same, made anew when something has changed: on a CPU a vector's conversion takes as long as a small loss."""
-        find = self._buffers.get  # a module's attributes take longer
-        constants = [
-            one for name in ("scale", "shift", "margin", "weight", "spread") if (one := find(name)) is not None
-        ]
-        stamp = [
-            logits.dtype, logits.shape[1], self.label_smoothing, self.gamma, noise.get("seed"),
-            torch.is_inference_mode_enabled(), *map(id, constants), *map(version, constants),
-        ]  # fmt: skip
+    def _kept(self, logits: Tensor, noise: dict[str, Any]) -> _Ready:
+        """The constants, made anew when something has changed: on a CPU a conversion takes as long as a small loss."""
         ready = self._ready
-        if ready is None or ready[0] != stamp:
-            # The constants must live: another tensor might get the id of one that is gone.
-            self._ready = ready = stamp, self._prepared(logits, noise), constants
-        vectors, numbers = ready[1]
-        return ((*vectors[:-1], noise["draw"]), numbers) if noise else (vectors, numbers)
+        if ready is None or not ready.fits(logits, self._buffers):
+            with torch.inference_mode(False):  # its tensors would not do for a later backward
+                ready = _Ready(logits, self._buffers, *self._prepared(logits, noise))
+            self.__dict__["_ready"] = ready
+        return ready
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith("_"):
+            self.__dict__["_ready"] = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": None}
@@ -242,9 +290,9 @@ class Loss(nn.Module):
 
         Returns:
             Losses (B,), each multiplied by its class's weight, and two gradients (B, C), without a graph, as
-            :func:`ltsam_fast.ops.focal_cross_entropy`; ``None`` for a loss with noise.
+            :func:`ltsam_fast.ops.focal_cross_entropy`; ``None`` for a loss with noise, or of other classes.
         """
-        if self.spread is not None:
+        if self.spread is not None or self.classes not in (None, logits.shape[1]):
             return None
         return focal_cross_entropy(
             logits, targets, v, u, scale=self.scale, shift=self.shift, margin=self.margin, weight=self.weight,
@@ -510,9 +558,10 @@ class GCL(Loss):
     with e ~ clamp(N(0, 1/9), -1, 1) for each sample and class, in training mode only; no gradient flows through
     (1 - p)^gamma. Logits should be cosines.
 
-    The noise is a function of ``seed``, the buffer ``draws``, the sample's index in the batch and the class: it is the same on
-    every backend, and never stored. Every call in training mode increments ``draws``, so each pass of a sharpness-aware step
-    would have another loss. Take steps inside :meth:`hold`, where all calls have the same noise:
+    The noise is a function of ``seed``, the buffer ``draws``, the sample's index in the batch and the class: it is the same
+    on every backend, and stored nowhere but for the backward of a small batch on a CPU. Every call in training mode
+    increments ``draws``, so each pass of a sharpness-aware step would have another loss. Take steps inside :meth:`hold`,
+    where all calls have the same noise:
 
     >>> import ltsam_fast as lf
     >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(8, 4), torch.randint(3, (8,))
@@ -581,13 +630,16 @@ class GCL(Loss):
         finally:
             self._held = False
 
-    def _losses(self, logits: Tensor, targets: Tensor, **noise: Any) -> Tensor:
+    def _losses(self, logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        if self.training and not self._held:
+            self._buffers["draws"].add_(1)  # type: ignore[union-attr]
+        return super()._losses(logits, targets, reduction)
+
+    def _noise(self) -> dict[str, Any]:
         if not self.training:
-            return super()._losses(logits, targets)
-        if not self._held:
-            self.draws += 1
+            return {}
         # A copy, since the backward reads it after further calls.
-        return super()._losses(logits, targets, spread=self.spread, draw=self.draws.clone(), seed=self.seed)
+        return {"spread": self.spread, "draw": self.draws.clone(), "seed": self.seed}
 
 
 def _balancing(class_counts: Any, beta: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import io
@@ -298,7 +299,7 @@ def test_nothing_large_is_made_but_the_gradient(name, dtype, backend, device, ge
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "GCL"])
+@pytest.mark.parametrize("name", NAMES)
 def test_small_batches_on_a_cpu_are_torchs(name, dtype, reduction, generator, monkeypatch):
     """Unless a backend is chosen, which must give the same."""
     if reason := lf.backend.why_not("cpu"):
@@ -310,18 +311,64 @@ def test_small_batches_on_a_cpu_are_torchs(name, dtype, reduction, generator, mo
         if name != "ClassBalanced":
             criterion.set_weight(weight)
         z = z.to(dtype).detach().requires_grad_()
-        small = criterion(z, y)
-        with lf.use_backend("cpu"):
-            fused = criterion(z, y)
+        with criterion.hold() if name == "GCL" else contextlib.nullcontext():
+            small, again = criterion(z, y), criterion(z, y)  # the constants are new, then ready
+            with lf.use_backend("cpu"):
+                fused = criterion(z, y)
+        assert torch.equal(small, again)
         assert "Direct" in type(fused.grad_fn).__name__ and "Direct" not in type(small.grad_fn).__name__
         cotangent = torch.rand(small.shape, generator=generator)
         results = [(mine.detach(), gradients(mine, cotangent, z)) for mine in (small, fused)]
         close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
         torch.testing.assert_close(*results, **close)
-    for wrong in (-100, -1, 7, -(2**63)):  # -100 is what torch ignores, the last what it makes of NaN
+    for wrong in (-100, -1, 7, -(2**61) - 1, -(2**63)):  # -100 is what torch ignores, the last what it makes of NaN
         y[3] = wrong
         with pytest.raises(ValueError, match=r"targets must lie in \[0, 7\), got"):
             criterion(z, y)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_torch_takes_otherwise(name, generator):
+    """By the checks that begin once torch has refused it, or where it would not."""
+    z, y, n = draw(generator, name, 4, 4)
+    criterion = getattr(losses, name)(n, reduction="none").eval()
+    wanted = criterion(z, y)
+    for labels in (y.int(), y.to(torch.uint8), torch.stack([y, y], 1)[:, 0]):
+        assert torch.equal(criterion(z, labels), wanted)
+    odd = torch.zeros(4, 4, 2, dtype=F64)
+    for logits, targets in (
+        (z, z.softmax(1)), (z, y.double()), (z, y[:, None]), (z, y[:1]), (z, y[0]), (z, y.tolist()), (z[0], y[0]),
+        (z[0], y), (odd, torch.zeros(4, 2, dtype=torch.long)), (z[:, :3], y), (z[:, :1], y), (z[:2, None], y[:2]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^(logits|targets) must "):
+            criterion(logits, targets)
+    with pytest.raises(TypeError, match="logits has dtype"):
+        criterion(z.int(), y)
+    assert torch.equal(criterion(z, y), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_batches_have_two_derivatives(name, generator):
+    z, y, n = draw(generator, name, 5, 4)
+    criterion = getattr(losses, name)(n, **OPTIONS.get(name, {})).eval()
+    z = z.requires_grad_()
+    criterion(z, y)
+    # A derivative does not flow through GCL's focus, which finite differences do see.
+    assert name == "GCL" or torch.autograd.gradcheck(lambda z: criterion(z, y), z)
+    assert name == "GCL" or torch.autograd.gradgradcheck(lambda z: criterion(z, y), z)
+    each = torch.func.vmap(lambda z, y: criterion(z[None], y[None]))(z, y)
+    torch.testing.assert_close(
+        each, criterion.per_sample(z, y) / (n.new_ones(4) if criterion.weight is None else criterion.weight)[y]
+    )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", NAMES)
+def test_per_sample(name, reduction, backend, device, generator):
+    z, y, n = draw(generator, name, 5, 4)
+    z, y = z.to(device), y.to(device)
+    make = lambda reduction: getattr(losses, name)(n, reduction=reduction).to(device)  # noqa: E731
+    assert torch.equal(make(reduction).per_sample(z, y), make("none")(z, y))
 
 
 def test_constants_that_change_are_seen(generator):
@@ -331,6 +378,14 @@ def test_constants_that_change_are_seen(generator):
     criterion.scale.copy_(other.scale)
     criterion.shift = other.shift.clone()
     assert torch.equal(criterion(z, y), other(z, y)) and not torch.equal(criterion(z, y), before)
+    third = losses.VS(n + 1, weight=torch.rand(7, generator=generator))
+    buffers = dict(third.named_buffers())
+    assert torch.equal(torch.func.functional_call(criterion, buffers, (z, y)), third(z, y))
+    assert torch.equal(criterion(z, y), other(z, y))
+    criterion.load_state_dict(third.state_dict())
+    assert torch.equal(criterion(z, y), third(z, y))
+    criterion.reduction = "sum"
+    assert torch.equal(criterion(z, y), losses.VS(n + 1, weight=third.weight, reduction="sum")(z, y))
     criterion.label_smoothing = 0.5
     assert not torch.equal(criterion(z, y), other(z, y))
     with torch.inference_mode():
@@ -510,14 +565,19 @@ def test_focal_loss_of_what_is_certain(dtype, gamma, backend, device):
     torch.testing.assert_close(gradient, torch.stack([wanted, -wanted], 1), rtol=1e-5, atol=1e-7)
 
 
-def test_same_bits_for_any_number_of_threads(generator, threads):
-    z, y, n = draw(generator, "GCL", 257, 1025)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    "shape", [(257, 1025), (129, 1000), (64, 10)], ids=str
+)  # one is fused on a CPU, two are torch's
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_for_any_number_of_threads(name, shape, reduction, generator, threads):
+    z, y, n = draw(generator, name, *shape)
     results = []
     for count in (1, 2, 3):
-        criterion, logits = losses.GCL(n, m=0.1, reduction="none"), z.float().requires_grad_()
+        criterion, logits = getattr(losses, name)(n, reduction=reduction), z.float().requires_grad_()
         with threads(count):
             mine = criterion(logits, y)
-            results.append((mine, gradients(mine, torch.ones(257), logits)))
+            results.append((mine, gradients(mine, torch.ones(mine.shape), logits)))
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 

@@ -13,6 +13,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("are_labels", [](intptr_t labels, int64_t count, int64_t classes) {
     return lt::are_labels(reinterpret_cast<const int64_t*>(labels), count, classes);
   });
+  m.def("clouds",
+        [](intptr_t out, bool wide, int64_t rows, int64_t classes, intptr_t factor, intptr_t draw, double seed) {
+          const double step = double(*reinterpret_cast<const int64_t*>(draw));
+          const auto fill = [&](auto* to) {
+            lt::clouds(rows, classes, reinterpret_cast<decltype(to)>(factor), seed, step, to);
+          };
+          wide ? fill(reinterpret_cast<double*>(out)) : fill(reinterpret_cast<float*>(out));
+        });
 #ifdef _OPENMP
   m.attr("OPENMP") = true;
 #else

@@ -18,6 +18,41 @@ LT_CLONES void noise_tile(const uint32_t* words, int count, A* noise) {
   for (int i = 0; i < count; ++i) noise[i] = CrossEntropy<A>::noise(words[i]);
 }
 
+/// factor_c |e| of all rows. Groups of four elements stand side by side whichever row they are of, so that few classes
+/// fill a vector as well as many.
+template <class A>
+LT_CLONES void clouds(int64_t rows, int64_t classes, const A* factor, double seed, double step, A* out) {
+  constexpr int kPlane = 64;
+  const int64_t quads = (classes + 3) / 4, total = rows * quads;
+  const Philox first(seed, step, 0);
+  int64_t row = 0, quad = 0;
+  for (int64_t done = 0; done < total; done += kPlane) {
+    const int count = int(std::min<int64_t>(kPlane, total - done));
+    int64_t row_of[kPlane];
+    uint32_t number[kPlane] = {}, quad_of[kPlane] = {};
+    for (int q = 0; q < count; ++q) {
+      row_of[q] = row, number[q] = uint32_t(row & 0xffffff), quad_of[q] = uint32_t(quad);
+      if (++quad == quads) quad = 0, ++row;
+    }
+    uint32_t words[4][kPlane];
+    float noise[4][kPlane];
+    for (int q = 0; q < kPlane; ++q) {
+      Philox philox = first;
+      philox.number = number[q];
+      uint32_t word[4];
+      philox(quad_of[q], word);
+      for (int j = 0; j < 4; ++j) words[j][q] = word[j];
+    }
+    for (int j = 0; j < 4; ++j)
+      for (int q = 0; q < kPlane; ++q) noise[j][q] = CrossEntropy<float>::noise(words[j][q]);
+    for (int q = 0; q < count; ++q) {
+      const int64_t begin = 4 * int64_t(quad_of[q]);
+      const int here = int(std::min<int64_t>(4, classes - begin));
+      for (int j = 0; j < here; ++j) out[row_of[q] * classes + begin + j] = factor[begin + j] * A(noise[j][q]);
+    }
+  }
+}
+
 /// a = scale (z - spread |e|) + shift, in place or from z.
 template <bool kScale, bool kShift, bool kSpread, class A>
 LT_CLONES void adjust_tile(const A* z, int count, const A* scale, const A* shift, const A* spread, const A* noise,

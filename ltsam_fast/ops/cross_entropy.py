@@ -137,7 +137,7 @@ def adjusted_cross_entropy(
     With ``gamma`` the loss is :math:`w_y (1 - p)^\gamma (-\ln p)` of the label's probability :math:`p = e^{a_y} / \sum_k
     e^{a_k}`. Nothing of size (B, C) is kept for the backward but the logits themselves, and nothing is written but their
     gradient; logits that are not contiguous are copied. The reference implementation computes a backward that is itself to
-    be differentiated, and up to 32768 logits without noise on a CPU where no backend was chosen: there torch's functions are
+    be differentiated, and up to 131072 logits on a CPU where no backend was chosen: there torch's functions are
     faster, and keep a matrix or more of the logits' size.
 
     Args:

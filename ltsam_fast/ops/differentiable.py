@@ -7,17 +7,19 @@ saved, and none is written but the gradient itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast import reference
 from ltsam_fast.backend import backend_for, is_chosen, using, wish
 from ltsam_fast.launch_args import Numbers, RowArgs, accumulator
 from ltsam_fast.ops.checks import check_range
-from ltsam_fast.reference.softmax import cross_entropy_gradient, reduced
+from ltsam_fast.reference.draws import noise
+from ltsam_fast.reference.softmax import cross_entropy_gradient, miss, reduced
+from ltsam_fast.snapshot import native
 
 
 def launch(numbers: Numbers, **tensors: Tensor | None) -> None:
@@ -32,6 +34,8 @@ def launch(numbers: Numbers, **tensors: Tensor | None) -> None:
     else:
         backend.cross_entropy(args)
 
+
+are_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 _HERE = contextlib.nullcontext()
 
@@ -128,6 +132,11 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
+def is_watched(tensor: Tensor) -> bool:
+    """Whether an operator is called for, by somebody who looks on or a transform of torch.func."""
+    return is_traced(tensor) or are_transformed()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], *inputs[:8])
     ctx.mark_non_differentiable(output[1])
@@ -142,7 +151,7 @@ def _differentiate(ctx: Any, cotangent: Tensor) -> Tensor:
         named = dict(zip(VECTORS, vectors, strict=True))
         return cross_entropy_gradient(cotangent, logits, targets, **named, **numbers.of_reference())
     with _HERE if ctx.wish == wish() else using(ctx.wish):
-        if is_traced(cotangent) or torch._C._are_functorch_transforms_active():
+        if is_watched(cotangent):
             return backward(cotangent, state, logits, targets, *vectors, numbers.floats())
         return _gradient(cotangent, state, logits, targets, vectors, numbers)
 
@@ -200,30 +209,83 @@ def adjusted_cross_entropy(
     logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers, reduction: str
 ) -> Tensor:
     """The losses, shape (B,), or their sum or mean."""
-    traced = is_traced(logits)
-    if traced or torch._C._are_functorch_transforms_active():
-        run: Any = forward if traced else _Transformed.apply
+    if is_watched(logits):
+        run: Any = forward if is_traced(logits) else _Transformed.apply
         losses = run(logits, targets, *vectors, numbers.floats())[0]
         return reduced(losses, targets, vectors[_WEIGHT], reduction)[0]
-    # Noise is made anew in each pass of ours; of torch's functions it would take too many.
-    if logits.numel() <= SMALL and logits.is_cpu and vectors[_SPREAD] is None and not is_chosen():
-        return _small(logits, targets, vectors, numbers, reduction)
+    if logits.numel() <= SMALL and logits.is_cpu and not is_chosen():
+        check_range(targets, logits.shape[1])
+        return Small(vectors, numbers, logits)(logits, targets, reduction, vectors[_DRAW])
     result: Tensor = _Direct.apply(logits, targets, vectors, numbers, reduction)
     return result
 
 
-SMALL = 1 << 15
-"""Logits of a batch on a CPU up to which torch's own functions are faster: their nodes are C++, ours begins in Python."""
+SMALL = 1 << 17
+"""Logits of a batch on a CPU up to which torch's own functions are faster, by measurement: see :class:`Small`."""
+
+_NO_LABEL = -(2**62) - int.from_bytes(os.urandom(7), "big")
+"""torch ignores one label, which thus is not refused: one that nobody comes to."""
+
+_NUMBER_OF = {"none": 0, "mean": 1, "sum": 2}
+_cross_entropy: Any = torch._C._nn.cross_entropy_loss  # what F.cross_entropy calls
 
 
-def _small(logits: Tensor, targets: Tensor, vectors: Vectors, numbers: Numbers, reduction: str) -> Tensor:
-    scale, shift, margin, weight, _, _ = vectors
-    smoothing, gamma, detach, _, _ = numbers
-    try:
-        return reference.adjusted_cross_entropy(
-            logits, targets, scale=scale, shift=shift, margin=margin, weight=weight, label_smoothing=smoothing,
-            gamma=gamma, detach=detach, reduction=reduction,
-        )  # fmt: skip
-    except IndexError:
-        check_range(targets, logits.shape[1])  # torch has looked, but does not name the argument
-        raise
+class Small:
+    """The losses by torch's functions: as few of them as will do, and none for constants that change nothing.
+
+    Labels are not looked at: torch raises an error if they are out of range, or of another shape. The backward keeps the noise.
+    """
+
+    def __init__(self, vectors: Vectors, numbers: Numbers, like: Tensor) -> None:
+        scale, shift, margin, weight, spread, _ = vectors
+        self.scale, self.shift, self.weight = scale, shift, weight
+        self.smoothing, self.gamma, self.detach, self.seed, _ = numbers
+        self.margin = None if margin is None or not margin.any() else -margin[:, None]
+        self.spread = None if spread is None else -spread if scale is None else -scale * spread
+        self.minus = torch.full(like.shape[1:], -1.0, dtype=accumulator(like)) if self.gamma else None
+        self.narrow = like.dtype != accumulator(like)
+        self.adds = not self.narrow and scale is None and self.margin is None and spread is None  # a shift, or nothing
+
+    def __call__(self, logits: Tensor, targets: Tensor, reduction: str, draw: Tensor | None) -> Tensor:
+        """The losses, shape (B,), or their sum or mean."""
+        a = logits
+        if not self.adds:
+            a = self._adjusted(a, targets, draw)
+        elif self.shift is not None:
+            a = a + self.shift
+        if self.gamma:
+            return reduced(self._focal(a, targets), targets, self.weight, reduction)[0]
+        return _cross_entropy(  # type: ignore[no-any-return]
+            a, targets, self.weight, _NUMBER_OF[reduction], _NO_LABEL, self.smoothing
+        )
+
+    def _adjusted(self, logits: Tensor, targets: Tensor, draw: Tensor | None) -> Tensor:
+        a, shift = logits.float() if self.narrow else logits, self.shift
+        if self.spread is not None and draw is not None:
+            clouds = _clouds(len(a), self.spread, draw, self.seed)
+            shift = clouds if shift is None else clouds.add_(shift)
+        if self.scale is None:
+            a = a if shift is None else a + shift
+        else:
+            a = a * self.scale if shift is None else torch.addcmul(shift, a, self.scale)
+        if self.margin is not None:  # an embedding of the labels is a column
+            a = a.scatter_add(1, targets[:, None], torch.embedding(self.margin, targets))
+        return a
+
+    def _focal(self, a: Tensor, targets: Tensor) -> Tensor:
+        log_p = _cross_entropy(a, targets, self.minus, 0, _NO_LABEL, 0.0)
+        factor = torch.expm1(log_p)  # p - 1
+        if self.gamma != 1:
+            factor = -((miss(-log_p) if self.gamma < 1 else -factor) ** self.gamma)
+        losses: Tensor = (factor.detach() if self.detach else factor) * log_p
+        return losses if self.weight is None else self.weight[targets] * losses
+
+
+def _clouds(rows: int, factor: Tensor, draw: Tensor, seed: int) -> Tensor:
+    """``factor`` times the noise of each row, (B, C)."""
+    core, classes = native(), len(factor)
+    if core is None:
+        return factor * noise(rows, classes, seed, draw).to(factor)
+    made = torch.empty(rows, classes, dtype=factor.dtype)
+    core.clouds(made.data_ptr(), factor.dtype == torch.float64, rows, classes, factor.data_ptr(), draw.data_ptr(), seed)
+    return made

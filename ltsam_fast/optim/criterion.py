@@ -87,6 +87,8 @@ class Criterion:
         loss: Any = self.loss
         if isinstance(logits, Tensor):
             targets = targets.to(logits.device, non_blocking=True)
+        if isinstance(loss, Loss):
+            return loss.per_sample(logits, targets)
         reduction = getattr(loss, "reduction", None)
         if not isinstance(reduction, str):
             return loss(logits, targets, **({"reduction": "none"} if _takes_reduction(loss) else {}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ltsam_fast.reference.arithmetic import wide
@@ -74,7 +73,7 @@ def _adjusted_logits(
     return a
 
 
-def _missed(nll: Tensor) -> Tensor:
+def miss(nll: Tensor) -> Tensor:
     """1 - p of the label; never quite zero, for its power below one has no derivative there."""
     return -torch.expm1(-nll).clamp(max=-torch.finfo(nll.dtype).tiny)
 
@@ -97,22 +96,8 @@ def adjusted_cross_entropy(
 ) -> Tensor:
     """loss = sum_c q_c (-log_softmax(a)_c) of a = scale (z - spread |e|) + shift - margin onehot(y), times (1 - p)^gamma."""
     a = _adjusted_logits(logits, targets, scale, shift, margin, spread, draw, seed)
-    weight = None if weight is None else weight.to(a)
-    if not gamma:
-        return F.cross_entropy(
-            a, targets, weight, label_smoothing=label_smoothing, reduction=reduction, ignore_index=_NO_LABEL
-        )
-    nll = F.cross_entropy(a, targets, reduction="none", ignore_index=_NO_LABEL)
-    missed = _missed(nll) if gamma < 1 else -torch.expm1(-nll)
-    factor = missed if gamma == 1 else missed**gamma
-    losses = (factor.detach() if detach else factor) * nll
-    if weight is not None:
-        losses = weight[targets] * losses
-    return reduced(losses, targets, weight, reduction)[0]
-
-
-_NO_LABEL = -(2**61) - 1
-"""torch ignores one label, which thus is not refused: no number that labels come to by mistake, as -1 or a NaN's -2^63."""
+    losses = _losses(a, targets, weight, label_smoothing, gamma, detach)[0]
+    return reduced(losses, targets, None if weight is None else weight.to(a), reduction)[0]
 
 
 def reduced(losses: Tensor, targets: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor | int]:
@@ -138,7 +123,7 @@ def _losses(
     if label_smoothing:
         losses = losses + label_smoothing / a.shape[1] * (nlls * weight).sum(1)
     if gamma:
-        factor = _missed(nll) ** gamma
+        factor = miss(nll) ** gamma
         losses = losses * (factor.detach() if detach else factor)
     return losses, _hit(nll, weight[targets], label_smoothing, gamma, detach)
 
@@ -147,9 +132,9 @@ def _hit(nll: Tensor, weight: Tensor, label_smoothing: float, gamma: float, deta
     """The label's part of the loss's derivative by its cross entropy."""
     hit = (1 - label_smoothing) * weight
     if gamma and detach:
-        hit = hit * (_missed(nll) ** gamma).detach()
+        hit = hit * (miss(nll) ** gamma).detach()
     elif gamma:
-        missed = _missed(nll)
+        missed = miss(nll)
         hit = hit * missed**gamma * (1 + gamma * torch.exp(-nll) * nll / missed)
     return hit
 
