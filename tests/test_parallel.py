@@ -34,6 +34,7 @@ from .workers import (
     ONE_PASS_OPTIONS,
     REFUSED_IN_JOIN,
     STEPS,
+    TAIL_WISE,
     Odd,
     alone,
     checkpoint,
@@ -366,3 +367,17 @@ def test_weights_offloaded_to_the_cpu(name, tmp_path):
     finally:
         dist.destroy_process_group()
     assert relative_error(result, alone(name, "adamw", max_grad_norm=0.05)) < 1e-9
+
+
+@WORLDS
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("synced", [False, True], ids=("", "ascent_sync"))
+@pytest.mark.parametrize("key", TAIL_WISE)
+def test_uneven_tails_take_the_published_step(key, synced, parts, world):
+    found = [one["uneven_tails"] for one in results(world)]
+    wanted, _ = found[0][key, synced, parts, "published"]
+    for one in found:
+        assert relative_error(one[key, synced, parts, "auto"][0], wanted) < 1e-11
+    if key not in ("Focal-SAM", "CC-SAM"):  # whose classes all count
+        auto, published = (sum(one[key, synced, parts, plan][1] for one in found) for plan in ("auto", "published"))
+        assert auto < published

@@ -753,6 +753,41 @@ def compressed():
     return found
 
 
+TAIL_WISE = {
+    "ImbSAM": ("ImbSAM", {}),
+    "SSE-SAM, stage 1": ("SSESAM", {"switch_step": None}),
+    "SSE-SAM, stage 2": ("SSESAM", {"switch_step": 0}),
+    "Focal-SAM": ("FocalSAM", {}),
+    "CC-SAM": ("CCSAM", {}),
+}
+PLANS = ("published", "auto")
+
+
+@job(2, 4)
+def uneven_tails():
+    """Workers of which one has the head, another the tail, in one batch or in parts, as published and by sub-batches."""
+    found = {}
+    for key, (name, options) in TAIL_WISE.items():
+        for synced in (False, True):
+            for parts in (1, 2):
+                for plan in PLANS:
+                    model = DistributedDataParallel(network())
+                    opt = make(name, model, "sgd", model=model, plan=plan, ascent_sync=synced, **options)
+                    calls = []
+                    for step, (x, y) in enumerate(batches(steps=4, size=24)):
+                        x, y = share([(x, y.sort(descending=bool(step % 2)).values)])[0]
+                        pieces = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+
+                        def losses(x, y, index, model=model, calls=calls):
+                            calls.append(len(y[index]))
+                            return F.cross_entropy(model(x[index]), y[index], reduction="none")
+
+                        closures = [lambda index=slice(None), x=x, y=y: losses(x, y, index) for x, y in pieces]
+                        opt.step(closures, [y for _, y in pieces])
+                    found[key, synced, parts, plan] = flat(model), sum(calls)
+    return found
+
+
 def work(rank, world, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
