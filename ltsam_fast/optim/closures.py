@@ -173,6 +173,11 @@ class Part:
         loss = self.criterion and self.criterion.loss
         return [*modules_in(self.closure), *([loss] if isinstance(loss, torch.nn.Module) else [])]
 
+    @functools.cached_property
+    def takes_index(self) -> bool:
+        """Whether the closure may be asked for some of the samples."""
+        return takes_index(self.closure)
+
     @property
     def kind(self) -> Any:
         """What the closure runs, as far as that can be told: two with the same code count as one."""
@@ -288,6 +293,8 @@ class ClassWeights:
     def __init__(self, values: Tensor, open_ended: bool = False) -> None:
         self.values, self.open_ended = values.double(), open_ended
         self._nonzero = self.values.cpu() != 0
+        self.everywhere = bool(self._nonzero.all())
+        """Whether no class has weight 0."""
 
     def of(self, labels: Tensor, losses: Tensor) -> Tensor:
         """The weights of samples with these labels, shape (B,), in the losses' dtype and on their device."""

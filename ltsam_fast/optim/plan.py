@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
-from ltsam_fast.optim.closures import ClassWeights, Closure, Part, takes_index
+from ltsam_fast.optim.closures import ClassWeights, Closure, Part
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -155,7 +155,7 @@ class Passes:
 
     def are_separable(self, part: Part) -> bool:
         """Whether a part's samples can be evaluated in sub-batches."""
-        if not self._chooses or not all(takes_index(one.closure) for one in self.parts):
+        if not self._chooses or not part.takes_index:
             return False
 
         def evaluate(index: Tensor | None) -> Tensor:
@@ -169,7 +169,7 @@ class Passes:
         """The forward passes for some gradients at w, which have all samples in them: the step returns the mean loss."""
         asked = [k for k, one in enumerate(weights) if one is not None]
         whole = Job(None, asked if weights else [0])
-        if not self._chooses or not asked:
+        if not self._chooses or all(one is None or one.everywhere for one in weights):
             return [whole]
         self.fetch_labels()
         asked = [k for k in asked if bool(part.mask(weights[k]).any())]  # type: ignore[arg-type]
@@ -391,10 +391,11 @@ class Passes:
         if request.of is not None:
             return list(zip(self.parts, request.of, strict=True))
         whole: list[tuple[Part, Tensor | None]] = [(part, None) for part in self.parts]
-        if not request.weights or not self._chooses or not self._step.seen_unperturbed:
+        v = request.weights[0] if request.weights else None
+        if v is None or v.everywhere or not self._chooses or not self._step.seen_unperturbed:
             return whole
         self.fetch_labels()
-        device, v = self._params[0].device, request.weights[0]
+        device = self._params[0].device
         pairs: list[tuple[Part, Tensor | None]] = []
         for part in self.parts:
             mask, index = part.mask(v), None  # type: ignore[arg-type]
