@@ -509,6 +509,50 @@ def test_a_loss_that_mixes_samples_is_recognized():
         opt.step(closure, targets=y)
 
 
+@pytest.mark.parametrize("error", (IndexError("too many indices\nfor x"), ZeroDivisionError()))
+def test_a_closure_that_fails_with_an_index_is_published(error, caplog):
+    x, y = batches(steps=1)[0]
+    message = re.escape(
+        f"closure(index) fails: {str(error).splitlines()[0] if error.args else 'ZeroDivisionError'}; use"
+    )
+    ends = []
+    for plan in ("published", "auto", "require"):
+        model = network()
+        opt = lf.ImbSAM(model.parameters(), SGD, lr=0.05, model=model, plan=plan, **CLASS_WISE["ImbSAM"])
+
+        def closure(index=slice(None), model=model):
+            if isinstance(index, torch.Tensor):
+                raise error
+            return F.cross_entropy(model(x), y, reduction="none")
+
+        before = flat(model)
+        if plan == "require":
+            with pytest.raises(NotShared, match=message):
+                opt.step(closure, targets=y)
+            assert torch.equal(flat(model), before) and not opt.is_perturbed
+            continue
+        with caplog.at_level(logging.WARNING, "ltsam_fast"):
+            for _ in range(2):
+                opt.step(closure, targets=y)
+        ends.append(flat(model))
+    assert len(caplog.records) == 1 and re.search(message, caplog.text)
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
+
+
+def test_ctrl_c_while_a_network_is_looked_at():
+    model = network()
+    opt = lf.ImbSAM(model.parameters(), SGD, lr=0.05, model=model, **CLASS_WISE["ImbSAM"])
+    x, y = batches(steps=1)[0]
+
+    def closure(index=slice(None)):
+        if isinstance(index, torch.Tensor):
+            raise KeyboardInterrupt
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    with pytest.raises(KeyboardInterrupt):
+        opt.step(closure, targets=y)
+
+
 def test_networks_are_looked_at_again_in_another_mode():
     torch.manual_seed(0)
     model = Mixes(nn.BatchNorm1d(8)).double()

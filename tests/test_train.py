@@ -386,6 +386,76 @@ def test_two_processes_equal_one_and_resume_exactly(tmp_path, capsys, monkeypatc
     assert two["history"][-1]["all"] == pytest.approx(one["history"][-1]["all"], abs=0.3)  # a sample of 400 either way
 
 
+def test_plans_of_two_processes_end_alike(tmp_path):
+    arguments = ["--method", "imb_sam", "--set", "eta=60", "--batch-size", 20, "--no-tensorboard", "--epochs", 2]
+    plans = ("published", "require")
+    calls = [["train", *map(str, (*arguments, "--set", f"plan={plan}", "--out", tmp_path / plan))] for plan in plans]
+    (tmp_path / "calls.py").write_text(TWO_PROCESSES.format(calls=calls, root=str(Path(__file__).parents[1])))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, tmp_path / "calls.py")
+    process = command_line(launcher=torchrun)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    published, planned = (last(tmp_path / plan)["model"] for plan in plans)
+    for name, value in published.items():
+        torch.testing.assert_close(planned[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The numbers of samples that steps evaluate, one for each pass."""
+    sizes, take_step = [], loop.take_step
+
+    def counting(run, x, y):
+        forward = run.forward
+        run.forward = lambda x: (sizes.append(len(x)), forward(x))[1]
+        try:
+            return take_step(run, x, y)
+        finally:
+            run.forward = forward
+
+    monkeypatch.setattr(loop, "take_step", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("images", ["digits", "augmented"])
+@pytest.mark.parametrize("method", ["imb_sam", "focal_sam", "sse_sam", "cc_sam"])
+def test_plans_end_alike(method, images, tmp_path, monkeypatch, seen, caplog):
+    monkeypatch.setitem(models._OWN, "smooth", smooth)
+    own = {"imb_sam": {"eta": 30}, "sse_sam": {"eta": 30}, "cc_sam": {"scope": "all"}}.get(method, {})
+    settings = {"method": method, "loss": "la", "model": "smooth", "epochs": 2, "drw_start": 1, "tensorboard": False}
+    given = None
+    if images == "augmented":
+        pixels = torch.randint(256, (80, 3, 8, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+        given = (data.Images(pixels, torch.arange(80).square() // 640, tuple("abcdefghij")),) * 2
+        settings |= {"batch_size": 16, "imbalance": None}
+        own |= {"eta": 8} if "eta" in own else {}
+    evaluated = {}
+    for plan in ("published", "auto", "require"):
+        seen.clear()
+        train(build({**settings, "options": {**own, "plan": plan}}), tmp_path / plan, images=given)
+        evaluated[plan] = sum(seen)
+    assert not caplog.records
+    published = last(tmp_path / "published")
+    for plan in ("auto", "require"):
+        found = last(tmp_path / plan)
+        for name, value in published["model"].items():
+            torch.testing.assert_close(found["model"][name], value, rtol=1e-4, atol=1e-5)
+        assert found["history"][-1]["train_loss"] == pytest.approx(published["history"][-1]["train_loss"], rel=1e-5)
+        if method in ("imb_sam", "sse_sam"):
+            assert evaluated[plan] < 0.9 * evaluated["published"]
+
+
+def test_batch_norm_is_one_line_in_the_log(tmp_path, capsys):
+    arguments = ["--model", "resnet20", "--epochs", 1, "--imbalance", 10, "--quiet", "--no-tensorboard"]
+    arguments += ["--method", "imb_sam", "--set", "eta=30"]
+    for plan in ("published", "auto"):
+        assert run(*arguments, "--set", f"plan={plan}", "--out", tmp_path / plan) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == (plan == "auto")
+    assert "warning: plan: passes are run as published: bn1 (BatchNorm2d)" in lines[0]
+    assert same_weights(tmp_path / "published", tmp_path / "auto")
+
+
 WRONG = {
     "a method that is not there": (("--method", "nix"), "focal_sam"),
     "an option that the method lacks": (("--method", "sam", "--set", "gamma=3"), "rho"),

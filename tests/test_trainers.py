@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import datetime
 import importlib
+import itertools
 import os
 import socket
 import subprocess
@@ -89,6 +90,8 @@ def groups_of(net):
 
 def optimizer_of(net, method, options, **more):
     own = {"rho": RHO, "lr": LR, "weight_decay": 0.0, **options, **more}
+    if own.get("plan") == "require":  # needs a model from the first
+        own["model"] = net
     return getattr(lf, method)(groups_of(net), torch.optim.AdamW, **own)
 
 
@@ -351,6 +354,138 @@ class Unnormalized(Net):
         self.layers[1] = torch.nn.Identity()
 
 
+class Counting(Unnormalized):
+    """Notes how many samples each pass with gradients has."""
+
+    sizes = []
+
+    def forward(self, x, labels=None):
+        if torch.is_grad_enabled():
+            self.sizes.append(len(x))
+        return super().forward(x)
+
+
+PLANNED = {
+    "ImbSAM": {"class_counts": COUNTS, "eta": 10},
+    "FocalSAM": {"class_counts": COUNTS},
+    "SSESAM": {"class_counts": COUNTS, "eta": 10},
+    "CCSAM": {"class_counts": COUNTS, "scope": "all"},
+}
+
+
+@each_trainer
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("method", PLANNED)
+def test_plans_end_alike(trainer, method, micro, seed, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(globals(), "Net", Counting)
+    ends, sizes = {}, {}
+    for plan in ("published", "auto", "require"):
+        Counting.sizes = sizes[plan] = []
+        options = {**PLANNED[method], "plan": plan}
+        ends[plan], made = run(trainer, method, options, make_data(seed), tmp_path, micro=micro)
+        assert made.optimizer.model is not None
+    assert "ltsam_fast" not in {one.name for one in caplog.records}
+    assert_equal(ends["auto"], ends["published"], 1e-5)
+    assert_equal(ends["require"], ends["auto"])
+    if method in ("ImbSAM", "SSESAM"):
+        tail = int((make_data(seed)[1][-BATCH:] == 2).sum())
+        head = BATCH - tail
+        last = [head, tail, tail] if method == "ImbSAM" else [head, tail, head, tail]
+        assert sum(sizes["auto"]) < sum(sizes["published"])
+        assert micro > 1 or sizes["auto"][-len(last) :] == last
+
+
+def odd_batches(kind):
+    """Batches with more in them than samples, of sizes that are those of the rest, too."""
+    x, y = make_data(0)
+    rest = {"scale": torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0]), "weights": torch.tensor([1.0, 2.0, 3.0])}
+    rest |= {"mask": torch.ones(1, 5).tril(3), "none": None, "number": 2, "text": ["a"]}
+    pairs = zip(x.split([8, 5, 3, 1, 8, 8, 5, 3, 7]), y.split([8, 5, 3, 1, 8, 8, 5, 3, 7]), strict=True)
+    made = [{"x": x, "labels": y, **rest} for x, y in pairs]
+    return [types.SimpleNamespace(**one) for one in made] if kind == "unknown" else made
+
+
+def odd_losses(net, batch):
+    one = vars(batch) if isinstance(batch, types.SimpleNamespace) else batch
+    logits = net(one["x"] * one["scale"] * one["mask"])["logits"]
+    return F.cross_entropy(logits, one["labels"], one["weights"], reduction="none")
+
+
+@pytest.mark.parametrize("kind", ["mapping", "unknown"])
+@pytest.mark.parametrize("method", [*PLANNED, "ESAM"])
+@pytest.mark.parametrize("trainer", ["accelerate", "lightning"])
+def test_only_samples_are_sliced(trainer, method, kind, tmp_path, monkeypatch, caplog):
+    pytest.importorskip(MODULES[trainer][0])
+    monkeypatch.setitem(globals(), "Net", Counting)
+    batches, ends = odd_batches(kind), []
+
+    def labels(batch):
+        return batch.labels if kind == "unknown" else batch["labels"]
+
+    def by_accelerate(net, optimizer):
+        from accelerate import Accelerator
+
+        from ltsam_fast.trainers.accelerate import AcceleratedStep
+
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(net, optimizer)
+        step = AcceleratedStep(accelerator, model, optimizer, lambda batch: odd_losses(model, batch), labels)
+        for batch in batches:
+            step(batch)
+
+    def by_lightning(net, optimizer):
+        own = {"training_losses": lambda self, batch, _: odd_losses(net, batch)}
+        own |= {"training_targets": lambda self, batch: labels(batch)}
+        module = type("Own", (type(lightning_module(None)),), own)()
+        module.net, module.configure_optimizers = net, lambda: optimizer
+        lightning_trainer(tmp_path).fit(module, DataLoader(batches, batch_size=None))
+
+    for plan in ("published", "auto"):
+        net, Counting.sizes = Net(), []
+        optimizer = optimizer_of(net, method, {**{**METHODS, **PLANNED}[method], "plan": plan})
+        fit = {"accelerate": by_accelerate, "lightning": by_lightning}[trainer]
+        if method == "ESAM" and kind == "unknown":
+            with pytest.raises(TypeError, match="batch must hold tensors, .*, got SimpleNamespace"):
+                fit(net, optimizer)
+            return
+        fit(net, optimizer)
+        ends.append(weights(net))
+        sizes = [size for size, _ in itertools.groupby(Counting.sizes)]
+    assert "ltsam_fast" not in {one.name for one in caplog.records}
+    assert_equal(*ends, 1e-5)
+    if method in ("ImbSAM", "SSESAM"):
+        assert (sizes == [8, 5, 3, 1, 8, 5, 3, 7]) == (kind == "unknown")
+
+
+def test_what_is_sliced_is_the_same_in_every_batch():
+    from ltsam_fast.trainers.micro_batches import Layouts
+
+    def found(size, *lengths):
+        return layouts.of([torch.zeros(length, 2) for length in lengths], size)
+
+    layouts = Layouts()
+    assert found(1, 1, 1) == [True, True]  # says nothing of others
+    assert found(8, 8, 3) == found(3, 3, 3) == [True, False]
+    assert found(8, 9, 3) is None
+    assert found(8, 8, 8, 3) == [True, True, False]  # other tensors
+
+
+def test_without_labels_the_losses_tell_the_size():
+    from ltsam_fast.trainers.micro_batches import MicroBatches
+
+    x, y = make_data(0)
+    ends = []
+    for constants in (5, 7):
+        net = Unnormalized()
+        micro = MicroBatches(lambda batch, net=net: losses(net, batch[0], batch[1]), lambda batch: None)
+        optimizer = optimizer_of(net, "ESAM", {}, model=net)
+        for some in torch.arange(len(y)).split(7):
+            micro.add((x[some], y[some], torch.zeros(constants)), last=True)
+            micro.step(optimizer)
+        ends.append(weights(net))
+    assert_equal(*ends)
+
+
 @each_trainer
 def test_clipping_is_passed_on(trainer, seed, tmp_path):
     # SGD-like sensitivity: AdamW hardly feels the scale of a gradient, but with a bound this low eps counts.
@@ -403,6 +538,7 @@ DISTRIBUTED = {
     ("FocalSAM", "synced"): {"class_counts": COUNTS, "ascent_sync": True},
     ("FocalSAM", "accumulated"): {"class_counts": COUNTS, "ascent_sync": True},
     ("SAM", "local"): {},
+    ("ImbSAM", "tail"): {"class_counts": COUNTS, "eta": 10, "ascent_sync": True, "plan": "require"},
 }
 
 
@@ -453,8 +589,10 @@ def test_two_workers(trainer, workers, monkeypatch):
     monkeypatch.setitem(globals(), "Net", Unnormalized)
     joined = plain("FocalSAM", {"class_counts": COUNTS}, make_data(7))
     halves = plain("MSAM", {"m": BATCH // 2}, make_data(7))
+    tail = plain("ImbSAM", {"class_counts": COUNTS, "eta": 10, "plan": "published"}, make_data(7))
     for one in workers:
         assert_equal(one[trainer, "synced"], joined, 1e-5)
+        assert_equal(one[trainer, "tail"], tail, 1e-5)
         assert_equal(one[trainer, "accumulated"], joined, 1e-5)
         assert_equal(one[trainer, "local"], halves, 1e-5)
     assert not torch.allclose(halves, plain("SAM", {}, make_data(7)), atol=1e-4)
@@ -631,7 +769,13 @@ def shown_by_lightning(make_optimizer, folder, data, batch=BATCH, **settings):
 @pytest.mark.parametrize("method", [*METHODS, None])
 def test_lightning_shows_the_loss_at_w(method, micro, seed, tmp_path, monkeypatch):
     pytest.importorskip("lightning")
-    if method in ("CCSAM", "MSAM", "ESAM"):  # a part may be one sample, of which batch norm makes nothing
+    if method in (
+        "CCSAM",
+        "MSAM",
+        "ESAM",
+        "ImbSAM",
+        "SSESAM",
+    ):  # in parts, of which batch norm makes nothing, or other ones
         monkeypatch.setitem(globals(), "Net", Unnormalized)
     data = make_data(seed)
 
@@ -1263,7 +1407,7 @@ class Heads(torch.nn.Module):
         if self.kind == "margin":
             logits = logits - 2.0 * F.one_hot(labels, 3)
         self.calls += 1
-        late = 3.0 if self.kind == "late" and self.calls > 2 else 1.0
+        late = 3.0 if self.kind == "late" and self.calls > 1 else 1.0
         return {"logits": logits, "loss": late * F.cross_entropy(logits, labels)}
 
 
@@ -1488,19 +1632,19 @@ def test_lightning_manual_optimization_with_ordinary_optimizers(tmp_path):
     ],
 )
 def test_samples_are_taken_from_mappings_and_dataclasses(wrap, x_of):
-    from ltsam_fast.trainers.micro_batches import select
+    from ltsam_fast.trainers.micro_batches import select, sliced_in
 
     batch = wrap(torch.arange(4.0), torch.arange(4))
-    taken = select(batch, torch.tensor([2, 0]))
+    taken = select(batch, torch.tensor([2, 0]), sliced_in(batch, 4))
     assert type(taken) is type(batch) or isinstance(batch, types.MappingProxyType)
     assert x_of(taken).tolist() == [2.0, 0.0] and x_of(batch).tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize("wrap", [attributes, lambda x, y: (x.numpy(), y)])
 def test_samples_of_other_batches_are_refused(wrap):
-    from ltsam_fast.trainers.micro_batches import select
+    from ltsam_fast.trainers.micro_batches import select, sliced_in
 
     batch = wrap(torch.arange(4.0), torch.arange(4))
     with pytest.raises(TypeError, match=r"batch must hold tensors, .*, got (SimpleNamespace|ndarray): return one of"):
-        select(batch, torch.tensor([2, 0]))
-    assert select(batch, None) is batch
+        sliced_in(batch, 4)
+    assert select(batch, None, []) is batch

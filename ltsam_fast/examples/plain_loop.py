@@ -21,15 +21,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = small_cnn()
     method, own = method_of(options, head=model[-1])  # lf.FocalSAM and {"class_counts": ..., "rho": ...}, for instance
     base = {"lr": options.lr, "momentum": 0.9, "weight_decay": 5e-4}
-    optimizer = method(model.parameters(), torch.optim.SGD, **own, max_grad_norm=options.clip, **base)
+    optimizer = method(model.parameters(), torch.optim.SGD, **own, model=model, max_grad_norm=options.clip, **base)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
 
     def closure_of(x: Tensor, y: Tensor) -> Callable[..., Tensor]:
-        def closure(index: Tensor | slice = slice(None)) -> Tensor:
+        def losses(i: Tensor | slice = slice(None)) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-                return F.cross_entropy(model(x[index]), y[index], reduction="none")
+                return F.cross_entropy(model(x[i]), y[i], reduction="none")
 
-        return closure
+        return losses
 
     batches = loader(options.data)
     for epoch in range(options.epochs):

@@ -41,7 +41,8 @@ def check_separable(
         others: Further modules whose buffers the forward pass may change, such as a loss.
 
     Raises:
-        NotShared: Samples mix, or the forward pass changes a buffer. The message names the module.
+        NotShared: Samples mix, the forward pass changes a buffer, or it fails for some of the samples. The message names the
+            module, or the error.
     """
     check_batch_norm(model)
     device = params[0].device
@@ -49,6 +50,15 @@ def check_separable(
     indices = [(~chosen).nonzero().flatten(), chosen.nonzero().flatten()]
     wanted = [param for param in params if param.requires_grad]
     seeds = torch.linspace(0.5, 1.5, size, dtype=torch.float64, device=device)
+
+    def evaluate_some(index: Tensor) -> Tensor:
+        try:
+            return evaluate(index)
+        except NotShared:
+            raise
+        except Exception as error:
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            raise NotShared(f"closure(index) fails: {line}; {REMEDY}") from error
 
     def gradients(losses: Tensor, index: Tensor | None = None) -> list[Tensor]:
         weights = (seeds if index is None else seeds[index]).to(losses)
@@ -66,7 +76,7 @@ def check_separable(
         )
         whole, separate = gradients(losses), [torch.zeros_like(param) for param in wanted]
         for index in indices:
-            some = evaluate(index)
+            some = evaluate_some(index)
             if _differ(some.detach(), losses.detach()[index], tolerance):
                 raise NotShared(f"{_where(model, evaluate, size, index, tolerance)}; {REMEDY}")
             separate = [a + b for a, b in zip(separate, gradients(some, index), strict=True)]

@@ -76,11 +76,12 @@ def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Lo
 
 
 def reweight(loss: losses.Loss, config: Config, counts: Sequence[int], epoch: int) -> None:
-    """Sets the class weights of deferred reweighting for an epoch, counted from 0, if the config asks for it."""
+    """Sets the class weights of deferred reweighting for an epoch, counted from 0, if the config asks for it.
+
+    Before ``drw_start`` they are ones: the loss's graph is the same in all epochs, so a resumed run takes the same passes.
+    """
     if config.drw_start is not None:
-        weights = losses.deferred_reweighting(epoch, list(counts), config.drw_start, config.drw_beta)
-        if epoch >= config.drw_start:
-            loss.set_weight(weights)
+        loss.set_weight(losses.deferred_reweighting(epoch, list(counts), config.drw_start, config.drw_beta))
 
 
 def same_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:

@@ -33,10 +33,11 @@ class AcceleratedStep:
 
     Args:
         accelerator: The accelerator.
-        model: The model as ``accelerator.prepare`` returned it; becomes ``optimizer.model``, so that DDP averages once a step.
+        model: The model as ``accelerator.prepare`` returned it; becomes ``optimizer.model``, so that DDP averages once a step
+            and the optimizer's ``plan`` applies. For ``plan="require"`` give the optimizer the model that is prepared, too.
         optimizer: The optimizer as ``accelerator.prepare`` returned it, of one of the package's methods.
-        losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,). Methods that
-            evaluate parts of a batch call it with some samples of every tensor in it.
+        losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,), of a batch or some of
+            its samples, see :mod:`ltsam_fast.trainers`.
         targets: ``targets(batch)`` returns the samples' classes, shape (B,), integer; by default the second of a pair, or
             ``batch["labels"]``.
 

@@ -50,6 +50,9 @@ class SharpnessAwareTrainer(Trainer):
     ``None`` in training; in evaluation the Trainer takes their mean. ``compute_loss``, which returns a mean, must not be
     overridden.
 
+    ``optimizer.model`` is the model as the Trainer wraps it, so the optimizer's ``plan`` applies, see
+    :mod:`ltsam_fast.trainers`.
+
     All micro-batches of an accumulated step but the last are copied, since a loader may reuse its memory. There are no
     gradients when callbacks' ``on_optimizer_step`` is called.
 
@@ -95,11 +98,18 @@ class SharpnessAwareTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Creates ``method`` around the optimizer that ``args.optim`` names."""
-        if self.optimizer is None and self.method is not None:
-            base, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-            options = {name: value for name, value in options.items() if name not in ("fused", "foreach")}
-            self.optimizer_cls_and_kwargs = (self.method, {"base_optimizer": base, **self.method_options, **options})
-        return super().create_optimizer(model)
+        if self.optimizer is not None or self.method is None:
+            return super().create_optimizer(model)
+        base, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        options = {name: value for name, value in options.items() if name not in ("fused", "foreach")}
+        own = dict(self.method_options)
+        plan = own.pop("plan", None)
+        self.optimizer_cls_and_kwargs = (self.method, {"base_optimizer": base, **own, **options})
+        method = super().create_optimizer(model)
+        method.model = model or self.model  # the Trainer takes the keyword "model" for the parameters
+        if plan is not None:  # "require" needs the model
+            method.plan = plan
+        return method
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Creates the scheduler, and replaces the prepared optimizer's step(): ``training_step`` takes the steps."""

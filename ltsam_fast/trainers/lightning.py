@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ltsam_fast.optim import GNM, MSAM, SharpnessAware
-from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of, set_clipping
+from ltsam_fast.trainers.micro_batches import Layouts, MicroBatches, check_per_sample, labels_of, set_clipping
 
 
 class SharpnessAwareModule(LightningModule):
@@ -28,7 +28,8 @@ class SharpnessAwareModule(LightningModule):
     Optimization is automatic, and these settings of the Trainer apply: ``accumulate_grad_batches`` (one perturbation for the
     whole step, weighted by samples), ``gradient_clip_val`` (becomes ``max_grad_norm``; clipping by value is an error),
     ``precision`` with its GradScaler, schedulers, checkpoints, DDP (``optimizer.model`` becomes the wrapped model: see
-    :class:`~ltsam_fast.optim.SharpnessAware`). Any other torch optimizer trains with the mean of the losses.
+    :class:`~ltsam_fast.optim.SharpnessAware`). So its ``plan`` applies, see :mod:`ltsam_fast.trainers`; ``plan="require"``
+    needs ``model=self`` as well. Any other torch optimizer trains with the mean of the losses.
 
     The loss that Lightning shows is the mean at the unperturbed weights, as with any optimizer: the ``loss`` in ``outputs``,
     and what ``training_losses`` logs, once per batch. ``training_loss`` is the mean over the last step's micro-batches, 0-d.
@@ -36,8 +37,8 @@ class SharpnessAwareModule(LightningModule):
 
     With gradient accumulation every micro-batch of a step but the last is copied, since a loader may reuse its memory, and
     each has one forward more, without gradients, since Lightning needs its loss before the step. That forward is also
-    needed by GNM and m-SAM, which never evaluate the whole batch at the unperturbed weights, by ``on_before_backward``, and by
-    an overridden ``training_step``.
+    needed by GNM and m-SAM, which never evaluate the whole batch at the unperturbed weights, by ``on_before_backward``, by
+    an overridden ``training_step``, and where ``training_losses`` logs and the optimizer's ``plan`` evaluates sub-batches.
 
     An overridden ``training_step`` must return the result of ``super().training_step(batch, batch_idx)``, alone or as
     ``"loss"`` in a dict; it runs in every pass. If it returns ``None``, the batch is skipped, as with any optimizer.
@@ -72,6 +73,12 @@ class SharpnessAwareModule(LightningModule):
     _losses_at_w: list[Tensor]
     """The per-sample losses of the step's micro-batches at the unperturbed weights."""
     _micro_batches: MicroBatches | None = None
+    _layouts: Layouts | None = None
+    """What is known of the batches, from step to step."""
+    _in_parts = False
+    """Whether the optimizer has evaluated sub-batches at the unperturbed weights."""
+    _logs = False
+    """Whether the losses are logged."""
     _in_pass = False
     """Whether the optimizer calls training_step."""
     _in_closure = False
@@ -114,7 +121,8 @@ class SharpnessAwareModule(LightningModule):
         self._check(method)
         if self._micro_batches is None or batch_idx % trainer.accumulate_grad_batches == 0:
             # Batches of an interrupted step, if there are any, are dropped.
-            self._micro_batches = MicroBatches(self._losses, lambda one: self.training_targets(one[0]))
+            self._layouts = self._layouts or Layouts()
+            self._micro_batches = MicroBatches(self._losses, lambda one: self.training_targets(one[0]), self._layouts)
             self._losses_at_w = []
         self._micro_batches.add((batch, batch_idx), last=self._in_closure)
         self._batch_stored = True
@@ -122,6 +130,7 @@ class SharpnessAwareModule(LightningModule):
             trainer.accumulate_grad_batches > 1
             or not self._in_closure
             or isinstance(method, (GNM, MSAM))
+            or (self._logs and self._in_parts)
             or self._own_training_step
             or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())
         )
@@ -129,6 +138,7 @@ class SharpnessAwareModule(LightningModule):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """As Lightning's; in the optimizer's passes only once per batch, at the unperturbed weights."""
+        self._logs |= self._current_fx_name == "training_step"
         if not (self._in_pass and self._loss_known):
             super().log(*args, **kwargs)
 
@@ -175,11 +185,13 @@ class SharpnessAwareModule(LightningModule):
         loss_known, micro_batches, self._micro_batches = self._loss_known, self._micro_batches, None
         self._in_step = True
         try:
-            micro_batches.step(method, scaler)
+            self.training_loss = micro_batches.step(method, scaler)
         finally:
             self._in_step = False
-        self.training_loss = torch.cat(self._losses_at_w).detach().mean()
-        if not loss_known:
+            self._in_parts |= micro_batches.in_parts
+        if loss_known:
+            self.training_loss = torch.cat(self._losses_at_w).mean()
+        else:
             loss.data = self.training_loss  # the loss in Lightning's outputs
         if scaler is not None:
             scaler.update()
@@ -242,11 +254,8 @@ class SharpnessAwareModule(LightningModule):
             self._in_pass, self._current_fx_name = False, hook
         if own and isinstance(losses, Mapping):
             losses = losses["loss"]
-        losses = check_per_sample(losses, "training_step()" if own else "training_losses()")
-        if not self._loss_known:  # a step's first pass is at the unperturbed weights
-            self._loss_known = True
-            self._losses_at_w.append(losses.detach())
-        return losses
+        self._loss_known = True  # a step's first pass is at the unperturbed weights
+        return check_per_sample(losses, "training_step()" if own else "training_losses()")
 
 
 _NO_GRADIENTS = {

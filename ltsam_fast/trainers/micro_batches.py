@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from numbers import Number
 from typing import Any
 
@@ -32,34 +32,62 @@ def labels_of(batch: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def select(batch: Any, index: Tensor | None) -> Any:
-    """Returns the samples ``index``, 1-D, of every tensor in a batch; the batch itself for ``None``.
+def select(batch: Any, index: Tensor | None, sliced: Sequence[bool]) -> Any:
+    """Returns the samples ``index``, 1-D, of the tensors in a batch; the batch itself for ``None``.
 
-    Tensors may be in tuples, lists, mappings and dataclasses. Tensors without dimensions, numbers and strings are the same for
-    all samples.
+    Args:
+        batch: The batch. Tensors may be in tuples, lists, mappings and dataclasses, beside numbers and strings.
+        index: The samples' numbers.
+        sliced: What :func:`sliced_in` says of each tensor, in order; the others are the same for all samples.
 
     Raises:
         TypeError: The batch holds something else.
 
-    >>> select((torch.tensor([5, 6, 7]), 3), torch.tensor([2, 0]))
-    (tensor([7, 5]), 3)
+    >>> batch = (torch.tensor([5, 6, 7]), torch.zeros(2))
+    >>> select(batch, torch.tensor([2, 0]), sliced_in(batch, 3))
+    (tensor([7, 5]), tensor([0., 0.]))
     """
-    return batch if index is None else tree_map(lambda one: _select_one(one, index), batch)
+    if index is None:
+        return batch
+    chosen = iter(sliced)
+    return _map_tensors(lambda one: one[index.to(one.device)] if next(chosen) else one, batch)
 
 
-def _select_one(one: Any, index: Tensor) -> Any:
-    """As select(), for anything but tuples, lists and dicts."""
+def sliced_in(batch: Any, size: int) -> list[bool]:
+    """Returns for each tensor in a batch whether its first dimension is the batch of this size.
+
+    Raises:
+        TypeError: The batch holds something that can't be sliced.
+    """
+    found: list[bool] = []
+
+    def note(one: Tensor) -> Tensor:
+        found.append(one.shape[:1] == (size,))
+        return one
+
+    _map_tensors(note, batch)
+    return found
+
+
+def _map_tensors(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """Returns the batch with what a function gives for each tensor, in order."""
+    return tree_map(lambda one: _map_one(function, one), batch)
+
+
+def _map_one(function: Callable[[Tensor], Any], one: Any) -> Any:
+    """As _map_tensors(), for anything but tuples, lists and dicts."""
     if isinstance(one, Tensor):
-        return one[index.to(one.device)] if one.dim() else one
+        return function(one)
     if isinstance(one, Mapping):
         copied: Any = copy.copy(one) if isinstance(one, MutableMapping) else dict(one)
         for name, value in one.items():
-            copied[name] = select(value, index)
+            copied[name] = _map_tensors(function, value)
         return copied
     if dataclasses.is_dataclass(one):
         copied = copy.copy(one)
         for field in dataclasses.fields(one):
-            object.__setattr__(copied, field.name, select(getattr(one, field.name), index))  # it may be frozen
+            value = _map_tensors(function, getattr(one, field.name))
+            object.__setattr__(copied, field.name, value)  # it may be frozen
         return copied
     if one is None or isinstance(one, (str, bytes, Number)):
         return one
@@ -67,6 +95,28 @@ def _select_one(one: Any, index: Tensor) -> Any:
         "batch must hold tensors, in tuples, lists, mappings or dataclasses, for a method that evaluates some of its samples, "
         f"got {type(one).__name__}: return one of these from the loader's collate_fn"
     )
+
+
+class Layouts:
+    """Which tensors of a trainer's batches have the samples along their first dimension: those as long as the labels.
+
+    They are the same in every batch: a tensor that once had another length is not sliced where it happens to be as long.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[bool]] = {}  # by the number of tensors
+
+    def of(self, batch: Any, size: int) -> list[bool] | None:
+        """Returns for each tensor whether it is sliced; ``None`` if one that was sliced before has another length now.
+
+        Raises:
+            TypeError: The batch holds something that can't be sliced.
+        """
+        found = sliced_in(batch, size)
+        if size == 1:
+            return found  # whatever is as long is the same for all samples
+        known = self._known.setdefault(len(found), found)
+        return known if all(now for now, before in zip(found, known, strict=True) if before) else None
 
 
 class _Cloning(TorchFunctionMode):
@@ -116,10 +166,20 @@ class MicroBatches:
     Args:
         losses: ``losses(batch)`` runs the forward pass and returns the per-sample losses, shape (B,).
         targets: ``targets(batch)`` returns the samples' classes, shape (B,), integer, or ``None``.
+        layouts: What is known from the batches of earlier steps.
+
+    Attributes:
+        in_parts: Whether a step has evaluated some samples by themselves at the unperturbed weights.
     """
 
-    def __init__(self, losses: Callable[[Any], Tensor], targets: Callable[[Any], Tensor | None] = labels_of) -> None:
-        self.losses, self.targets = losses, targets
+    def __init__(
+        self,
+        losses: Callable[[Any], Tensor],
+        targets: Callable[[Any], Tensor | None] = labels_of,
+        layouts: Layouts | None = None,
+    ) -> None:
+        self.losses, self.targets, self.layouts = losses, targets, layouts or Layouts()
+        self.in_parts = False
         self._batches: list[Any] = []
 
     def add(self, batch: Any, last: bool) -> None:
@@ -135,10 +195,33 @@ class MicroBatches:
         batches, self._batches = self._batches, []
         targets = [self.targets(batch) for batch in batches]
         known = None if any(one is None for one in targets) else targets
-        return optimizer.step([self._closure(batch) for batch in batches], known, scaler)  # type: ignore[arg-type]
+        closures = [self._closure(optimizer, *pair) for pair in zip(batches, targets, strict=True)]
+        return optimizer.step(closures, known, scaler)  # type: ignore[arg-type]
 
-    def _closure(self, batch: Any) -> Callable[..., Tensor]:
-        return lambda index=None: self.losses(select(batch, index))
+    def _closure(self, optimizer: SharpnessAware, batch: Any, targets: Tensor | None) -> Callable[..., Tensor]:
+        """The losses of a micro-batch, or of some samples; every method may ask for these if the batch can be sliced."""
+        size = len(targets) if isinstance(targets, Tensor) and targets.dim() else None
+        try:
+            sliced = None if size is None else self.layouts.of(batch, size)
+        except TypeError:
+            sliced = None
+
+        def losses_of(index: Tensor | None = None) -> Tensor:
+            self.in_parts |= index is not None and not optimizer.is_perturbed
+            return self.losses(select(batch, index, sliced))  # type: ignore[arg-type]
+
+        def if_needed(
+            samples: Tensor | None = None,
+        ) -> Tensor:  # not by the name of an index: only methods that need one ask
+            nonlocal size
+            if samples is not None:
+                assert size is not None  # all samples have been evaluated
+                return self.losses(select(batch, samples, sliced_in(batch, size)))
+            losses = self.losses(batch)
+            size = len(losses)
+            return losses
+
+        return if_needed if sliced is None else losses_of
 
 
 def set_clipping(optimizer: SharpnessAware, max_norm: float, setting: str) -> None:
