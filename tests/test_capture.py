@@ -455,7 +455,8 @@ def test_a_changed_loss_is_another_step(name, tape):
             seen.append(step(x, y) if captured else optimizer.step(lambda: loss(model(x), y)))  # noqa: B023
         return torch.stack(seen), model.state_dict()
 
-    assert_same(run(True), run(False))
+    with lf.use_backend("cpu"):  # small losses on a CPU go past the ops, which the tape knows
+        assert_same(run(True), run(False))
     assert Tape.captures == 2
 
 

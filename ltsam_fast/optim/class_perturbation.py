@@ -88,12 +88,7 @@ class ClassPasses:
         gradients.classes = sorted(sizes) if perturbs else []
         self._head = self._find_head() if perturbs else None
         for number, part in enumerate(passes.parts):
-            rows = {
-                k: torch.tensor(members[k][number], device=scope[0].device)
-                for k in gradients.classes
-                if number in members.get(k, ())
-            }
-            self._rows.append(rows)
+            rows = {k: members[k][number] for k in gradients.classes if number in members.get(k, ())}
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
                 on_cpu = scope and scope[0].device.type == "cpu"  # on a GPU many small passes cost more
                 if rows and not self._head and on_cpu and self._are_separable(part):
@@ -113,11 +108,16 @@ class ClassPasses:
         """Whether each class may have a pass of its own samples: DDP finds unused weights by the last pass alone."""
         return not self._workers.finds_unused and self._passes.are_separable(part)
 
-    def _sub_batches_at_weights(self, part: Any, rows: dict[int, Tensor], sizes: dict[int, int]) -> None:
+    def _on_device(self, rows: dict[int, list[int]], device: torch.device) -> dict[int, Tensor]:
+        """The numbers of the samples of each class in a part, where they are needed, now and for the perturbed pass."""
+        self._rows.append({k: torch.tensor(numbers, device=device) for k, numbers in rows.items()})
+        return self._rows[-1]
+
+    def _sub_batches_at_weights(self, part: Any, rows: dict[int, list[int]], sizes: dict[int, int]) -> None:
         """A forward and backward for each class; the gradient of the mean loss is a sum of theirs."""
         passes, grads, params = self._passes, self.gradients.grads, self._passes._params
         total = take_gradients(params)
-        for k, chosen in rows.items():
+        for k, chosen in self._on_device(rows, self._scope[0].device).items():
             with passes.recording(part, keeps_graph=False):
                 losses = part.evaluate(chosen)
             torch.autograd.backward(losses, self._scaling(torch.full_like(losses, 1 / sizes[k])))
@@ -133,7 +133,7 @@ class ClassPasses:
                 grads[k] = [torch.zeros_like(p, requires_grad=False) if g is None else g for g, p in pairs]
         swap_gradients(params, total)
 
-    def _part_at_weights(self, part: Any, rows: dict[int, Tensor], sizes: dict[int, int]) -> None:
+    def _part_at_weights(self, part: Any, rows: dict[int, list[int]], sizes: dict[int, int]) -> None:
         """A forward for all classes, and a backward for each, or one that they share."""
         grads = self.gradients.grads
         passes, unchanged = self._passes, self._passes.unchanged
@@ -155,7 +155,7 @@ class ClassPasses:
             unchanged.forget()  # type: ignore[union-attr]
         mean = self._scaling(torch.full_like(losses, self._share / self._passes.size))
         shares = {}
-        for k, chosen in rows.items():
+        for k, chosen in self._on_device(rows, losses.device).items():
             weights = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
             shares[k] = self._scaling(weights), chosen
         found = None

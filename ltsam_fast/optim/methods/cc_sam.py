@@ -25,24 +25,23 @@ class CCSAM(SharpnessAware):
             delta_kt = r_kt * sqrt(P) * G_kt / |G_kt|                           P scalars, of joint norm |w|, in the scope
         w <- base_step(w, grad of (1 - flat_ratio) * (1/B) sum_j l_j(w) + flat_ratio * (1/B) sum_j l_j(w + delta_{y_j}))
 
-    The loss of a sample is that of its place in the whole batch: the closure is always called with all samples, so batch norm
-    sees what it sees in training by SGD, and a class of one sample is no special case. With ``noise_ratio=0`` a step is the
-    base optimizer's.
+    The loss of a sample is that of its place in the whole batch: where samples mix, the closure is called with all of them, so
+    batch norm sees what it sees in training by SGD, and a class of one sample is no special case. With ``noise_ratio=0`` a step
+    is the base optimizer's.
 
-    Where samples stay apart from the head's input on (looked at in each step), its rows get the weights of their classes:
-    two forwards and two backwards, and for each class in the batch a backward through the head. That needs the head as a
-    module, given as ``head`` or found in ``model``, which the forward pass calls once, with one tensor that has the samples'
-    rows, outside of reentrant checkpoints and ``torch.compile``; it must be made of torch's linear layers, layer norms, dropout
-    and activations as they are, or of modules that say ``keeps_samples_apart = True``. What is detached behind the
-    head, or read of its weights elsewhere, is not seen. All else takes a forward and a backward of the whole batch for each
-    class in it, and so does ``scope="all"``. A gradient set of the scope is kept for each class. All norms are one pass, and
-    so are all perturbations.
+    Where samples stay apart from the head's input on (looked at in each step), its rows get the weights of their classes in
+    one pass, and for each class in the batch there is a backward through the head. That needs the head as a module, given as
+    ``head`` or found in ``model``, which the forward pass calls once, with one tensor that has the samples' rows, outside of
+    reentrant checkpoints and ``torch.compile``; it must be made of torch's linear layers, layer norms, dropout and activations
+    as they are, or of modules that say ``keeps_samples_apart = True``. What is detached behind the head, or read of its weights
+    elsewhere, is not seen. With ``model`` the backbone then has one forward and one backward, as in a step of SGD.
+
+    All else takes a forward and a backward of the whole batch for each class in it, and so does ``scope="all"``; given ``model``,
+    whose samples do not mix, and a closure that takes an index, of the class's samples only. A gradient set of the scope is
+    kept for each class. All norms are one pass, and so are all perturbations.
 
     Dropout is drawn anew in every forward pass: the perturbed losses see other masks than the plain ones, and where each class
     has a pass each has a mask.
-
-    ``shared_backward=True`` takes the gradients of all classes and the mean's from one sweep, see
-    :class:`ltsam_fast.optim.class_wise.Sharing`; it pays with ``scope="all"``.
 
     Targets on the cpu are read without waiting for the device. With ``ascent_sync=True`` the mean loss of a class is that of
     all workers' samples.
