@@ -36,8 +36,8 @@ class CCSAM(SharpnessAware):
     as they are, or of modules that say ``keeps_samples_apart = True``. What is detached behind the head, or read of its weights
     elsewhere, is not seen. With ``model`` the backbone then has one forward and one backward, as in a step of SGD.
 
-    All else takes a forward and a backward of the whole batch for each class in it, and so does ``scope="all"``; given ``model``,
-    whose samples do not mix, and a closure that takes an index, of the class's samples only. A gradient set of the scope is
+    All else takes a forward and a backward of the whole batch for each class in it, and so does ``scope="all"``; of the class's
+    samples only, given ``model``, whose samples do not mix, and a closure that takes an index. A gradient set of the scope is
     kept for each class. All norms are one pass, and so are all perturbations.
 
     Dropout is drawn anew in every forward pass: the perturbed losses see other masks than the plain ones, and where each class
