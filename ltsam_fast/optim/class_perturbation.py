@@ -216,7 +216,7 @@ class ClassPasses:
         for part, rows in zip(parts, self._rows, strict=True):
             weights = [grads[k] for k in rows]
             with self._workers.backward(last=part is parts[-1]), head.by_row(list(rows.values()), weights):
-                with self._passes.reusing(part):
+                with self._passes.reusing():
                     losses = part.evaluate(at_w=False)
                 seed = self._scaling(torch.full_like(losses, share))
                 at_w, mean = self._waiting or (None, None)
@@ -234,7 +234,7 @@ class ClassPasses:
             ops.restore_(self._scope, grads[k])
             index = rows if self._are_separable(part) else None
             with self._workers.backward(last=(k, number) == passes[-1]):
-                with self._passes.reusing(part):
+                with self._passes.reusing():
                     losses = part.evaluate(index, at_w=False)
                 weights = torch.full_like(losses, share)
                 if index is None:

@@ -105,6 +105,7 @@ class Passes:
 
     def end(self) -> None:
         """Lets go of what the step has kept."""
+        self._by_class = None  # which refers to this
         if self.unchanged is not None:
             self.unchanged.forget()
 
@@ -370,7 +371,7 @@ class Passes:
             size = sum(len(index) for _, index in pairs)  # type: ignore[arg-type, misc]
         for part, index in pairs:
             with workers.backward(averaging and part is pairs[-1][0]) if workers.averages else _NOTHING:
-                with self.reusing(part):
+                with self.reusing():
                     losses = part.evaluate(index, at_w=first)
                 (seed,) = part.seeds(weights, losses, size if size > 0 else len(losses), self._scaling, index)
                 torch.autograd.backward(losses, seed)
@@ -414,9 +415,15 @@ class Passes:
         """Around a forward pass at w: see :class:`ltsam_fast.optim.unchanged.UnchangedResults`."""
         return _NOTHING if self.unchanged is None else self.unchanged.recording((self.mode, part.kind), keeps_graph)
 
-    def reusing(self, part: Part) -> Any:
+    def reusing(self) -> Any:
         """Around a forward pass at w + eps."""
-        return _NOTHING if self.unchanged is None else self.unchanged.reusing((self.mode, part.kind))
+        return _NOTHING if self.unchanged is None else self.unchanged.reusing(self._have_moved)
+
+    def _have_moved(self) -> bool:
+        """Whether weights differ from those at w: after an overflow, say, they do not."""
+        now = self._step.perturbed
+        pairs = zip(self._workers.local(now.params), now.backups, strict=True)
+        return any(not torch.equal(param, backup) for param, backup in pairs) or not now.params
 
     def loss_increase(self, request: LossIncrease) -> list[Tensor]:
         """How much worse each sample's loss is at the perturbed weights."""
@@ -426,7 +433,7 @@ class Passes:
             raise ValueError(f"maximize must be the same in all groups for {name}: it selects samples by their loss")
         found = []
         for part in self.parts:
-            with self._workers.backward(last=False), self.reusing(part):
+            with self._workers.backward(last=False), self.reusing():
                 losses = part.evaluate(at_w=False, graph=False)
             found.append((losses - part.losses) * min(signs))  # type: ignore[operator]
         return found

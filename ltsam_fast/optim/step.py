@@ -181,6 +181,11 @@ class Step:
         """Whether weights are perturbed now."""
         return bool(self._perturbation.now.params)
 
+    @property
+    def perturbed(self) -> Perturbed:
+        """The weights that are perturbed now."""
+        return self._perturbation.now
+
     # --- what a rule may ask
 
     def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:

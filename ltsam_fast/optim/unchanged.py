@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from types import EllipsisType, NoneType
 from typing import Any, NamedTuple
@@ -38,11 +41,13 @@ class UnchangedResults:
 
     Calls of torch's functions, and of the outermost modules without perturbed weights, are looked at. A call in the pass at
     w + eps whose arguments are the same objects as at w, unchanged since, gives what it gave there, so it is not run: the
-    arguments are the batch, weights that are not perturbed, or results from here.
+    arguments are the batch, weights that are not perturbed, or results from here. The n-th of several equal calls gives what
+    the n-th gave.
 
     What draws random numbers is always run. So is everything in an activation checkpoint, which has to save in a pass what its
-    recomputation will. The first pass at w + eps of a kind computes all and compares: a call that gives something else
-    there, since its module reads another one's weights, say, is always run from then on.
+    recomputation will, and modules whose inner modules have hooks. A call's first pass at w + eps runs it and compares, and so
+    do a kind's 2nd, 4th, 8th, ... pass: one that gives something else there, since its module reads another one's weights, say,
+    is always run from then on.
 
     Args:
         model: The network.
@@ -58,15 +63,19 @@ class UnchangedResults:
         self._results: dict[Any, _Result] = {}
         self._used: dict[Any, _Result] = {}
         self._known: dict[int, int] = {}  # the versions of tensors in results, by id
-        self._excluded: list[Any] = []
+        self._counts: Counter[Any] = Counter()  # how often a call was made in this pass
+        self._excluded: set[Any] = set()
         self._verified: set[Any] = set()
+        self._newly_verified: set[Any] = set()
+        self._passes: Counter[Any] = Counter()
         self._notes_draws = False
         self._aside = False  # inside of a call that is looked at as a whole
-        self._reusing = self._checking = self._keeps_graph = False
+        self._looks = self._reusing = self._checks_all = self._keeps_graph = False
 
     def forget(self) -> None:
         """Lets go of all results: the step is over."""
         self._results.clear()
+        self._used.clear()
         self._known.clear()
 
     @contextlib.contextmanager
@@ -78,12 +87,18 @@ class UnchangedResults:
             keeps_graph: Whether no backward goes through the results before the next forward; else only those are kept that
                 have no graph.
         """
+        if kind in self._excluded:
+            yield
+            return
         self._reusing, self._keeps_graph = False, keeps_graph
-        before = _generators(self._device), None if kind in self._verified else _generators_elsewhere()
+        self._passes[kind] += 1
+        number = self._passes[kind]
+        self._checks_all = number & (number - 1) == 0
+        before = _generators(self._device), _generators_elsewhere() if self._checks_all else None
         with self._looking():
             yield
         if before[1] is not None and before[1] != _generators_elsewhere():
-            self._excluded.append(kind)
+            self._excluded.add(kind)
         if not self._notes_draws and not _same(before[0], _generators(self._device)):
             self._notes_draws = True  # from the next step on it is seen which call draws
             self.forget()
@@ -91,52 +106,68 @@ class UnchangedResults:
             self.forget()
 
     @contextlib.contextmanager
-    def reusing(self, kind: Any) -> Iterator[None]:
-        """Around a forward pass at w + eps, of a kind as above."""
+    def reusing(self, have_moved: Callable[[], bool]) -> Iterator[None]:
+        """Around a forward pass at w + eps, of the latest kind; ``have_moved`` tells whether any weight differs from w."""
         if not self._results:
             yield
             return
-        self._reusing, self._checking = True, kind not in self._verified
+        self._reusing = True
         self._used = {}
+        self._newly_verified = set()
         with self._looking():
             yield
-        self._verified.add(kind)
+        if self._newly_verified and have_moved():
+            self._verified |= self._newly_verified
         for key, found in self._used.items():  # a backward will go through their graphs, once
             if any(one.requires_grad for one in _tensors_in(found.value)):
-                del self._results[key]
+                self._results.pop(key, None)
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
-        replaced: list[tuple[nn.Module, str, Any]] = []
+        replaced: list[tuple[nn.Module, str, Any, Any]] = []
         self._aside = False
+        self._counts.clear()
         try:
-            self._replace(self.model, replaced)
+            with _LOCK:
+                self._replace(self.model, replaced)
+            self._looks = True
             with self._mode:
                 yield
         finally:
-            for module, name, before in replaced:
-                if before is None:
-                    del vars(module)[name]
-                else:
-                    vars(module)[name] = before
+            self._looks = False
+            with _LOCK:
+                for module, name, before, mine in replaced:
+                    if vars(module).get(name) is not mine:  # another thread's, which passes on to this one
+                        continue
+                    if before is None:
+                        del vars(module)[name]
+                    else:
+                        vars(module)[name] = before
 
-    def _replace(self, module: nn.Module, replaced: list[tuple[nn.Module, str, Any]]) -> None:
+    def _replace(self, module: nn.Module, replaced: list[tuple[nn.Module, str, Any, Any]]) -> None:
         """Has calls of the outermost modules without perturbed weights, and of compiled ones, come here."""
-        fixed = self._ids.isdisjoint(map(id, module.parameters()))
-        if not fixed and not is_compiled(module):
+        fixed = self._is_fixed(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        if not is_compiled(module) and (not fixed or _has_inner_hooks(module)):
             for child in module.children():
                 self._replace(child, replaced)
             return
-        if isinstance(module, torch.jit.ScriptModule):
-            return
         name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-        run = self._whole(getattr(module, name))
-        replaced.append((module, name, vars(module).get(name)))
+        original = getattr(module, name)
+        run = self._whole(original)
 
+        @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if not self._looks:
+                return original(*args, **kwargs)
             return self.call(module, run, args, kwargs) if fixed else run(*args, **kwargs)
 
+        replaced.append((module, name, vars(module).get(name), call))
         vars(module)[name] = call
+
+    def _is_fixed(self, module: nn.Module) -> bool:
+        return all(id(one) not in self._ids and _address(one) not in self._memory for one in module.parameters())
 
     def _whole(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """A call that is not looked into. Without the mode: torch.compile would compile anew for it."""
@@ -159,39 +190,61 @@ class UnchangedResults:
         """Runs a call, or returns what it gave at w."""
         if self._aside:
             return run(*args, **kwargs)
-        self._aside = True
-        try:
-            given: list[Tensor] = []
+        given: list[Tensor] = []
+        with self._unseen():
             key = self._key(what, (args, kwargs), given)
-            found = self._results.get(key) if self._reusing and key is not None else None
+        if key is None:
+            return run(*args, **kwargs)
+        if self._reusing:
+            return self._again(what, key, run, args, kwargs)
+        with self._unseen():
+            before = _generators(self._device) if self._notes_draws else None
+            attributes = _attributes(what) if self._checks_all else None
+        value = run(*args, **kwargs)
+        with self._unseen():
+            if (
+                before is not None
+                and not _same(before, _generators(self._device))
+                or attributes != (_attributes(what) if self._checks_all else None)
+            ):
+                self._excluded.add(what)
+            else:
+                self._keep(key, value, given)
+        return value
+
+    def _again(self, what: Any, key: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A call at w + eps that may have been made at w."""
+        with self._unseen():
+            found = self._results.get(key)
             if found is not None and not found.is_intact():
                 found = None
-            draws = self._notes_draws and key is not None and not self._reusing
-            before = _generators(self._device) if draws else None
-        finally:
-            self._aside = False
-        if found is not None and not self._checking:
+        name = what, key[1]
+        if found is not None and name in self._verified and not self._checks_all:
             self._used[key] = found
             return found.value
         value = run(*args, **kwargs)
-        if key is None or (self._reusing and found is None):
+        if found is None:
             return value
+        with self._unseen():
+            if not _equal(found.value, value):
+                self._excluded.add(what)
+                return value
+        self._newly_verified.add(name)
+        self._used[key] = found
+        return found.value
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Around functions of torch that are this class's own."""
         self._aside = True
         try:
-            if found is not None and _equal(found.value, value):
-                self._used[key] = found
-                return found.value
-            if found is not None or (before is not None and not _same(before, _generators(self._device))):
-                self._excluded.append(what)
-                return value
-            self._keep(key, value, given)
-            return value
+            yield
         finally:
             self._aside = False
 
     def _keep(self, key: Any, value: Any, given: list[Tensor]) -> None:
         tensors = _tensors_in(value)
-        if not tensors or any(one.is_inference() for one in tensors):
+        if not tensors or not _is_plain(value) or any(one.is_inference() for one in tensors):
             return
         if not self._keeps_graph and any(one.requires_grad for one in tensors):
             return
@@ -206,16 +259,24 @@ class UnchangedResults:
         if name in _RAW:
             self._drop(arguments)
             return None
-        if what in self._excluded or current_checkpoint() or torch._C._are_functorch_transforms_active():
+        if (
+            name in _ELSE
+            or what in self._excluded
+            or current_checkpoint()
+            or torch._C._are_functorch_transforms_active()
+        ):
             return None
         device = self._device.type
-        key: list[Any] = [
-            what,
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(device),
-            torch.get_autocast_dtype(device),
-        ]
-        return tuple(key) if self._describe(arguments, key, given) else None
+        key: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)]
+        if not self._describe(arguments, key, given):
+            return None
+        if isinstance(what, nn.Module):
+            key.append(what.training)
+            for one in (*what.parameters(), *what.buffers()):
+                key += (id(one), 0 if one.is_inference() else one._version)
+        made = (what, *key)
+        self._counts[made] += 1
+        return (what, self._counts[made], *key)
 
     def _describe(self, value: Any, key: list[Any], given: list[Tensor]) -> bool:
         """Appends what tells a value from others; False: that is not known."""
@@ -249,12 +310,38 @@ class UnchangedResults:
         return tensor.grad_fn is None and id(tensor) not in self._ids and _address(tensor) not in self._memory
 
     def _drop(self, arguments: Any) -> None:
-        """Lets go of results that may be written to without autograd's knowledge."""
-        touched = {id(one) for one in _tensors_in(arguments)} & self._known.keys()
-        if touched:
-            self._results = {
-                key: one for key, one in self._results.items() if touched.isdisjoint(map(id, _tensors_in(one.value)))
-            }
+        """Lets go of what is from, or of, tensors that may be written to without autograd's knowledge."""
+        touched = {id(one) for one in _tensors_in(arguments)}
+        self._results = {
+            key: one
+            for key, one in self._results.items()
+            if touched.isdisjoint(map(id, (*_tensors_in(one.value), *one.arguments)))
+        }
+        for one in touched:
+            self._known.pop(one, None)
+
+
+_LOCK = threading.Lock()
+
+
+def _has_inner_hooks(module: nn.Module) -> bool:
+    """Whether modules in this one have hooks, which would not be called."""
+    return any(
+        one is not module and (one._forward_hooks or one._forward_pre_hooks or one._backward_hooks)
+        for one in module.modules()
+    )
+
+
+def _attributes(what: Any) -> Any:
+    """What shows that a module's call has left something in its attributes."""
+    if not isinstance(what, nn.Module):
+        return None
+    return [
+        (name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for module in what.modules()
+        for name, value in vars(module).items()
+        if not isinstance(value, (NoneType, bool, int, float, str))  # what counts its calls may count fewer
+    ]
 
 
 class _Calls(TorchFunctionMode):
@@ -281,8 +368,10 @@ _PLAIN = (
     torch.layout,
     torch.memory_format,
 )
-_RAW = frozenset({"data", "grad", "data_ptr", "numpy", "__dlpack__", "__array__", "storage", "untyped_storage"})
-"""What gives access to a tensor's memory past its version counter, or to what is not of the forward pass."""
+_RAW = frozenset({"data", "data_ptr", "numpy", "__dlpack__", "__array__", "storage", "untyped_storage"})
+"""What gives access to a tensor's memory past its version counter."""
+_ELSE = frozenset({"grad", "_set_grad_enabled"})
+"""What is not of the forward pass."""
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
@@ -296,8 +385,17 @@ def _tensors_in(value: Any) -> list[Tensor]:
     return [tensor for one in value for tensor in _tensors_in(one)]
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of tensors and plain values alone, in tuples, lists and dicts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (Tensor, *_PLAIN))
+
+
 def _equal(first: Any, second: Any) -> bool:
-    """Whether two results have the same bits."""
+    """Whether the tensors in two results have the same bits."""
     pairs = _tensors_in(first), _tensors_in(second)
     return len(pairs[0]) == len(pairs[1]) and all(
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*pairs, strict=True)
