@@ -225,7 +225,7 @@ class Recorder:
         return F.cross_entropy(self.model(self.x[index]), self.y[index], reduction="none")
 
 
-def calls_of(name, y, steps=2, plan="auto", **more):
+def calls_of(name, y, steps=3, plan="auto", **more):
     """The calls of the last of some steps on one batch."""
     model, opt = made(name, "residual", "every_parameter", plan, **{**CLASS_WISE.get(name, {}), **more})
     y = torch.tensor(y)
@@ -296,7 +296,7 @@ def test_defaults_that_mean_all_are_an_index(index):
         sizes.append(len(y[index]))
         return F.cross_entropy(model(x[index]), y[index], reduction="none")
 
-    for _ in range(2):
+    for _ in range(3):
         sizes.clear()
         opt.step(closure, targets=y)
     assert sizes == [3, 2, 2]
@@ -411,7 +411,7 @@ def test_dropout_does_not_keep_a_network_from_sub_batches():
     model = Noisy(nn.Dropout(0.5)).double()
     opt = lf.ImbSAM(model.parameters(), SGD, lr=0.1, model=model, plan="require", **CLASS_WISE["ImbSAM"])
     x, y = torch.randn(5, FEATURES, dtype=torch.float64), torch.tensor(LABELS)
-    for _ in range(2):
+    for _ in range(3):
         closure = Recorder(model, opt, x, y)
         opt.step(closure, targets=y)
     assert [len(samples) for _, samples in closure.calls] == [3, 2, 2]
@@ -560,7 +560,7 @@ def test_networks_are_looked_at_again_in_another_mode():
     x, y = torch.randn(5, FEATURES, dtype=torch.float64), torch.tensor(LABELS)
     for training, sizes in ((True, [5, 5]), (False, [3, 2, 2]), (True, [5, 5])):
         model.train(training)
-        for _ in range(2):
+        for _ in range(3):
             closure = Recorder(model, opt, x, y)
             opt.step(closure, targets=y)
         assert [len(samples) for _, samples in closure.calls] == sizes

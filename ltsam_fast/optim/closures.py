@@ -35,6 +35,7 @@ class Part:
         total: The sum of the losses seen at w.
         weights: Weights of the samples, shape (B,), by the :class:`ltsam_fast.optim.closures.ClassWeights` they are from.
         host_labels: The labels on the CPU, once they are needed there.
+        separable: Whether its samples can be evaluated in sub-batches, once that is known.
         logit_gradients: For each of two weightings the latest pass's logits and their gradient, if the criterion made these.
     """
 
@@ -47,6 +48,7 @@ class Part:
         self.total: Any = 0
         self.weights: dict[Any, Tensor] = {}
         self.host_labels: Tensor | None = None
+        self.separable: bool | None = None
         self.logit_gradients: list[tuple[Tensor, Tensor]] | None = None
         self._masks: dict[ClassWeights, Tensor] = {}
         self._indices: dict[tuple[ClassWeights, bool], Tensor] = {}
@@ -178,11 +180,11 @@ class Part:
         """Whether the closure may be asked for some of the samples."""
         return takes_index(self.closure)
 
-    @property
+    @functools.cached_property
     def kind(self) -> Any:
         """What the closure runs, as far as that can be told: two with the same code count as one."""
-        function = getattr(self.closure, "func", self.closure)  # of a partial
-        return getattr(function, "__code__", type(function)), self.criterion and type(self.criterion.loss)
+        loss = self.criterion and self.criterion.loss
+        return _kind_of(self.closure), loss and (_kind_of(loss), id(loss) if isinstance(loss, torch.nn.Module) else 0)
 
 
 def _stash_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
@@ -255,6 +257,15 @@ def check_takes_index(parts: list[Part], method: str) -> None:
             raise ValueError(
                 "closure must give index a default, or targets must be given: else the batch's size is unknown"
             )
+
+
+def _kind_of(function: Any, depth: int = 2) -> Any:
+    """The code of a function, and of those and the modules that it refers to."""
+    code = getattr(getattr(function, "func", function), "__code__", type(function))
+    if not depth:
+        return code
+    others = [one for one in parts_of(function) if callable(one) and not isinstance(one, type)]
+    return code, *(id(one) if isinstance(one, torch.nn.Module) else _kind_of(one, depth - 1) for one in others)
 
 
 def parts_of(value: Any) -> Iterator[Any]:

@@ -76,6 +76,8 @@ class Head:
         self._calls = []
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            if torch._C._are_functorch_transforms_active():
+                return None
             if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
                 if not args[0].requires_grad:  # of a frozen backbone, or the network's own input: to be looked at too
                     return (args[0].detach().requires_grad_().clone(),), kwargs

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ltsam_fast.optim.perturbation import same_items
 from ltsam_fast.optim.probe import Evaluate, check_separable
@@ -17,7 +19,7 @@ _LOG = logging.getLogger("ltsam_fast")
 
 
 class Network:
-    """Finds out, once for each kind of pass, which of the exact ways around the published passes a network allows.
+    """Finds out, for each kind of pass, which of the exact ways around the published passes a network allows.
 
     Args:
         model: The network.
@@ -26,6 +28,7 @@ class Network:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._separable: dict[Any, bool] = {}
+        self._uses: Counter[Any] = Counter()
         self._mixing: set[Any] = set()
         self._shared: SharedBackward | None = None
         self._unchanged: UnchangedResults | None = None
@@ -33,8 +36,13 @@ class Network:
         self._logged = False
 
     def mode(self) -> int:
-        """What depends on ``train()`` and ``eval()``: a number for the modes of all modules."""
-        return hash(tuple([module.training for module in self.model.modules()]))
+        """A number for the modules, by type, and whether they are in training."""
+        return hash(tuple([(type(module), module.training) for module in self.model.modules()]))
+
+    def trains_others(self, params: list[Tensor]) -> bool:
+        """Whether weights that are not among ``params`` get gradients, which the published passes leave there."""
+        own = set(map(id, params))
+        return any(param.requires_grad and id(param) not in own for param in self.model.parameters())
 
     def is_separable(
         self,
@@ -48,7 +56,7 @@ class Network:
         """Whether samples can be evaluated in sub-batches.
 
         Args:
-            kind: The kind of pass; the first one is compared with what it is in two parts.
+            kind: The kind of pass: its 1st, 2nd, 4th, 8th, ... is compared with what it is in two parts.
             evaluate: Runs the pass for some of its samples.
             size: The number of all.
             params: The weights.
@@ -58,9 +66,10 @@ class Network:
         Raises:
             NotShared: They do, and are.
         """
-        if kind not in self._separable:
-            if size < 2:
-                return False
+        if not self._separable.get(kind, True) or size < 2 or any(map(is_lazy, self.model.parameters())):
+            return False
+        self._uses[kind] += 1
+        if self._uses[kind] & (self._uses[kind] - 1) == 0:
             try:
                 check_separable(self.model, evaluate, size, params, others())
                 self._separable[kind] = True

@@ -45,7 +45,7 @@ from ltsam_fast.optim.step import (
     Step,
 )
 from ltsam_fast.shared import SharedBackward, Weighting
-from ltsam_fast.shared.autograd_graph import has_reentrant_checkpoint
+from ltsam_fast.shared.autograd_graph import reaches
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.criterion import Criterion
@@ -92,8 +92,10 @@ class Passes:
         """What is known of the network; None: passes are run as published."""
         self.required = optimizer.plan == "require"
         self.mode = 0 if self.network is None else self.network.mode()
+        self._trains_others = self.network is not None and self.network.trains_others(self._params)
         self._ascent = self._ascent_params()
-        step.skips_zero_radius = not (optimizer.plan == "published" or optimizer.captures or self._workers.joins)
+        published = optimizer.plan == "published" or self._trains_others
+        step.skips_zero_radius = not (published or optimizer.captures or self._workers.joins)
         self.unchanged = None
         if self.network is not None and len(self.parts) == 1 and not self._workers.sharded:
             self.unchanged = self.network.unchanged(optimizer.ascent_params())
@@ -156,9 +158,11 @@ class Passes:
 
     def are_separable(self, part: Part) -> bool:
         """Whether a part's samples can be evaluated in sub-batches."""
-        if not self._chooses or not part.takes_index:
-            return False
+        if part.separable is None:
+            part.separable = self._chooses and part.takes_index and self._has_separable(part)
+        return part.separable
 
+    def _has_separable(self, part: Part) -> bool:
         def evaluate(index: Tensor | None) -> Tensor:
             with self._workers.backward(last=False), torch.enable_grad():
                 return part.evaluate(index, at_w=False)
@@ -179,7 +183,7 @@ class Passes:
         u, v = (weights[k] for k in asked)
         if bool((part.mask(u) & part.mask(v)).any()) or not self.are_separable(part):  # type: ignore[arg-type]
             return [Job(None, asked)]
-        device = self._params[0].device
+        device = part.labels.device  # type: ignore[union-attr]
         return [Job(part.index(v, device, others=True), asked[:1]), Job(part.index(v, device), asked[1:])]  # type: ignore[arg-type]
 
     # --- gradients at w
@@ -239,8 +243,8 @@ class Passes:
     ) -> None:
         """Adds gradients to those found so far, in a backward each from its root."""
         ascent = self._ascent
-        if ascent is not None and has_reentrant_checkpoint(roots[0][0]):  # a backward of some weights does not go there
-            ascent = None
+        if ascent is not None and not reaches(roots[0][0], ascent):
+            ascent = None  # what hides them has to be run as a whole
             if self.unchanged is not None:
                 self.unchanged.forget()
         for k in gradients:
@@ -284,13 +288,15 @@ class Passes:
         """The weights that gradients for an ascent are taken of; None: of all."""
         optimizer = self._optimizer
         groups = [group for group in optimizer.param_groups if group["perturb"]]
-        if optimizer.plan == "published" or self._workers.sharded or len(groups) == len(optimizer.param_groups):
+        if optimizer.plan == "published" or self._trains_others or self._workers.sharded:
             return None
-        return any(group["rho"] for group in groups) and optimizer.ascent_params() or None
+        if len(groups) == len(optimizer.param_groups) or not any(group["rho"] for group in groups):
+            return None
+        return optimizer.ascent_params() or None
 
     def shared(self, params: list[Tensor]) -> SharedBackward | None:
         """What makes several gradients from one backward sweep, if the network is known and does not mix samples."""
-        if self.network is None:
+        if self.network is None or self._trains_others:
             return None
         shared = self.network.shared(self.mode, params)
         if shared is not None:
@@ -396,10 +402,9 @@ class Passes:
         if v is None or v.everywhere or not self._chooses or not self._step.seen_unperturbed:
             return whole
         self.fetch_labels()
-        device = self._params[0].device
         pairs: list[tuple[Part, Tensor | None]] = []
         for part in self.parts:
-            mask, index = part.mask(v), None  # type: ignore[arg-type]
+            mask, index, device = part.mask(v), None, part.labels.device  # type: ignore[union-attr]
             if not bool(mask.any()):
                 if not (self._workers.averages and last and part is self.parts[-1]):
                     continue

@@ -262,6 +262,8 @@ class Step:
         if self.skips_zero_radius and ema is None and not self.is_perturbed:
             radii = [group["rho"] for group in groups if group["perturb"]] if rho is None else rho
             self.stays = not (any(radii) if isinstance(radii, Sequence) else radii)
+        if self.stays:
+            self._disable_running_stats()
         if direction is None or self.stays:
             return
         gradient, _, combination = self._split(direction)
@@ -540,9 +542,13 @@ class Step:
             perturbation.now, perturbation.perturbing = perturbation.perturbing[0], None
         if workers.sharded:
             workers.reshard()
-        model = optimizer._model
-        if model is not None and self.seen_unperturbed and optimizer.protects_running_stats:
-            perturbation.disable_running_stats(model)
+        self._disable_running_stats()
+
+    def _disable_running_stats(self) -> None:
+        """Keeps running statistics from the passes to come, if the network is known."""
+        model = self._optimizer._model
+        if model is not None and self.seen_unperturbed and self._optimizer.protects_running_stats:
+            self._perturbation.disable_running_stats(model)
 
     def _only_with_gradient(
         self, params: list[Tensor], groups: list[int], grads: list[Tensor | None], kept: list[Tensor | None] | None

@@ -10,17 +10,19 @@ Node = Any
 """A node of autograd's graph. torch returns the same Python object for a node only while a reference to it exists."""
 
 
-def has_reentrant_checkpoint(root: Tensor) -> bool:
-    """Whether a checkpoint with ``use_reentrant=True`` hides a part of the graph: only a backward of everything goes there."""
-    seen, stack = set(), [root.grad_fn]
+def reaches(root: Tensor, params: list[Tensor]) -> bool:
+    """Whether all parameters are in the graph, and none may be hidden in a checkpoint with ``use_reentrant=True``."""
+    wanted, seen, stack = set(map(id, params)), set(), [root.grad_fn]
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen:
-            if node.name() == _REENTRANT:
-                return True
-            seen.add(node)
-            stack += [child for child, _ in node.next_functions]
-    return False
+        if node is None or node in seen:
+            continue
+        if node.name() == _REENTRANT:
+            return False
+        seen.add(node)
+        wanted.discard(id(getattr(node, "variable", None)))
+        stack += [child for child, _ in node.next_functions]
+    return not wanted
 
 
 _REENTRANT = "CheckpointFunctionBackward"

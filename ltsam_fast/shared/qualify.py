@@ -103,7 +103,9 @@ def eager_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of a module run what torch.compile has made of it."""
+    """Whether calls of a module run what torch.compile, or torch.jit, has made of it."""
+    if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks either
+        return True
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
@@ -136,13 +138,20 @@ def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
             raise NotShared(
                 f"a parameter of shape {tuple(param.shape)} is not one of model's: give the whole network as model"
             )
+    check_hooks(model, params)
+
+
+def check_hooks(model: nn.Module, params: list[Tensor]) -> None:
+    """Raises NotShared for parameters with hooks, and for sharded ones."""
+    for param in params:
         if (
             param._backward_hooks
             or getattr(param, "_post_accumulate_grad_hooks", None)
             or hasattr(param, "_local_tensor")
         ):
             kind = "sharded" if hasattr(param, "_local_tensor") else "hooked"
-            raise NotShared(f"{names[id(param)]} is {kind}: its gradient is not autograd's alone; {REMEDY}")
+            name = next((name for name, one in model.named_parameters() if one is param), "a parameter")
+            raise NotShared(f"{name} is {kind}: its gradient is not autograd's alone; {REMEDY}")
 
 
 class Qualification:
@@ -198,6 +207,10 @@ class Qualification:
         finally:
             for one in hooks:
                 one.remove()
+        for param in self.params:
+            if param.grad is not None:
+                param.grad = None
+                raise NotShared(f"a function in the forward pass calls backward() in its own; {REMEDY}")
 
     def _store(self, number: int, output: int, grad: Tensor) -> None:
         self.elements[number, output] = SampledElements(grad)

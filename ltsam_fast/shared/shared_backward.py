@@ -20,6 +20,7 @@ from ltsam_fast.shared.qualify import (
     ParameterUse,
     Qualification,
     Undetermined,
+    check_hooks,
     check_module_types,
 )
 
@@ -66,13 +67,15 @@ class SharedBackward:
         self._steps_to_wait, self._last_wait = 0, 0
 
     def check(self) -> None:
-        """Looks at modules and parameters, if the next backward is analyzed.
+        """Looks at parameters' hooks and, if the next backward is analyzed, at modules.
 
         Raises:
             NotShared: One is known not to qualify, such as batch norm in training, which mixes samples.
         """
         if self._record_next:
             check_module_types(self.model, self.params)
+        else:
+            check_hooks(self.model, self.params)
 
     @contextmanager
     def record_outputs(self) -> Iterator[None]:
