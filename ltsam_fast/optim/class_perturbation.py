@@ -91,7 +91,7 @@ class ClassPasses:
             rows = {k: members[k][number] for k in gradients.classes if number in members.get(k, ())}
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
                 on_cpu = scope and scope[0].device.type == "cpu"  # on a GPU many small passes cost more
-                if rows and not self._head and on_cpu and self._are_separable(part):
+                if rows and not self._head and on_cpu and not passes.trains_others and self._are_separable(part):
                     self._sub_batches_at_weights(part, rows, sizes)
                 else:
                     self._part_at_weights(part, rows, sizes)

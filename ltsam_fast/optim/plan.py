@@ -92,9 +92,10 @@ class Passes:
         """What is known of the network; None: passes are run as published."""
         self.required = optimizer.plan == "require"
         self.mode = 0 if self.network is None else self.network.mode()
-        self._trains_others = self.network is not None and self.network.trains_others(self._params)
+        self.trains_others = self.network is not None and self.network.trains_others(self._params)
+        """Whether the network trains weights of another optimizer, which may step with what the passes leave there."""
         self._ascent = self._ascent_params()
-        published = optimizer.plan == "published" or self._trains_others
+        published = optimizer.plan == "published" or self.trains_others
         step.skips_zero_radius = not (published or optimizer.captures or self._workers.joins)
         self.unchanged = None
         if self.network is not None and len(self.parts) == 1 and not self._workers.sharded:
@@ -288,7 +289,7 @@ class Passes:
         """The weights that gradients for an ascent are taken of; None: of all."""
         optimizer = self._optimizer
         groups = [group for group in optimizer.param_groups if group["perturb"]]
-        if optimizer.plan == "published" or self._trains_others or self._workers.sharded:
+        if optimizer.plan == "published" or self.trains_others or self._workers.sharded:
             return None
         if len(groups) == len(optimizer.param_groups) or not any(group["rho"] for group in groups):
             return None
@@ -296,7 +297,7 @@ class Passes:
 
     def shared(self, params: list[Tensor]) -> SharedBackward | None:
         """What makes several gradients from one backward sweep, if the network is known and does not mix samples."""
-        if self.network is None or self._trains_others:
+        if self.network is None or self.trains_others:
             return None
         shared = self.network.shared(self.mode, params)
         if shared is not None:

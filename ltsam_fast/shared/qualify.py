@@ -207,10 +207,11 @@ class Qualification:
         finally:
             for one in hooks:
                 one.remove()
-        for param in self.params:
-            if param.grad is not None:
-                param.grad = None
-                raise NotShared(f"a function in the forward pass calls backward() in its own; {REMEDY}")
+        hidden = [param for param in self.params if param.grad is not None]
+        for param in hidden:
+            param.grad = None
+        if hidden:
+            raise NotShared(f"a function in the forward pass calls backward() in its own; {REMEDY}")
 
     def _store(self, number: int, output: int, grad: Tensor) -> None:
         self.elements[number, output] = SampledElements(grad)
