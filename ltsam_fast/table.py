@@ -31,6 +31,7 @@ from ltsam_fast.snapshot import (
     REFRESHED,
     SAME,
     SHAPE,
+    ReadOnce,
     device_of,
     reader,
 )
@@ -38,7 +39,7 @@ from ltsam_fast.snapshot import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LISTS = (list, NoneType)
+_LISTS = (list, ReadOnce, NoneType)
 _WIDE = DTYPES.index(torch.float64)
 
 

@@ -3,6 +3,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 namespace lt {
 namespace py = pybind11;
 
@@ -24,12 +26,16 @@ bool for_all(const py::object& items, const Visit& visit) {
 }
 
 inline bool has_none(const py::object& items) {
-  return !for_all(items, [](Py_ssize_t, PyObject* item) { return item != Py_None; });
+  const py::object fast = owned(PySequence_Fast(items.ptr(), "a list is needed"));
+  PyObject** const first = PySequence_Fast_ITEMS(fast.ptr());
+  PyObject** const end = first + PySequence_Fast_GET_SIZE(fast.ptr());
+  return std::find(first, end, Py_None) != end;  // no object is touched, which may lie far away
 }
 
 inline bool same_items(const py::list& first, const py::list& second) {
-  return PyList_GET_SIZE(first.ptr()) == PyList_GET_SIZE(second.ptr()) &&
-         for_all(first, [&](Py_ssize_t i, PyObject* item) { return item == PyList_GET_ITEM(second.ptr(), i); });
+  const Py_ssize_t size = PyList_GET_SIZE(first.ptr());
+  PyObject **const one = PySequence_Fast_ITEMS(first.ptr()), **const other = PySequence_Fast_ITEMS(second.ptr());
+  return size == PyList_GET_SIZE(second.ptr()) && (one == other || std::equal(one, one + size, other));
 }
 
 /// An attribute of one object after the other. Where it is C code of their type, which torch's are, that is called at

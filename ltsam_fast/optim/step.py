@@ -31,6 +31,7 @@ from ltsam_fast.optim.gradients import (
 )
 from ltsam_fast.optim.parallel import first_element
 from ltsam_fast.optim.perturbation import NOTHING, Perturbed
+from ltsam_fast.snapshot import ReadOnce
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
@@ -275,6 +276,8 @@ class Step:
         if workers.sharded:
             whole = workers.redistributed(params, grads)
             shards, grads = workers.local(params), workers.local(whole)
+        else:
+            whole = grads = ReadOnce(grads)  # by the norm, and the perturbation that follows at once
         options: dict[str, Any] = {
             "rho": [group["rho"] for group in groups] if rho is None else rho,
             "maximize": [group.get("maximize", False) for group in groups],
