@@ -32,10 +32,13 @@ inline bool has_none(const py::object& items) {
   return std::find(first, end, Py_None) != end;  // no object is touched, which may lie far away
 }
 
-inline bool same_items(const py::list& first, const py::list& second) {
-  const Py_ssize_t size = PyList_GET_SIZE(first.ptr());
-  PyObject **const one = PySequence_Fast_ITEMS(first.ptr()), **const other = PySequence_Fast_ITEMS(second.ptr());
-  return size == PyList_GET_SIZE(second.ptr()) && (one == other || std::equal(one, one + size, other));
+inline bool same_items(const py::object& first, const py::object& second) {
+  const py::object one = owned(PySequence_Fast(first.ptr(), "a list is needed"));
+  const py::object other = owned(PySequence_Fast(second.ptr(), "a list is needed"));
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(one.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(one.ptr());
+  return size == PySequence_Fast_GET_SIZE(other.ptr()) &&
+         (one.is(other) || std::equal(items, items + size, PySequence_Fast_ITEMS(other.ptr())));
 }
 
 /// An attribute of one object after the other. Where it is C code of their type, which torch's are, that is called at

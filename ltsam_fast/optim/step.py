@@ -289,6 +289,7 @@ class Step:
             group_of = [2 * group + (param in unscaled) for param, group in zip(params, group_of, strict=True)]
             for name, values in options.items():
                 options[name] = [half for one in values for half in (one, one and name != "adaptive" and one)]
+        options["groups"] = group_of if unscaled or len(groups) > 1 else None
         if probability != 1.0:
             options["probability"] = probability
         if ema is not None:
@@ -304,15 +305,14 @@ class Step:
             combination=combination,
             adaptive=options["adaptive"],
             eta=options["eta"],
-            groups=group_of,
+            groups=options["groups"],
             found_inf=self.scaling.found_inf,
         )
         options |= self.scaling.signals
         if gradient.number < 0:
             options.pop("grad_scale", None)
-
-        arguments = {"grads": grads, "norm": norm, "groups": group_of, "combination": combination, **options}
-        self._perturb(ops.perturb_, params, shards, positions, arguments, seed)
+        options["grads"], options["norm"], options["combination"] = grads, norm, combination
+        self._perturb(ops.perturb_, params, shards, positions, options, seed)
 
     def add_noise(self, amplitude: Sequence[float], clip: float, seed: int) -> None:
         """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``amplitude``, one for each group."""
@@ -514,7 +514,7 @@ class Step:
         arguments: dict[str, Any],
         seed: int = 0,
     ) -> None:
-        """Runs a pass that perturbs, from what the weights were if they are perturbed already."""
+        """Runs a pass that perturbs, from what the weights were if they are perturbed already; adds to its ``arguments``."""
         perturbation, workers, optimizer = self._perturbation, self._workers, self._optimizer
         again = bool(perturbation.now.params)
         for last in (again, True):
@@ -526,9 +526,9 @@ class Step:
             table = workers.tables["random_perturb_" if drawn else op.__name__]
             if not again:
                 perturbation.perturbing = Perturbed(params, backups, positions), table, table.calls
-            source = {"original_params": backups, "backups": None} if again else {"backups": backups}
+            arguments["original_params"], arguments["backups"] = (backups, None) if again else (None, backups)
             try:
-                op(shards, table=table, **source, **arguments, **drawn)
+                op(shards, table=table, **arguments, **drawn)
                 break
             except ValueError:  # perhaps a parameter is of another device, shape or dtype now than its backup
                 if last:
