@@ -31,6 +31,7 @@ from ltsam_fast.snapshot import (
     REFRESHED,
     SAME,
     SHAPE,
+    ReadOnce,
     device_of,
     reader,
 )
@@ -38,7 +39,7 @@ from ltsam_fast.snapshot import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LISTS = (list, NoneType)
+_LISTS = (list, ReadOnce, NoneType)
 _WIDE = DTYPES.index(torch.float64)
 
 
@@ -119,7 +120,9 @@ class TensorTable:
         count = len(lists[0] or ())
         # Copies, for callers may change their lists in place.
         asked_for = (
-            [None if one is None else list(one) for one in (groups, buckets, offsets)],
+            groups if groups is None else list(groups),
+            buckets if buckets is None else list(buckets),
+            offsets if offsets is None else list(offsets),
             bucket_count,
             rows,
             [None if role is None else len(role) for role in lists],

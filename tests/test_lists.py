@@ -2,11 +2,14 @@
 
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 
-from ltsam_fast import lists
-from ltsam_fast.snapshot import native
+from ltsam_fast import lists, ops
+from ltsam_fast.ops import OPS
+from ltsam_fast.snapshot import CHANGED, COLUMNS, NEVER_READ, SAME, ReadOnce, native, read_in_python, reader
+from ltsam_fast.table import TensorTable
 
 
 class OwnGradient(torch.nn.Parameter):
@@ -80,3 +83,30 @@ def test_entries_of_other_mappings(call):
             return name
 
     assert call("entries", [Counted(), {"m": 1}], "m") == ["m", 1]
+
+
+def test_what_is_read_once_serves_other_tables():
+    """Whatever reads it: natively or in Python."""
+    w, backups = [torch.ones(5), None, torch.ones(3, 2)], ReadOnce([torch.zeros(5), None, torch.zeros(3, 2)])
+    for read in {reader(), read_in_python}:
+        backups.rows = None
+        first, second, whole = (np.full((3, roles, COLUMNS), NEVER_READ, np.int64) for roles in (2, 1, 1))
+        assert read((w, backups), first, (True, True), None) == CHANGED
+        rows = backups.rows
+        assert read((backups,), second, (False,), None) == CHANGED and backups.rows is rows
+        read((list(backups),), whole, (False,), None)
+        assert (first[:, 1] == rows).all() and (second == whole).all() and (whole[:, 0] == rows).all()
+        assert read((w, backups), first, (True, True), None) == SAME
+
+
+def test_tables_ask_no_more_where_a_list_is_read_once():
+    w, g = [torch.ones(4)], ReadOnce([torch.full((4,), 3.0)])
+    tables = [TensorTable(OPS[name]) for name in ("grad_norm", "perturb_")]
+    norm = ops.grad_norm(g, table=tables[0])
+    rows = g.rows
+    ops.perturb_(w, g, None, norm, rho=6.0, table=tables[1])
+    assert g.rows is rows and w[0].tolist() == [4.0] * 4
+    with pytest.raises(ValueError, match="grads\\[0\\] has shape"):
+        ops.perturb_([torch.ones(5)], g, None, norm, rho=6.0, table=tables[1])
+    with pytest.raises(ValueError, match="grads\\[0\\] is sparse"):
+        ops.grad_norm(ReadOnce([torch.ones(2, 2).to_sparse()]))

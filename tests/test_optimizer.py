@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop, lr_scheduler, swa_util
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import ltsam_fast as lf
+from ltsam_fast import lists
 
 from .method_rows import (
     BASES,
@@ -525,3 +526,19 @@ def test_with_all_weights_zero_nothing_moves():
     before = flat(model)
     opt.step(lambda: losses(model, x, y), targets=y)
     assert torch.equal(flat(model), before) and opt.param_groups[0]["steps"] == 1
+
+
+def test_parameters_and_their_groups_are_those_of_now():
+    model = network()
+    first, *others = model.parameters()
+    opt = lf.SAM([{"params": [first]}, {"params": others}], SGD, lr=0.1)
+    assert opt.all_params()[1] == [0] + [1] * len(others)
+    opt.param_groups[0]["params"] += opt.param_groups.pop()["params"]
+    for _ in range(2):
+        assert lists.same_items(opt.all_params()[0], [first, *others]) and opt.all_params()[1] == [0] * (
+            1 + len(others)
+        )
+    opt.param_groups[0]["params"][1:] = others[1:]
+    assert lists.same_items(opt.all_params()[0], [first, *others[1:]]) and opt.all_params()[1] == [0] * len(others)
+    opt.add_param_group({"params": others[:1]})
+    assert opt.all_params()[1] == [0] * len(others) + [1]

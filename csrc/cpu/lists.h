@@ -3,6 +3,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+
 namespace lt {
 namespace py = pybind11;
 
@@ -24,12 +26,19 @@ bool for_all(const py::object& items, const Visit& visit) {
 }
 
 inline bool has_none(const py::object& items) {
-  return !for_all(items, [](Py_ssize_t, PyObject* item) { return item != Py_None; });
+  const py::object fast = owned(PySequence_Fast(items.ptr(), "a list is needed"));
+  PyObject** const first = PySequence_Fast_ITEMS(fast.ptr());
+  PyObject** const end = first + PySequence_Fast_GET_SIZE(fast.ptr());
+  return std::find(first, end, Py_None) != end;  // no object is touched, which may lie far away
 }
 
-inline bool same_items(const py::list& first, const py::list& second) {
-  return PyList_GET_SIZE(first.ptr()) == PyList_GET_SIZE(second.ptr()) &&
-         for_all(first, [&](Py_ssize_t i, PyObject* item) { return item == PyList_GET_ITEM(second.ptr(), i); });
+inline bool same_items(const py::object& first, const py::object& second) {
+  const py::object one = owned(PySequence_Fast(first.ptr(), "a list is needed"));
+  const py::object other = owned(PySequence_Fast(second.ptr(), "a list is needed"));
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(one.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(one.ptr());
+  return size == PySequence_Fast_GET_SIZE(other.ptr()) &&
+         (one.is(other) || std::equal(items, items + size, PySequence_Fast_ITEMS(other.ptr())));
 }
 
 /// An attribute of one object after the other. Where it is C code of their type, which torch's are, that is called at

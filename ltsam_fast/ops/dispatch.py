@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
 from ltsam_fast.backend import backend_for
@@ -151,29 +153,35 @@ _SINGLE = frozenset(("grad_scale", "found_inf", "skipped"))
 def launch(
     op: Op,
     table: TensorTable,
-    bound: dict[str, Any],
     hyper: NDArray[np.float64],
-    signals: dict[str, Any],
+    signals: dict[str, Tensor | None],
+    roles: tuple[Role, ...],
+    groups: Sequence[int] | None = None,
+    buckets: Sequence[int] | None = None,
+    bucket_count: int = 1,
+    offsets: Sequence[int] | None = None,
+    results: tuple[int, ...] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Binds the tensors and runs one backend call for each part; returns the signals as these saw them.
 
-    ``results`` stands for a signal "norm" that is made: so many numbers in the part's accumulator.
+    ``results`` is the shape of a signal "norm" that is made, in the part's accumulator.
     """
-    parts = table.bind(**bound, rows=len(hyper))
+    parts = table.bind(roles, groups, buckets, bucket_count, offsets, len(hyper))
     calls = [(part, backend_for(part.device)) for part in parts]
-    sizes = {"combination": 4, "scales": len(bound["roles"][0] or ())}
     found = []
     for args, backend in calls:
         seen: dict[str, Tensor] = {}
         addresses = [0] * 5
+        if results is not None:
+            seen["norm"] = norm = torch.empty(results, dtype=args.accumulator, device=args.device)
+            addresses[0] = norm.data_ptr()
         for name, value in signals.items():
             if value is None:
                 continue
-            if name == "results":
-                name, value = "norm", torch.empty(value, dtype=args.accumulator, device=args.device)
-            elif not isinstance(value, Tensor) or value.numel() != sizes.get(name, 1):
-                element = "one element" if name not in sizes else f"{sizes[name]} elements"
-                raise ValueError(f"{name} must be a tensor of {element}, got {value!r}")
+            elements = 4 if name == "combination" else len(roles[0] or ()) if name == "scales" else 1
+            if not isinstance(value, Tensor) or value.numel() != elements:
+                wanted = f"{elements} elements" if name in ("combination", "scales") else "one element"
+                raise ValueError(f"{name} must be a tensor of {wanted}, got {value!r}")
             dtype = torch.float32 if name in _SINGLE else args.accumulator
             if value.dtype is not dtype or value.device != args.device or not value.is_contiguous():
                 value = value.detach().to(args.device, dtype).contiguous()
@@ -206,19 +214,20 @@ def run(
     """Runs a pass that writes tensors."""
     hyper = hyper_rows(op, values or {})
     lists = roles
-    if "original" in op.roles and roles[1] is None:  # without backups the old weights are the weights themselves
+    if roles[1] is None and "original" in op.roles:  # without backups the old weights are the weights themselves
         lists = (roles[0], roles[0], *roles[2:])
-    if "w" in op.writes:
+    moves_weights = "w" in op.writes
+    if moves_weights:
         clear_weight_caches()
-    own = table_for(op, roles, table)
-    launch(op, own, {"roles": lists, "groups": groups, "offsets": offsets}, hyper, signals)
+    launch(op, table_for(op, roles, table), hyper, signals, lists, groups, offsets=offsets)
     # The writes went past autograd: without this, backward through an overwritten weight would go unnoticed. A caller with
     # a table of its own (an optimizer) keeps its state out of graphs, so there the weights are enough.
-    for role, tensors in zip(op.roles, roles, strict=True):
-        if tensors is not None and role in op.writes and (role == "w" or table is None):
-            torch.autograd.graph.increment_version(
-                tensors if role in op.needs else [tensor for tensor in tensors if tensor is not None]  # type: ignore[arg-type]
-            )
+    if table is None:
+        for role, tensors in zip(op.roles, roles, strict=True):
+            if tensors is not None and role in op.writes:
+                increment_version([tensor for tensor in tensors if tensor is not None])
+    elif moves_weights:
+        increment_version(roles[0])  # type: ignore[arg-type]
 
 
 def reduce(
@@ -227,17 +236,16 @@ def reduce(
     hyper: NDArray[np.float64],
     groups: Sequence[int] | None = None,
     buckets: Sequence[int] | None = None,
-    bucket_count: int = 1,
+    shape: tuple[int, ...] = (),
     table: TensorTable | None = None,
     found_inf: Tensor | None = None,
     **signals: Tensor | None,
 ) -> list[Tensor]:
-    """Runs a reduction; returns ``bucket_count * op.sums`` numbers for each part."""
-    own = table_for(op, roles, table)
-    bound = {"roles": roles, "groups": groups, "buckets": buckets, "bucket_count": bucket_count}
-    more = {"results": bucket_count * op.sums, "found_inf": found_inf, **signals}
+    """Runs a reduction; returns numbers of this shape, ``op.sums`` for each bucket, for each part."""
+    signals["found_inf"] = found_inf
+    count = math.prod(shape) // op.sums
     results = []
-    for seen in launch(op, own, bound, hyper, more):
+    for seen in launch(op, table_for(op, roles, table), hyper, signals, roles, groups, buckets, count, results=shape):
         results.append(seen["norm"])
         if found_inf is not None and (found := seen["found_inf"]).data_ptr() != found_inf.data_ptr():
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.device)))

@@ -62,10 +62,10 @@ def grad_norm(
         if groups is None:
             raise ValueError("groups must be given when per_group is set, got None")
         check_groups(groups, len(grads), len(hyper))
-    scaled = bool(hyper[:, 0].any())
+    scaled = any(adaptive) if isinstance(adaptive, Sequence) else bool(adaptive)
     if params is None and scaled:
         raise ValueError("params must be given when adaptive is set: the norm is of |w| g")
-    outputs = max(max(groups, default=-1) + 1, len(hyper)) if per_group and groups is not None else 1
+    shape = (max(max(groups, default=-1) + 1, len(hyper)),) if per_group and groups is not None else ()
     if kept_grads is not None and len(kept_grads) == len(grads) and has_none(grads):
         if combination is not None:
             grads = _filled(grads, kept_grads)
@@ -78,13 +78,11 @@ def grad_norm(
         order = sorted(range(len(groups)), key=groups.__getitem__)
         roles = tuple(None if role is None else [role[i] for i in order] for role in roles)
         groups = [groups[i] for i in order]
-    norms = reduce(
-        op, roles, hyper, groups, groups if per_group else None, outputs, table, found_inf, combination=combination
-    )
+    buckets = groups if per_group else None
+    norms = reduce(op, roles, hyper, groups, buckets, shape, table, found_inf, combination=combination)
     if not norms:
-        norms = [torch.zeros(outputs, dtype=torch.float32)]
-    norm = norms[0] if len(norms) == 1 else _join(norms)
-    return norm if per_group else norm[0]
+        return torch.zeros(shape, dtype=torch.float32)
+    return norms[0] if len(norms) == 1 else _join(norms)
 
 
 def _join(norms: list[Tensor]) -> Tensor:
@@ -123,7 +121,7 @@ def grad_dots(grads: Tensors, other: Tensors, *, table: TensorTable | None = Non
     if len(other) == len(grads) and has_none(grads):
         grads = _filled(grads, other)
     op = OPS["grad_dots"]
-    dots = reduce(op, (grads, other), hyper_rows(op, {}), table=table)
+    dots = reduce(op, (grads, other), hyper_rows(op, {}), shape=(3,), table=table)
     if len(dots) < 2:
         return dots[0] if dots else torch.zeros(3, dtype=torch.float32)
     dtype = torch.float64 if any(one.dtype == torch.float64 for one in dots) else torch.float32

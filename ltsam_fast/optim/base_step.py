@@ -67,6 +67,7 @@ class FusedStep:
         if workers.sharded:
             params, grads, kept = workers.local(params), workers.local(grads), kept and workers.local(kept)
             state = {name: workers.local(values) for name, values in state.items()}
+        state |= scaling.signals
         getattr(ops, self._op)(
             params,
             grads,
@@ -75,9 +76,8 @@ class FusedStep:
             max_norm=0.0 if update.norm is None else update.max_norm,
             norm=update.norm,
             combination=update.combination,
-            groups=update.groups,
+            groups=update.groups if len(base.param_groups) > 1 else None,
             table=table,
-            **scaling.signals,
             **state,
         )
 

@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ltsam_fast import ops
 from ltsam_fast.lists import same_items as same_items
 from ltsam_fast.optim.parallel import Single
+from ltsam_fast.snapshot import ReadOnce
 from ltsam_fast.table import TensorTable
 
 
@@ -74,7 +75,7 @@ class Perturbation:
             if param not in self._memory:
                 (shard,) = workers.local([param])
                 self._memory[param] = torch.empty_like(shard, requires_grad=False)
-        self._backed_up = params, [self._memory[param] for param in params]
+        self._backed_up = params, ReadOnce([self._memory[param] for param in params])  # nobody else has them
         self.low_precision = not {param.dtype for param in params}.isdisjoint((torch.bfloat16, torch.float16))
         return self._backed_up[1]
 

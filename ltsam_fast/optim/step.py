@@ -31,6 +31,7 @@ from ltsam_fast.optim.gradients import (
 )
 from ltsam_fast.optim.parallel import first_element
 from ltsam_fast.optim.perturbation import NOTHING, Perturbed
+from ltsam_fast.snapshot import ReadOnce
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
@@ -282,6 +283,8 @@ class Step:
         if workers.sharded:
             whole = workers.redistributed(params, grads)
             shards, grads = workers.local(params), workers.local(whole)
+        else:
+            whole = grads = ReadOnce(grads)  # by the norm, and the perturbation that follows at once
         options: dict[str, Any] = {
             "rho": [group["rho"] for group in groups] if rho is None else rho,
             "maximize": [group.get("maximize", False) for group in groups],
@@ -293,6 +296,7 @@ class Step:
             group_of = [2 * group + (param in unscaled) for param, group in zip(params, group_of, strict=True)]
             for name, values in options.items():
                 options[name] = [half for one in values for half in (one, one and name != "adaptive" and one)]
+        options["groups"] = group_of if unscaled or len(groups) > 1 else None
         if probability != 1.0:
             options["probability"] = probability
         if ema is not None:
@@ -308,15 +312,14 @@ class Step:
             combination=combination,
             adaptive=options["adaptive"],
             eta=options["eta"],
-            groups=group_of,
+            groups=options["groups"],
             found_inf=self.scaling.found_inf,
         )
         options |= self.scaling.signals
         if gradient.number < 0:
             options.pop("grad_scale", None)
-
-        arguments = {"grads": grads, "norm": norm, "groups": group_of, "combination": combination, **options}
-        self._perturb(ops.perturb_, params, shards, positions, arguments, seed)
+        options["grads"], options["norm"], options["combination"] = grads, norm, combination
+        self._perturb(ops.perturb_, params, shards, positions, options, seed)
 
     def add_noise(self, amplitude: Sequence[float], clip: float, seed: int) -> None:
         """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``amplitude``, one for each group."""
@@ -518,7 +521,7 @@ class Step:
         arguments: dict[str, Any],
         seed: int = 0,
     ) -> None:
-        """Runs a pass that perturbs, from what the weights were if they are perturbed already."""
+        """Runs a pass that perturbs, from what the weights were if they are perturbed already; adds to its ``arguments``."""
         perturbation, workers, optimizer = self._perturbation, self._workers, self._optimizer
         again = bool(perturbation.now.params)
         for last in (again, True):
@@ -530,9 +533,9 @@ class Step:
             table = workers.tables["random_perturb_" if drawn else op.__name__]
             if not again:
                 perturbation.perturbing = Perturbed(params, backups, positions), table, table.calls
-            source = {"original_params": backups, "backups": None} if again else {"backups": backups}
+            arguments["original_params"], arguments["backups"] = (backups, None) if again else (None, backups)
             try:
-                op(shards, table=table, **source, **arguments, **drawn)
+                op(shards, table=table, **arguments, **drawn)
                 break
             except ValueError:  # perhaps a parameter is of another device, shape or dtype now than its backup
                 if last:
