@@ -749,3 +749,251 @@ def test_the_phases_need_the_same_passes(name):
 )
 def test_what_is_weighed_with_zero_or_not_due_is_not_run(name, options, passes):
     assert passes_of(EVERY[name], steps=3, **options) == passes
+
+
+# --- situations in which a shortcut would be wrong
+
+
+def both_plans(make, drive_step, name="SAM", steps=4, **more):
+    """Weights, buffers and generators after some steps; ``drive_step(model, opt, number)`` takes one."""
+    ends = []
+    for plan in ("published", "auto"):
+        torch.manual_seed(0)
+        model, groups = make()
+        opt = EVERY[name].cls(
+            groups, SGD, **{"rho": 0.3, **CLASS_WISE.get(name, {}), **more}, lr=0.1, model=model, plan=plan
+        )
+        for number in range(steps):
+            drive_step(model, opt, number)
+        ends.append((flat(model), *(buffer.clone() for buffer in model.buffers()), torch.rand(1)))
+    for published, found in zip(*ends, strict=True):
+        torch.testing.assert_close(found, published, rtol=1e-9, atol=1e-11)
+
+
+X = torch.randn(9, FEATURES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+Y = torch.tensor([0, 3, 1, 0, 2, 1, 0, 0, 3])
+
+
+def by_body(model, frozen=False):
+    """The last layer is perturbed; the others are trained without, or frozen."""
+    params = list(model.parameters())
+    for param in params[:-2]:
+        param.requires_grad_(not frozen)
+    return [*([] if frozen else [{"params": params[:-2], "perturb": False}]), {"params": params[-2:]}]
+
+
+@pytest.mark.parametrize("again", (torch.clone, torch.zeros_like), ids=("clones", "zeros"))
+def test_two_equal_calls_give_two_tensors(again):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+
+        def forward(self, x):
+            with torch.no_grad():
+                base = self.body(x)
+                total, shift = again(base), again(base)
+            total = total + 0.0 * shift
+            total += self.head(x)
+            return total + shift
+
+    def make():
+        model = Adds().double()
+        return model, by_body(model, frozen=True)
+
+    both_plans(make, lambda model, opt, number: opt.step(closure_of(model, X, Y), targets=Y))
+
+
+@pytest.mark.parametrize("name", ("ImbSAM", "SSESAM", "CCSAM"))
+@pytest.mark.parametrize("change", ("a module", "a regulariser", "a loss", "a criterion"))
+def test_what_begins_to_mix_later_is_seen(change, name):
+    def plain_loss(z, y):
+        return F.cross_entropy(z, y, reduction="none")
+
+    def mixing_loss(z, y):
+        return F.cross_entropy(z - z.mean(0), y, reduction="none")
+
+    def make():
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Identity(), nn.Linear(8, CLASSES)).double()
+        return model, model.parameters()
+
+    def drive_step(model, opt, number):
+        if change == "a module" and number == 3:
+            model[1] = nn.BatchNorm1d(8, affine=False).double()
+        of = mixing_loss if number >= 3 else plain_loss
+        if change == "a loss":
+            opt.step(lambda i=slice(None): model(X[i]), Y, loss=of)
+            return
+        factor = 0.3 * max(number - 2, 0) if change == "a regulariser" else 0.0
+        of = of if change == "a criterion" else plain_loss
+
+        def losses(i=slice(None)):
+            z = model(X[i])
+            return of(z, Y[i]) + factor * z.mean().square()
+
+        opt.step(losses, targets=Y)
+
+    both_plans(make, drive_step, name)
+
+
+def test_a_first_step_that_overflows_proves_nothing():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, CLASSES)
+            self.body.hidden = [self.head]
+            self.body.register_forward_hook(
+                lambda module, args, out: out * module.hidden[0].weight.detach().double().mean().cos()
+            )
+            self.reader = Reader([self.head])
+
+        def forward(self, x):
+            return self.head(self.body(x) + self.reader(x))
+
+    ends = []
+    for plan in ("published", "auto"):
+        torch.manual_seed(0)
+        model = Hidden().double()
+        params = [*model.head.parameters()]
+        model.body.requires_grad_(False)
+        opt = lf.SAM(params, SGD, rho=0.5, lr=0.1, model=model, plan=plan)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for number in range(4):
+            x = X * torch.inf if number == 0 else X
+            opt.step(closure_of(model, x, Y), targets=Y, scaler=scaler)
+            scaler.update()
+        ends.append(model.head.weight.detach().clone())
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("name", ("SAM", "FocalSAM", "ImbSAM", "CCSAM"))
+def test_gradients_of_another_optimizers_weights_stay_as_published(name):
+    ends = []
+    for plan in ("published", "auto"):
+        torch.manual_seed(0)
+        model = Residual().double()
+        body = [param for key, param in model.named_parameters() if "head" not in key]
+        groups = [{"params": body[:3], "perturb": False}, {"params": body[3:]}]
+        opt = EVERY[name].cls(groups, SGD, rho=0.1, lr=0.05, model=model, plan=plan, **CLASS_WISE.get(name, {}))
+        other = SGD(model.head.parameters(), lr=0.05)
+        for _ in range(3):
+            opt.step(closure_of(model, X, Y), targets=Y)
+            other.step()
+            other.zero_grad()
+        ends.append(flat(model))
+    assert relative_error(*ends) < 1e-11
+
+
+def test_one_sample_of_the_tail_may_have_no_dimension():
+    def make():
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+        return model, model.parameters()
+
+    y = torch.tensor([0, 1, 1, 0, 3, 0, 1, 0, 0])
+
+    def losses_of_all(model, i):
+        return F.cross_entropy(model(X[i]).squeeze().reshape(-1, CLASSES).squeeze(), y[i].squeeze(), reduction="none")
+
+    both_plans(make, lambda model, opt, _: opt.step(lambda i=slice(None): losses_of_all(model, i), targets=y), "ImbSAM")
+
+
+def test_hooks_inside_a_frozen_module_are_called():
+    seen = []
+
+    def make():
+        model = nn.Sequential(nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh()), nn.Linear(8, CLASSES)).double()
+        model[0][0].register_forward_hook(lambda *_: seen.append(1))
+        return model, by_body(model, frozen=True)
+
+    for plan in ("published", "auto"):
+        model, groups = make()
+        opt = lf.SAM(groups, SGD, rho=0.1, lr=0.1, model=model, plan=plan)
+        seen.clear()
+        for _ in range(4):
+            opt.step(closure_of(model, X, Y), targets=Y)
+        assert len(seen) == 8
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """Runs a module without a graph, and again in the backward."""
+
+    @staticmethod
+    def forward(ctx, module, h):
+        ctx.module = module
+        ctx.save_for_backward(h)
+        return module(h)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            ctx.module(h).backward(grad)
+        return None, h.grad
+
+
+@pytest.mark.parametrize("name", ("SAM", *CLASS_WISE))
+def test_a_backward_inside_a_function_is_recognized(name):
+    class Hides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            return self.head(OwnCheckpoint.apply(self.inner, self.first(x)))
+
+    def make():
+        model = Hides().double()
+        params = list(model.parameters())
+        return model, [{"params": params[:2], "perturb": False}, {"params": params[2:]}]
+
+    more = {"scope": "head", "head": None} if name == "CCSAM" else {}
+    both_plans(make, lambda model, opt, _: opt.step(closure_of(model, X, Y), targets=Y), name, **more)
+
+
+@pytest.mark.parametrize("name", ("MSAM", "ESAM", "SAM"))
+def test_running_statistics_at_radius_zero(name):
+    def make():
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)).double()
+        return model, model.parameters()
+
+    both_plans(make, lambda model, opt, _: opt.step(closure_of(model, X, Y), targets=Y), name, rho=0.0)
+
+
+def test_lazy_modules_are_initialized_by_themselves():
+    def make():
+        model = nn.Sequential(nn.LazyLinear(8, dtype=torch.float64), nn.Tanh(), nn.Linear(8, CLASSES).double())
+        return model, model.parameters()
+
+    ends = []
+    for plan in ("published", "auto"):
+        torch.manual_seed(0)
+        model, groups = make()
+        opt = lf.ImbSAM(groups, SGD, lr=0.1, model=model, plan=plan, **CLASS_WISE["ImbSAM"])
+        for _ in range(3):
+            opt.step(closure_of(model, X, Y), targets=Y)
+        ends.append(flat(model))
+    assert relative_error(*ends) < 1e-11 and float(ends[1].abs().max()) > 0
+
+
+def test_sequences_of_another_length_lie_elsewhere():
+    """Time first: with one time step that cannot be told from the batch first."""
+
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, x):  # (B, T, features)
+            times = x.transpose(0, 1).flatten(0, 1)
+            return self.head(self.embed(times).tanh().unflatten(0, (x.shape[1], len(x))).mean(0))
+
+    def make():
+        model = Sequence().double()
+        return model, model.parameters()
+
+    def drive_step(model, opt, number):
+        x = X[:, None, :] * torch.linspace(1, 2, (1, 3, 1, 2)[number], dtype=torch.float64)[None, :, None]
+        opt.step(closure_of(model, x, Y, indexed=False), targets=Y)
+
+    both_plans(make, drive_step, "FocalSAM")

@@ -118,9 +118,11 @@ class UnchangedResults:
             yield
         if self._newly_verified and have_moved():
             self._verified |= self._newly_verified
-        for key, found in self._used.items():  # a backward will go through their graphs, once
-            if any(one.requires_grad for one in _tensors_in(found.value)):
-                self._results.pop(key, None)
+        if any(_has_graph(one.value) for one in self._used.values()):  # a backward will go through these, once
+            self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        self._results = {key: one for key, one in self._results.items() if not _has_graph(one.value)}
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:
@@ -246,7 +248,7 @@ class UnchangedResults:
         tensors = _tensors_in(value)
         if not tensors or not _is_plain(value) or any(one.is_inference() for one in tensors):
             return
-        if not self._keeps_graph and any(one.requires_grad for one in tensors):
+        if not self._keeps_graph and _has_graph(value):
             return
         if any(one is other for one in tensors for other in given):  # changed in place, or as it was
             return
@@ -258,6 +260,10 @@ class UnchangedResults:
         name = getattr(getattr(what, "__self__", None), "__name__", "") or getattr(what, "__name__", "")
         if name in _RAW:
             self._drop(arguments)
+            return None
+        if what in _BACKWARDS:  # the closure's own, such as for adversarial examples: graphs are used up
+            self._keeps_graph = False
+            self._drop_graphs()
             return None
         if (
             name in _ELSE
@@ -370,6 +376,7 @@ _PLAIN = (
 )
 _RAW = frozenset({"data", "data_ptr", "numpy", "__dlpack__", "__array__", "storage", "untyped_storage"})
 """What gives access to a tensor's memory past its version counter."""
+_BACKWARDS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _ELSE = frozenset({"grad", "_set_grad_enabled"})
 """What is not of the forward pass."""
 
@@ -383,6 +390,10 @@ def _tensors_in(value: Any) -> list[Tensor]:
     elif not isinstance(value, (tuple, list)):
         return []
     return [tensor for one in value for tensor in _tensors_in(one)]
+
+
+def _has_graph(value: Any) -> bool:
+    return any(one.requires_grad for one in _tensors_in(value))
 
 
 def _is_plain(value: Any) -> bool:

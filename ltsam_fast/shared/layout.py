@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,18 @@ Seeds are powers of two, so only atomic additions cause a difference."""
 class Layout:
     """Index i along dimension ``dim``, of size outer * B * inner, belongs to sample (i // inner) % B.
 
-    -1 as ``outer`` or ``inner``: what follows from the size of the dimension.
+    -1 as ``outer`` or ``inner``: what follows from the size of the dimension. Neither, where both are 1: a longer dimension may
+    have either.
     """
 
     dim: int
     outer: int
     inner: int
+
+    def fits(self, shape: Sequence[int], batch: int) -> bool:
+        """Whether a gradient of this shape can have this layout."""
+        size, known = shape[self.dim], batch * abs(self.outer * self.inner)
+        return size % known == 0 if -1 in (self.outer, self.inner) else size == known
 
     def rows(self, weights: Tensor, like: Tensor) -> Tensor:
         """Returns the samples' weights (B,) as a tensor that broadcasts over ``like``."""
@@ -76,9 +83,12 @@ class SampledElements:
                 scales = seeds[self.indices[dim] // inner % batch]
                 if float((other - scales * self.values).norm()) <= tolerance:
                     outer = size // (batch * inner)
-                    found.append(
-                        Layout(dim, 1 if outer == 1 else -1 if inner == 1 else outer, -1 if outer == 1 else inner)
-                    )
+                    if outer == inner == 1:
+                        found.append(Layout(dim, 1, 1))
+                    else:
+                        found.append(
+                            Layout(dim, 1 if outer == 1 else -1 if inner == 1 else outer, -1 if outer == 1 else inner)
+                        )
         return found
 
 

@@ -44,6 +44,13 @@ class ParameterUse:
     kind: str
     lowest: bool
 
+    def fits(self, graph: AutogradGraph, batch: int) -> bool:
+        """Whether gradients at the node, in this graph, can have these layouts."""
+        shapes = [one.shape for one in graph.nodes[self.node]._input_metadata]
+        return all(
+            layout is None or layout.fits(shape, batch) for layout, shape in zip(self.layouts, shapes, strict=False)
+        )
+
 
 class OutputRecorder:
     """Records during a forward pass which nodes are outputs of modules, and which modules run in activation checkpoints."""

@@ -128,7 +128,9 @@ class SharedBackward:
         recorder, self._recorder = self._recorder, None
         key = (graph.structure, hash(tuple(module.training for module in self.model.modules())))
         if key in self._plans:
-            return self._plans[key]
+            if all(use.fits(graph, len(losses)) for use in self._plans[key]):
+                return self._plans[key]
+            del self._plans[key]  # sizes have changed such that samples may lie elsewhere
         if self._steps_to_wait:
             self._steps_to_wait -= 1
             return None

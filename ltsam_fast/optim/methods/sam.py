@@ -36,7 +36,6 @@ class SAM(SharpnessAware):
     """
 
     def rule(self, step: Step) -> Rule:
-        g = yield AtWeights()
-        step.ascend(g)
+        step.ascend((yield AtWeights()))  # not kept: the second pass needs its memory
         g_p = yield AtPerturbed()
         step.descend(g_p)
