@@ -69,7 +69,7 @@ class Network:
         if not self._separable.get(kind, True) or size < 2 or any(map(is_lazy, self.model.parameters())):
             return False
         self._uses[kind] += 1
-        if self._uses[kind] & (self._uses[kind] - 1) == 0:
+        if kind not in self._separable or self._uses[kind] & (self._uses[kind] - 1) == 0:
             try:
                 check_separable(self.model, evaluate, size, params, others())
                 self._separable[kind] = True

@@ -209,14 +209,17 @@ class Qualification:
             return prehook
 
         hooks = [self.graph.nodes[number].register_prehook(hook(number)) for number in self.inner_nodes]
+        before = [param.grad for param in self.params]
+        for param in self.params:
+            param.grad = None
         try:
             torch.autograd.grad(losses, self.params, seeds.to(losses), retain_graph=True, allow_unused=True)
         finally:
             for one in hooks:
                 one.remove()
-        hidden = [param for param in self.params if param.grad is not None]
-        for param in hidden:
-            param.grad = None
+            hidden = any(param.grad is not None for param in self.params)
+            for param, grad in zip(self.params, before, strict=True):
+                param.grad = grad
         if hidden:
             raise NotShared(f"a function in the forward pass calls backward() in its own; {REMEDY}")
 
