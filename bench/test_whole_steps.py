@@ -111,7 +111,7 @@ TRAINED = {
 }
 CASES = [
     ("small ViT", "all", ("SGD", "SAM", NORMS, "ImbSAM", SSE_1, SSE_2, "Focal-SAM", "CC-SAM, head", "GNM"), 9),
-    ("small ViT", "all", ("CC-SAM, all",), 2),  # takes as long as 60 steps of SGD
+    ("small ViT", "all", ("CC-SAM, all",), 3),  # takes as long as 60 steps of SGD
     ("small ViT", "LoRA", ("SGD", "SAM", "ImbSAM", SSE_1, "Focal-SAM"), 7),
     ("small ViT", "adapters", ("SGD", "SAM", "ImbSAM", "Focal-SAM"), 7),
     ("small ViT", "last block", ("SGD", "SAM", "ImbSAM", "Focal-SAM"), 9),
