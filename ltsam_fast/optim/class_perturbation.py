@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast import ops
+from ltsam_fast.lists import same_items
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.gradients import (
@@ -23,7 +24,6 @@ from ltsam_fast.optim.gradients import (
     take_gradients,
 )
 from ltsam_fast.optim.head import Head, by_row_alone, owner_of
-from ltsam_fast.optim.perturbation import same_items
 from ltsam_fast.shared import Weighting
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ltsam_fast.optim.perturbation import same_items
+from ltsam_fast.lists import same_items
 from ltsam_fast.optim.probe import Evaluate, check_separable
 from ltsam_fast.optim.unchanged import UnchangedResults
 from ltsam_fast.shared import NotShared, SharedBackward

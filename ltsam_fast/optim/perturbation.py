@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ltsam_fast import ops
-from ltsam_fast.lists import same_items as same_items
+from ltsam_fast.lists import same_items
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.snapshot import ReadOnce
 from ltsam_fast.table import TensorTable
