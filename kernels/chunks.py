@@ -5,6 +5,7 @@ roles are there are compile-time constants of a launch, so tensors are grouped b
 """
 
 import functools
+import inspect
 import itertools
 
 import numpy as np
@@ -28,8 +29,14 @@ def item(items):
     return tl.load(at), begin, whole, end, tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
 
 
-writes = triton.jit(do_not_specialize=["call"])
-"""Decorates a kernel that writes tensors: the number of the call is not worth a compilation."""
+def launched(function):
+    """Decorates a kernel that the host launches, which is compiled once for all values of its arguments.
+
+    Triton would compile anew for an address that is no multiple of 16, which arguments of captured steps may have, and what is
+    compiled during a capture ends it. Tensors' addresses are read from memory, so nothing is lost.
+    """
+    values = [one.name for one in inspect.signature(function).parameters.values() if one.annotation is not tl.constexpr]
+    return triton.jit(do_not_specialize=values)(function)
 
 
 @triton.jit

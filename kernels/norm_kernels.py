@@ -4,7 +4,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from .chunks import accumulator, coefficient, finite, item, launch, load, on_device, sqrt
+from .chunks import accumulator, coefficient, finite, item, launch, launched, load, on_device, sqrt
 
 SLOTS = 2048
 
@@ -31,7 +31,7 @@ def _norm_blocks(
     return tl.sum(lanes.to(tl.float64), axis=0)
 
 
-@triton.jit
+@launched
 def chunk_norms_kernel(
     items,
     pointers,
@@ -66,7 +66,7 @@ def _dots_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl
     return tl.sum(gg.to(tl.float64), axis=0), tl.sum(oo.to(tl.float64), axis=0), tl.sum(go.to(tl.float64), axis=0)
 
 
-@triton.jit
+@launched
 def chunk_dots_kernel(
     items, pointers, hyper, scratch: tl.int64, TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -82,7 +82,7 @@ def chunk_dots_kernel(
     tl.store(sums + 2, go)
 
 
-@triton.jit
+@launched
 def totals_kernel(
     ranges, scratch: tl.int64, out: tl.int64, found_inf: tl.int64,
     SUMS: tl.constexpr, ROOT: tl.constexpr, A: tl.constexpr, SLOTS: tl.constexpr,

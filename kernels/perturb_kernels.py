@@ -10,6 +10,7 @@ from .chunks import (
     inverse_scale,
     item,
     launch_map,
+    launched,
     load,
     load_bits,
     narrow,
@@ -17,7 +18,6 @@ from .chunks import (
     number,
     skipped,
     store,
-    writes,
 )
 from .philox import normal, random_words, round_randomly
 
@@ -56,7 +56,7 @@ def _perturb_blocks(
             store(MEAN, first, end, tl.where(active, taken_in, mean), TYPES[4], WIDE, BLOCK)
 
 
-@writes
+@launched
 def perturb_kernel(
     items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
     skipped_steps: tl.int64, scratch: tl.int64, call: tl.int64,
@@ -99,7 +99,7 @@ def _gaussian_blocks(
         store(W, first, end, old.to(A) + amplitude * e, TYPES[0], WIDE, BLOCK)
 
 
-@writes
+@launched
 def gaussian_perturb_kernel(
     items, pointers, hyper, skipped_steps: tl.int64, scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
@@ -127,7 +127,7 @@ def _combine_blocks(
         store(OUT, first, end, tl.where(active, combined, out), TYPES[0], WIDE, BLOCK)
 
 
-@writes
+@launched
 def combine_kernel(
     items, pointers, hyper, found_inf: tl.int64, combination: tl.int64, scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
@@ -152,7 +152,7 @@ def _class_blocks(
         store(G, first, end, w + scale * g, TYPES[1], WIDE, BLOCK)
 
 
-@writes
+@launched
 def perturb_by_class_kernel(
     items, pointers, hyper, scales: tl.int64, scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
@@ -172,7 +172,7 @@ def _restore_blocks(row, begin, end, TYPES: tl.constexpr, WIDE: tl.constexpr, A:
         store(W, first, end, load(BACKUP, first, end, TYPES[1], WIDE, A, BLOCK), TYPES[0], WIDE, BLOCK)
 
 
-@writes
+@launched
 def restore_kernel(
     items, pointers, hyper, scratch: tl.int64, call: tl.int64,
     TYPES: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,

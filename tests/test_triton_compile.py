@@ -71,7 +71,11 @@ for arch, types in ((90, (tl.float32, tl.float64, tl.bfloat16, tl.float16)), (80
         {"ROLES": 6, "BLOCK": 128},
         arch,
     )
-# Of a value that is specialized 1, a multiple of 16 and any other give three kernels.
+# Of a value that is specialized 1, a multiple of 16 and any other give three kernels: in a captured step one more.
+for kernels in (norm, perturb, step):
+    for name, kernel in vars(kernels).items():
+        if name.endswith("_kernel"):
+            assert all(param.do_not_specialize or param.is_constexpr for param in kernel.params), name
 assert {param.name for param in cross_entropy_kernel.params if param.do_not_specialize} == {"rows", "seed"}
 print("compiled")
 """

@@ -70,7 +70,7 @@ class UnchangedResults:
         self._passes: Counter[Any] = Counter()
         self._notes_draws = False
         self._aside = False  # inside of a call that is looked at as a whole
-        self._looks = self._reusing = self._checks_all = self._keeps_graph = False
+        self._looks = self._reusing = self._checks_all = self._captured = self._keeps_graph = False
 
     def forget(self) -> None:
         """Lets go of all results: the step is over."""
@@ -93,7 +93,8 @@ class UnchangedResults:
         self._reusing, self._keeps_graph = False, keeps_graph
         self._passes[kind] += 1
         number = self._passes[kind]
-        self._checks_all = number & (number - 1) == 0
+        self._captured = _is_captured(self._device)  # what is captured cannot be looked at: what was seen before counts
+        self._checks_all = number & (number - 1) == 0 and not self._captured
         before = _generators(self._device), _generators_elsewhere() if self._checks_all else None
         with self._looking():
             yield
@@ -225,7 +226,7 @@ class UnchangedResults:
             self._used[key] = found
             return found.value
         value = run(*args, **kwargs)
-        if found is None:
+        if found is None or self._captured:
             return value
         with self._unseen():
             if not _equal(found.value, value):
@@ -418,10 +419,15 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else id(tensor)
 
 
+def _is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, in which nothing runs, and a generator has no state."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _generators(device: torch.device) -> tuple[Tensor, int]:
-    """The state of torch's generators. In a CUDA graph the device's does not move: what draws was seen before the capture."""
-    index = device.index or 0
-    offset = torch.cuda.default_generators[index].get_offset() if device.type == "cuda" else 0
+    """The state of torch's generators. In a CUDA graph the device's has none: what draws was seen before the capture."""
+    known = device.type == "cuda" and not _is_captured(device)
+    offset = torch.cuda.default_generators[device.index or 0].get_offset() if known else 0
     return torch.default_generator.get_state(), offset
 
 
