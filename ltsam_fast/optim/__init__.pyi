@@ -42,6 +42,9 @@ class CCSAM(_CCSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -65,6 +68,9 @@ class ESAM(_ESAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -85,6 +91,9 @@ class FocalSAM(_FocalSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -104,6 +113,9 @@ class FriendlySAM(_FriendlySAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -127,6 +139,9 @@ class GNM(_GNM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -136,8 +151,6 @@ class GSAM(_GSAM):
     rho_min: float | None
     rho_max: float | None
     lr_min: float
-    lr_max: float | None
-    lr_seen: float
     def __init__(
         self,
         params: Any,
@@ -152,6 +165,9 @@ class GSAM(_GSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -174,6 +190,9 @@ class ImbSAM(_ImbSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -193,6 +212,9 @@ class LookSAM(_LookSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -210,6 +232,9 @@ class MSAM(_MSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -225,6 +250,9 @@ class SAM(_SAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -247,6 +275,9 @@ class SSESAM(_SSESAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -256,7 +287,6 @@ class SparseSAM(_SparseSAM):
     mask: str
     refresh_every: int
     drop_rate: float
-    total_steps: int | None
     num_samples: int
     seed: int
     def __init__(
@@ -270,12 +300,14 @@ class SparseSAM(_SparseSAM):
         mask: str = "fisher",
         refresh_every: int = 100,
         drop_rate: float = 0.5,
-        total_steps: int | None = None,
         num_samples: int = 16,
         seed: int = 0,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -293,6 +325,9 @@ class VaSSO(_VaSSO):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...
@@ -312,6 +347,9 @@ class WSAM(_WSAM):
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None: ...

@@ -231,7 +231,8 @@ class GraphStep:
             own.copy_(given, non_blocking=True)
         kind.trace.update(planned.calls)
         kind.replay()  # type: ignore[misc]
-        optimizer.count_step(optimizer.param_groups[0]["steps"])
+        group = optimizer.param_groups[0]
+        optimizer.count_step(group["steps"], group["base_steps"])
         optimizer._opt_called = optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]
         return kind.loss.clone()  # type: ignore[union-attr]
 
@@ -253,7 +254,7 @@ class GraphStep:
             bool(value) if name not in options or options[name].per_group else value
             for group in optimizer.param_groups
             for name, value in group.items()
-            if name not in ("params", "steps", "skipped_steps")
+            if name not in ("params", "steps", "base_steps", "skipped_steps")
         ]
         return (
             tuple(module.training for module in self.model.modules()),

@@ -78,7 +78,7 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
     What a base saved under one of the method's names is the base's own: see ``SharpnessAware.base_alone``.
     """
     if "steps" in saved and "perturb" in saved:
-        group = {**{name: now[name] for name in optimizer.options}, **saved}
+        group = {**{name: now[name] for name in optimizer.options}, "base_steps": 0, **saved}
         optimizer.check_group_options(group)
         return group
     if "perturb" in saved:  # version 0.1.0, which kept these in the groups, and other options in attributes
@@ -93,7 +93,7 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
         kept = {*own}
     theirs = {name: saved[name] for name in optimizer._base_only if name in saved and name not in kept}
     optimizer._base_only = {**optimizer._base_only, **theirs}
-    names = {*optimizer.options, "steps", "skipped_steps"}
+    names = {*optimizer.options, "steps", "base_steps", "skipped_steps"}
     rest = {name: value for name, value in saved.items() if name not in {*_OLD, *names} or name == "params"}
     also: dict[str, Any] = {name: saved[name] for name in ("lr_max", "lr_seen") if name in saved and name in kept}
     group = {**rest, **{name: now[name] for name in names}, **also, **own}

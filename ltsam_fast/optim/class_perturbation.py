@@ -41,10 +41,13 @@ class ClassGradients:
         grads: For each class T tensors.
     """
 
-    def __init__(self, params: list[Tensor], signs: list[int]) -> None:
+    def __init__(self, params: list[Tensor], factors: list[float]) -> None:
         self.classes: list[int] = []
         self.grads: dict[int, list[Tensor]] = {}
-        self._params, self._signs = params, signs
+        self._params, self._factors = (
+            params,
+            factors,
+        )  # of the schedule; -1 where the loss of a maximized group grows downhill
 
     def perturb(self, scales: Scales, scaling: LossScale) -> None:
         """Turns the gradients into weights, see :meth:`ltsam_fast.optim.step.Step.ascend_by_class`: two passes in all."""
@@ -56,8 +59,7 @@ class ClassGradients:
         inverse = 1.0 if scaling.grad_scale is None else 1 / scaling.grad_scale.double()
         norms = (norms * inverse).view(len(grads), len(params))
         found = scales(norms, ops.grad_norm(params).double(), sum(param.numel() for param in params))
-        # The loss of a maximized group grows worse downhill.
-        factors = inverse * torch.tensor(self._signs, dtype=torch.float64, device=norms.device)
+        factors = inverse * torch.tensor(self._factors, dtype=torch.float64, device=norms.device)
         ops.perturb_by_class_(params, grads, found * factors)
 
 
@@ -69,8 +71,9 @@ class ClassPasses:
         self._optimizer, self._scaling, self._workers = passes._optimizer, passes._scaling, passes._workers
         step = passes._step
         self._scope = [step._params[i] for i in request.scope]
-        signs = [sign_of(self._optimizer.param_groups[step._groups[i]]) for i in request.scope]
-        self.gradients = ClassGradients(self._scope, signs)
+        groups = self._optimizer.param_groups
+        factors = [sign_of(group) * factor for group, factor in zip(groups, step.radii(1.0), strict=True)]
+        self.gradients = ClassGradients(self._scope, [factors[step._groups[i]] for i in request.scope])
         self._rows: list[dict[int, Tensor]] = []  # of each part the samples of its classes
         self._head: Head | None = None
         self._waiting: tuple[Tensor, Tensor] | None = None

@@ -56,7 +56,7 @@ def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single)
     step = _DryStep(optimizer, scaling, size, workers)
     trace = Trace()
     with torch.no_grad(), trace.recording(), contextlib.suppress(StopIteration):
-        rule, answer = optimizer.rule(step), None
+        rule, answer = optimizer.rule_of(step), None
         while True:
             request = rule.send(answer)
             step.note(type(request), [getattr(request, name) for name in getattr(request, "__slots__", ())])

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.lists import clear_gradients, same_items
-from ltsam_fast.ops.checks import check_model, check_targets
+from ltsam_fast.ops.checks import check_model, check_targets, number
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
@@ -28,13 +28,22 @@ from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
 from ltsam_fast.optim.plan import Passes
-from ltsam_fast.optim.step import Request, Step
+from ltsam_fast.optim.schedules import (
+    ACTIVE,
+    SCHEDULES,
+    check_active,
+    check_schedule,
+    check_schedules,
+    factor,
+    is_active,
+)
+from ltsam_fast.optim.step import AtWeights, Request, Step
 
 Rule = Generator[Request, Any, None]
 
 _NOTHING = contextlib.nullcontext()
 _CONSTANTS = 64
-_COUNTS = {"steps": 0, "skipped_steps": 0}
+_COUNTS = {"steps": 0, "base_steps": 0, "skipped_steps": 0}
 _NAMES = ("first_step", "second_step", "third_step", "fourth_step")
 
 
@@ -43,7 +52,12 @@ class SharpnessAware(Configurable, Optimizer):
 
     A method is a subclass with options and a :meth:`rule`. State and parameter groups are those of ``base_optimizer``, shared,
     so ``state_dict()`` holds all of it and learning rate schedulers take this optimizer itself. Options are entries of the
-    groups, and attributes. ``steps`` counts the steps, those that a GradScaler's overflow skipped (``skipped_steps``) included.
+    groups, and attributes. ``steps`` counts all steps; ``base_steps`` those in which the method was not active; and
+    ``skipped_steps`` those of the method that a GradScaler's overflow skipped.
+
+    ``active`` says which steps perturb the weights. The others are the base optimizer's own, of the mean loss: one forward and
+    one backward, on the CPU its own ``step()``, bit for bit; elsewhere, and with a GradScaler, one fused pass. With the phases
+    such a step has one, see :attr:`phases`. Options of a method that count steps count those in which it is active.
 
     Each group may set ``rho``, ``adaptive``, ``eta`` (ASAM's constant, 0), ``norm_eps`` (added to the norm, 1e-12) and
     ``perturb`` (False leaves the group, and its share of the norm, out of the perturbation). All other options must be the same
@@ -96,6 +110,34 @@ class SharpnessAware(Configurable, Optimizer):
         "samples is an error that names the module.",
         choices=("auto", "published", "require"),
     )
+    active = option(
+        "all",
+        "Which steps perturb the weights, counted from 0; a share is that at the end of ``total_steps``. A function, which is "
+        "not in checkpoints, must depend on the step's number alone.",
+        check=check_active,
+        accepts=ACTIVE,
+    )
+    rho_schedule = option(
+        "constant",
+        'What all radii are multiplied by in step t of T = ``total_steps``: "linear", t / T; "quadratic", (t / T)^2; "cosine", '
+        '(1 + cos(pi t / T)) / 2; "lr", the learning rate over the largest one, see ``lr_max``; a function gives the factor of '
+        "step t, and is not in checkpoints.",
+        check=check_schedule,
+        accepts=f"one of {', '.join(map(repr, SCHEDULES))} or a function",
+    )
+    total_steps = option(
+        None, "The number of steps of the run, where a schedule needs it.", ge=1, integer=True, optional=True
+    )
+    lr_max = option(
+        None,
+        "The largest learning rate of the schedule; None: ``max_lr``, which ``OneCycleLR`` sets, else the largest of "
+        "``initial_lr``, which all schedulers set, and the rates in the steps so far.",
+        gt=0,
+        optional=True,
+        per_group=True,
+        keyword=False,
+    )
+    lr_seen = option(0.0, "The largest learning rate so far.", ge=0, per_group=True, keyword=False, counted=True)
     eta = option(0.0, "ASAM's constant: ``|w|`` becomes ``|w| + eta``.", ge=0, per_group=True, keyword=False)
     norm_eps = option(1e-12, "Added to the norm of the gradient.", ge=0, per_group=True, keyword=False)
     perturb = option(True, "Whether the group is perturbed.", per_group=True, keyword=False)
@@ -176,6 +218,7 @@ class SharpnessAware(Configurable, Optimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raises ValueError if options, which are in their ranges, do not go together."""
+        check_schedules(options)
         if options["plan"] == "require" and self.model is None:
             raise ValueError("model must be given with plan='require': the network that closures evaluate, got None")
 
@@ -253,7 +296,7 @@ class SharpnessAware(Configurable, Optimizer):
             check_takes_index(passes.parts, type(self).__name__)
         try:
             self._stepping = True
-            rule = self.rule(step)
+            rule = self.rule_of(step)
             request = next(rule)
             with contextlib.suppress(StopIteration), self.graphs.reusable() if self.several_gradients else _NOTHING:
                 while True:
@@ -277,7 +320,7 @@ class SharpnessAware(Configurable, Optimizer):
     @property
     def phases(self) -> tuple[str, ...]:
         """Names of the explicit phases of the next step, in order; none where their number depends on the batch."""
-        if self._phases is None or not self.phases_are_fixed:
+        if self._phases is None or not self.phases_are_fixed or self.active != "all":
             self._phases = self.phase_names[: count_phases(self)]
         return self._phases
 
@@ -436,6 +479,31 @@ class SharpnessAware(Configurable, Optimizer):
 
     # --- what a step needs of the optimizer
 
+    def rule_of(self, step: Step, **inputs: Any) -> Rule:
+        """What a step does: the method's rule, where it is active, or the base optimizer's step."""
+        return self.rule(step, **inputs) if self.is_active(step.taken) else _base_rule(step)
+
+    def is_active(self, taken: int) -> bool:
+        """Whether the step after ``taken`` others is one of the method."""
+        return is_active(self.active, taken, self.total_steps)
+
+    def rho_factors(self, taken: int) -> list[float] | None:
+        """What the radius of each group is multiplied by in the step after ``taken`` others; None: by nothing."""
+        schedule = self.rho_schedule
+        if schedule == "constant":
+            return None
+        if schedule == "lr":
+            return [self.lr_share(group) for group in self.param_groups]
+        return [factor(schedule, taken, self.total_steps)] * len(self.param_groups)
+
+    def lr_share(self, group: dict[str, Any], least: float = 0.0) -> float:
+        """Where a group's learning rate is between ``least`` and the schedule's largest, in [0, 1]."""
+        lr, top = number(group["lr"]), group["lr_max"]
+        if top is None and (top := group.get("max_lr")) is None:
+            top = max(number(group.get("initial_lr", 0.0)), group["lr_seen"], lr)
+        reach = number(top) - least
+        return min(max((lr - least) / reach if reach > 0 else 1.0, 0.0), 1.0)
+
     def _begin(self, scaler: Any) -> Step:
         """A step that begins now, with the workers that there are now."""
         values = [[group[name] for name in self._checked_names] for group in self.param_groups]
@@ -528,11 +596,19 @@ class SharpnessAware(Configurable, Optimizer):
                 state[name] = bits
                 self.skipped.created([(state, name)], None)
 
-    def count_step(self, number: int) -> None:
-        """Counts the step ``number``, a captured graph's too."""
+    def count_step(self, taken: int, base_steps: int) -> None:
+        """Counts the step after ``taken`` others, ``base_steps`` of which were the base optimizer's; a captured graph's too."""
+        base_steps += not self.is_active(taken)
         for group in self.param_groups:
-            group["steps"] = number + 1
+            group["steps"], group["base_steps"] = taken + 1, base_steps
+            if self.follows_lr:
+                group["lr_seen"] = max(group["lr_seen"], number(group["lr"]))
         self.end_step()
+
+    @property
+    def follows_lr(self) -> bool:
+        """Whether radii move with the learning rate."""
+        return self.rho_schedule == "lr"
 
     def kept_memory(self) -> list[Any]:
         """What steps read and write besides weights and state: a captured graph goes on using it."""
@@ -649,7 +725,12 @@ class SharpnessAware(Configurable, Optimizer):
         """
         self._check_between_steps("state_dict")
         self.skipped.write(self.param_groups)
-        return super().state_dict()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for name in ("active", "rho_schedule"):
+                if callable(group.get(name)):  # code is the script's; it stays what it is where this is loaded
+                    del group[name]
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. What a plain base optimizer's checkpoint lacks keeps its present value.
@@ -736,6 +817,12 @@ class SharpnessAware(Configurable, Optimizer):
                 hook(optimizer)
 
         self.base_optimizer.register_load_state_dict_post_hook(share)
+
+
+def _base_rule(step: Step) -> Rule:
+    """The base optimizer's step."""
+    g = yield AtWeights(averaged=True, last=True)
+    step.descend(g, alone=True)
 
 
 def _with_options(params: Any, own: dict[str, Any]) -> Any:

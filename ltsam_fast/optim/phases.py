@@ -37,7 +37,7 @@ class PhaseRun:
         self.step, self.position = step, 0
         self.cleared = False
         self._optimizer = optimizer
-        self._rule = optimizer.rule(step, **inputs)
+        self._rule = optimizer.rule_of(step, **inputs)
         self._request: Any = None
         self._found: list[list[Tensor | None]] = []
         self.class_weights = _GIVEN, _GIVEN
@@ -102,8 +102,8 @@ class PhaseRun:
 class _CountedStep:
     """A step whose verbs do nothing and whose numbers are zeros: only the requests of the rule count."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, taken: int, base_steps: int) -> None:
+        self.taken, self.number = taken, taken - base_steps
 
     def class_weights(self) -> tuple[ClassWeights, ClassWeights]:
         return _GIVEN, _GIVEN
@@ -129,7 +129,8 @@ _ZERO = torch.zeros(())
 
 def count_phases(optimizer: SharpnessAware) -> int:
     """How many phases the next step has, found out by running its rule without doing anything; 0: it cannot be run so."""
-    rule = optimizer.rule(_CountedStep(optimizer.param_groups[0]["steps"]))  # type: ignore[arg-type]
+    group = optimizer.param_groups[0]
+    rule = optimizer.rule_of(_CountedStep(group["steps"], group["base_steps"]))  # type: ignore[arg-type]
     count, numbers = 0, itertools.count(1)
     answer: Any = None
     try:

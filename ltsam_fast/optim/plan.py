@@ -232,7 +232,7 @@ class Passes:
             weighted = functools.partial(part.criterion.weighted, weights=weights, factor=factor, scaling=self._scaling)
         with (
             shared.record_outputs() if shared else _NOTHING,
-            self.recording(part, keeps_graph),
+            _NOTHING if request.last else self.recording(part, keeps_graph),
         ):
             losses = part.evaluate(job.samples, weighted=weighted)
         if optimizer.several_gradients:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ltsam_fast import ops
 from ltsam_fast.lists import has_none
-from ltsam_fast.optim.base_step import Update
+from ltsam_fast.optim.base_step import UnfusedStep, Update
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -156,7 +156,8 @@ class Step:
     """One step of an optimizer: the verbs that a rule may use.
 
     Attributes:
-        number: How many steps were taken before.
+        number: How many steps of the method were taken before.
+        taken: How many steps were taken before, those of the base optimizer alone included.
     """
 
     def __init__(self, optimizer: SharpnessAware, scaling: LossScale, params: list[Tensor], groups: list[int]) -> None:
@@ -164,7 +165,7 @@ class Step:
         self._params, self._groups = params, groups
         self._perturbation, self._workers = optimizer._perturbation, optimizer._workers
         self.passes: Any = None
-        self._finished = False
+        self._finished = self._alone = False
         self.averaged_unscaled = False
         """Whether gradients went into a running mean without a known scale."""
         self.gradient_numbers = itertools.count(1)
@@ -175,7 +176,11 @@ class Step:
         """Whether an ascent by radius 0 is none, so that a gradient at w serves for w + eps."""
         self.stays = False
         """Whether the latest ascent was such a one."""
-        self.number: int = optimizer.param_groups[0]["steps"]
+        group = optimizer.param_groups[0]
+        self.taken, self._base_steps = group["steps"], group["base_steps"]
+        self.number: int = self.taken - self._base_steps
+        self.rho_factors = optimizer.rho_factors(self.taken)
+        """What the groups' radii are multiplied by; None: by nothing."""
 
     @property
     def is_perturbed(self) -> bool:
@@ -245,7 +250,7 @@ class Step:
 
         Args:
             direction: ``d``, over all parameters; a tensor that has none stays.
-            rho: The radius, or one for each group; None: the groups' ``rho``.
+            rho: The radius, or one for each group; None: the groups' ``rho``. All are multiplied by the schedule's factor.
             ema: A state m and its decay: m <- decay m + (1 - decay) g, with the direction's gradient g; m begins as g.
             begins_included: Whether a mean that begins counts in the direction; else the ascent is along the gradient there.
             mask: Name of a state with bits of elements that stay.
@@ -259,10 +264,10 @@ class Step:
         """
         optimizer, perturbation, workers = self._optimizer, self._perturbation, self._workers
         groups = optimizer.param_groups
+        radii = self.radii(rho)
         self.stays = False
         if self.skips_zero_radius and ema is None and not self.is_perturbed:
-            radii = [group["rho"] for group in groups if group["perturb"]] if rho is None else rho
-            self.stays = not (any(radii) if isinstance(radii, Sequence) else radii)
+            self.stays = not any(radius for radius, group in zip(radii, groups, strict=True) if group["perturb"])
         if self.stays:
             self._disable_running_stats()
         if direction is None or self.stays:
@@ -286,7 +291,7 @@ class Step:
         else:
             whole = grads = ReadOnce(grads)  # by the norm, and the perturbation that follows at once
         options: dict[str, Any] = {
-            "rho": [group["rho"] for group in groups] if rho is None else rho,
+            "rho": radii,
             "maximize": [group.get("maximize", False) for group in groups],
             "adaptive": [group["adaptive"] for group in groups],
             "eta": [group[optimizer.asam_constant] for group in groups],
@@ -321,14 +326,25 @@ class Step:
         options["grads"], options["norm"], options["combination"] = grads, norm, combination
         self._perturb(ops.perturb_, params, shards, positions, options, seed)
 
-    def add_noise(self, amplitude: Sequence[float], clip: float, seed: int) -> None:
-        """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``amplitude``, one for each group."""
+    def radii(self, rho: float | Sequence[float] | None = None) -> list[float]:
+        """The radius of each group: ``rho``, or the groups' own, times the schedule's factor."""
+        groups = self._optimizer.param_groups
+        if rho is None:
+            radii = [group["rho"] for group in groups]
+        else:
+            radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(groups)
+        if self.rho_factors is None:
+            return radii
+        return [radius * factor for radius, factor in zip(radii, self.rho_factors, strict=True)]
+
+    def add_noise(self, factor: float, clip: float, seed: int) -> None:
+        """Perturbs the weights by noise ``clamp(N(0, 1/9), -clip, clip)`` times ``factor`` and each group's radius."""
         workers, optimizer = self._workers, self._optimizer
         positions = [i for i in self._ascending(None) if self._params[i].requires_grad]
         params = _at(self._params, positions)
 
         arguments = {
-            "amplitude": amplitude,
+            "amplitude": [radius * factor for radius in self.radii()],
             "clip": clip,
             "seed": seed,
             "step": self.number,
@@ -384,10 +400,13 @@ class Step:
         """Puts the unperturbed weights back in the middle of a step."""
         self._perturbation.restore(self._workers)
 
-    def descend(self, direction: Combination | None, *, decoupled: Combination | None = None) -> None:
+    def descend(
+        self, direction: Combination | None, *, decoupled: Combination | None = None, alone: bool = False
+    ) -> None:
         """Restores the weights and steps: ``w <- base_step(w, direction) - lr decoupled``; the step ends with it.
 
         A parameter moves if the latest gradient has a tensor for it; with a plain sum, if either has. None moves nothing.
+        ``alone``: it is a step of the base optimizer alone.
         """
         if direction is None:
             direction = Gradient([None] * len(self._params), 0)
@@ -412,7 +431,10 @@ class Step:
                 grads, use=" of the step", kept_grads=kept, combination=combination, found_inf=scaling.found_inf
             )
         update = Update(params, groups, grads, kept, combination, decoupled is not None, norm, max_norm)
-        optimizer.base_step(optimizer, update, self._perturbation, scaling, workers)
+        self._alone = alone
+        fused = not alone or optimizer.captures or scaling.signals or any(param.is_cuda for param in params)
+        base_step = optimizer.base_step if fused else UnfusedStep()
+        base_step(optimizer, update, self._perturbation, scaling, workers)
         self.finish()
         self._perturbation.now, self._perturbation.updating = NOTHING, None
         if workers.sharded:
@@ -423,12 +445,15 @@ class Step:
     def finish(self) -> None:
         """Counts the step; called again, after an interrupt, it does nothing more."""
         optimizer = self._optimizer
-        optimizer.count_step(self.number)
+        optimizer.count_step(self.taken, self._base_steps)
         if self._finished:
             return
         self._finished = True
         if self.scaling.signals or optimizer.skipped.waiting:
-            optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params)
+            if self._alone:  # not one of the method
+                optimizer.skipped.abandon_step()
+            else:
+                optimizer.skipped.end_step(self.scaling, optimizer.param_groups, self._params)
         if self._perturbation.disabled:
             self._perturbation.enable_running_stats()
         # What torch's learning rate schedulers look for; one may have been given the base optimizer.

@@ -59,7 +59,7 @@ class GNM(SharpnessAware):
 
     def rule(self, step: Step, epoch: int | None = None) -> Rule:
         factor = self.dis_mul * 0.5 ** self.halvings(step.number, epoch)
-        step.add_noise([group["rho"] * factor for group in self.param_groups], self.clip, self.seed)
+        step.add_noise(factor, self.clip, self.seed)
         g = yield AtPerturbed()
         step.descend(g)
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ltsam_fast.ops.checks import number
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
@@ -37,19 +36,8 @@ class GSAM(SharpnessAware):
 
     alpha = option(0.4, "How much of the part of g that g_p does not have is left out.", ge=0)
     rho_min = option(None, "With ``rho_max``: the radius at ``lr_min``.", ge=0, optional=True)
-    rho_max = option(
-        None,
-        "The radius at ``lr_max``, the largest learning rate of the schedule: a group's entry ``lr_max``, if it is set; else "
-        "its ``max_lr``, which ``OneCycleLR`` sets; else the largest of its ``initial_lr``, which all schedulers set, and its "
-        "rates in the steps so far.",
-        ge=0,
-        optional=True,
-    )
+    rho_max = option(None, "The radius at ``lr_max``, the largest learning rate of the schedule.", ge=0, optional=True)
     lr_min = option(0.0, "The least learning rate of the schedule.", ge=0)
-    lr_max = option(
-        None, "The largest learning rate of the schedule.", ge=0, optional=True, per_group=True, keyword=False
-    )
-    lr_seen = option(0.0, "The largest learning rate so far.", ge=0, per_group=True, keyword=False, counted=True)
 
     own_reductions = True
 
@@ -58,6 +46,10 @@ class GSAM(SharpnessAware):
         low, high = options["rho_min"], options["rho_max"]
         if (low is None) != (high is None):
             raise ValueError(f"rho_min and rho_max must both be given, or neither, got {low!r} and {high!r}")
+        if low is not None and options["rho_schedule"] != "constant":
+            raise ValueError(
+                f"rho_schedule must be 'constant' with rho_min and rho_max, which are one, got {options['rho_schedule']!r}"
+            )
 
     def check_group(self, group: dict[str, Any]) -> None:
         if group["lr_max"] is not None and group["lr_max"] <= group["lr_min"]:
@@ -73,13 +65,9 @@ class GSAM(SharpnessAware):
 
     def radius(self, group: dict[str, Any]) -> float:
         """rho_t: moves with the group's learning rate from ``rho_min`` to ``rho_max``."""
-        lr, top = number(group["lr"]), group["lr_max"]
-        if top is None and (top := group.get("max_lr")) is None:
-            top = max(number(group.get("initial_lr", 0.0)), group["lr_seen"], lr)
-        reach = number(top) - self.lr_min
-        share = (lr - self.lr_min) / reach if reach > 0 else 1.0
-        return self.rho_min + (self.rho_max - self.rho_min) * min(max(share, 0.0), 1.0)  # type: ignore[no-any-return]
+        return self.rho_min + (self.rho_max - self.rho_min) * self.lr_share(group, self.lr_min)  # type: ignore[no-any-return]
 
-    def end_step(self) -> None:
-        for group in self.param_groups if self.rho_max is not None else ():
-            group["lr_seen"] = max(group["lr_seen"], number(group["lr"]))
+    @property
+    def follows_lr(self) -> bool:
+        """Whether radii move with the learning rate."""
+        return self.rho_max is not None or super().follows_lr

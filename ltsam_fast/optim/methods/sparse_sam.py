@@ -52,9 +52,11 @@ class SparseSAM(SharpnessAware):
     )
     mask = option("fisher", "How coordinates are chosen.", choices=("fisher", "dynamic"))
     refresh_every = option(100, "Steps from one mask to the next.", ge=1, integer=True)
-    drop_rate = option(0.5, 'Share that a "dynamic" mask exchanges.', ge=0, lt=1)
-    total_steps = option(
-        None, "If given, ``drop_rate`` falls to 0 along a cosine over so many steps.", ge=1, integer=True, optional=True
+    drop_rate = option(
+        0.5,
+        'Share that a "dynamic" mask exchanges; given ``total_steps``, it falls to 0 along a cosine over so many steps.',
+        ge=0,
+        lt=1,
     )
     num_samples = option(
         16, 'Samples for "fisher"; no more than the (first part of the) batch has.', ge=1, integer=True
