@@ -19,6 +19,7 @@ from ltsam_fast.optim import (
     FriendlySAM,
     ImbSAM,
     LookSAM,
+    MomentumSAM,
     SparseSAM,
     VaSSO,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "ImbSAM",
     "LookSAM",
     "MSAM",
+    "MomentumSAM",
     "SAM",
     "SSESAM",
     "SparseSAM",

@@ -160,7 +160,7 @@ def step_in_phases(opt, evaluate, y=None, scaler=None, until=None):
         weights = pair + (pair if len(opt.phases) == 4 else pair[1:])
     at_w = None
     for number, (phase, weight) in enumerate(zip(opt.phases[:until], weights, strict=False)):
-        if number or not isinstance(opt, lf.GNM):  # whose first phase needs no gradient
+        if number or not isinstance(opt, (lf.GNM, lf.MomentumSAM)):  # whose first phase needs no gradient
             per_sample = evaluate() if at_w is None or opt.is_perturbed else at_w
             at_w = per_sample
             if number == 0 and getattr(opt, "mask", None) == "fisher":
@@ -205,6 +205,10 @@ EVERY = {
     ),
     "GSAM": Row("GSAM", oracles.gsam, joined=True),
     "WSAM": Row("WSAM", oracles.wsam, joined=True),
+    "MomentumSAM": Row(
+        "MomentumSAM", oracles.momentum_sam, {"direction": "last_gradient"},
+        passes=("w",), state=("last_gradient",), joined=True,
+    ),
     "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}, state=("ascent_mean",), averages=True),
 }  # fmt: skip
 """Every method, one row each."""
@@ -212,6 +216,10 @@ EVERY = {
 ROWS = EVERY | {
     "ASAM": EVERY["SAM"].having(adaptive=True),
     "ASAM-eta": dataclasses.replace(EVERY["SAM"], groups=scaled_weights_only),
+    "Unified": EVERY["SAM"].having(lmbda=0.3, adaptive=True),
+    "Unified-1/t": EVERY["SAM"].having(lmbda="1/t"),
+    "LE-SAM": EVERY["SAM"].having(loss_budget=0.05, total_steps=40),
+    "Stable": EVERY["SAM"].having(renormalize=True),
     "FocalSAM-1.1": EVERY["FocalSAM"].having(gamma=2.0, lam=1.1),
     "FocalASAM": EVERY["FocalSAM"].having(gamma=1.0, lam=0.8, adaptive=True),
     "ImbSAM-2": EVERY["ImbSAM"].having(eta=20, tail_weight=2.0, adaptive=True),

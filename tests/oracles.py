@@ -200,9 +200,43 @@ def method(direction):
 
 
 @method
-def sam(p):
-    """g(w + eps(g))."""
-    return p.gradient(eps=p.eps(p.gradient()))
+def sam(p, lmbda=1.0, loss_budget=None, renormalize=False, total_steps=None):
+    """g(w + eps(g)).
+
+    With ``lmbda``, a number or "1/t" or "1-1/t", the direction is (1 - lmbda + lmbda / |T' g|) g; with ``loss_budget`` the
+    radius is at most b (1 + cos(pi t / total_steps)) / 2 |T' g|^-1; with ``renormalize`` the result gets the norm of g.
+    """
+    g = p.gradient()
+    there = p.eps(g)
+    adaptive = p.option("adaptive", False).bool()
+    scales = torch.where(adaptive, flat(p.params).abs() + p.option("eta", 0.0), 1.0) * p.perturbed
+    size = (scales * g).norm()
+    lmbda = {"1/t": 1 / (p.t + 1), "1-1/t": p.t / (p.t + 1)}.get(lmbda, lmbda)
+    there = there * (lmbda + (1 - lmbda) * size)
+    if loss_budget is not None:
+        budget = loss_budget * math.cos(math.pi * p.t / total_steps / 2) ** 2
+        there = there * torch.minimum(torch.ones_like(p.rho), budget / size / p.rho)
+    g_p = p.gradient(eps=there)
+    return g_p * g.norm() / g_p.norm() if renormalize else g_p
+
+
+@method
+def momentum_sam(p, direction="momentum"):
+    """g(w - eps(m)), m the base's momentum, or g(w + eps(h)), h the gradient of the step before; at first g(w)."""
+    if direction == "momentum":
+        names = ("momentum_buffer", "exp_avg")
+        found = [
+            next((s[n] for n in names if s.get(n) is not None), None)
+            for s in map(p.base.state.get, p.params, [{}] * 99)
+        ]
+        d = -flat([torch.zeros_like(q) if one is None else one for q, one in zip(p.params, found, strict=True)])
+    else:
+        d = p.state.get("h", torch.zeros_like(p.rho))
+    there = p.eps(d)
+    p.loss = p.at(there, p.losses).mean().item()
+    g = p.gradient(eps=there)
+    p.state["h"] = torch.where(p.has() > 0, g, d)
+    return g
 
 
 @method

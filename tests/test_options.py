@@ -25,7 +25,8 @@ COUNTED = (
 )  # fmt: skip
 """Options that count; the others are shares."""
 NOT = ("self", "params", "base_optimizer", "class_counts", "model", "base_kwargs", "scope", "head", "mask", "granularity",
-       "tail_classes", "adaptive", "decouple", "plan", "ascent_sync")  # fmt: skip
+       "tail_classes", "adaptive", "decouple", "plan", "ascent_sync", "active", "rho_schedule", "renormalize",
+       "direction")  # fmt: skip
 
 
 def options():
@@ -87,7 +88,8 @@ OTHERS = {
     "lmbda": 0.3, "m": 3, "sparsity": 0.8, "mask": "dynamic", "refresh_every": 5, "drop_rate": 0.1, "total_steps": 50,
     "num_samples": 3,
     "beta": 0.8, "granularity": "tensor", "k": 2, "alpha": 0.9, "rho_min": 0.1, "rho_max": 0.5, "lr_min": 0.01, "lr_max": 0.4,
-    "lr_seen": 0.2, "decouple": False, "theta": 0.8,
+    "lr_seen": 0.2, "decouple": False, "theta": 0.8, "active": 0.25, "rho_schedule": "quadratic", "loss_budget": 0.7,
+    "renormalize": True, "direction": "last_gradient",
 }  # fmt: skip
 """Another value for each option than the default and the tests' own."""
 
@@ -99,8 +101,10 @@ def others_of(name):
     chosen["eta"] = 3 if name in ("ImbSAM", "SSESAM") else OTHERS["eta"]
     if name in ("CCSAM", "GNM"):
         chosen["adaptive"] = False
-    if name == "ImbSAM":
-        chosen["eta"] = 3
+    if name == "GSAM":
+        chosen["rho_schedule"] = "constant"
+    if name == "SAM":
+        chosen["lmbda"] = 1.0  # not with a budget
     return {n: v for n, v in chosen.items() if options[n].keyword}, {
         n: v for n, v in chosen.items() if not options[n].keyword
     }

@@ -9,6 +9,7 @@ from ltsam_fast.optim.methods.gsam import GSAM
 from ltsam_fast.optim.methods.imb_sam import ImbSAM
 from ltsam_fast.optim.methods.look_sam import LookSAM
 from ltsam_fast.optim.methods.m_sam import MSAM
+from ltsam_fast.optim.methods.momentum_sam import MomentumSAM
 from ltsam_fast.optim.methods.sam import SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM
 from ltsam_fast.optim.methods.sse_sam import SSESAM
@@ -26,6 +27,7 @@ __all__ = [
     "ImbSAM",
     "LookSAM",
     "MSAM",
+    "MomentumSAM",
     "SAM",
     "SSESAM",
     "SharpnessAware",

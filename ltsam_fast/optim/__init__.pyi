@@ -14,6 +14,7 @@ from ltsam_fast.optim.methods.gsam import GSAM as _GSAM
 from ltsam_fast.optim.methods.imb_sam import ImbSAM as _ImbSAM
 from ltsam_fast.optim.methods.look_sam import LookSAM as _LookSAM
 from ltsam_fast.optim.methods.m_sam import MSAM as _MSAM
+from ltsam_fast.optim.methods.momentum_sam import MomentumSAM as _MomentumSAM
 from ltsam_fast.optim.methods.sam import SAM as _SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM as _SparseSAM
 from ltsam_fast.optim.methods.sse_sam import SSESAM as _SSESAM
@@ -239,7 +240,9 @@ class MSAM(_MSAM):
         **base_kwargs: Any,
     ) -> None: ...
 
-class SAM(_SAM):
+class MomentumSAM(_MomentumSAM):
+    rho: float
+    direction: str
     def __init__(
         self,
         params: Any,
@@ -247,6 +250,31 @@ class SAM(_SAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
+        direction: str = "momentum",
+        max_grad_norm: float = 0.0,
+        ascent_sync: bool = False,
+        plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
+        model: torch.nn.Module | None = None,
+        **base_kwargs: Any,
+    ) -> None: ...
+
+class SAM(_SAM):
+    lmbda: Any
+    loss_budget: float | None
+    renormalize: bool
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        lmbda: Any = 1.0,
+        loss_budget: float | None = None,
+        renormalize: bool = False,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",

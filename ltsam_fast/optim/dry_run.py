@@ -106,6 +106,11 @@ class _DryStep(Step):
         self.note("state", name, bool(self.number), self._present(name))
         return State([], name)
 
+    def known_state(self, *names: str) -> State | None:
+        name = next((name for name in names if any(self._present(name))), None)
+        self.note("known_state", name, name and self._present(name))
+        return None if name is None else State([], name)
+
     def lacks(self, name: str) -> bool:
         found = super().lacks(name)
         self.note("lacks", name, found)
@@ -117,7 +122,11 @@ class _DryStep(Step):
 
     def ascend(self, direction: Combination | None, **options: Any) -> None:
         ema = options.get("ema")
-        self.note("ascend", *map(options.get, ("mask", "by_tensor", "begins_included", "unscaled")), ema and ema[0])
+        self.note(
+            "ascend",
+            *map(options.get, ("mask", "by_tensor", "begins_included", "unscaled", "downhill")),
+            ema and ema[0],
+        )
         super().ascend(direction, **options)
 
     def keep(self, name: str, value: Combination) -> None:

@@ -73,7 +73,7 @@ class AtWeights:
         squares: int = 0,
     ) -> None:
         self.weights, self.of, self.averaged, self.last, self.squares = weights, of, averaged, last, squares
-        self.kept = 1 if averaged or last else kept
+        self.kept = max(kept, 1 if averaged or last else 0)
         self.gradients = len(weights) or 1
         """How many gradients are asked for."""
 
@@ -210,6 +210,16 @@ class Step:
         found = [optimizer.state[param].get(name) if self.number else None for param in self._params]
         return State(found, name)
 
+    def known_state(self, *names: str) -> State | None:
+        """State under the first of these names that any parameter has, the base optimizer's too; None where none has."""
+        self._optimizer.skipped.drop_doubtful()
+        state = self._optimizer.state
+        for name in names:
+            found = [state.get(param, {}).get(name) for param in self._params]
+            if not all_missing(found):
+                return State(found, name)
+        return None
+
     def lacks(self, name: str) -> bool:
         """Whether a parameter that may be perturbed has no state ``name`` yet."""
         self._optimizer.skipped.drop_doubtful()
@@ -243,6 +253,8 @@ class Step:
         seed: int = 0,
         begins_included: bool = False,
         unscaled: frozenset[Tensor] = frozenset(),
+        divisor: Callable[[Tensor], Tensor] | None = None,
+        downhill: bool = False,
     ) -> None:
         """Perturbs the weights: ``w + rho T d / (|T' d| + norm_eps)``, with the groups' ``adaptive`` scaling T.
 
@@ -258,6 +270,9 @@ class Step:
             by_tensor: Draw whole tensors; the others are left out of the norm, too.
             seed: Seed of the draws.
             unscaled: Parameters that ``adaptive`` does not scale.
+            divisor: What the direction is divided by, of its norm |T' d|, 0-d; None: that norm.
+            downhill: ``w - rho T d / |T' d|``, whether the loss is minimized or maximized: the direction has that sign in it.
+                A negative radius turns any direction round.
 
         Raises:
             ValueError: No parameter has a gradient.
@@ -291,8 +306,11 @@ class Step:
         else:
             whole = grads = ReadOnce(grads)  # by the norm, and the perturbation that follows at once
         options: dict[str, Any] = {
-            "rho": radii,
-            "maximize": [group.get("maximize", False) for group in groups],
+            "rho": [abs(radius) for radius in radii],
+            "maximize": [
+                (downhill or bool(group.get("maximize", False))) != (radius < 0)
+                for group, radius in zip(groups, radii, strict=True)
+            ],
             "adaptive": [group["adaptive"] for group in groups],
             "eta": [group[optimizer.asam_constant] for group in groups],
             "eps": [group["norm_eps"] for group in groups],
@@ -323,6 +341,9 @@ class Step:
         options |= self.scaling.signals
         if gradient.number < 0:
             options.pop("grad_scale", None)
+        if divisor is not None:
+            scale = options.get("grad_scale")
+            norm = divisor(norm) if scale is None else divisor(norm / scale.to(norm)) * scale.to(norm)
         options["grads"], options["norm"], options["combination"] = grads, norm, combination
         self._perturb(ops.perturb_, params, shards, positions, options, seed)
 
@@ -368,6 +389,8 @@ class Step:
         """Makes ``value`` the state ``name`` of the parameters that its latest gradient has."""
         optimizer, workers = self._optimizer, self._workers
         gradient, other, combination = self._split(value)
+        if combination is None:
+            combination = self._optimizer.constant((1.0, float(other is not None), 0.0, 0.0))
         chosen = [i for i, tensor in enumerate(gradient.tensors) if tensor is not None]
         params, grads = _at(self._params, chosen), _at(gradient.tensors, chosen)
         check_all_dense(grads)
@@ -486,7 +509,8 @@ class Step:
                     for factor in factors
                 ]
             )
-        if (scale := self.scaling.grad_scale) is not None and any(one and one.number < 0 for one in gradients):
+        kinds = {one.number < 0 for one in gradients if one is not None}
+        if (scale := self.scaling.grad_scale) is not None and len(kinds) == 2:
             one = torch.ones_like(scale)  # of state that is not scaled
             scales = [scale if gradient is not None and gradient.number < 0 else one for gradient in gradients]
             coefficients = coefficients * torch.stack(scales).to(coefficients)
