@@ -21,6 +21,7 @@ from ltsam_fast.optim import (
     LookSAM,
     MomentumSAM,
     SparseSAM,
+    TailMomentumSAM,
     VaSSO,
 )
 from ltsam_fast.optim.capture import graph_step
@@ -43,6 +44,7 @@ __all__ = [
     "SAM",
     "SSESAM",
     "SparseSAM",
+    "TailMomentumSAM",
     "VaSSO",
     "WSAM",
     "__version__",

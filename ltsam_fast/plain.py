@@ -356,6 +356,25 @@ class GNM(_Plain):
         self._descend()
 
 
+class MomentumSAM(_Plain):
+    """Momentum-SAM, "Sharpness Aware Minimization without Computational Overhead", arXiv 2401.12033, Algorithm 1.
+
+    The arguments are those of :class:`SAM`; ``base_optimizer`` is SGD with momentum. The authors' code leaves the weights
+    perturbed between steps.
+    """
+
+    def step(self, losses: Losses, targets: Tensor | None = None) -> None:  # type: ignore[override]
+        """Perturbs along the momentum, downhill; one forward, one backward, one step."""
+        for p in self._params():
+            momentum = self.base_optimizer.state[p].get("momentum_buffer")
+            p.grad = None if momentum is None else -momentum
+        if any(p.grad is not None for p in self._params()):
+            self._perturb()
+        self.zero_grad()
+        losses().mean().backward()
+        self._descend()
+
+
 class FriendlySAM(SAM):
     """Friendly SAM: the running mean of the gradient is left out of the perturbation.
 

@@ -209,6 +209,10 @@ EVERY = {
         "MomentumSAM", oracles.momentum_sam, {"direction": "last_gradient"},
         passes=("w",), state=("last_gradient",), joined=True,
     ),
+    "TailMomentumSAM": Row(
+        "TailMomentumSAM", oracles.tail_momentum_sam, {"class_counts": COUNTS, "gamma": 2.0, "lam": 0.7, "decay": 0.8},
+        passes=("w",), state=("tail_mean",), averages=True, joined=True,
+    ),
     "VaSSO": Row("VaSSO", oracles.vasso, {"theta": 0.3}, state=("ascent_mean",), averages=True),
 }  # fmt: skip
 """Every method, one row each."""

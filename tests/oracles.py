@@ -247,6 +247,18 @@ def focal_sam(p, class_counts, gamma=1.0, lam=0.5):
 
 
 @method
+def tail_momentum_sam(p, class_counts, gamma=1.0, lam=0.5, decay=0.9):
+    """g_u(w + eps(m)) + g_v(w + eps(m)) with Focal-SAM's u and v, then m = decay m + (1 - decay) g_v; at first m = g_v."""
+    v = torch.tensor([lam * math.pow(1 - n / sum(class_counts), gamma) for n in class_counts], dtype=torch.float64)
+    m = p.state.get("m", torch.zeros_like(p.rho))
+    there = p.eps(m)
+    p.loss = p.at(there, p.losses).mean().item()
+    g_v = p.gradient(v[p.y] / len(p.y), there, keep=True)
+    p.state["m"] = decay * m + (1 - decay) * g_v if "m" in p.state else g_v
+    return p.gradient((1 - v)[p.y] / len(p.y), there) + g_v
+
+
+@method
 def imb_sam(p, class_counts, eta=20, tail_weight=1.0):
     """g_u(w) + g_v(w + eps(g_v)), u = [n_c >= eta], v = tail_weight [n_c < eta]."""
     tail = p.tail(class_counts, eta)

@@ -41,6 +41,8 @@ METHODS = {
     "GSAM": {"rho_min": 0.01, "rho_max": 0.1},
     "VaSSO": {},
     "WSAM": {},
+    "MomentumSAM": {},
+    "TailMomentumSAM": {"class_counts": COUNTS},
 }
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "dampening": 0.1}),
@@ -227,6 +229,17 @@ def test_what_perturbation_leaves_as_it_is_is_not_looked_at_in_a_capture(method,
     """The pass that is captured, the fourth, is one of those in which everything would be checked."""
     assert_same(train(method, "sgd", tape, frozen=True), train(method, "sgd", frozen=True))
     assert Tape.captures > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_of_the_base_have_a_graph_of_their_own(method, tape):
+    """In a graph they are a fused pass, which torch's own step on the CPU rounds differently from."""
+    options = {"active": ("every", 3), "rho_schedule": "linear", "total_steps": 25, "steps": 25}
+    if method == "GSAM":
+        del options["rho_schedule"]
+    (losses, weights, state), wanted = train(method, "sgd", tape, **options), train(method, "sgd", **options)
+    torch.testing.assert_close((losses, weights), wanted[:2], rtol=1e-4, atol=1e-5)
+    assert [group["base_steps"] for group in state["param_groups"]] == [16, 16] and Tape.captures > 1
 
 
 class ByHand:
@@ -561,6 +574,7 @@ def test_a_dry_run_changes_nothing_and_knows_the_step(method, base):
         assert planned.calls and trace.agrees(planned.calls)
         seen.add(planned.key)
     several = {"SSESAM": 2, "LookSAM": 3, "SparseSAM": 3, "FriendlySAM": 2, "VaSSO": 2}
+    several |= {"MomentumSAM": 2, "TailMomentumSAM": 2}
     assert len(seen) == several.get(method, 1)
 
 
@@ -569,7 +583,7 @@ def test_a_dry_run_knows_steps_with_a_scaler_and_in_low_precision(method):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     rows = list(steps_with_outlines(method, "sgd", scaler=scaler))[1:]
     assert all(trace.agrees(planned.calls) for _, planned, trace in rows)
-    rows = list(steps_with_outlines(method, "sgd", dtype=torch.bfloat16))[1:]  # the first has no backups to look at
+    rows = list(steps_with_outlines(method, "sgd", dtype=torch.bfloat16))[2:]  # the first that perturbs has no backups yet
     assert all(trace.agrees(planned.calls) for _, planned, trace in rows)
 
 
@@ -655,7 +669,7 @@ def test_triton_reads_what_a_trace_keeps(method):
                 with trace.recording() if traced else contextlib.nullcontext():
                     optimizer.step(closure, targets=y)
                 if traced:
-                    assert len(trace.launched) >= 6
+                    assert len(trace.launched) >= 4
                     trace.upload()
                     for place, then in trace.launched:
                         assert torch.equal(place.view(torch.int64), then.view(torch.int64))

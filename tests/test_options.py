@@ -39,6 +39,7 @@ def options():
 
 def make(name, option, value):
     pair = {"rho_min": 0.1, "rho_max": 0.2} if option in ("rho_min", "rho_max") else {}
+    pair |= {"total_steps": 9} if option == "loss_budget" else {}
     model = network()
     return EVERY[name].make(model, SGD, **{**pair, option: value, "lr": 0.1}), model
 
@@ -89,6 +90,7 @@ OTHERS = {
     "num_samples": 3,
     "beta": 0.8, "granularity": "tensor", "k": 2, "alpha": 0.9, "rho_min": 0.1, "rho_max": 0.5, "lr_min": 0.01, "lr_max": 0.4,
     "lr_seen": 0.2, "decouple": False, "theta": 0.8, "active": 0.25, "rho_schedule": "quadratic", "loss_budget": 0.7,
+    "decay": 0.6,
     "renormalize": True, "direction": "last_gradient",
 }  # fmt: skip
 """Another value for each option than the default and the tests' own."""

@@ -13,6 +13,7 @@ from ltsam_fast.optim.methods.momentum_sam import MomentumSAM
 from ltsam_fast.optim.methods.sam import SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM
 from ltsam_fast.optim.methods.sse_sam import SSESAM
+from ltsam_fast.optim.methods.tail_momentum_sam import TailMomentumSAM
 from ltsam_fast.optim.methods.vasso import VaSSO
 from ltsam_fast.optim.methods.wsam import WSAM
 from ltsam_fast.optim.optimizer import SharpnessAware
@@ -32,6 +33,7 @@ __all__ = [
     "SSESAM",
     "SharpnessAware",
     "SparseSAM",
+    "TailMomentumSAM",
     "VaSSO",
     "WSAM",
 ]

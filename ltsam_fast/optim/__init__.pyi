@@ -18,6 +18,7 @@ from ltsam_fast.optim.methods.momentum_sam import MomentumSAM as _MomentumSAM
 from ltsam_fast.optim.methods.sam import SAM as _SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM as _SparseSAM
 from ltsam_fast.optim.methods.sse_sam import SSESAM as _SSESAM
+from ltsam_fast.optim.methods.tail_momentum_sam import TailMomentumSAM as _TailMomentumSAM
 from ltsam_fast.optim.methods.vasso import VaSSO as _VaSSO
 from ltsam_fast.optim.methods.wsam import WSAM as _WSAM
 from ltsam_fast.optim.optimizer import SharpnessAware as SharpnessAware
@@ -330,6 +331,29 @@ class SparseSAM(_SparseSAM):
         drop_rate: float = 0.5,
         num_samples: int = 16,
         seed: int = 0,
+        max_grad_norm: float = 0.0,
+        ascent_sync: bool = False,
+        plan: str = "auto",
+        active: Any = "all",
+        rho_schedule: Any = "constant",
+        total_steps: int | None = None,
+        model: torch.nn.Module | None = None,
+        **base_kwargs: Any,
+    ) -> None: ...
+
+class TailMomentumSAM(_TailMomentumSAM):
+    decay: float
+    def __init__(
+        self,
+        params: Any,
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        decay: float = 0.9,
+        gamma: float = 1.0,
+        lam: float = 0.5,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",

@@ -35,7 +35,7 @@ class Outline(NamedTuple):
 
 
 def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single) -> Outline:
-    """Runs the rule of the next step, of a batch of ``size`` samples, and changes nothing: no tensor is read or written.
+    """Runs the rule of the next step, captured, of ``size`` samples, and changes nothing: no tensor is read or written.
 
     The verbs are those of a step, called on empty lists of tensors: what they would launch finds nothing to do. Norms and inner
     products are dummies; gradients are asked for and not evaluated.
@@ -55,12 +55,16 @@ def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single)
         scaling.set_signals(torch.ones(()), torch.zeros(()))
     step = _DryStep(optimizer, scaling, size, workers)
     trace = Trace()
-    with torch.no_grad(), trace.recording(), contextlib.suppress(StopIteration):
-        rule, answer = optimizer.rule_of(step), None
-        while True:
-            request = rule.send(answer)
-            step.note(type(request), [getattr(request, name) for name in getattr(request, "__slots__", ())])
-            answer = empty_answer(request, step.gradient_numbers, size)
+    captures, optimizer.captures = optimizer.captures, True
+    try:
+        with torch.no_grad(), trace.recording(), contextlib.suppress(StopIteration):
+            rule, answer = optimizer.rule_of(step), None
+            while True:
+                request = rule.send(answer)
+                step.note(type(request), [getattr(request, name) for name in getattr(request, "__slots__", ())])
+                answer = empty_answer(request, step.gradient_numbers, size)
+    finally:
+        optimizer.captures = captures
     return Outline((*step.notes, *((name, rows.shape) for name, rows in trace.calls)), trace.calls)
 
 
