@@ -97,7 +97,7 @@ class Row:
     state: tuple[str, ...] = ()
     """What it keeps of each parameter from step to step."""
     averages: bool = False
-    """That is a mean of gradients, which has one more where the rest of the step fails."""
+    """That is made of gradients, and has one more where the rest of the step fails."""
     joined: bool = False
     """DistributedDataParallel's workers take the joined batch's step without ``ascent_sync``."""
 
@@ -109,6 +109,11 @@ class Row:
     def told(self):
         """Needs the samples' classes."""
         return "class_counts" in self.options
+
+    @property
+    def once(self):
+        """Evaluates the batch once a step."""
+        return len(self.passes) == 1
 
     def of(self, interface):
         """This row for one of the interfaces."""
@@ -207,7 +212,7 @@ EVERY = {
     "WSAM": Row("WSAM", oracles.wsam, joined=True),
     "MomentumSAM": Row(
         "MomentumSAM", oracles.momentum_sam, {"direction": "last_gradient"},
-        passes=("w",), state=("last_gradient",), joined=True,
+        passes=("w",), state=("last_gradient",), averages=True, joined=True,
     ),
     "TailMomentumSAM": Row(
         "TailMomentumSAM", oracles.tail_momentum_sam, {"class_counts": COUNTS, "gamma": 2.0, "lam": 0.7, "decay": 0.8},
