@@ -33,6 +33,7 @@ from .workers import (
     MORE,
     ONE_PASS_OPTIONS,
     REFUSED_IN_JOIN,
+    SCHEDULED,
     STEPS,
     TAIL_WISE,
     Odd,
@@ -66,6 +67,13 @@ def test_workers_are_the_joined_batch(name, base, job, world):
 @pytest.mark.parametrize("name, base", MORE)
 def test_more_methods_are_the_joined_batch(name, base, job):
     assert_all(2, job, (name, base), alone(name, base))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name, base", [row for row in (*MATRIX, *MORE) if row[0] != "GSAM"])
+def test_steps_of_the_base_are_the_joined_batch(name, base, kind):
+    """GSAM has a schedule of its own."""
+    assert_all(2, "scheduled", (name, base, kind), alone(name, base, **SCHEDULED))
 
 
 @WORLDS
