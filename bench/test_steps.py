@@ -41,7 +41,7 @@ METHODS = {
     "SSESAM": ({**COUNTS, "eta": 20}, 60),
     "GNM": ({}, 32),
     "FriendlySAM": ({}, 52),
-    "MSAM": ({"m": 4}, 80),
+    "MicroBatchSAM": ({"m": 4}, 80),
     "SparseSAM": ({"mask": "dynamic", "refresh_every": 10**9}, 40),
     "ESAM": ({}, 40),
     "LookSAM": ({}, 38),

@@ -67,7 +67,7 @@ METHODS: dict[str, tuple[str, Callable[..., Any] | None, Options]] = {
     ),
     "gnm": ("GNM", lf.GNM, lambda s: {"rho": 0.05}),
     "friendly_sam": ("Friendly SAM", lf.FriendlySAM, lambda s: {"rho": 0.1, "lmbda": 0.6}),
-    "m_sam": ("m-SAM", lf.MSAM, lambda s: {"rho": 0.1, "m": BATCH // 2}),
+    "micro_batch_sam": ("micro-batch SAM", lf.MicroBatchSAM, lambda s: {"rho": 0.1, "m": BATCH // 2}),
     "sparse_sam": (
         "sparse SAM",
         lf.SparseSAM,
@@ -264,18 +264,18 @@ def main(argv: list[str] | None = None) -> int:
         for name, runs in results.items()
     }
     print(f"\naccuracy (%), mean ± std of {options.seeds} seeds; many: n > {MANY}, few: n < {FEW}")
-    print(f"{'':14}" + "".join(f"{group:>15}" for group in GROUPS) + f"{'ms per step':>15}")
+    print(f"{'':16}" + "".join(f"{group:>15}" for group in GROUPS) + f"{'ms per step':>15}")
     for name, groups in accuracy.items():
         shown = "".join(f"{groups[g]['mean']:9.1f} ± {groups[g]['std']:3.1f}" for g in GROUPS)
-        print(f"{name:14}{shown}{groups['step_ms']['mean']:15.2f}")
+        print(f"{name:16}{shown}{groups['step_ms']['mean']:15.2f}")
     print(
         f"\nwhole training steps of {BATCH} images, ms, medians of {rounds} rounds in turns. published: the authors' passes,"
         "\nwith a loop over the parameters; ratio: published / ours within a round. SGD is torch's, SSE-SAM in stage 1"
     )
-    print(f"{'':14}{'published':>15}{'ours':>15}{'ratio':>15}")
+    print(f"{'':16}{'published':>15}{'ours':>15}{'ratio':>15}")
     for name, entry in times.items():
         ours = f"{entry['ours_ms']:15.2f}{entry['ratio']:15.2f}" if "ours_ms" in entry else f"{'-':>15}{'-':>15}"
-        print(f"{name:14}{entry['published_ms']:15.2f}{ours}")
+        print(f"{name:16}{entry['published_ms']:15.2f}{ours}")
     report = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "class_counts": first.class_counts,

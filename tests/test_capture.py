@@ -34,7 +34,7 @@ METHODS = {
     "SSESAM": {"class_counts": COUNTS, "eta": 30, "switch_step": 6},
     "GNM": {"decay_every": 3},
     "FriendlySAM": {},
-    "MSAM": {"m": 3},
+    "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"mask": "dynamic", "refresh_every": 4},
     "ESAM": {},
     "LookSAM": {"k": 3},

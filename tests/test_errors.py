@@ -46,7 +46,7 @@ CONSTRUCTORS = [
     ("GNM", {"adaptive": True}, ValueError, "adaptive"),
     ("FriendlySAM", {"lmbda": 1.0}, ValueError, "lmbda"),
     ("FriendlySAM", {"sigma": INF}, ValueError, "sigma"),
-    ("MSAM", {"m": 0}, ValueError, "m must"),
+    ("MicroBatchSAM", {"m": 0}, ValueError, "m must"),
     ("SparseSAM", {"sparsity": 1.0}, ValueError, "sparsity"),
     ("SparseSAM", {"mask": "random"}, ValueError, "mask"),
     ("ESAM", {"beta": 0.0}, ValueError, "beta"),

@@ -526,6 +526,21 @@ def test_other_settings_are_not_resumed_with(tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_a_run_folder_with_a_method_s_former_name_resumes(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    arguments = ("--method", "micro_batch_sam", "--epochs", 1, "--schedule", "constant", "--no-tensorboard", "--quiet")
+    for folder in (new, old):
+        assert run(*arguments, "--out", folder) == 0
+    state = last(old)
+    torch.save({**state, "config": {**state["config"], "method": "m_sam"}}, old / "last.pt")
+    stored = (old / "config.json").read_text()
+    (old / "config.json").write_text(stored.replace("micro_batch_sam", "m_sam"))
+    for folder in (new, old):
+        assert run("--resume", "--epochs", 2, "--out", folder, "--quiet") == 0
+    assert same_weights(new, old) and last(old)["config"]["method"] == "micro_batch_sam"
+    assert run("--method", "m_sam", "--out", tmp_path / "other") == 2
+
+
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
 def test_settings_from_a_file_and_flags_before_them(suffix, tmp_path):
     text = {

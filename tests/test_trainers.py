@@ -33,7 +33,7 @@ METHODS = {
     "SSESAM": {"class_counts": COUNTS, "eta": 30},
     "GNM": {"dis_mul": 1.0},
     "FriendlySAM": {},
-    "MSAM": {"m": 3},
+    "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"refresh_every": 4},
     "ESAM": {},
     "LookSAM": {"k": 2},
@@ -505,7 +505,7 @@ def test_a_resumed_run_is_an_undisturbed_one(trainer, method, seed, tmp_path):
 
 
 @each_trainer
-@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "MSAM"])
+@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "MicroBatchSAM"])
 @pytest.mark.parametrize("spoilt", [0, 3, STEPS - 1])
 def test_a_scaler_skips_what_overflows(trainer, method, spoilt, seed, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "Net", Unnormalized)  # running statistics would keep the overflow
@@ -584,11 +584,11 @@ MODULES = {
 
 @each_trainer
 def test_two_workers(trainer, workers, monkeypatch):
-    """Synced, they are the joined batch; by default each climbs along its own half, which is m-SAM with m of a half."""
+    """Synced, they are the joined batch; by default each climbs along its own half, which is MicroBatchSAM with m of a half."""
     pytest.importorskip(MODULES[trainer][0])
     monkeypatch.setitem(globals(), "Net", Unnormalized)
     joined = plain("FocalSAM", {"class_counts": COUNTS}, make_data(7))
-    halves = plain("MSAM", {"m": BATCH // 2}, make_data(7))
+    halves = plain("MicroBatchSAM", {"m": BATCH // 2}, make_data(7))
     tail = plain("ImbSAM", {"class_counts": COUNTS, "eta": 10, "plan": "published"}, make_data(7))
     for one in workers:
         assert_equal(one[trainer, "synced"], joined, 1e-5)
@@ -771,7 +771,7 @@ def test_lightning_shows_the_loss_at_w(method, micro, seed, tmp_path, monkeypatc
     pytest.importorskip("lightning")
     if method in (
         "CCSAM",
-        "MSAM",
+        "MicroBatchSAM",
         "ESAM",
         "ImbSAM",
         "SSESAM",

@@ -8,7 +8,7 @@ from ltsam_fast.optim.methods.gnm import GNM
 from ltsam_fast.optim.methods.gsam import GSAM
 from ltsam_fast.optim.methods.imb_sam import ImbSAM
 from ltsam_fast.optim.methods.look_sam import LookSAM
-from ltsam_fast.optim.methods.m_sam import MSAM
+from ltsam_fast.optim.methods.micro_batch_sam import MicroBatchSAM
 from ltsam_fast.optim.methods.sam import SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM
 from ltsam_fast.optim.methods.sse_sam import SSESAM
@@ -25,7 +25,7 @@ __all__ = [
     "GSAM",
     "ImbSAM",
     "LookSAM",
-    "MSAM",
+    "MicroBatchSAM",
     "SAM",
     "SSESAM",
     "SharpnessAware",

@@ -13,7 +13,7 @@ from ltsam_fast.optim.methods.gnm import GNM as _GNM
 from ltsam_fast.optim.methods.gsam import GSAM as _GSAM
 from ltsam_fast.optim.methods.imb_sam import ImbSAM as _ImbSAM
 from ltsam_fast.optim.methods.look_sam import LookSAM as _LookSAM
-from ltsam_fast.optim.methods.m_sam import MSAM as _MSAM
+from ltsam_fast.optim.methods.micro_batch_sam import MicroBatchSAM as _MicroBatchSAM
 from ltsam_fast.optim.methods.sam import SAM as _SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM as _SparseSAM
 from ltsam_fast.optim.methods.sse_sam import SSESAM as _SSESAM
@@ -197,7 +197,7 @@ class LookSAM(_LookSAM):
         **base_kwargs: Any,
     ) -> None: ...
 
-class MSAM(_MSAM):
+class MicroBatchSAM(_MicroBatchSAM):
     m: int
     def __init__(
         self,

@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
     "sse_sam": ("SSE-SAM", lf.SSESAM, {}),
     "gnm": ("GNM", lf.GNM, {}),
     "friendly_sam": ("Friendly SAM", lf.FriendlySAM, {}),
-    "m_sam": ("m-SAM", lf.MSAM, {}),
+    "micro_batch_sam": ("micro-batch SAM", lf.MicroBatchSAM, {}),
     "sparse_sam": ("sparse SAM", lf.SparseSAM, {}),
     "esam": ("ESAM", lf.ESAM, {}),
     "look_sam": ("LookSAM", lf.LookSAM, {}),
@@ -100,8 +100,8 @@ def create(config: Config, run: RunInfo) -> Optimizer:
     """Returns the optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
     The run supplies class counts, the model and the classifier (CC-SAM's ``head``). It also supplies defaults for its seed,
-    for ``m`` (m-SAM: half a batch) and for ``total_steps``. Options that count steps may be "140ep" (epochs) or "70%" (of the
-    run).
+    for ``m`` (MicroBatchSAM: half a batch) and for ``total_steps``. Options that count steps may be "140ep" (epochs) or "70%"
+    (of the run).
 
     Raises:
         ConfigError: An option is unknown or out of its range.
