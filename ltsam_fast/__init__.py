@@ -21,6 +21,8 @@ from ltsam_fast.optim import (
     MicroBatchSAM,
     SparseSAM,
     VaSSO,
+    create,
+    list_methods,
 )
 from ltsam_fast.optim.capture import graph_step
 
@@ -46,9 +48,11 @@ __all__ = [
     "__version__",
     "backends",
     "compat",
+    "create",
     "data",
     "diagnostics",
     "graph_step",
+    "list_methods",
     "losses",
     "models",
     "ops",

@@ -26,21 +26,18 @@ from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.step import AtPerturbed, AtWeights
 from ltsam_fast.optim.trace import Trace
 
+from .method_rows import EVERY
+
 COUNTS = [40, 20, 5]
-METHODS = {
-    "SAM": {},
+METHODS = {name: {} for name, row in EVERY.items() if not row.cls.host_only} | {
     "FocalSAM": {"class_counts": COUNTS},
     "ImbSAM": {"class_counts": COUNTS, "eta": 30},
     "SSESAM": {"class_counts": COUNTS, "eta": 30, "switch_step": 6},
     "GNM": {"decay_every": 3},
-    "FriendlySAM": {},
     "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"mask": "dynamic", "refresh_every": 4},
-    "ESAM": {},
     "LookSAM": {"k": 3},
     "GSAM": {"rho_min": 0.01, "rho_max": 0.1},
-    "VaSSO": {},
-    "WSAM": {},
 }
 BASES = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3, "dampening": 0.1}),

@@ -24,21 +24,18 @@ from torch.utils.data import DataLoader, TensorDataset
 import ltsam_fast as lf
 from ltsam_fast.optim.step import Step
 
+from .method_rows import EVERY
+
 COUNTS = [40, 20, 5]
-METHODS = {
-    "SAM": {},
+METHODS = dict.fromkeys(EVERY, {}) | {
     "FocalSAM": {"class_counts": COUNTS},
     "ImbSAM": {"class_counts": COUNTS, "eta": 30},
     "CCSAM": {"class_counts": COUNTS, "scope": "all"},
     "SSESAM": {"class_counts": COUNTS, "eta": 30},
     "GNM": {"dis_mul": 1.0},
-    "FriendlySAM": {},
     "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"refresh_every": 4},
-    "ESAM": {},
     "LookSAM": {"k": 2},
-    "GSAM": {},
-    "WSAM": {},
 }
 TRAINERS = ("lightning", "accelerate", "hugging_face")
 RHO, LR, BATCH, STEPS = 0.1, 0.02, 8, 6
@@ -1319,6 +1316,19 @@ def test_hugging_face_trains_as_ever_with_an_ordinary_optimizer(tmp_path):
     model = classifier()
     classified(tmp_path, model, torch.arange(BATCH) % 3, method=None, method_options=None, methods=methods).train()
     assert not torch.equal(weights(model), weights(classifier()))
+
+
+def test_hugging_face_takes_a_method_by_its_name(tmp_path):
+    ends, labels = [], torch.arange(BATCH) % 3
+    for method, options in (("asam", {"rho": 1.0}), (lf.SAM, {"rho": 1.0, "adaptive": True})):
+        model = classifier()
+        trainer = classified(tmp_path, model, labels, method=method, method_options=options)
+        trainer.train()
+        assert trainer.optimizer.optimizer.adaptive is True
+        ends.append(weights(model))
+    assert torch.equal(*ends) and not torch.equal(ends[0], weights(classifier()))
+    with pytest.raises(ValueError, match="there is no method 'focal': did you mean 'focal_sam'"):
+        classified(tmp_path, classifier(), labels, method="focal")
 
 
 def hugging_face_trainer(folder, net=None, arguments=(), **more):

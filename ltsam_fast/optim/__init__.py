@@ -15,6 +15,7 @@ from ltsam_fast.optim.methods.sse_sam import SSESAM
 from ltsam_fast.optim.methods.vasso import VaSSO
 from ltsam_fast.optim.methods.wsam import WSAM
 from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim.registry import create, list_methods
 
 __all__ = [
     "CCSAM",
@@ -32,4 +33,6 @@ __all__ = [
     "SparseSAM",
     "VaSSO",
     "WSAM",
+    "create",
+    "list_methods",
 ]

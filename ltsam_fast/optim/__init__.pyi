@@ -20,9 +20,10 @@ from ltsam_fast.optim.methods.sse_sam import SSESAM as _SSESAM
 from ltsam_fast.optim.methods.vasso import VaSSO as _VaSSO
 from ltsam_fast.optim.methods.wsam import WSAM as _WSAM
 from ltsam_fast.optim.optimizer import SharpnessAware as SharpnessAware
+from ltsam_fast.optim.registry import create as create
+from ltsam_fast.optim.registry import list_methods as list_methods
 
 class CCSAM(_CCSAM):
-    class_counts: Any | None
     scope: str
     head: Any | None
     noise_ratio: float
@@ -34,11 +35,11 @@ class CCSAM(_CCSAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
-        class_counts: Any | None = None,
         scope: str = "head",
         head: Any | None = None,
         noise_ratio: float = 1e-06,
         flat_ratio: float = 0.5,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -62,6 +63,7 @@ class ESAM(_ESAM):
         gamma: float = 0.5,
         granularity: str = "element",
         seed: int = 0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -101,6 +103,7 @@ class FriendlySAM(_FriendlySAM):
         *,
         sigma: float = 1.0,
         lmbda: float = 0.9,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -124,6 +127,7 @@ class GNM(_GNM):
         clip: float = 1.0,
         decay_every: int | None = None,
         seed: int = 0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -149,6 +153,7 @@ class GSAM(_GSAM):
         rho_min: float | None = None,
         rho_max: float | None = None,
         lr_min: float = 0.0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -190,6 +195,7 @@ class LookSAM(_LookSAM):
         *,
         k: int = 5,
         alpha: float = 0.7,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -207,6 +213,7 @@ class MicroBatchSAM(_MicroBatchSAM):
         adaptive: bool = False,
         *,
         m: int = 32,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -222,6 +229,7 @@ class SAM(_SAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -273,6 +281,7 @@ class SparseSAM(_SparseSAM):
         total_steps: int | None = None,
         num_samples: int = 16,
         seed: int = 0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -290,6 +299,7 @@ class VaSSO(_VaSSO):
         adaptive: bool = False,
         *,
         theta: float = 0.4,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -309,6 +319,7 @@ class WSAM(_WSAM):
         *,
         gamma: float = 0.9,
         decouple: bool = True,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("micro_batch_sam", "micro-batch SAM")
 class MicroBatchSAM(SharpnessAware):
     r"""m-sharpness-aware minimization: a perturbation for each micro-batch of m samples, one step with the mean gradient.
 

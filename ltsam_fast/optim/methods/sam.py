@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("sam", "SAM")
+@registered("asam", "ASAM", adaptive=True)
 class SAM(SharpnessAware):
     r"""Sharpness-aware minimization: descend with the gradient taken where the loss is about worst nearby.
 
