@@ -195,7 +195,10 @@ EVERY = {
     "FriendlySAM": Row(
         "FriendlySAM", oracles.friendly_sam, {"sigma": 0.7, "lmbda": 0.6}, state=("grad_mean",), averages=True
     ),
-    "MSAM": Row("MSAM", oracles.m_sam, {"m": 5}, passes=("w", "e") * 4, by_parts=True, indexed=True, joined=True),
+    "MicroBatchSAM": Row(
+        "MicroBatchSAM", oracles.micro_batch_sam, {"m": 5},
+        passes=("w", "e") * 4, by_parts=True, indexed=True, joined=True,
+    ),
     "SparseSAM": Row(
         "SparseSAM", oracles.sparse_sam, {"sparsity": 0.7, "refresh_every": 4, "num_samples": 6},
         by_parts=True, in_phases={"refresh_every": 1}, counts_tried=True, state=("mask",),

@@ -354,7 +354,7 @@ def vasso(p, theta=0.4):
 
 
 @method
-def m_sam(p, m):
+def micro_batch_sam(p, m):
     """sum_i (m_i/B) g^i(w + eps(g^i)), g^i of the mean loss of the i-th m_i samples; m_i = m but for the last."""
     direction = 0
     for part in torch.arange(len(p.y)).split(m):

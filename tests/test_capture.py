@@ -26,22 +26,19 @@ from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.step import AtPerturbed, AtWeights
 from ltsam_fast.optim.trace import Trace
 
+from . import oracles
+from .method_rows import EVERY
+
 COUNTS = [40, 20, 5]
-METHODS = {
-    "SAM": {},
+METHODS = {name: {} for name, row in EVERY.items() if not row.make(oracles.network(), lr=0.1).host_only} | {
     "FocalSAM": {"class_counts": COUNTS},
     "ImbSAM": {"class_counts": COUNTS, "eta": 30},
     "SSESAM": {"class_counts": COUNTS, "eta": 30, "switch_step": 6},
     "GNM": {"decay_every": 3},
-    "FriendlySAM": {},
-    "MSAM": {"m": 3},
+    "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"mask": "dynamic", "refresh_every": 4},
-    "ESAM": {},
     "LookSAM": {"k": 3},
     "GSAM": {"rho_min": 0.01, "rho_max": 0.1},
-    "VaSSO": {},
-    "WSAM": {},
-    "MomentumSAM": {},
     "TailMomentumSAM": {"class_counts": COUNTS},
 }
 BASES = {

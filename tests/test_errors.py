@@ -1,5 +1,6 @@
 """Bad input: an error that names the argument, its value and what is accepted, and nothing has changed."""
 
+import functools
 import re
 
 import pytest
@@ -21,7 +22,7 @@ CONSTRUCTORS = [
     *[("SAM", {"rho": rho}, ValueError, f"rho {NUMBER}.*got {re.escape(repr(rho))}") for rho in (NAN, INF, None, "1")],
     *[("SAM", {"max_grad_norm": n}, ValueError, f"max_grad_norm {NUMBER}.*{n}") for n in (-1.0, NAN, INF, None, "1")],
     *[(name, {"model": 3}, TypeError, r"model must be a torch\.nn\.Module or None, got 3") for name in EVERY],
-    *[(name, {"momnetum": 0.9}, TypeError, "momnetum") for name in EVERY],
+    *[(name, {"class_counts": [-1, 2]}, ValueError, "class_counts must be") for name in EVERY],
     ("SAM", {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
     *[
         ("FocalSAM", {"class_counts": counts}, ValueError, "class_counts must be")
@@ -46,7 +47,7 @@ CONSTRUCTORS = [
     ("GNM", {"adaptive": True}, ValueError, "adaptive"),
     ("FriendlySAM", {"lmbda": 1.0}, ValueError, "lmbda"),
     ("FriendlySAM", {"sigma": INF}, ValueError, "sigma"),
-    ("MSAM", {"m": 0}, ValueError, "m must"),
+    ("MicroBatchSAM", {"m": 0}, ValueError, "m must"),
     ("SparseSAM", {"sparsity": 1.0}, ValueError, "sparsity"),
     ("SparseSAM", {"mask": "random"}, ValueError, "mask"),
     ("ESAM", {"beta": 0.0}, ValueError, "beta"),
@@ -65,6 +66,41 @@ def test_constructor(name, options, error, message):
     with pytest.raises(error, match=message):
         EVERY[name].make(model, SGD, **{"lr": 0.1, **options})
     assert torch.equal(flat(model), before)
+
+
+@every
+def test_options_that_nobody_has(name):
+    """One line of this package's, not SGD.__init__()'s, before anything changes."""
+    model = network()
+    before, own = flat(model), [option for option, one in EVERY[name].cls.options.items() if one.keyword]
+    listed = rf" It takes {', '.join(own)}, model; SGD takes lr, momentum, .*fused$"
+    for base, options, message in (
+        (SGD, {"momnetum": 0.9}, rf"{name} has no option 'momnetum': did you mean 'momentum'\?{listed}"),
+        (SGD, {"Rhoo": 0.9}, rf"{name} has no option 'Rhoo': did you mean 'rho'\?{listed}"),
+        (SGD, {"maxgradnorm": 0.9}, rf"{name} has no option 'maxgradnorm': did you mean 'max_grad_norm'\?{listed}"),
+        (SGD, {"colour": 1}, rf"{name} has no option 'colour'\.{listed}"),
+        (SGD, {"perturb": False}, rf"perturb is an option of parameter groups, not of {name}: {{'params': "),
+        (Adam, {"momentum": 0.9}, rf"{name} has no option 'momentum'.*; Adam takes lr, betas"),
+        (functools.partial(SGD, lr=0.1), {"colour": 1}, rf"{name} has no option 'colour'.*; base_optimizer takes lr"),
+        (None, {"lr": 0.1}, rf"base_optimizer must be given, .*: {name}\(params, torch\.optim\.SGD, lr=0\.1\)"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}") as raised:
+            EVERY[name].make(model, base, **options)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(TypeError, match=r"^base_optimizer must be given"):
+        EVERY[name].cls(model.parameters(), lr=0.1)
+    assert torch.equal(flat(model), before)
+
+
+def test_a_base_with_options_of_any_name_answers_for_itself():
+    class Colourful(SGD):
+        def __init__(self, params, lr=0.1, **options):
+            self.colour = options.pop("colour", None)
+            super().__init__(params, lr, **options)
+
+    assert lf.SAM(network().parameters(), Colourful, colour="red").base_optimizer.colour == "red"
+    with pytest.raises(TypeError, match="shape"):
+        lf.SAM(network().parameters(), Colourful, shape="round")
 
 
 PARAMETERS = [

@@ -489,7 +489,7 @@ def reloaded():
     return found
 
 
-JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 6}}
+JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MicroBatchSAM": {"m": 6}}
 """Options with which each sample of the joined batch counts as it does in its worker's share."""
 
 
@@ -741,9 +741,9 @@ def options_for_one_pass():
 
 @job(2)
 def synced_parts():
-    """m-SAM's parts are perturbed along their averages, if all workers have as many."""
+    """MicroBatchSAM's parts are perturbed along their averages, if all workers have as many."""
     model = DistributedDataParallel(network())
-    opt = make("MSAM", model, "sgd", model=model, m=4, ascent_sync=True)
+    opt = make("MicroBatchSAM", model, "sgd", model=model, m=4, ascent_sync=True)
     train(model, opt, share(batches(steps=STEPS)))
     weights = flat(model)
     x, y = (one[: 8 - 4 * dist.get_rank()] for one in batches(steps=1)[0])

@@ -12,6 +12,7 @@ from torch import Tensor
 from ltsam_fast.ops.checks import plain
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 _LMBDA = "a number in [0, 1], '1/t' or '1-1/t'"
@@ -23,6 +24,8 @@ def _check_lmbda(name: str, value: Any) -> float | str:
     raise ValueError(f"{name} must be {_LMBDA}, got {value!r}")
 
 
+@registered("sam", "SAM")
+@registered("asam", "ASAM", adaptive=True)
 class SAM(SharpnessAware):
     r"""Sharpness-aware minimization: descend with the gradient taken where the loss is about worst nearby.
 
