@@ -155,8 +155,8 @@ def step_in_phases(opt, evaluate, y=None, scaler=None, until=None):
     With ``y`` the losses are weighed by class where the method does so. ``until``: only so many phases.
     """
     weights = [None] * len(opt.phases)
-    if y is not None and getattr(opt, "class_weights", None) is not None:
-        pair = [opt.clean_weights, opt.class_weights]
+    if y is not None and getattr(opt, "sharp_weights", None) is not None:
+        pair = [opt.clean_weights, opt.sharp_weights]
         weights = pair + (pair if len(opt.phases) == 4 else pair[1:])
     at_w = None
     for number, (phase, weight) in enumerate(zip(opt.phases[:until], weights, strict=False)):

@@ -35,6 +35,7 @@ from .workers import (
     REFUSED_IN_JOIN,
     STEPS,
     TAIL_WISE,
+    WEIGHED,
     Odd,
     alone,
     checkpoint,
@@ -44,6 +45,7 @@ from .workers import (
     results,
     shard,
     train,
+    weighed,
 )
 
 WORLDS = pytest.mark.parametrize("world", [2, 4])
@@ -66,6 +68,14 @@ def test_workers_are_the_joined_batch(name, base, job, world):
 @pytest.mark.parametrize("name, base", MORE)
 def test_more_methods_are_the_joined_batch(name, base, job):
     assert_all(2, job, (name, base), alone(name, base))
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name, plan", WEIGHED)
+def test_weights_of_samples(name, plan, kind, world):
+    """Whose share may have no sharp sample."""
+    assert_all(world, "weights_of_samples", (kind, name, plan), weighed(name, network()))
 
 
 @WORLDS

@@ -1,5 +1,5 @@
 # Made by `python -m tests.stubs` from the options that the methods declare.
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class ESAM(_ESAM):
     ) -> None: ...
 
 class FocalSAM(_FocalSAM):
-    gamma: float
+    gamma: float | Sequence[float] | torch.Tensor
     lam: float
     def __init__(
         self,
@@ -79,9 +79,10 @@ class FocalSAM(_FocalSAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
-        gamma: float = 1.0,
+        gamma: float | Sequence[float] | torch.Tensor = 1.0,
         lam: float = 0.5,
         class_counts: Any | None = None,
+        class_weights: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -171,6 +172,7 @@ class ImbSAM(_ImbSAM):
         tail_classes: Any | None = None,
         tail_weight: float = 1.0,
         class_counts: Any | None = None,
+        class_weights: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -244,6 +246,7 @@ class SSESAM(_SSESAM):
         tail_rho: float | None = None,
         switch_step: int | None = None,
         class_counts: Any | None = None,
+        class_weights: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",

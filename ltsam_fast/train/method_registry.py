@@ -117,7 +117,7 @@ def create(config: Config, run: RunInfo) -> Optimizer:
             return base(run.network.parameters(), **options)
         keywords = inspect.signature(cls).parameters
         supplied = {
-            "class_counts": list(run.class_counts),
+            "class_counts": None if "class_weights" in options else list(run.class_counts),
             "head": classifier(run.network) if "head" in keywords else None,
             "m": max(1, config.batch_size // 2),
             "total_steps": run.steps,
