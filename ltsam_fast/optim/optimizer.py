@@ -18,7 +18,7 @@ from ltsam_fast.ops.checks import check_model, check_sample_weights, check_targe
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
-from ltsam_fast.optim.checkpoints import completed
+from ltsam_fast.optim.checkpoints import completed, restore_numbers
 from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
@@ -680,7 +680,9 @@ class SharpnessAware(Configurable, Optimizer):
         self._check_between_steps("load_state_dict")
         before = [(one, dict(vars(one))) for one in (self, self.base_optimizer)]
         try:
-            super().load_state_dict(completed(self, state_dict))
+            whole = completed(self, state_dict)
+            super().load_state_dict(whole)
+            restore_numbers(self, whole)
         except BaseException:
             for one, attributes in before:
                 vars(one).clear()
