@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.optim import SGD, AdamW
 
 import ltsam_fast as lf
 
+from . import test_plans
 from .method_rows import EVERY, closure_of, every
 from .oracles import CLASSES, COUNTS, FEATURES, STEPS, batches, flat, network, relative_error
 
@@ -348,6 +350,53 @@ def test_samples_without_weight_are_not_evaluated(case, form):
         calls = Recorder(model, opt, x, y)
         opt.step(calls, **({"targets": y} if form == "classes" else {"weights": weights}))
     assert calls.calls == wanted
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_way_is_the_published_one(seed):
+    """Random networks and weights, of one part or several, with a scaler or without."""
+    draw = random.Random(seed)
+    name, kind = draw.choice(WEIGHED), draw.choice([*test_plans.MAKERS])
+    groups, base = draw.choice([*test_plans.GROUPS]), draw.choice((SGD, AdamW))
+    parts, scaled, indexed = draw.choice((1, 1, 2, 3)), draw.random() < 0.3, draw.random() < 0.7
+    ends, own = (
+        [],
+        {"class_counts": None, "tail_rho": 0.2, "switch_step": 2} if name == "SSESAM" else {"class_counts": None},
+    )
+    for plan in PLANS:
+        model, opt = test_plans.made(name, kind, groups, plan, base=base, **own)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0) if scaled else None
+        generator, start, found = torch.Generator().manual_seed(seed), flat(model), []
+        for step in range(5):
+            pairs = [test_plans.batch(generator, kind, torch.float64, SIZES[step] + part, 1) for part in range(parts)]
+            weights = [drawn(generator, len(y), (0.0, 0.5, 0.9)[step % 3]) for _, y in pairs]
+            if step == 3:
+                weights = [((v == 0).double(), v) for _, v in weights]
+            closures = [test_plans.closure_of(model, x, y, indexed) for x, y in pairs]
+            found.append(opt.step(closures, weights=weights, scaler=scaler))
+            if scaler is not None:
+                scaler.update()
+        ends.append((flat(model), torch.stack(found)))
+    bound = 1e-11 * (1 if base is SGD else 100) * (ends[0][0] - start).norm()
+    assert (ends[1][0] - ends[0][0]).norm() <= bound, (name, kind, groups, base, parts, indexed)
+    torch.testing.assert_close(ends[1][1], ends[0][1], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", WEIGHED)
+def test_parts_are_the_whole_batch_and_radius_0_is_the_base(name, plan, generator):
+    for rho in (RHO, 0.0):
+        model, exact = network(), []
+        opt = made(name, model, plan, rho=rho)
+        for x, y in batches(steps=6):
+            u, v = drawn(generator, len(y), 0.6)
+            cut = [list(one.split([5, 1, 10])) for one in (x, y, u, v)]
+            opt.step(
+                [closure_of(model, *pair) for pair in zip(*cut[:2], strict=True)],
+                weights=list(zip(*cut[2:], strict=True)),
+            )
+            exact.append((x, cross_entropy(y), u, v))
+        assert relative_error(flat(model), by_hand(network(), exact, rho, head_too=name == "SSESAM")[0]) < 1e-9
 
 
 def test_networks_that_mix_samples_are_evaluated_whole(generator):

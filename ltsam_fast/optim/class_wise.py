@@ -39,8 +39,8 @@ class ClassWise(SharpnessAware):
     takes_weights = True
     class_counts = option(
         None,
-        "Numbers of training samples, one per class. Without them only the phases can be used, and the losses are weighed by "
-        "the caller.",
+        "Numbers of training samples, one per class. Without them, or weights of one's own, only the phases can be used, and "
+        "the losses are weighed by the caller.",
         check=check_class_counts,
         accepts="a list of finite numbers >= 0, not all 0",
         optional=True,
