@@ -1,7 +1,8 @@
 """Builds the two native cores with ninja; everything else is declared in pyproject.toml.
 
 A core that cannot be built is left out, and ltsam_fast/_build_info.py says why, because pip hides build output.
-Obeyed: CXX, CUDA_HOME, MAX_JOBS, LTSAM_CUDA_ARCHS="80 9.0 100+PTX" and LTSAM_REQUIRE=cpu,cuda (missing is an error).
+Obeyed: CXX, CUDA_HOME, MAX_JOBS, LTSAM_CUDA_ARCHS="80 9.0 100+PTX", or "none" for no CUDA core, and LTSAM_REQUIRE=cpu,cuda
+(missing is an error). What was compiled stays in build/, and is not compiled again while sources and commands are the same.
 """
 
 import os
@@ -50,6 +51,8 @@ def cpu_tools():
 
 def cuda_tools():
     """Returns the commands that compile and link the CUDA core; no GPU is needed for that."""
+    if words("LTSAM_CUDA_ARCHS") == ["none"]:
+        raise CompileError("left out at install time by LTSAM_CUDA_ARCHS=none")
     home, cxx = os.environ.get("CUDA_HOME"), os.environ.get("CXX")
     nvcc = (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc")
     if not nvcc:
@@ -107,6 +110,8 @@ class BuildCores(build_ext):
             except CompileError as error:
                 self.missing[core] = str(error)
         (BUILD / "build.ninja").write_text(script)
+        made = [core for core in SOURCES if core not in self.missing]
+        print(f"Compiling {' and '.join(made) or 'nothing'}: cpu takes half a minute, cuda some minutes", flush=True)
         print(ninja("-k0").stdout)
         super().build_extensions()
 
