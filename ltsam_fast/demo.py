@@ -177,7 +177,7 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
     names = list(accuracy)
     widths = [max(4.0, 0.9 * len(names)), 5.0]
     figure = Figure(figsize=(sum(widths) + 1, 4.4), layout="constrained")
-    sides = figure.subfigures(1, 2, width_ratios=widths)
+    sides: Any = figure.subfigures(1, 2, width_ratios=widths)
     left, right = (side.subplots() for side in sides)
     for index, group in enumerate(GROUPS):
         x = [position + (index - (len(GROUPS) - 1) / 2) * 0.2 for position in range(len(names))]
