@@ -12,8 +12,10 @@ from ltsam_fast.diagnostics.plots import SHOT_COLORS
 
 from .test_report import MEASURED, report
 
-figure_module = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
-colors = pytest.importorskip("matplotlib.colors")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+from matplotlib.collections import LineCollection  # noqa: E402
+from matplotlib.colors import to_rgba  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 LINE = torch.linspace(-1, 1, 21)
@@ -27,43 +29,45 @@ def sharpness(classes):
     return ClassSharpness(torch.rand(classes), 2 + torch.rand(classes), torch.ones(classes))
 
 
-def draw_demo(path, methods):
+def draw_demo(path, names):
     """With spreads that reach above 100 % and below 0."""
-    names = [demo.METHODS[method][0] for method in methods]
     entry = {"all": (80, 2), "many": (99, 4), "medium": (85, 2), "few": (10, 15)}
     groups = {group: {"mean": mean, "std": std} for group, (mean, std) in entry.items()}
-    times = {demo.METHODS[name][0]: {"published_ms": 9.9, "ours_ms": 19.9} for name in demo.DEFAULT}
+    times = dict.fromkeys(["SGD", "SAM", "ImbSAM", "SSE-SAM", "Focal-SAM"], {"published_ms": 9.9, "ours_ms": 19.9})
     demo._draw(path, dict.fromkeys(names, groups), times)
+
+
+def measured(table):
+    return {f"{table}, {run}": results for run, results in MEASURED.items() if report.rows(results, table)}
 
 
 DRAW = {
     "norms": lambda path: norms(10).plot(path),
     "norms of 3": lambda path: norms(3).plot(path, ["a", "b", "c"], class_counts=[101, 20, 1]),
     "norms of 100": lambda path: norms(100).plot(path),
-    "norms of 1000": lambda path: norms(1000).plot(path, class_counts=data.longtail_counts(1280, 1000, 256)),
+    "norms of 300": lambda path: norms(300).plot(path, class_counts=data.longtail_counts(1280, 300, 256)),
     "sharpness": lambda path: sharpness(10).plot(path, CIFAR10, class_counts=data.longtail_counts(5000, 10, 500)),
     "eigenvalue": lambda path: TopEigenvalue(3.0, 0.0, True, [1.0, 2.0, 3.0], []).plot(path),
     "line": lambda path: LossSlice(LINE, LINE**2, []).plot(path),
     "plane": lambda path: LossSlice(LINE, LINE**2 + LINE[:, None], []).plot(path),
-    "demo": lambda path: draw_demo(path, demo.DEFAULT),
-    "demo, one": lambda path: draw_demo(path, ["sam"]),
-    "demo, all": lambda path: draw_demo(path, demo.METHODS),
-    **{f"report, {run}": lambda path, run=run: report.draw(MEASURED[run], path) for run in MEASURED},
-    **{f"steps, {run}": lambda path, run=run: report.draw_steps(MEASURED[run], path) for run in MEASURED},
+    "demo": lambda path: draw_demo(path, ["SGD", "SAM", "ImbSAM", "SSE-SAM", "Focal-SAM"]),
+    "demo, one": lambda path: draw_demo(path, ["SAM"]),
+    "demo, all": lambda path: draw_demo(path, [f"Friendly SAM {i}" for i in range(20)]),
+    **{name: lambda path, part=part: report.draw(part, path) for name, part in measured("phases").items()},
+    **{name: lambda path, part=part: report.draw_steps(part, path) for name, part in measured("whole steps").items()},
 }
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Draws a chart in place of writing its file; returns the figure, or ``None``."""
-    figures = [None]
-    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    """Draws a chart in place of writing its file; returns the figure."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 
     def draw(function):
         torch.manual_seed(0)
         function(Path("chart.png"))
-        if figures[-1]:
-            figures[-1].draw_without_rendering()
+        figures[-1].draw_without_rendering()
         return figures[-1]
 
     return draw
@@ -81,8 +85,6 @@ def legends(figure):
 @pytest.mark.parametrize("chart", DRAW)
 def test_nothing_overlaps_and_nothing_is_cut(chart, drawn):
     figure = drawn(DRAW[chart])
-    if figure is None:
-        pytest.skip("not measured in this run")
     for axes in shown_axes(figure):
         box = axes.get_window_extent()
         assert not any(box.overlaps(legend.get_window_extent()) for legend in legends(figure))
@@ -91,11 +93,11 @@ def test_nothing_overlaps_and_nothing_is_cut(chart, drawn):
             boxes = [label.get_window_extent() for label in labels]
             assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2)), axis
         low, high = axes.get_ylim()
-        for segment in itertools.chain.from_iterable(
-            lines.get_segments() for lines in axes.collections if chart[0] == "d"
-        ):
-            assert low < segment[:, 1].min() and segment[:, 1].max() < high
-    for box in [legend.get_window_extent() for legend in legends(figure)]:
+        spreads = [lines for lines in axes.collections if isinstance(lines, LineCollection)]
+        for ends in itertools.chain.from_iterable(lines.get_segments() for lines in spreads):
+            assert low < ends[:, 1].min() and ends[:, 1].max() < high
+    for legend in legends(figure):
+        box = legend.get_window_extent()
         assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
 
 
@@ -107,7 +109,7 @@ def test_classes_are_coloured_by_shot_group_beside_their_counts(drawn):
     assert [bar.get_height() for bar in above.patches] == [500, 50, 10, 5]
     for axes in (above, below):
         shots = ["many", "medium", "few", "few"]
-        expected = [colors.to_rgba(SHOT_COLORS[shot]) for shot in shots]
+        expected = [to_rgba(SHOT_COLORS[shot]) for shot in shots]
         assert [bar.get_facecolor() for bar in sorted(axes.patches, key=lambda bar: bar.get_x())] == expected
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["many (> 100)", "medium", "few (< 20)"]
