@@ -112,7 +112,9 @@ class BuildCores(build_ext):
                 self.missing[core] = str(error)
         (BUILD / "build.ninja").write_text(script)
         made = [f"{core} ({DURATIONS[core]})" for core in SOURCES if core not in self.missing]
-        print("Compiling", " and ".join(made) or "nothing", flush=True)  # all that `pip -v` shows until the end
+        print(
+            "Compiling, unless that was done before:", ", ".join(made), flush=True
+        )  # all that `pip -v` shows meanwhile
         print(ninja("-k0").stdout)
         super().build_extensions()
 
