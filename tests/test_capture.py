@@ -26,22 +26,19 @@ from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.step import AtPerturbed, AtWeights
 from ltsam_fast.optim.trace import Trace
 
+from . import oracles
+from .method_rows import EVERY
+
 COUNTS = [40, 20, 5]
-METHODS = {
-    "SAM": {},
+METHODS = {name: {} for name, row in EVERY.items() if not row.make(oracles.network(), lr=0.1).host_only} | {
     "FocalSAM": {"class_counts": COUNTS},
     "ImbSAM": {"class_counts": COUNTS, "eta": 30},
     "SSESAM": {"class_counts": COUNTS, "eta": 30, "switch_step": 6},
     "GNM": {"decay_every": 3},
-    "FriendlySAM": {},
-    "MSAM": {"m": 3},
+    "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"mask": "dynamic", "refresh_every": 4},
-    "ESAM": {},
     "LookSAM": {"k": 3},
     "GSAM": {"rho_min": 0.01, "rho_max": 0.1},
-    "VaSSO": {},
-    "WSAM": {},
-    "MomentumSAM": {},
     "TailMomentumSAM": {"class_counts": COUNTS},
 }
 BASES = {
@@ -240,6 +237,39 @@ def test_steps_of_the_base_have_a_graph_of_their_own(method, tape):
     (losses, weights, state), wanted = train(method, "sgd", tape, **options), train(method, "sgd", **options)
     torch.testing.assert_close((losses, weights), wanted[:2], rtol=1e-4, atol=1e-5)
     assert [group["base_steps"] for group in state["param_groups"]] == [16, 16] and Tape.captures > 1
+
+
+@pytest.mark.parametrize("kind", ("classes", "samples"))
+@pytest.mark.parametrize("method", ("FocalSAM", "ImbSAM", "SSESAM"))
+def test_weights_of_ones_own(method, kind, tape):
+    """Of the samples they are inputs of the graph, as the batch is; without them the steps are of another kind."""
+    generator, given = torch.Generator().manual_seed(3), {}
+
+    def run(captured):
+        model = network()
+        if kind == "classes":
+            given["class_weights"] = [1.0, 0.5, 0.0], [0.0, 0.5, 2.0]
+        optimizer = getattr(lf, method)(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **given)
+        if captured:
+            tape(model, optimizer)
+            step = lf.graph_step(model, losses_of, optimizer, next(batches(1)))
+        generator.manual_seed(3)
+        for x, y in batches(12, (9, 5)):
+            weights = (torch.rand(len(y), generator=generator), torch.rand(len(y), generator=generator).round())
+            more = {"weights": weights} if kind == "samples" else {}
+            if captured:
+                step(x, y, **more)
+            else:
+                optimizer.step(lambda: losses_of(model(x), y), None if more else y, **more)  # noqa: B023
+        if captured and kind == "samples":
+            with pytest.raises(ValueError, match="class_counts must be given"):
+                step(x, y)
+            with pytest.raises(ValueError, match="weights must be a pair"):
+                step(x, y, weights=weights[0])
+        return model.state_dict()
+
+    assert_same(run(True), run(False))
+    assert Tape.captures == 2
 
 
 class ByHand:
@@ -583,7 +613,9 @@ def test_a_dry_run_knows_steps_with_a_scaler_and_in_low_precision(method):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     rows = list(steps_with_outlines(method, "sgd", scaler=scaler))[1:]
     assert all(trace.agrees(planned.calls) for _, planned, trace in rows)
-    rows = list(steps_with_outlines(method, "sgd", dtype=torch.bfloat16))[2:]  # the first that perturbs has no backups yet
+    rows = list(steps_with_outlines(method, "sgd", dtype=torch.bfloat16))[
+        2:
+    ]  # the first that perturbs has no backups yet
     assert all(trace.agrees(planned.calls) for _, planned, trace in rows)
 
 

@@ -43,6 +43,8 @@ MATRIX = [(name, base) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM") for base
 """What must be the joined batch with any number of workers."""
 MORE = [(n, "sgd") for n, row in EVERY.items() if (n, "sgd") not in MATRIX and not row.by_parts and n != "CCSAM"]
 """The others, but for those that look at parts and classes of their own share."""
+SCHEDULED: dict[str, Any] = {"active": ("every", 2), "rho_schedule": "linear", "total_steps": 25}
+"""Every other step is the base optimizer's."""
 CHECKPOINTED = [("SAM", "adamw"), ("FocalSAM", "sgd"), ("GNM", "plain"), ("FriendlySAM", "sgd"), ("LookSAM", "rmsprop")]
 
 JOBS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {}
@@ -134,6 +136,51 @@ def sharded(name, base, steps=STEPS, kind=network, mesh=None, **more):
 def synced():
     found = {row: ddp(*row, ascent_sync=True) for row in MATRIX}
     return found | {row: ddp(*row, ascent_sync=True) for row in MORE * (dist.get_world_size() == 2)}
+
+
+@job(2)
+def scheduled():
+    """Under DDP, and under FSDP2."""
+    rows = [(name, base) for name, base in (*MATRIX, *MORE) if name != "GSAM"]
+    found = {(*row, "ddp"): ddp(*row, ascent_sync=True, **SCHEDULED) for row in rows}
+    return found | {(*row, "fsdp"): sharded(*row, **SCHEDULED) for row in rows}
+
+
+def weights_of(data):
+    """Random weights of the samples of each batch; one of the batches has no sharp sample, one few."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for number, (_, y) in enumerate(data):
+        u, v = torch.rand(2, len(y), generator=generator, dtype=torch.float64)
+        found.append((u, v * (torch.rand(len(y), generator=generator) < (1.0, 0.1, 0.0)[number % 3])))
+    return found
+
+
+def weighed(name, model, wrapped=None, plan="auto", **more):
+    """Steps with weights of the samples: of this worker's share where the network is wrapped."""
+    data, base = batches(steps=STEPS), BASES["sgd"]
+    given = weights_of(data)
+    if wrapped is not None:
+        given = share(given)
+        data = share(data)
+    net = model if wrapped is None else wrapped
+    opt = getattr(lf, name)(net.parameters(), base[0], rho=0.1, model=net, plan=plan, **base[1], **more)
+    for (x, y), weights in zip(data, given, strict=True):
+        opt.step(closure_of(net, x, y), weights=weights)
+    return whole(net)
+
+
+WEIGHED = [(name, plan) for name in ("FocalSAM", "ImbSAM", "SSESAM") for plan in ("auto", "published")]
+
+
+@job(2, 4)
+def weights_of_samples():
+    found = {}
+    for name, plan in WEIGHED:
+        model = network()
+        found["ddp", name, plan] = weighed(name, model, DistributedDataParallel(model), plan, ascent_sync=True)
+        found["fsdp", name, plan] = weighed(name, None, shard(network()), plan)
+    return found
 
 
 @job(2, 4)
@@ -479,7 +526,7 @@ def reloaded():
     return found
 
 
-JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 6}}
+JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MicroBatchSAM": {"m": 6}}
 """Options with which each sample of the joined batch counts as it does in its worker's share."""
 
 
@@ -731,9 +778,9 @@ def options_for_one_pass():
 
 @job(2)
 def synced_parts():
-    """m-SAM's parts are perturbed along their averages, if all workers have as many."""
+    """MicroBatchSAM's parts are perturbed along their averages, if all workers have as many."""
     model = DistributedDataParallel(network())
-    opt = make("MSAM", model, "sgd", model=model, m=4, ascent_sync=True)
+    opt = make("MicroBatchSAM", model, "sgd", model=model, m=4, ascent_sync=True)
     train(model, opt, share(batches(steps=STEPS)))
     weights = flat(model)
     x, y = (one[: 8 - 4 * dist.get_rank()] for one in batches(steps=1)[0])

@@ -72,6 +72,16 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
     return {**state_dict, "state": {**rest, **kept}, "param_groups": saved_groups}
 
 
+def restore_numbers(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> None:
+    """Puts numbers in the state back as they were saved, such as NAdam's product: torch rounds them as their parameter is."""
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                loaded = optimizer.state[param].get(name)
+                if isinstance(value, Tensor) and not value.dim() and param.dim() and isinstance(loaded, Tensor):
+                    optimizer.state[param][name] = value.to(loaded.device, copy=True)
+
+
 def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A saved group with all options; those that it lacks have their present values.
 
@@ -79,6 +89,8 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
     """
     if "steps" in saved and "perturb" in saved:
         group = {**{name: now[name] for name in optimizer.options}, "base_steps": 0, **saved}
+        if group["class_counts"] is None:  # of a method that ignores them
+            group["class_counts"] = now["class_counts"]
         optimizer.check_group_options(group)
         return group
     if "perturb" in saved:  # version 0.1.0, which kept these in the groups, and other options in attributes

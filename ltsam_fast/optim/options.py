@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ltsam_fast.ops.checks import plain
+from ltsam_fast.ops.checks import check_counts, plain
 
 
 class Option:
@@ -83,6 +84,7 @@ def option(
     per_group: bool = False,
     keyword: bool = True,
     counted: bool = False,
+    per_class: bool = False,
 ) -> Any:
     """Declares an option in the body of a method's class.
 
@@ -101,6 +103,7 @@ def option(
         per_group: Whether groups may differ in it.
         keyword: Whether the constructor takes it; else it can only be set for a group.
         counted: Whether steps change it by themselves.
+        per_class: Whether a number may be given for each class instead, which is kept as a tuple.
     """
     annotation = "Any"
     if check is None and isinstance(default, bool):
@@ -110,9 +113,17 @@ def option(
     elif check is None:
         accepts, annotation = _range(ge, gt, le, lt, integer), "int" if integer else "float"
         check = _number(ge, gt, le, lt, integer, accepts)
+        if per_class:
+            check, accepts = _or_one_per_class(check), f"{accepts}, or one for each class"
+            annotation += " | Sequence[float] | torch.Tensor"
     if optional:
         check, annotation = _or_none(check), f"{annotation} | None"
     return Option(default, check, accepts, doc, per_group, keyword, annotation, counted)
+
+
+def check_class_counts(name: str, value: Any) -> list[float]:
+    """The numbers as a list; raises ValueError unless they are finite, >= 0 and not all 0."""
+    return check_counts(value).tolist()  # type: ignore[no-any-return]
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -161,8 +172,25 @@ def _number(
     return check
 
 
+def _or_one_per_class(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    def checked(name: str, value: Any) -> Any:
+        if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1:
+            value = value.tolist()
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(float(check(name, one)) for one in value)
+        return check(name, value)
+
+    return checked
+
+
 def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
+
+
+def did_you_mean(name: Any, known: Collection[str]) -> str:
+    """Goes between "there is no x" and what there is: the name among the known ones that is most like it."""
+    found = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return f": did you mean {found[0]!r}?" if found else "."
 
 
 class Configurable:
@@ -188,7 +216,11 @@ class Configurable:
 
 def _signature(cls: type[Configurable]) -> inspect.Signature:
     """The constructor's signature with every option by name: the method's own, then those that all methods have."""
-    given = [one for one in inspect.signature(cls.__init__).parameters.values() if one.name != "self"]  # type: ignore[misc]
+    given = [
+        one.replace(default=one.empty, annotation="Callable[..., Optimizer]") if one.name == "base_optimizer" else one
+        for one in inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        if one.name != "self"
+    ]
     first = [one for one in given if one.kind is one.POSITIONAL_OR_KEYWORD]
     rest = [one for one in given if one.kind is one.KEYWORD_ONLY]
     *_, more = given

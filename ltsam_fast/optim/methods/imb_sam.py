@@ -8,9 +8,11 @@ from ltsam_fast.ops.checks import check_tail_classes
 from ltsam_fast.optim.class_wise import TailWise
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("imb_sam", "ImbSAM")
 class ImbSAM(TailWise):
     r"""Imbalanced sharpness-aware minimization: SAM for the classes with few samples, the plain loss for the others.
 
@@ -57,7 +59,7 @@ class ImbSAM(TailWise):
 
     @property
     def open_ended(self) -> bool:  # type: ignore[override]
-        return self.class_counts is None
+        return self.class_counts is None and self.class_weights is None
 
     def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
         tail = self.tail(self.param_groups[0])
