@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import ltsam_fast as lf
 from ltsam_fast.models import classifier
 from ltsam_fast.optim import SharpnessAware
-from ltsam_fast.train.config import Config, ConfigError
+from ltsam_fast.train.config import Config, ConfigError, active_steps
 
 METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
     "sgd": ("SGD", None, {}),
@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
     "gsam": ("GSAM", lf.GSAM, {}),
     "wsam": ("WSAM", lf.WSAM, {}),
     "vasso": ("VaSSO", lf.VaSSO, {}),
+    "momentum_sam": ("Momentum-SAM", lf.MomentumSAM, {}),
 }
 """Name on the command line -> name in print, class and fixed options; ``sgd`` is the base optimizer alone."""
 
@@ -122,6 +123,7 @@ def create(config: Config, run: RunInfo) -> Optimizer:
             "m": max(1, config.batch_size // 2),
             "total_steps": run.steps,
             "seed": config.seed,
+            "active": active_steps(config.active, run.steps_per_epoch, run.steps),
         }
         accepted = {name: value for name, value in supplied.items() if name in keywords}
         return cls(run.network.parameters(), base, model=run.model, **{**accepted, **fixed, **options})
