@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import multiprocessing
-import platform
 import statistics
 import time
 import traceback
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ltsam_fast.data import DataError, Images
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import FIELDS, Config, ConfigError, build, parsed
-from ltsam_fast.train.distributed import device_of, is_rank_zero, rank_and_world_size
+from ltsam_fast.train.distributed import device_of, is_rank_zero, machine, rank_and_world_size
 from ltsam_fast.train.log import GROUPS, Silent
 from ltsam_fast.train.loop import Diverged, check_folder, finished, train, train_together
 from ltsam_fast.train.loss_registry import check_options as check_loss
@@ -60,7 +58,7 @@ class Row:
         loss: Name of the loss.
         finals: Seed -> group -> accuracy after the last epoch; None for a group without classes.
         accuracies: Group -> (mean, std); std is None for a single seed, the pair is None for a group without classes.
-        seconds: Median training time of an epoch.
+        seconds: Mean training time of an epoch.
         curve: Epoch -> (mean, std) of ``all``, for the epochs that end with a test.
         differences: Group -> mean of the differences to SGD of the same seed, and the ends of its 95 % interval; empty for
             SGD itself, without SGD, and where they have fewer than two seeds in common.
@@ -185,7 +183,9 @@ def compare(
         if any(finished(cell.config, cell.folder, None) is None for cell in cells):
             raise
         _LOG.warning("%s: the images of the finished runs are not checked", error)
-    found = {cell.folder: finished(cell.config, cell.folder, draws(cell.config) if draws else None) for cell in cells}
+    earlier = {cell.folder: finished(cell.config, cell.folder, draws(cell.config) if draws else None) for cell in cells}
+    found: dict[Path, Any] = {folder: state and state["history"] for folder, state in earlier.items()}
+    machines = {state.get("machine") for state in earlier.values() if state}
     waiting = [cell for cell in cells if found[cell.folder] is None]
     for _ in range(len(cells) - len(waiting)):
         report(cells[0])  # it counts cells
@@ -205,13 +205,14 @@ def compare(
                 failures.append(outcome)
                 continue
             found[cell.folder] = outcome
+            machines.add(machine(device_of(cell.config.device), cell.config.threads))
             if side_by_side:
                 with report(cell) or Silent() as reporter:
                     reporter.epoch(outcome[-1])
     finally:
         rows = _rows(cells, found)
         if rows and is_rank_zero():
-            _write(rows, cells[0].config, out)
+            _write(rows, cells[0].config, machines, out)
     if left := sum(history is None for history in found.values()) - len(failures):
         failures.append(f"{left} of {len(cells)} runs were not begun within {limit:g} s; repeat the command to go on")
     return rows, failures
@@ -327,7 +328,7 @@ def summary(method: str, loss: str, histories: Mapping[int, Sequence[dict[str, A
     for group in GROUPS:
         values = [final[group] for final in finals.values()]
         accuracies[group] = None if None in values else _mean_and_std(values)
-    seconds = statistics.median(row["seconds"] for history in histories.values() for row in history)
+    seconds = statistics.mean(row["seconds"] for history in histories.values() for row in history)
     curve = {
         rows[0]["epoch"]: _mean_and_std([row["all"] for row in rows])
         for rows in zip(*histories.values(), strict=True)
@@ -416,7 +417,7 @@ def caption(rows: Sequence[Row], config: Config) -> str:
     )
 
 
-def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
+def _write(rows: Sequence[Row], config: Config, machines: set[str | None], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     best = best_of(rows)
     lines = [head(), ["---"] * 2 + ["---:"] * (len(GROUPS) + 1), *(cells_of(row, best) for row in rows)]
@@ -435,7 +436,7 @@ def _write(rows: Sequence[Row], config: Config, out: Path) -> None:
         ends = [value for group in GROUPS for value in row.differences.get(group, (None,) * 3)]
         writer.writerow([row.method, row.loss, len(row.finals), *values, row.seconds, *ends])
     run_checkpoint.write(out / "table.csv", text.getvalue().encode())
-    results = {"machine": machine(config), "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    results = {"machines": sorted(filter(None, machines)), "rows": [asdict(row) for row in rows]}
     run_checkpoint.write(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     common = {
         name: value for name, value in config.as_dict().items() if name not in ("method", "options", "loss", "seed")
@@ -464,18 +465,6 @@ def _differences_of(row: Row) -> list[str]:
         else:
             texts.append("-")
     return texts
-
-
-def machine(config: Config) -> str:
-    """Returns the name of what the runs are computed on, such as "AMD EPYC, 1 thread"."""
-    device = device_of(config.device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    threads = config.threads or torch.get_num_threads()
-    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _draw(rows: Sequence[Row], out: Path) -> None:

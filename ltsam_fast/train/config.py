@@ -127,10 +127,6 @@ class Config:
             raise ConfigError(f"imbalance must not be given with profile 'none', got {self.imbalance!r}")
         if self.n_max is not None and self.imbalance is None:
             raise ConfigError(f"n_max needs imbalance: it is the size of the subset's largest class, got {self.n_max}")
-        if self.val is not None and self.test_per_class is not None:
-            raise ConfigError(
-                f"test_per_class must not be given with val, which is tested on, got {self.test_per_class}"
-            )
         active_steps(self.active, 1, 100)
         if self.graph and (self.compile or self.loss == "gcl"):
             raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
@@ -181,7 +177,7 @@ def active_steps(text: str, steps_per_epoch: int, steps: int) -> Any:
             return ("every", int(last))
         else:
             start, stop = (_steps(end, steps_per_epoch, steps) for end in (first or "0", last or str(steps)))
-            if 0 <= start <= stop:
+            if min(start, stop) >= 0:
                 return ("range", start, stop)
     except ValueError:
         pass

@@ -18,7 +18,7 @@ from ltsam_fast import data
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing
-from ltsam_fast.train.distributed import Distributed, process_group
+from ltsam_fast.train.distributed import Distributed, machine, process_group
 from ltsam_fast.train.log import GROUPS, Logs, Silent
 from ltsam_fast.train.loss_registry import reweight, same_noise
 from ltsam_fast.train.run import Run, prepare
@@ -308,10 +308,8 @@ def check_folder(out: Path) -> None:
         raise ConfigError(f"out {out}: can't write to {existing}")
 
 
-def finished(
-    config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None
-) -> list[dict[str, Any]] | None:
-    """Returns the rows of the run in a folder if all its epochs are finished, else None; errors are those of :func:`train`.
+def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None) -> dict[str, Any] | None:
+    """Returns the checkpoint in a folder if all epochs of its run are finished, else None; errors are those of :func:`train`.
 
     Without ``images`` they are not compared with the run's.
     """
@@ -321,7 +319,7 @@ def finished(
     done = state["epoch"] >= config.epochs
     if images is not None and (done or "data" in state):  # train() warns for a run that it resumes
         run_checkpoint.check_images(state, images, out)
-    return state["history"] if done else None
+    return state if done else None
 
 
 def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
@@ -361,6 +359,7 @@ def _save(run: Run, out: Path) -> None:
         "scaler": run.scaler.state_dict(),
         "random": states,
         "history": run.history,
+        "machine": machine(run.dist.device),
         "best": {"epoch": best["epoch"], "all": best["all"]},
     }
     if run.config.keep_weights or run.epoch < run.config.epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -175,24 +176,25 @@ def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.I
 
 
 def _optimizer(config: Config, info: RunInfo) -> Optimizer:
-    """Returns the optimizer. In a graph SGD alone is SAM of radius 0, whose steps are the base optimizer's."""
+    """Returns the optimizer. In a graph the base optimizer alone is a method that is never active."""
     if config.graph and config.method == "sgd":
-        config = replace(config, method="sam", options={**config.options, "rho": 0.0})
+        config = replace(config, method="sam", options={**config.options, "active": 0.0})
     return create(config, info)
 
 
 def _graph(
     config: Config, dist: Distributed, model: nn.Module, loss: Loss, optimizer: Any, scaler: torch.amp.GradScaler
 ) -> GraphStep:
-    def losses(logits: Tensor, y: Tensor) -> Tensor:
-        return loss(logits, y, batch=None if loss.weight is None else y)
-
     example = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)  # its dimensions and dtypes count
     autocast = None if config.amp == "off" else _PRECISIONS[config.amp]
     try:
-        return graph_step(model, losses, optimizer, example, scaler=scaler, autocast=autocast)
+        return graph_step(model, functools.partial(_losses, loss), optimizer, example, scaler=scaler, autocast=autocast)
     except ValueError as error:
         raise ConfigError(f"graph: {error}") from error
+
+
+def _losses(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
+    return loss(logits, y, batch=None if loss.weight is None else y)
 
 
 def _run_info(config: Config, model: nn.Module, network: nn.Module, counts: list[int]) -> RunInfo:
