@@ -252,7 +252,8 @@ def _in_turn(
 
 
 def _side_by_side(cells: Sequence[Cell], jobs: int, together: int, deadline: float) -> Iterator[tuple[Cell, _Outcome]]:
-    together = min(together, max(1, -(-len(cells) // jobs)))
+    rounds = max(1, -(-len(cells) // (jobs * together)))
+    together = max(1, -(-len(cells) // (jobs * rounds)))  # all processes have as much to do
     batches = iter([cells[first : first + together] for first in range(0, len(cells), together)])
     running: set[Future[list[tuple[Cell, _Outcome]]]] = set()
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from ltsam_fast.train.compare import Cell, Row, compare, grid
 from ltsam_fast.train.config import FIELDS, ConfigError
 
 CHOSEN = "chosen.json"
+_LOG = logging.getLogger("ltsam_fast")
 _KEYS = ("losses", "seeds", "val", "val_seeds", "settings", "grids")
 
 
@@ -58,6 +60,7 @@ def evidence(
     1. Each variant of each method is trained with each loss and the seeds ``val_seeds``, and tested on ``val`` images of each
        class that are held out of the training images. For each loss the variant with the highest mean accuracy over these
        images is chosen, the first one of several. As many images of each class are held out, so this is the mean over classes.
+       A variant whose training failed is left out, with a warning.
     2. The chosen variants are trained with ``seeds`` and tested on the test images, all methods of a seed before the next seed.
 
     Folders ``validation`` and ``test`` have the tables of :func:`ltsam_fast.train.compare.compare`, ``chosen.json`` the choice.
@@ -72,7 +75,8 @@ def evidence(
         **pace: ``jobs`` and ``together`` of ``compare``.
 
     Returns:
-        The rows of the test table, and a line for each run that failed or was not begun. Without a choice there are no rows.
+        The rows of the test table, and a line for each of its runs that failed or was not begun; no rows if there was no time to
+        choose.
 
     Raises:
         ConfigError: The protocol is wrong, or a folder has runs with other settings.
@@ -91,6 +95,8 @@ def evidence(
         complete = [row for row in rows if len(row.finals) == len(set(protocol["val_seeds"]))]  # others failed
         if len(complete) < len(every) * len(losses) and time.monotonic() - start >= limit:
             return [], failures
+        for line in failures:
+            _LOG.warning("%s", line)
         scores = {(row.loss, row.method): row.accuracies["all"][0] for row in complete}  # type: ignore[index]
         for loss, (method, names) in itertools.product(losses, tried.items()):
             candidates = [name for name in names if (loss, name) in scores]
