@@ -75,8 +75,8 @@ def evidence(
         **pace: ``jobs`` and ``together`` of ``compare``.
 
     Returns:
-        The rows of the test table, and a line for each of its runs that failed or was not begun; no rows if there was no time to
-        choose.
+        The rows of the test table, and a line for each of its runs that failed or was not begun. Without the time to choose
+        there are no rows.
 
     Raises:
         ConfigError: The protocol is wrong, or a folder has runs with other settings.

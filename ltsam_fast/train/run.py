@@ -139,7 +139,7 @@ def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.I
         raise ConfigError(f"batch_size must be a multiple of the {dist.world_size} processes, got {config.batch_size}")
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a kernel for each new tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each
     if config.deterministic:  # cuBLAS reads it at its first use and raises without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     train, test = images or load_images(config)
