@@ -694,3 +694,23 @@ def test_a_class_of_another_name_is_named(sources, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert run("train", "--out", "run", "--resume", "--epochs", 2, "--quiet") == 2
     one_line(capsys, "train", "a class was 'c', now it is 'd'")
+
+
+RECIPES_PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+
+def test_the_commands_of_the_recipes_are_right(monkeypatch, capsys):
+    """But for the data, which is not there."""
+    grids = []
+    monkeypatch.setattr(comparison, "compare", lambda cells, out, **_: (grids.append(cells), ([], []))[1])
+    lines = [
+        line.strip()
+        for line in RECIPES_PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("    python -m")
+    ]
+    for line in lines:
+        _, _, package, command, *arguments = line.split()
+        assert (package, command) == ("ltsam_fast", "compare")
+        assert run(command, *arguments, "--device", "cpu", "--quiet") == 0, capsys.readouterr().err
+    assert len(lines) == len({cells[0].folder.parts[:2] for cells in grids}) == 13
+    assert sum(len(cells) for cells in grids) == 8 * 48 + 2 * 6 + 2 * 18 + 12
