@@ -1,0 +1,150 @@
+"""The guides: every block of Python runs as it is printed, every notebook too, and tables agree with the package.
+
+The blocks of a page run in order, in one namespace that begins with ``docs/stand_ins.py``. A comment before a block,
+``<!-- runs if: EXPRESSION -->``, leaves it out where the expression is false: without a GPU, say.
+"""
+
+import contextlib
+import inspect
+import re
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltsam_fast as lf
+from ltsam_fast.train import cli
+from ltsam_fast.train.config import build
+from ltsam_fast.train.method_registry import METHODS, RunInfo, create
+from ltsam_fast.train.recipes import RECIPES
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"(?:<!-- runs if: (.*?) -->\n)?^```(python|sh)\n(.*?)^```$", re.M | re.S)
+PAGES = sorted(page for page in DOCS.rglob("*.md") if BLOCK.search(page.read_text()))
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
+EXTRAS = ("lightning", "transformers", "accelerate", "sklearn", "matplotlib")
+
+
+def blocks(page, language):
+    """The blocks of a language: line numbers, conditions and text."""
+    text = page.read_text()
+    for found in BLOCK.finditer(text):
+        if found[2] == language:
+            yield text.count("\n", 0, found.start(3)), found[1], found[3]
+
+
+def name_of(page):
+    return str(page.relative_to(DOCS))
+
+
+@pytest.fixture
+def a_folder(tmp_path, monkeypatch):
+    """An empty working directory, and the variables of a torchrun with one process."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        number = port.getsockname()[1]
+    variables = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": number}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    yield tmp_path
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_is_printed_runs(page, a_folder):
+    source = page.read_text()
+    for extra in EXTRAS:
+        if re.search(rf"^(import|from) {extra}\b", source, re.M):
+            pytest.importorskip(extra)
+    scope = {"__name__": "__main__"}
+    stand_ins = DOCS / "stand_ins.py"
+    exec(compile(stand_ins.read_text(), str(stand_ins), "exec"), scope)
+    for line, condition, text in blocks(page, "python"):
+        if condition and not eval(condition, scope):
+            continue
+        exec(compile("\n" * line + text, str(page), "exec"), scope)
+    with contextlib.suppress(KeyError):
+        assert scope["loss"].isfinite()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_printed_commands_are_understood(page, monkeypatch):
+    for _, condition, text in blocks(page, "sh"):
+        for command in text.splitlines():
+            found = re.match(r"python -m ltsam_fast (train|compare|diagnose) (.*)$", command)
+            if not found or (condition and not eval(condition, {"lf": lf})):
+                continue
+            parsed = []
+
+            def stop(options, parsed=parsed):
+                parsed.append(options)
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(cli.Parser, "parse_args", lambda self, args, stop=stop: stop(_parse(self, args)))
+            assert cli.main([found[1], *found[2].split()]) == cli.INTERRUPTED
+            layers = cli.given(parsed[0]) if found[1] != "diagnose" else []
+            for method in getattr(parsed[0], "methods", []):
+                assert method in METHODS
+            if layers and "--resume" not in command:
+                config = build(*layers)
+                create(config, RunInfo(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), [9, 1], 10, 100))
+    # Python's other commands: the files are there
+    for module in re.findall(r"python -m (ltsam_fast\.[\w.]+)", page.read_text()):
+        assert inspect.getsource(__import__(module, fromlist=["main"]).main)
+
+
+def _parse(parser, arguments):
+    return super(cli.Parser, parser).parse_args(arguments)
+
+
+def test_every_method_has_a_page_in_the_menu():
+    menu = (DOCS.parent / "mkdocs.yml").read_text()
+    pages = {page.stem: page.read_text() for page in (DOCS / "methods").glob("*.md")}
+    for name in {*lf.optim.__all__} - {"SharpnessAware", "create", "list_methods"}:
+        stems = [stem for stem, text in pages.items() if f"::: ltsam_fast.{name}\n" in text]
+        assert len(stems) == 1 and f"methods/{stems[0]}.md" in menu, name
+
+
+def test_starting_values_are_those_of_classes_and_recipes():
+    _, table = (DOCS / "choose.md").read_text().split("<!-- table: starting values;")
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", table, re.M)
+    assert len(rows) > 20
+    for method, option, constructor, *columns in rows:
+        cls = METHODS[method][1]
+        default = inspect.signature(cls).parameters[option].default
+        assert str(default) == constructor, f"{method}.{option}"
+        for recipe, shown in zip(("digits-lt", "cifar10-lt", "cifar100-lt"), columns, strict=True):
+            options = RECIPES[recipe]["options"]
+            value = options.get(f"{method}.{option}", options.get(option, default))
+            assert str(value) == shown, f"{method}.{option} in {recipe}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
+def test_notebooks_run(notebook, a_folder):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    content = nbformat.read(notebook, as_version=4)
+    assert all(not cell.outputs and cell.execution_count is None for cell in content.cells if cell.cell_type == "code")
+    content.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbclient.NotebookClient(content, timeout=120, resources={"metadata": {"path": str(a_folder)}}).execute()
+
+
+def test_the_docstrings_marks_become_markdown():
+    griffe = pytest.importorskip("griffe")
+    pytest.importorskip("latex2mathml")
+    sys.path.insert(0, str(DOCS))
+    try:
+        from reference_text import ReferenceText, markdown
+    finally:
+        sys.path.remove(str(DOCS))
+    text = "A :class:`~a.b.C` of ``x``.\n\n.. code-block:: text\n\n    w *= 2\n\nMore:\n\n>>> 1\n1\n"
+    assert markdown(text) == (
+        'A <autoref identifier="a.b.C" optional><code>C</code></autoref> of `x`.\n\n'
+        "```text\nw *= 2\n```\n\nMore:\n\n```pycon\n>>> 1\n1\n```\n"
+    )
+    assert issubclass(ReferenceText, griffe.Extension)
