@@ -95,12 +95,14 @@ class WholeStep:
     """``step(closure, targets)`` of any method, with a closure of negligible cost."""
 
     def __init__(self, method: str, options: dict[str, Any], backend: str, shapes: list[Any]) -> None:
+        """``method``: one of ``lf.list_methods()``."""
         generator = torch.Generator().manual_seed(0)
         make = lambda scale: [(torch.randn(s, generator=generator) * scale).to(DEVICE) for s in shapes]  # noqa: E731
         self.params = [torch.nn.Parameter(w) for w in make(0.05)]
         self.grads = make(0.01)
         groups = [{"params": self.params[:-2]}, {"params": self.params[-2:]}]
-        self.optimizer = getattr(lf, method)(groups, torch.optim.SGD, rho=0.05, **options, **BASE)
+        options = {"rho": 0.05, "class_counts": [50, 5], **options, **BASE}
+        self.optimizer = lf.create(method, groups, torch.optim.SGD, **options)
         self.targets = torch.tensor([0, 1] * 4, device=DEVICE)
         self.backend = backend
         self.elements = sum(p.numel() for p in self.params)
@@ -166,15 +168,18 @@ def machine(request: Any) -> dict[str, Any]:
     }
 
 
-def facts(request: Any, elements: int, moved: float, seconds: float, bandwidth: float | None = None) -> dict[str, Any]:
+def facts(
+    request: Any, elements: int, moved: float | None, seconds: float, bandwidth: float | None = None
+) -> dict[str, Any]:
     """Facts of a pass that moved ``moved`` bytes in ``seconds``; ``bandwidth``: bytes per second, else the machine's."""
     found = machine(request)
     if bandwidth is not None:
         found["bandwidth_gb_per_s"] = bandwidth / 1e9
+    found |= {"elements": elements, "fused_ms": 1e3 * seconds}
+    if moved is None:
+        return found
     return found | {
-        "elements": elements,
         "bytes": moved,
-        "fused_ms": 1e3 * seconds,
         "gb_per_s": moved / seconds / 1e9,
         "share_of_bandwidth": moved / seconds / 1e9 / found["bandwidth_gb_per_s"],
     }

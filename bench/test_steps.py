@@ -32,24 +32,29 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[DEVICE]
 NETWORKS = [*names(), "tiny"]
 COMPILED = ("resnet32", "resnet50")
 """Networks for which torch.compile is measured, too; compiling takes long."""
-COUNTS = {"class_counts": [50, 5]}
-METHODS = {
-    "SAM": ({}, 40),
-    "FocalSAM": (COUNTS, 44),
-    "ImbSAM": (COUNTS, 44),
-    "CCSAM": (COUNTS, 24),
-    "SSESAM": ({**COUNTS, "eta": 20}, 60),
-    "GNM": ({}, 32),
-    "FriendlySAM": ({}, 52),
-    "MSAM": ({"m": 4}, 80),
-    "SparseSAM": ({"mask": "dynamic", "refresh_every": 10**9}, 40),
-    "ESAM": ({}, 40),
-    "LookSAM": ({}, 38),
-    "GSAM": ({}, 52),
-    "WSAM": ({}, 44),
-    "VaSSO": ({}, 52),
+OPTIONS = {
+    "sse_sam": {"eta": 20},
+    "micro_batch_sam": {"m": 4},
+    "sparse_sam": {"mask": "dynamic", "refresh_every": 10**9},
 }
-"""Options, and bytes moved per parameter and step (for LookSAM the mean)."""
+MOVED = {
+    "sam": 40,
+    "asam": 44,
+    "focal_sam": 44,
+    "imb_sam": 44,
+    "cc_sam": 24,
+    "sse_sam": 60,
+    "gnm": 32,
+    "friendly_sam": 52,
+    "micro_batch_sam": 80,
+    "sparse_sam": 40,
+    "esam": 40,
+    "look_sam": 38,
+    "gsam": 52,
+    "wsam": 44,
+    "vasso": 52,
+}
+"""Bytes moved per parameter and step, as far as known (for LookSAM the mean)."""
 
 
 def launches(step):
@@ -121,14 +126,13 @@ def test_step(benchmark, method, network, request):
 
 
 @pytest.mark.parametrize("network", ("resnet32", "vit_b16"))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", lf.list_methods())
 def test_methods(benchmark, method, network, request):
     """The optimizer's work in a step of every method against the backend torch; autograd's time is left out."""
     backends = available()
     benchmark.group = f"methods, {network}"
-    options, moved = METHODS[method]
     shapes = SHAPES[network]() if not benchmark.disabled else [(7, 3), (5,), (4, 7), (4,)]
-    steps = [WholeStep(method, options, name, shapes) for name in (*backends, "torch")]
+    steps = [WholeStep(method, OPTIONS.get(method, {}), name, shapes) for name in (*backends, "torch")]
     for step in steps:
         step()
     assert_alike(steps)
@@ -138,7 +142,8 @@ def test_methods(benchmark, method, network, request):
     times = [statistics.median(column) for column in interleaved(steps, 30 if steps[0].elements < 1e6 else 3)]
     benchmark.pedantic(steps[0], rounds=2)
     for backend, ours in zip(backends, times, strict=False):
-        row = facts(request, steps[0].elements, moved * steps[0].elements, ours)
+        moved = MOVED[method] * steps[0].elements if method in MOVED else None
+        row = facts(request, steps[0].elements, moved, ours)
         row |= {"method": method, "network": network, "backend": backend, "torch_ms": 1e3 * times[-1]}
         benchmark.extra_info.setdefault("rows", []).append(row | {"ratio": times[-1] / ours})
     benchmark.extra_info.update(machine(request), table="methods")

@@ -21,6 +21,7 @@ import ltsam_fast as lf
 from ltsam_fast import plain
 from ltsam_fast.data import LongTailed, digits, shot_split
 from ltsam_fast.models import create
+from ltsam_fast.optim.registry import method_named
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
 MANY, FEW = 60, 10
@@ -49,50 +50,44 @@ class Setting:
 
 Options = Callable[[Setting], dict[str, Any]]
 
-METHODS: dict[str, tuple[str, Callable[..., Any] | None, Options]] = {
-    "sgd": ("SGD", None, lambda s: {}),
-    "sam": ("SAM", lf.SAM, lambda s: {"rho": 0.1}),
-    "asam": ("ASAM", lf.SAM, lambda s: {"rho": 0.5, "adaptive": True}),
-    "focal_sam": ("Focal-SAM", lf.FocalSAM, lambda s: {"rho": 0.2, "class_counts": s.counts, "gamma": 3.0, "lam": 0.5}),
-    "imb_sam": ("ImbSAM", lf.ImbSAM, lambda s: {"rho": 0.1, "class_counts": s.counts, "eta": FEW}),
-    "cc_sam": (
-        "CC-SAM",
-        lf.CCSAM,
-        lambda s: {"class_counts": s.counts, "head": s.model[-1], "noise_ratio": 1e-4},
-    ),
-    "sse_sam": (
-        "SSE-SAM",
-        lf.SSESAM,
-        lambda s: {"rho": 0.1, "class_counts": s.counts, "eta": FEW, "switch_step": int(0.7 * s.steps)},
-    ),
-    "gnm": ("GNM", lf.GNM, lambda s: {"rho": 0.05}),
-    "friendly_sam": ("Friendly SAM", lf.FriendlySAM, lambda s: {"rho": 0.1, "lmbda": 0.6}),
-    "m_sam": ("m-SAM", lf.MSAM, lambda s: {"rho": 0.1, "m": BATCH // 2}),
-    "sparse_sam": (
-        "sparse SAM",
-        lf.SparseSAM,
-        lambda s: {"rho": 0.1, "sparsity": 0.5, "refresh_every": s.steps // 10 + 1},
-    ),
-    "esam": ("ESAM", lf.ESAM, lambda s: {"rho": 0.1}),
-    "look_sam": ("LookSAM", lf.LookSAM, lambda s: {"rho": 0.1, "k": 2, "alpha": 0.5}),
-    "gsam": ("GSAM", lf.GSAM, lambda s: {"rho": 0.1, "alpha": 0.2}),
-    "wsam": ("WSAM", lf.WSAM, lambda s: {"rho": 0.1, "gamma": 0.8}),
-    "vasso": ("VaSSO", lf.VaSSO, lambda s: {"rho": 0.1, "theta": 0.4}),
+METHODS = {"sgd": "SGD"} | {name: method_named(name).title for name in lf.list_methods()}
+"""Name on the command line -> name in print. SGD is the base optimizer alone."""
+OPTIONS: dict[str, Options] = {
+    "sam": lambda s: {"rho": 0.1},
+    "asam": lambda s: {"rho": 0.5},
+    "focal_sam": lambda s: {"rho": 0.2, "gamma": 3.0, "lam": 0.5},
+    "imb_sam": lambda s: {"rho": 0.1, "eta": FEW},
+    "cc_sam": lambda s: {"head": s.model[-1], "noise_ratio": 1e-4},
+    "sse_sam": lambda s: {"rho": 0.1, "eta": FEW, "switch_step": int(0.7 * s.steps)},
+    "gnm": lambda s: {"rho": 0.05},
+    "friendly_sam": lambda s: {"rho": 0.1, "lmbda": 0.6},
+    "micro_batch_sam": lambda s: {"rho": 0.1, "m": BATCH // 2},
+    "sparse_sam": lambda s: {"rho": 0.1, "sparsity": 0.5, "refresh_every": s.steps // 10 + 1},
+    "esam": lambda s: {"rho": 0.1},
+    "look_sam": lambda s: {"rho": 0.1, "k": 2, "alpha": 0.5},
+    "gsam": lambda s: {"rho": 0.1, "alpha": 0.2},
+    "wsam": lambda s: {"rho": 0.1, "gamma": 0.8},
+    "vasso": lambda s: {"rho": 0.1, "theta": 0.4},
 }
-"""Name on the command line -> name in print, class and its options. SGD has no class: it is the base optimizer alone."""
+"""Options of the methods; one that is not here has its defaults."""
 DEFAULT = ("sgd", "sam", "imb_sam", "sse_sam", "focal_sam")
+
+
+def options_of(name: str, setting: Setting) -> dict[str, Any]:
+    """Returns the options of a method, class counts included."""
+    return {"class_counts": setting.counts, **(OPTIONS[name](setting) if name in OPTIONS else {})}
 
 
 def _trainer(name: str, setting: Setting, published: bool = False) -> tuple[torch.optim.Optimizer, Step]:
     """Returns the optimizer and a function that takes one step, ours or the published way."""
-    _, method, options = METHODS[name]
     params, model = setting.model.parameters(), setting.model
-    if method is None:
+    if name == "sgd":
         optimizer: Any = plain.SGD(params, **BASE)
     elif published:
-        optimizer = getattr(plain, method.__name__)(params, torch.optim.SGD, **options(setting), **BASE)
+        published_class = getattr(plain, method_named(name).cls.__name__)
+        optimizer = published_class(params, torch.optim.SGD, **options_of(name, setting), **BASE)
     else:
-        optimizer = method(params, torch.optim.SGD, model=model, **options(setting), **BASE)
+        optimizer = lf.create(name, params, torch.optim.SGD, model=model, **options_of(name, setting), **BASE)
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.step(
@@ -143,7 +138,7 @@ def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
     """
     runs = {}
     for name in DEFAULT:
-        for way in WAYS[:1] if METHODS[name][1] is None else WAYS:
+        for way in WAYS[:1] if name == "sgd" else WAYS:
             torch.manual_seed(0)
             setting = Setting(network(), data.class_counts, steps=10**9)
             runs[name, way] = _trainer(name, setting, published=way == "published")[1]
@@ -159,10 +154,10 @@ def step_times(data: LongTailed, rounds: int) -> dict[str, dict[str, float]]:
                 times[key].append(time.perf_counter() - start)
     result: dict[str, dict[str, float]] = {}
     for (name, way), seconds in times.items():
-        result.setdefault(METHODS[name][0], {})[f"{way}_ms"] = 1e3 * statistics.median(seconds)
+        result.setdefault(METHODS[name], {})[f"{way}_ms"] = 1e3 * statistics.median(seconds)
         if way == "ours":
             pairs = zip(times[name, "published"], seconds, strict=True)
-            result[METHODS[name][0]]["ratio"] = statistics.median(published / ours for published, ours in pairs)
+            result[METHODS[name]]["ratio"] = statistics.median(published / ours for published, ours in pairs)
     return result
 
 
@@ -255,27 +250,27 @@ def main(argv: list[str] | None = None) -> int:
         for seed in range(options.seeds):
             data = digits(options.imbalance, seed)
             for name, runs in results.items():
-                bar.set_postfix_str(f"{METHODS[name][0]}, seed {seed}")
+                bar.set_postfix_str(f"{METHODS[name]}, seed {seed}")
                 runs.append(train(name, data, options.epochs, seed, bar.update))
     rounds = 10 if options.quick else 100
     times = step_times(first, rounds)
     accuracy = {
-        METHODS[name][0]: {what: _summary([run[what] for run in runs]) for what in (*GROUPS, "step_ms")}
+        METHODS[name]: {what: _summary([run[what] for run in runs]) for what in (*GROUPS, "step_ms")}
         for name, runs in results.items()
     }
     print(f"\naccuracy (%), mean ± std of {options.seeds} seeds; many: n > {MANY}, few: n < {FEW}")
-    print(f"{'':14}" + "".join(f"{group:>15}" for group in GROUPS) + f"{'ms per step':>15}")
+    print(f"{'':16}" + "".join(f"{group:>15}" for group in GROUPS) + f"{'ms per step':>15}")
     for name, groups in accuracy.items():
         shown = "".join(f"{groups[g]['mean']:9.1f} ± {groups[g]['std']:3.1f}" for g in GROUPS)
-        print(f"{name:14}{shown}{groups['step_ms']['mean']:15.2f}")
+        print(f"{name:16}{shown}{groups['step_ms']['mean']:15.2f}")
     print(
         f"\nwhole training steps of {BATCH} images, ms, medians of {rounds} rounds in turns. published: the authors' passes,"
         "\nwith a loop over the parameters; ratio: published / ours within a round. SGD is torch's, SSE-SAM in stage 1"
     )
-    print(f"{'':14}{'published':>15}{'ours':>15}{'ratio':>15}")
+    print(f"{'':16}{'published':>15}{'ours':>15}{'ratio':>15}")
     for name, entry in times.items():
         ours = f"{entry['ours_ms']:15.2f}{entry['ratio']:15.2f}" if "ours_ms" in entry else f"{'-':>15}{'-':>15}"
-        print(f"{name:14}{entry['published_ms']:15.2f}{ours}")
+        print(f"{name:16}{entry['published_ms']:15.2f}{ours}")
     report = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "class_counts": first.class_counts,

@@ -48,6 +48,7 @@ class _Plain(Optimizer):
         base_optimizer: Callable[..., Optimizer],
         rho: float = 0.05,
         adaptive: bool = False,
+        class_counts: Any = None,  # ignored: all methods take the same arguments
         **kwargs: Any,
     ) -> None:
         if not 0 <= rho < float("inf"):

@@ -97,7 +97,7 @@ class Row:
     state: tuple[str, ...] = ()
     """What it keeps of each parameter from step to step."""
     averages: bool = False
-    """That is a mean of gradients, which has one more where the rest of the step fails."""
+    """That is made of gradients, and has one more where the rest of the step fails."""
     joined: bool = False
     """DistributedDataParallel's workers take the joined batch's step without ``ascent_sync``."""
 
@@ -109,6 +109,11 @@ class Row:
     def told(self):
         """Needs the samples' classes."""
         return "class_counts" in self.options
+
+    @property
+    def once(self):
+        """Evaluates the batch once a step."""
+        return len(self.passes) == 1
 
     def of(self, interface):
         """This row for one of the interfaces."""
@@ -190,7 +195,10 @@ EVERY = {
     "FriendlySAM": Row(
         "FriendlySAM", oracles.friendly_sam, {"sigma": 0.7, "lmbda": 0.6}, state=("grad_mean",), averages=True
     ),
-    "MSAM": Row("MSAM", oracles.m_sam, {"m": 5}, passes=("w", "e") * 4, by_parts=True, indexed=True, joined=True),
+    "MicroBatchSAM": Row(
+        "MicroBatchSAM", oracles.micro_batch_sam, {"m": 5},
+        passes=("w", "e") * 4, by_parts=True, indexed=True, joined=True,
+    ),
     "SparseSAM": Row(
         "SparseSAM", oracles.sparse_sam, {"sparsity": 0.7, "refresh_every": 4, "num_samples": 6},
         by_parts=True, in_phases={"refresh_every": 1}, counts_tried=True, state=("mask",),
@@ -207,7 +215,7 @@ EVERY = {
     "WSAM": Row("WSAM", oracles.wsam, joined=True),
     "MomentumSAM": Row(
         "MomentumSAM", oracles.momentum_sam, {"direction": "last_gradient"},
-        passes=("w",), state=("last_gradient",), joined=True,
+        passes=("w",), state=("last_gradient",), averages=True, joined=True,
     ),
     "TailMomentumSAM": Row(
         "TailMomentumSAM", oracles.tail_momentum_sam, {"class_counts": COUNTS, "gamma": 2.0, "lam": 0.7, "decay": 0.8},

@@ -215,7 +215,7 @@ def sam(p, lmbda=1.0, loss_budget=None, renormalize=False, total_steps=None):
     there = there * (lmbda + (1 - lmbda) * size)
     if loss_budget is not None:
         budget = loss_budget * math.cos(math.pi * p.t / total_steps / 2) ** 2
-        there = there * torch.minimum(torch.ones_like(p.rho), budget / size / p.rho)
+        there = there * torch.minimum(torch.ones_like(p.rho), budget / size / (p.rho * p.perturbed).max())
     g_p = p.gradient(eps=there)
     return g_p * g.norm() / g_p.norm() if renormalize else g_p
 
@@ -232,8 +232,9 @@ def momentum_sam(p, direction="momentum"):
         d = -flat([torch.zeros_like(q) if one is None else one for q, one in zip(p.params, found, strict=True)])
     else:
         d = p.state.get("h", torch.zeros_like(p.rho))
-    there = p.eps(d)
-    p.loss = p.at(there, p.losses).mean().item()
+    there = p.eps(d) if d.any() else None
+    if there is not None:
+        p.loss = p.at(there, p.losses).mean().item()
     g = p.gradient(eps=there)
     p.state["h"] = torch.where(p.has() > 0, g, d)
     return g
@@ -251,10 +252,12 @@ def tail_momentum_sam(p, class_counts, gamma=1.0, lam=0.5, decay=0.9):
     """g_u(w + eps(m)) + g_v(w + eps(m)) with Focal-SAM's u and v, then m = decay m + (1 - decay) g_v; at first m = g_v."""
     v = torch.tensor([lam * math.pow(1 - n / sum(class_counts), gamma) for n in class_counts], dtype=torch.float64)
     m = p.state.get("m", torch.zeros_like(p.rho))
-    there = p.eps(m)
-    p.loss = p.at(there, p.losses).mean().item()
+    there = p.eps(m) if "m" in p.state else None
+    if there is not None:
+        p.loss = p.at(there, p.losses).mean().item()
     g_v = p.gradient(v[p.y] / len(p.y), there, keep=True)
-    p.state["m"] = decay * m + (1 - decay) * g_v if "m" in p.state else g_v
+    later = decay * m + (1 - decay) * g_v if "m" in p.state else g_v
+    p.state["m"] = torch.where(p.has() > 0, later, m)
     return p.gradient((1 - v)[p.y] / len(p.y), there) + g_v
 
 
@@ -351,7 +354,7 @@ def vasso(p, theta=0.4):
 
 
 @method
-def m_sam(p, m):
+def micro_batch_sam(p, m):
     """sum_i (m_i/B) g^i(w + eps(g^i)), g^i of the mean loss of the i-th m_i samples; m_i = m but for the last."""
     direction = 0
     for part in torch.arange(len(p.y)).split(m):

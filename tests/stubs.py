@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from ltsam_fast import optim
+from ltsam_fast.optim.registry import METHODS
 
 STUB = Path(optim.__file__).with_suffix(".pyi")
 HEAD = """# Made by `python -m tests.stubs` from the options that the methods declare.
@@ -22,9 +23,10 @@ from torch.optim import Optimizer
 
 def stub():
     """The file's text."""
-    names = sorted((name for name in optim.__all__ if name != "SharpnessAware"), key=lambda name: module_of(name))
+    names = sorted({method.cls.__name__ for method in METHODS.values()}, key=module_of)
     imports = [f"from {module_of(name)} import {name} as _{name}" for name in names]
     imports.append("from ltsam_fast.optim.optimizer import SharpnessAware as SharpnessAware")
+    imports += [f"from {module_of(name)} import {name} as {name}" for name in ("create", "list_methods")]
     return HEAD + "\n".join(imports) + "\n\n" + "\n".join(map(stub_of, sorted(names)))
 
 

@@ -115,7 +115,7 @@ def test_steps_that_overflow_are_skipped(name, interface, kind):
     for number in range(passes[0]):
         if (name, number) == ("ESAM", 1):  # the pass without gradients
             continue
-        if name == "MSAM" and 1 < number < 7:  # micro-batches between the first and the last
+        if name == "MicroBatchSAM" and 1 < number < 7:  # micro-batches between the first and the last
             continue
         run, skipping = Run(name, kind, interface), Run(name, kind, interface)
         for i, (x, y) in data(9):

@@ -204,7 +204,9 @@ IN_PARTS = [
     (name, base, sizes)
     for name, row in EVERY.items()
     for base, sizes in (("momentum", (16,)), ("adamw", (5, 10, 1)), ("rmsprop", (2,) * 8))
-    if not row.by_parts or sizes == (16,) or (name == "MSAM" and sizes == (5, 10, 1))  # whose micro-batches have 5
+    if not row.by_parts
+    or sizes == (16,)
+    or (name == "MicroBatchSAM" and sizes == (5, 10, 1))  # whose micro-batches have 5
 ]
 
 

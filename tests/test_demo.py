@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import ltsam_fast as lf
-from ltsam_fast import demo, optim
-
-from .method_rows import EVERY
+from ltsam_fast import demo
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +38,8 @@ def test_all_methods_in_one_table(tmp_path, capsys):
     assert demo.main(["--methods", "all", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert len(report["accuracy"]) == len(demo.METHODS) == len(EVERY) + 2  # and SGD, ASAM
-    covered = {method for _, method, _ in demo.METHODS.values()}
-    assert {getattr(lf, name) for name in optim.__all__ if name != "SharpnessAware"} <= covered
+    assert list(report["accuracy"]) == list(demo.METHODS.values())
+    assert [*demo.METHODS] == ["sgd", *lf.list_methods()] and demo.OPTIONS.keys() <= demo.METHODS.keys()
     for name, groups in report["accuracy"].items():
         assert name in printed and groups["step_ms"]["mean"] > 0
 

@@ -17,6 +17,7 @@ import torch
 
 import ltsam_fast as lf
 from ltsam_fast.__main__ import main
+from ltsam_fast.optim.registry import method_named
 from ltsam_fast.train import cli
 from ltsam_fast.train.method_registry import options_of
 from ltsam_fast.train.recipes import RECIPES
@@ -98,12 +99,13 @@ def test_printed_commands_are_understood(page, a_folder, monkeypatch, capsys):
         assert inspect.getsource(importlib.import_module(module).main)
 
 
-def test_every_method_has_a_page_in_the_menu():
-    menu = (DOCS.parent / "mkdocs.yml").read_text()
-    pages = {page.stem: page.read_text() for page in (DOCS / "methods").glob("*.md")}
-    for name in {*lf.optim.__all__} - {"SharpnessAware", "create", "list_methods"}:
-        stems = [stem for stem, text in pages.items() if f"::: ltsam_fast.{name}\n" in text]
-        assert len(stems) == 1 and f"methods/{stems[0]}.md" in menu, name
+@pytest.mark.parametrize("name", lf.list_methods())
+def test_every_method_has_a_page_in_the_menu(name):
+    pages = {page: page.read_text() for page in (DOCS / "methods").glob("*.md")}
+    (page,) = [page for page, text in pages.items() if f"`{name}`" in text.partition("| by name |")[2].partition("\n")[0]]
+    assert f"methods/{page.name}\n" in (DOCS.parent / "mkdocs.yml").read_text()
+    assert f"::: ltsam_fast.{method_named(name).cls.__name__}\n" in pages[page]
+    assert f"({page.name})" in pages[DOCS / "methods" / "index.md"]
 
 
 def test_starting_values_are_those_of_classes_and_recipes():

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import SGD, AdamW, RMSprop, lr_scheduler
 
 import ltsam_fast as lf
-from ltsam_fast import optim
 
 from . import oracles
 from .method_rows import (
@@ -28,11 +27,6 @@ from .method_rows import (
     with_bases,
 )
 from .oracles import CLASSES, COUNTS, FEATURES, STEPS, batches, flat, losses, network, relative_error
-
-
-def test_every_method_has_a_row():
-    assert {row.method for row in EVERY.values()} == {*optim.__all__} - {"SharpnessAware"}
-
 
 # --- the formula
 

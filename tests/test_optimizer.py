@@ -435,7 +435,7 @@ def test_gradients_accumulated_by_hand_over_micro_batches(name):
 def test_averaged_weights_are_of_unperturbed_ones(name):
     """Stochastic averages and exponential ones, and statistics made anew, as for a run that notes its weights itself."""
     torch.manual_seed(0)
-    alone = name == "MSAM"  # it evaluates single samples, which cannot be normalized by the batch
+    alone = name == "MicroBatchSAM"  # it evaluates single samples, which cannot be normalized by the batch
     norm = nn.LayerNorm(8) if alone else nn.BatchNorm1d(8)
     model = nn.Sequential(nn.Linear(FEATURES, 8), norm, nn.Tanh(), nn.Linear(8, CLASSES)).double()
     opt = EVERY[name].make(model, model=model, lr=0.05)

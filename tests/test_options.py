@@ -203,7 +203,7 @@ WENT_BAD = [
     ("WSAM", "gamma", 1.0, r"gamma must be a number in \[0, 1\), got 1\.0"),
     ("ESAM", "beta", 0, r"beta must be a number in \(0, 1\], got 0"),
     ("LookSAM", "k", 0, "k must be an integer >= 1, got 0"),
-    ("MSAM", "m", 0, "m must be an integer >= 1, got 0"),
+    ("MicroBatchSAM", "m", 0, "m must be an integer >= 1, got 0"),
     ("CCSAM", "class_counts", None, "class_counts must be given for CCSAM"),
     ("GNM", "adaptive", True, "adaptive must be False for GNM"),
     ("SparseSAM", "mask", "foo", "mask must be one of 'fisher', 'dynamic', got 'foo'"),
@@ -227,8 +227,9 @@ def test_an_option_that_goes_bad_is_refused_wherever_it_is_set(name, option, val
         opt.step(closure_of(model, x, y), targets=y)
     opt.param_groups[0][option] = before
     state["param_groups"][0][option] = value
-    with pytest.raises(ValueError, match=message):
-        opt.load_state_dict(state)
+    if option != "class_counts":  # a checkpoint without them leaves those that are there
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(state)
     assert torch.equal(flat(model), start)
     opt.step(closure_of(model, x, y), targets=y)
 

@@ -104,8 +104,8 @@ SAME_AS_SAM = {
     "all tail": (oracles.imb_sam, {"class_counts": COUNTS, "eta": 1000}),
     "average left alone": (oracles.friendly_sam, {"sigma": 0.0}),
     "average of one step": (oracles.friendly_sam, {"sigma": 0.5, "lmbda": 0.0, "data": DATA[:1]}),
-    "one micro-batch": (oracles.m_sam, {"m": oracles.BATCH}),
-    "micro-batch larger than the batch": (oracles.m_sam, {"m": 100}),
+    "one micro-batch": (oracles.micro_batch_sam, {"m": oracles.BATCH}),
+    "micro-batch larger than the batch": (oracles.micro_batch_sam, {"m": 100}),
     "dense fisher mask": (oracles.sparse_sam, {"sparsity": 0.0}),
     "dense given mask": (oracles.sparse_sam, {"mask": dense}),
     "all weights and samples": (
@@ -297,7 +297,7 @@ def test_friendly_sam_by_hand():
 
 
 @PLAIN
-def test_m_sam_is_the_mean_of_the_micro_batches(base):
+def test_micro_batch_sam_is_the_mean_of_the_micro_batches(base):
     """Plain SGD is linear in the direction: a step is the weighted mean of SAM steps on the micro-batches."""
     (x, y), model = DATA[0], network()
     parts = [slice(0, 6), slice(6, 12), slice(12, 16)]
@@ -306,8 +306,8 @@ def test_m_sam_is_the_mean_of_the_micro_batches(base):
         for part in parts
     ]
     expected = flat(model) + (6 * moves[0] + 6 * moves[1] + 4 * moves[2]) / 16
-    assert relative_error(run(oracles.m_sam, "sgd", data=DATA[:1], m=6)[0], expected) < 1e-12
-    different(run(oracles.m_sam, base, m=6), run(oracles.m_sam, base, m=16))
+    assert relative_error(run(oracles.micro_batch_sam, "sgd", data=DATA[:1], m=6)[0], expected) < 1e-12
+    different(run(oracles.micro_batch_sam, base, m=6), run(oracles.micro_batch_sam, base, m=16))
 
 
 @PLAIN

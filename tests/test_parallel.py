@@ -33,6 +33,7 @@ from .workers import (
     MORE,
     ONE_PASS_OPTIONS,
     REFUSED_IN_JOIN,
+    SCHEDULED,
     STEPS,
     TAIL_WISE,
     Odd,
@@ -66,6 +67,13 @@ def test_workers_are_the_joined_batch(name, base, job, world):
 @pytest.mark.parametrize("name, base", MORE)
 def test_more_methods_are_the_joined_batch(name, base, job):
     assert_all(2, job, (name, base), alone(name, base))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name, base", [row for row in (*MATRIX, *MORE) if row[0] != "GSAM"])
+def test_steps_of_the_base_are_the_joined_batch(name, base, kind):
+    """GSAM has a schedule of its own."""
+    assert_all(2, "scheduled", (name, base, kind), alone(name, base, **SCHEDULED))
 
 
 @WORLDS
@@ -217,7 +225,7 @@ def test_parameters_that_some_workers_use_otherwise(name, kind):
     """Batches in parts, overflows, weights left alone, other experts at the perturbed weights, DDP's buckets as gradients."""
     found = [one["experts_otherwise"][name, kind] for one in results(2)]
     assert_together(found)
-    if kind == "parts" and name in ("MSAM", "SparseSAM"):  # these look at the parts
+    if kind == "parts" and name in ("MicroBatchSAM", "SparseSAM"):  # these look at the parts
         return
     same = "" if kind in ("parts", "gradient_as_bucket_view") else kind
     expected = joined_experts(name, "sgd", 2, same, ascent_sync=not EVERY[name].joined)
@@ -250,7 +258,7 @@ def test_workers_with_more_batches_than_others(name):
         assert relative_error(found[0][name], found[0]["SGD"]) < 1e-9
     else:
         assert all(one[name, "said"] == said for one in found)
-        assert name in ("GSAM", "WSAM", "LookSAM", "CCSAM", "MSAM")
+        assert name in ("GSAM", "WSAM", "LookSAM", "CCSAM", "MicroBatchSAM")
         assert f"join() must not be enabled with {name}" in said and "join(enable=False)" in said
         assert torch.equal(found[0][name], flat(network()))
 
@@ -285,7 +293,7 @@ def test_micro_batches_that_ascend_along_their_average():
         for order in [[*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]]
     ]
     model = network()
-    train(model, make("MSAM", model, "sgd", m=8), data)
+    train(model, make("MicroBatchSAM", model, "sgd", m=8), data)
     assert relative_error(found[0]["weights"], flat(model)) < 1e-9
     for one in found:
         assert "ascent_sync must be False" in one["said"] and "got 1 to 2" in one["said"] and one["left alone"]

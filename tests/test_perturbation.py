@@ -38,7 +38,7 @@ from .oracles import CLASSES, FEATURES, STEPS, batches, flat, losses, network, r
 def test_groups_that_are_left_out_stay_where_they_are_seen(name, interface):
     row, model = EVERY[name].of(interface), network()
     left_out, perturbed = list(model[0].parameters()), [*model[2].parameters(), *model[4].parameters()]
-    opt = row.make(model, SGD, [{"params": left_out, "perturb": False}, {"params": perturbed}], lr=0.1)
+    opt = row.make(model, SGD, [{"params": left_out, "perturb": False}, {"params": perturbed}], lr=0.0)
     before, kept, seen = flat(perturbed), flat(left_out), []
 
     def look(*_):
@@ -46,7 +46,7 @@ def test_groups_that_are_left_out_stay_where_they_are_seen(name, interface):
         seen.append((opt.is_perturbed, not torch.equal(flat(perturbed), before)))
 
     model.register_forward_pre_hook(look)
-    row.drive(interface, opt, model, batches(steps=1))
+    row.drive(interface, opt, model, batches(steps=2))  # in the first Momentum-SAM has no direction yet
     assert any(moved for _, moved in seen) and all(said == moved for said, moved in seen)
 
 
@@ -392,8 +392,8 @@ def test_statistics_are_those_of_the_passes_at_w(name, interface):
     before = flags(model)
     opt = row.make(model, SGD, lr=0.0, model=model)  # the weights stay, so the other sees the same activations
     at_w, calls = drive_noting(row, interface, opt, model, images(4))
-    if name == "GNM":  # its only pass is at noisy weights
-        assert not at_w and model.head[1].num_batches_tracked == calls
+    if row.once:  # mostly at perturbed weights
+        assert model.head[1].num_batches_tracked == calls
     else:
         for x in at_w:
             other(x)
@@ -416,7 +416,7 @@ def test_statistics_are_left_alone_where_the_user_froze_them(name):
     before, were = buffers(model.norms), flags(model)
     at_w, calls = drive_noting(row, "closure", opt, model, images(3))
     assert same(buffers(model.norms), before) and flags(model) == were
-    assert model.head[1].num_batches_tracked == (len(at_w) or calls)
+    assert model.head[1].num_batches_tracked == (calls if row.once else len(at_w))
 
 
 @pytest.mark.parametrize("name", ["SAM", "FocalSAM", "GSAM"])

@@ -280,7 +280,7 @@ def test_a_default_that_is_a_value_is_no_index():
 
     opt.step(closure, targets=y)
     assert all(one is x and weight is None for one, weight in seen)
-    for name in ("MSAM", "ESAM"):
+    for name in ("MicroBatchSAM", "ESAM"):
         model, opt = made(name, "residual", "every_parameter", "auto")
         with pytest.raises(ValueError, match="closure must take an index"):
             opt.step(lambda x=x, model=model: F.cross_entropy(model(x), y, reduction="none"))
@@ -744,7 +744,7 @@ def test_the_phases_need_the_same_passes(name):
         ("FocalSAM", {"gamma": 0.0, "lam": 1.0}, ["we"] * 3),
         ("SSESAM", {"switch_step": 1}, ["wee", "we", "we"]),
         ("LookSAM", {"k": 2}, ["we", "w", "we"]),
-        ("MSAM", {"m": 16}, ["we"] * 3),
+        ("MicroBatchSAM", {"m": 16}, ["we"] * 3),
     ],
 )
 def test_what_is_weighed_with_zero_or_not_due_is_not_run(name, options, passes):
@@ -951,7 +951,7 @@ def test_a_backward_inside_a_function_is_recognized(name):
     both_plans(make, lambda model, opt, _: opt.step(closure_of(model, X, Y), targets=Y), name, **more)
 
 
-@pytest.mark.parametrize("name", ("MSAM", "ESAM", "SAM"))
+@pytest.mark.parametrize("name", ("MicroBatchSAM", "ESAM", "SAM"))
 def test_running_statistics_at_radius_zero(name):
     def make():
         model = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)).double()

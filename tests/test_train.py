@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 
 import ltsam_fast as lf
-from ltsam_fast import data, demo, diagnostics, models, optim
+from ltsam_fast import data, demo, diagnostics, models
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
+from ltsam_fast.optim.registry import method_named
 from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, loop, read_file, train
 from ltsam_fast.train.config import differing
 from ltsam_fast.train.distributed import process_group
@@ -65,9 +66,8 @@ def same_weights(one, other):
 
 
 def test_every_method_of_the_package_has_a_name():
-    assert {cls for _, cls, _ in METHODS.values() if cls} == {
-        getattr(optim, name) for name in optim.__all__ if name != "SharpnessAware"
-    }
+    assert [*METHODS] == ["sgd", *lf.list_methods()]
+    assert METHODS["sgd"] == "SGD" and METHODS["focal_sam"] == "Focal-SAM"
 
 
 class StopIn(Silent):
@@ -526,6 +526,21 @@ def test_other_settings_are_not_resumed_with(tmp_path, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_a_run_folder_with_a_method_s_former_name_resumes(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    arguments = ("--method", "micro_batch_sam", "--epochs", 1, "--schedule", "constant", "--no-tensorboard", "--quiet")
+    for folder in (new, old):
+        assert run(*arguments, "--out", folder) == 0
+    state = last(old)
+    torch.save({**state, "config": {**state["config"], "method": "m_sam"}}, old / "last.pt")
+    stored = (old / "config.json").read_text()
+    (old / "config.json").write_text(stored.replace("micro_batch_sam", "m_sam"))
+    for folder in (new, old):
+        assert run("--resume", "--epochs", 2, "--out", folder, "--quiet") == 0
+    assert same_weights(new, old) and last(old)["config"]["method"] == "micro_batch_sam"
+    assert run("--method", "m_sam", "--out", tmp_path / "other") == 2
+
+
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
 def test_settings_from_a_file_and_flags_before_them(suffix, tmp_path):
     text = {
@@ -594,9 +609,8 @@ def test_published_settings():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_keyword_of_a_method_is_an_option(method):
-    _, cls, fixed = METHODS[method]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    keywords = {one.name for one in inspect.signature(cls or torch.optim.SGD).parameters.values() if one.kind in kinds}
+    cls, fixed = (torch.optim.SGD, {}) if method == "sgd" else (method_named(method).cls, method_named(method).options)
+    keywords = [name for name in inspect.signature(cls).parameters if name != "base_kwargs"]
     supplied = {
         "params",
         "base_optimizer",
@@ -608,7 +622,7 @@ def test_every_keyword_of_a_method_is_an_option(method):
         "nesterov",
         "weight_decay",
     }
-    assert keywords - supplied - fixed.keys() <= options_of(method).keys()
+    assert {*keywords} - supplied - fixed.keys() <= options_of(method).keys()
     with pytest.raises(ConfigError, match=f"^{method} has no option 'gama'; it takes .*{list(options_of(method))[-1]}"):
         check_options(Config(method=method, options={"gama": 1}))
 

@@ -24,21 +24,18 @@ from torch.utils.data import DataLoader, TensorDataset
 import ltsam_fast as lf
 from ltsam_fast.optim.step import Step
 
+from .method_rows import EVERY
+
 COUNTS = [40, 20, 5]
-METHODS = {
-    "SAM": {},
+METHODS = dict.fromkeys(EVERY, {}) | {
     "FocalSAM": {"class_counts": COUNTS},
     "ImbSAM": {"class_counts": COUNTS, "eta": 30},
     "CCSAM": {"class_counts": COUNTS, "scope": "all"},
     "SSESAM": {"class_counts": COUNTS, "eta": 30},
     "GNM": {"dis_mul": 1.0},
-    "FriendlySAM": {},
-    "MSAM": {"m": 3},
+    "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"refresh_every": 4},
-    "ESAM": {},
     "LookSAM": {"k": 2},
-    "GSAM": {},
-    "WSAM": {},
 }
 TRAINERS = ("lightning", "accelerate", "hugging_face")
 RHO, LR, BATCH, STEPS = 0.1, 0.02, 8, 6
@@ -505,7 +502,7 @@ def test_a_resumed_run_is_an_undisturbed_one(trainer, method, seed, tmp_path):
 
 
 @each_trainer
-@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "MSAM"])
+@pytest.mark.parametrize("method", ["SAM", "FocalSAM", "MicroBatchSAM"])
 @pytest.mark.parametrize("spoilt", [0, 3, STEPS - 1])
 def test_a_scaler_skips_what_overflows(trainer, method, spoilt, seed, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "Net", Unnormalized)  # running statistics would keep the overflow
@@ -584,11 +581,11 @@ MODULES = {
 
 @each_trainer
 def test_two_workers(trainer, workers, monkeypatch):
-    """Synced, they are the joined batch; by default each climbs along its own half, which is m-SAM with m of a half."""
+    """Synced, they are the joined batch; by default each climbs along its own half, which is MicroBatchSAM with m of a half."""
     pytest.importorskip(MODULES[trainer][0])
     monkeypatch.setitem(globals(), "Net", Unnormalized)
     joined = plain("FocalSAM", {"class_counts": COUNTS}, make_data(7))
-    halves = plain("MSAM", {"m": BATCH // 2}, make_data(7))
+    halves = plain("MicroBatchSAM", {"m": BATCH // 2}, make_data(7))
     tail = plain("ImbSAM", {"class_counts": COUNTS, "eta": 10, "plan": "published"}, make_data(7))
     for one in workers:
         assert_equal(one[trainer, "synced"], joined, 1e-5)
@@ -771,7 +768,7 @@ def test_lightning_shows_the_loss_at_w(method, micro, seed, tmp_path, monkeypatc
     pytest.importorskip("lightning")
     if method in (
         "CCSAM",
-        "MSAM",
+        "MicroBatchSAM",
         "ESAM",
         "ImbSAM",
         "SSESAM",
@@ -1319,6 +1316,19 @@ def test_hugging_face_trains_as_ever_with_an_ordinary_optimizer(tmp_path):
     model = classifier()
     classified(tmp_path, model, torch.arange(BATCH) % 3, method=None, method_options=None, methods=methods).train()
     assert not torch.equal(weights(model), weights(classifier()))
+
+
+def test_hugging_face_takes_a_method_by_its_name(tmp_path):
+    ends, labels = [], torch.arange(BATCH) % 3
+    for method, options in (("asam", {"rho": 1.0}), (lf.SAM, {"rho": 1.0, "adaptive": True})):
+        model = classifier()
+        trainer = classified(tmp_path, model, labels, method=method, method_options=options)
+        trainer.train()
+        assert trainer.optimizer.optimizer.adaptive is True
+        ends.append(weights(model))
+    assert torch.equal(*ends) and not torch.equal(ends[0], weights(classifier()))
+    with pytest.raises(ValueError, match="there is no method 'focal': did you mean 'focal_sam'"):
+        classified(tmp_path, classifier(), labels, method="focal")
 
 
 def hugging_face_trainer(folder, net=None, arguments=(), **more):

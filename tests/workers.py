@@ -43,6 +43,8 @@ MATRIX = [(name, base) for name in ("SAM", "FocalSAM", "ImbSAM", "GNM") for base
 """What must be the joined batch with any number of workers."""
 MORE = [(n, "sgd") for n, row in EVERY.items() if (n, "sgd") not in MATRIX and not row.by_parts and n != "CCSAM"]
 """The others, but for those that look at parts and classes of their own share."""
+SCHEDULED: dict[str, Any] = {"active": ("every", 2), "rho_schedule": "linear", "total_steps": 25}
+"""Every other step is the base optimizer's."""
 CHECKPOINTED = [("SAM", "adamw"), ("FocalSAM", "sgd"), ("GNM", "plain"), ("FriendlySAM", "sgd"), ("LookSAM", "rmsprop")]
 
 JOBS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {}
@@ -134,6 +136,14 @@ def sharded(name, base, steps=STEPS, kind=network, mesh=None, **more):
 def synced():
     found = {row: ddp(*row, ascent_sync=True) for row in MATRIX}
     return found | {row: ddp(*row, ascent_sync=True) for row in MORE * (dist.get_world_size() == 2)}
+
+
+@job(2)
+def scheduled():
+    """Under DDP, and under FSDP2."""
+    rows = [(name, base) for name, base in (*MATRIX, *MORE) if name != "GSAM"]
+    found = {(*row, "ddp"): ddp(*row, ascent_sync=True, **SCHEDULED) for row in rows}
+    return found | {(*row, "fsdp"): sharded(*row, **SCHEDULED) for row in rows}
 
 
 @job(2, 4)
@@ -479,7 +489,7 @@ def reloaded():
     return found
 
 
-JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MSAM": {"m": 6}}
+JOINED = {"ESAM": {"gamma": 1.0}, "SparseSAM": {"num_samples": 24}, "MicroBatchSAM": {"m": 6}}
 """Options with which each sample of the joined batch counts as it does in its worker's share."""
 
 
@@ -731,9 +741,9 @@ def options_for_one_pass():
 
 @job(2)
 def synced_parts():
-    """m-SAM's parts are perturbed along their averages, if all workers have as many."""
+    """MicroBatchSAM's parts are perturbed along their averages, if all workers have as many."""
     model = DistributedDataParallel(network())
-    opt = make("MSAM", model, "sgd", model=model, m=4, ascent_sync=True)
+    opt = make("MicroBatchSAM", model, "sgd", model=model, m=4, ascent_sync=True)
     train(model, opt, share(batches(steps=STEPS)))
     weights = flat(model)
     x, y = (one[: 8 - 4 * dist.get_rank()] for one in batches(steps=1)[0])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ltsam_fast.data import LongTailed, digits
-from ltsam_fast.demo import METHODS, Setting, accuracies
-from ltsam_fast.optim import SharpnessAware
+from ltsam_fast.demo import METHODS, Setting, accuracies, options_of
+from ltsam_fast.optim import SharpnessAware, list_methods
+from ltsam_fast.optim.registry import method_named
 
 BATCH = 64
 
@@ -21,9 +22,7 @@ BATCH = 64
 def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: float) -> argparse.Namespace:
     """Parses the command line, loads the data into ``data`` and seeds torch's random numbers."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument(
-        "--method", default="focal_sam", choices=[name for name in METHODS if name != "sgd"], help="default %(default)s"
-    )
+    parser.add_argument("--method", default="focal_sam", choices=list_methods(), help="default %(default)s")
     parser.add_argument("--epochs", type=int, default=epochs, help="default %(default)s")
     parser.add_argument("--lr", type=float, default=lr, help="learning rate (default %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step (default %(default)s)")
@@ -50,9 +49,9 @@ def loader(data: LongTailed, accumulate: int = 1) -> DataLoader[Any]:
 
 def method_of(options: argparse.Namespace, head: nn.Module) -> tuple[type[SharpnessAware], dict[str, Any]]:
     """Returns the method and its options; ``head`` is the classifier, which CC-SAM needs."""
-    _, method, own = METHODS[options.method]
+    method = method_named(options.method)
     setting = Setting(nn.Sequential(head), options.data.class_counts, options.steps)
-    return method, own(setting)  # type: ignore[return-value]
+    return method.cls, method.options_with(options_of(options.method, setting))
 
 
 def report(
@@ -61,5 +60,5 @@ def report(
     """Prints and returns the test accuracies; ``predict`` returns logits, shape (M, C)."""
     result = accuracies(predict, options.data)  # type: ignore[arg-type]  # accuracies() only calls it
     shown = "  ".join(f"{group} {value:.1f}" for group, value in result.items())
-    show(f"{METHODS[options.method][0]}: test accuracy (%): {shown}")
+    show(f"{METHODS[options.method]}: test accuracy (%): {shown}")
     return result

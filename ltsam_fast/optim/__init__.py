@@ -8,7 +8,7 @@ from ltsam_fast.optim.methods.gnm import GNM
 from ltsam_fast.optim.methods.gsam import GSAM
 from ltsam_fast.optim.methods.imb_sam import ImbSAM
 from ltsam_fast.optim.methods.look_sam import LookSAM
-from ltsam_fast.optim.methods.m_sam import MSAM
+from ltsam_fast.optim.methods.micro_batch_sam import MicroBatchSAM
 from ltsam_fast.optim.methods.momentum_sam import MomentumSAM
 from ltsam_fast.optim.methods.sam import SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM
@@ -17,6 +17,7 @@ from ltsam_fast.optim.methods.tail_momentum_sam import TailMomentumSAM
 from ltsam_fast.optim.methods.vasso import VaSSO
 from ltsam_fast.optim.methods.wsam import WSAM
 from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim.registry import create, list_methods
 
 __all__ = [
     "CCSAM",
@@ -27,7 +28,7 @@ __all__ = [
     "GSAM",
     "ImbSAM",
     "LookSAM",
-    "MSAM",
+    "MicroBatchSAM",
     "MomentumSAM",
     "SAM",
     "SSESAM",
@@ -36,4 +37,6 @@ __all__ = [
     "TailMomentumSAM",
     "VaSSO",
     "WSAM",
+    "create",
+    "list_methods",
 ]

@@ -13,7 +13,7 @@ from ltsam_fast.optim.methods.gnm import GNM as _GNM
 from ltsam_fast.optim.methods.gsam import GSAM as _GSAM
 from ltsam_fast.optim.methods.imb_sam import ImbSAM as _ImbSAM
 from ltsam_fast.optim.methods.look_sam import LookSAM as _LookSAM
-from ltsam_fast.optim.methods.m_sam import MSAM as _MSAM
+from ltsam_fast.optim.methods.micro_batch_sam import MicroBatchSAM as _MicroBatchSAM
 from ltsam_fast.optim.methods.momentum_sam import MomentumSAM as _MomentumSAM
 from ltsam_fast.optim.methods.sam import SAM as _SAM
 from ltsam_fast.optim.methods.sparse_sam import SparseSAM as _SparseSAM
@@ -22,9 +22,10 @@ from ltsam_fast.optim.methods.tail_momentum_sam import TailMomentumSAM as _TailM
 from ltsam_fast.optim.methods.vasso import VaSSO as _VaSSO
 from ltsam_fast.optim.methods.wsam import WSAM as _WSAM
 from ltsam_fast.optim.optimizer import SharpnessAware as SharpnessAware
+from ltsam_fast.optim.registry import create as create
+from ltsam_fast.optim.registry import list_methods as list_methods
 
 class CCSAM(_CCSAM):
-    class_counts: Any | None
     scope: str
     head: Any | None
     noise_ratio: float
@@ -36,11 +37,11 @@ class CCSAM(_CCSAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
-        class_counts: Any | None = None,
         scope: str = "head",
         head: Any | None = None,
         noise_ratio: float = 1e-06,
         flat_ratio: float = 0.5,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -67,6 +68,7 @@ class ESAM(_ESAM):
         gamma: float = 0.5,
         granularity: str = "element",
         seed: int = 0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -112,6 +114,7 @@ class FriendlySAM(_FriendlySAM):
         *,
         sigma: float = 1.0,
         lmbda: float = 0.9,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -138,6 +141,7 @@ class GNM(_GNM):
         clip: float = 1.0,
         decay_every: int | None = None,
         seed: int = 0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -164,6 +168,7 @@ class GSAM(_GSAM):
         rho_min: float | None = None,
         rho_max: float | None = None,
         lr_min: float = 0.0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -211,6 +216,7 @@ class LookSAM(_LookSAM):
         *,
         k: int = 5,
         alpha: float = 0.7,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -221,7 +227,7 @@ class LookSAM(_LookSAM):
         **base_kwargs: Any,
     ) -> None: ...
 
-class MSAM(_MSAM):
+class MicroBatchSAM(_MicroBatchSAM):
     m: int
     def __init__(
         self,
@@ -231,6 +237,7 @@ class MSAM(_MSAM):
         adaptive: bool = False,
         *,
         m: int = 32,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -252,6 +259,7 @@ class MomentumSAM(_MomentumSAM):
         adaptive: bool = False,
         *,
         direction: str = "momentum",
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -276,6 +284,7 @@ class SAM(_SAM):
         lmbda: Any = 1.0,
         loss_budget: float | None = None,
         renormalize: bool = False,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -331,6 +340,7 @@ class SparseSAM(_SparseSAM):
         drop_rate: float = 0.5,
         num_samples: int = 16,
         seed: int = 0,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -374,6 +384,7 @@ class VaSSO(_VaSSO):
         adaptive: bool = False,
         *,
         theta: float = 0.4,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",
@@ -396,6 +407,7 @@ class WSAM(_WSAM):
         *,
         gamma: float = 0.9,
         decouple: bool = True,
+        class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
         plan: str = "auto",

@@ -79,6 +79,8 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
     """
     if "steps" in saved and "perturb" in saved:
         group = {**{name: now[name] for name in optimizer.options}, "base_steps": 0, **saved}
+        if group["class_counts"] is None:  # of a method that ignores them
+            group["class_counts"] = now["class_counts"]
         optimizer.check_group_options(group)
         return group
     if "perturb" in saved:  # version 0.1.0, which kept these in the groups, and other options in attributes

@@ -7,15 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.ops.checks import check_counts, tail_of
+from ltsam_fast.ops.checks import tail_of
 from ltsam_fast.optim.closures import ClassWeights, pilot_of
 from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.options import option
-
-
-def check_class_counts(name: str, value: Any) -> list[float]:
-    """The numbers as a list; raises ValueError unless they are finite, >= 0 and not all 0."""
-    return check_counts(value).tolist()  # type: ignore[no-any-return]
 
 
 class ClassWise(SharpnessAware):
@@ -30,17 +25,11 @@ class ClassWise(SharpnessAware):
     The first two backwards share a graph; where u or v is zero for every class its passes are not run at all. Given the
     network as ``model``, and a closure that takes an index, samples with weight 0 are not evaluated, and u and v without a
     sample in common are two sub-batches. Others share a backward sweep: 7 units instead of 8 where SAM takes 6.
+
+    Without ``class_counts`` only the phases can be used, and the losses are weighed by the caller.
     """
 
     several_gradients = True
-    class_counts = option(
-        None,
-        "Numbers of training samples, one per class. Without them only the phases can be used, and the losses are weighed by "
-        "the caller.",
-        check=check_class_counts,
-        accepts="a list of finite numbers >= 0, not all 0",
-        optional=True,
-    )
     weight_options: tuple[str, ...] = ()
     """The options that the class weights follow from."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.network import Network
-from ltsam_fast.optim.options import Configurable, option
+from ltsam_fast.optim.options import Configurable, check_class_counts, did_you_mean, option
 from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
@@ -86,7 +87,7 @@ class SharpnessAware(Configurable, Optimizer):
 
     Raises:
         ValueError: An option is out of its range, or one of the base optimizer is wrong.
-        TypeError: ``base_optimizer`` is not a class.
+        TypeError: ``base_optimizer`` is not a class, or neither it nor the method has an option of this name.
     """
 
     _running: PhaseRun | None
@@ -101,6 +102,14 @@ class SharpnessAware(Configurable, Optimizer):
 
     rho = option(0.05, "Radius of the perturbation, in units of the weights.", ge=0, per_group=True)
     adaptive = option(False, "Scale the perturbation by the weights, as ASAM does.", per_group=True)
+    class_counts = option(
+        None,
+        "Numbers of training samples, one per class. Class-wise methods need them for ``step(closure, targets)``, the others "
+        "ignore them.",
+        check=check_class_counts,
+        accepts="a list of finite numbers >= 0, not all 0",
+        optional=True,
+    )
     max_grad_norm = option(0.0, "Clip the final gradient to this norm, inside the update; 0: do not.", ge=0)
     ascent_sync = option(False, "Under DDP, ascend along the mean of all workers' gradients.")
     plan = option(
@@ -174,29 +183,33 @@ class SharpnessAware(Configurable, Optimizer):
     def __init__(
         self,
         params: Any,
-        base_optimizer: Callable[..., Optimizer],
+        base_optimizer: Callable[..., Optimizer] | None = None,  # needed; None is answered in one line
         rho: float = 0.05,
         adaptive: bool = False,
         *,
         model: torch.nn.Module | None = None,
         **base_kwargs: Any,
     ) -> None:
+        if base_optimizer is None:
+            example = f"{type(self).__name__}(params, torch.optim.SGD, lr=0.1)"
+            raise TypeError(f"base_optimizer must be given, the class that takes the step: {example}")
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
             got = type(base_optimizer).__name__ if isinstance(base_optimizer, Optimizer) else repr(base_optimizer)
             raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {got}")
+        if isinstance(base_optimizer, type):
+            check_base(base_optimizer)
         given = {"rho": rho, "adaptive": adaptive, **base_kwargs}
         own = {
             name: given.pop(name) if one.keyword and name in given else one.default
             for name, one in self.options.items()
         }
+        self._check_names(base_optimizer, given)
         # Those of a group are checked with the group, which may have its own.
         own |= {name: one.check(name, own[name]) for name, one in self.options.items() if not one.per_group}
         self._sharded = False
         self.model = model
         self.check_options(own)
         own |= _COUNTS
-        if isinstance(base_optimizer, type):
-            check_base(base_optimizer)
         self.base_optimizer = base_optimizer(_with_options(params, own), **given)
         check_base(type(self.base_optimizer))
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
@@ -209,6 +222,26 @@ class SharpnessAware(Configurable, Optimizer):
         self.defaults = {**self.base_optimizer.defaults, **own}
         self.resolve_options()
         self._follow_base()
+
+    def _check_names(self, base: Callable[..., Optimizer], given: Mapping[str, Any]) -> None:
+        """Raises TypeError if the base optimizer has no option of a name that the method has not taken."""
+        parameters = inspect.signature(base).parameters.values()
+        if any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return  # the base says so itself
+        theirs = [one.name for one in parameters][1:]
+        for name in given:
+            if name in theirs:
+                continue
+            cls = type(self).__name__
+            if name in self.options:
+                raise TypeError(
+                    f"{name} is an option of parameter groups, not of {cls}: {{'params': ..., {name!r}: ...}}"
+                )
+            own = [*(option for option, one in self.options.items() if one.keyword), "model"]
+            raise TypeError(
+                f"{cls} has no option {name!r}{did_you_mean(name, [*own, *theirs])} It takes {', '.join(own)}; "
+                f"{getattr(base, '__name__', 'base_optimizer')} takes {', '.join(theirs)}"
+            )
 
     # --- what a method writes
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ltsam_fast.ops.checks import plain
+from ltsam_fast.ops.checks import check_counts, plain
 
 
 class Option:
@@ -115,6 +116,11 @@ def option(
     return Option(default, check, accepts, doc, per_group, keyword, annotation, counted)
 
 
+def check_class_counts(name: str, value: Any) -> list[float]:
+    """The numbers as a list; raises ValueError unless they are finite, >= 0 and not all 0."""
+    return check_counts(value).tolist()  # type: ignore[no-any-return]
+
+
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1):
         return bool(value)
@@ -165,6 +171,12 @@ def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def did_you_mean(name: Any, known: Collection[str]) -> str:
+    """Goes between "there is no x" and what there is: the name among the known ones that is most like it."""
+    found = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return f": did you mean {found[0]!r}?" if found else "."
+
+
 class Configurable:
     """A class with options: collects them, and shows them in its signature and docstring."""
 
@@ -188,7 +200,11 @@ class Configurable:
 
 def _signature(cls: type[Configurable]) -> inspect.Signature:
     """The constructor's signature with every option by name: the method's own, then those that all methods have."""
-    given = [one for one in inspect.signature(cls.__init__).parameters.values() if one.name != "self"]  # type: ignore[misc]
+    given = [
+        one.replace(default=one.empty, annotation="Callable[..., Optimizer]") if one.name == "base_optimizer" else one
+        for one in inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+        if one.name != "self"
+    ]
     first = [one for one in given if one.kind is one.POSITIONAL_OR_KEYWORD]
     rest = [one for one in given if one.kind is one.KEYWORD_ONLY]
     *_, more = given

@@ -23,7 +23,7 @@ from ltsam_fast.train.loop import Diverged, check_folder, finished, train
 from ltsam_fast.train.loss_registry import check_options as check_loss
 from ltsam_fast.train.loss_registry import label as loss_label
 from ltsam_fast.train.loss_registry import options_of as loss_options_of
-from ltsam_fast.train.method_registry import check_options, label
+from ltsam_fast.train.method_registry import METHODS, check_options
 from ltsam_fast.train.method_registry import options_of as method_options_of
 from ltsam_fast.train.run import check, load_images
 
@@ -189,7 +189,7 @@ def cells_of(row: Row, best: Mapping[str, float] | None = None, mark: str = "**"
     >>> cells_of(Row("sam", "ce", 2, {"all": (71.26, 0.5), "few": None}, 1.5, []), {"all": 71.26})
     ['SAM', 'CE', '**71.3 ± 0.5**', '-', '1.50']
     """
-    texts = [label(row.method), loss_label(row.loss)]
+    texts = [METHODS[row.method], loss_label(row.loss)]
     for group, accuracy in row.accuracies.items():
         if accuracy is None:
             texts.append("-")
@@ -274,7 +274,7 @@ def _bars(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
     rotated = len(rows) > 4
     axes.set_xticks(
         range(len(rows)),
-        [label(row.method) for row in rows],
+        [METHODS[row.method] for row in rows],
         rotation=40 * rotated,
         ha="right" if rotated else "center",
     )
@@ -286,7 +286,7 @@ def _curves(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
         epochs = range(1, len(row.curve) + 1)
         means = [mean for mean, _ in row.curve]
         spreads = [std or 0 for _, std in row.curve]
-        (line,) = axes.plot(epochs, means, label=label(row.method), linewidth=1.2)
+        (line,) = axes.plot(epochs, means, label=METHODS[row.method], linewidth=1.2)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("epoch")

@@ -237,6 +237,11 @@ def build(*layers: Mapping[str, Any]) -> Config:
     return Config(**settings)
 
 
+def from_stored(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a run has stored: version 0.1.0 called one method by another name."""
+    return {**stored, "method": "micro_batch_sam"} if stored.get("method") == "m_sam" else stored
+
+
 def _of(options: Any, owner: str) -> dict[str, Any]:
     """Returns the options for this method or loss; those with its prefix override the others."""
     if not isinstance(options, Mapping):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltsam_fast import data
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import run_checkpoint
-from ltsam_fast.train.config import Config, ConfigError, build, differing
+from ltsam_fast.train.config import Config, ConfigError, build, differing, from_stored
 from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import GROUPS, Logs, Silent
 from ltsam_fast.train.loss_registry import reweight, same_noise
@@ -213,7 +213,7 @@ def stored_config(out: str | Path) -> Config | None:
     if not path.exists():
         return None
     try:
-        return build(json.loads(path.read_text(encoding="utf-8")))
+        return build(from_stored(json.loads(path.read_text(encoding="utf-8"))))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -12,29 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ltsam_fast as lf
-from ltsam_fast.models import classifier
-from ltsam_fast.optim import SharpnessAware
+from ltsam_fast.optim.registry import method_named
 from ltsam_fast.train.config import Config, ConfigError
 
-METHODS: dict[str, tuple[str, type[SharpnessAware] | None, dict[str, Any]]] = {
-    "sgd": ("SGD", None, {}),
-    "sam": ("SAM", lf.SAM, {}),
-    "asam": ("ASAM", lf.SAM, {"adaptive": True}),
-    "focal_sam": ("Focal-SAM", lf.FocalSAM, {}),
-    "imb_sam": ("ImbSAM", lf.ImbSAM, {}),
-    "cc_sam": ("CC-SAM", lf.CCSAM, {}),
-    "sse_sam": ("SSE-SAM", lf.SSESAM, {}),
-    "gnm": ("GNM", lf.GNM, {}),
-    "friendly_sam": ("Friendly SAM", lf.FriendlySAM, {}),
-    "m_sam": ("m-SAM", lf.MSAM, {}),
-    "sparse_sam": ("sparse SAM", lf.SparseSAM, {}),
-    "esam": ("ESAM", lf.ESAM, {}),
-    "look_sam": ("LookSAM", lf.LookSAM, {}),
-    "gsam": ("GSAM", lf.GSAM, {}),
-    "wsam": ("WSAM", lf.WSAM, {}),
-    "vasso": ("VaSSO", lf.VaSSO, {}),
-}
-"""Name on the command line -> name in print, class and fixed options; ``sgd`` is the base optimizer alone."""
+METHODS = {"sgd": "SGD"} | {name: method_named(name).title for name in lf.list_methods()}
+"""Name on the command line -> name in print; ``sgd`` is the base optimizer alone."""
 
 _BASE_OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -58,15 +40,6 @@ class RunInfo:
     steps: int
 
 
-def label(method: str) -> str:
-    """Returns the method's name in print.
-
-    >>> label("focal_sam")
-    'Focal-SAM'
-    """
-    return METHODS[method][0]
-
-
 def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     """Returns the options of a method with their defaults: every keyword of its class, then those of the base optimizer.
 
@@ -80,13 +53,17 @@ def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     """
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    _, cls, fixed = METHODS[method]
+    classes: list[Any] = [_BASE_OPTIMIZERS[optimizer]]
+    without = {*_SUPPLIED}
+    if method != "sgd":
+        classes.insert(0, method_named(method).cls)
+        without.update(method_named(method).options)
     found: dict[str, Any] = {}
-    for one in (*((cls,) if cls else ()), _BASE_OPTIMIZERS[optimizer]):
+    for one in classes:
         for name, parameter in inspect.signature(one).parameters.items():
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 found.setdefault(name, parameter.default)
-    return {name: default for name, default in found.items() if name not in _SUPPLIED | fixed.keys()}
+    return {name: default for name, default in found.items() if name not in without}
 
 
 def check_options(config: Config) -> None:
@@ -99,9 +76,9 @@ def check_options(config: Config) -> None:
 def create(config: Config, run: RunInfo) -> Optimizer:
     """Returns the optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
-    The run supplies class counts, the model and the classifier (CC-SAM's ``head``). It also supplies defaults for its seed,
-    for ``m`` (m-SAM: half a batch) and for ``total_steps``. Options that count steps may be "140ep" (epochs) or "70%" (of the
-    run).
+    The run supplies class counts and the model, whose last linear layer is CC-SAM's head. It also supplies defaults for its
+    seed, for ``m`` (MicroBatchSAM: half a batch) and for ``total_steps``. Options that count steps may be "140ep" (epochs) or
+    "70%" (of the run).
 
     Raises:
         ConfigError: An option is unknown or out of its range.
@@ -111,20 +88,14 @@ def create(config: Config, run: RunInfo) -> Optimizer:
     base = _BASE_OPTIMIZERS[config.optimizer]
     for name in ("lr", "weight_decay") + (("momentum", "nesterov") if config.optimizer == "sgd" else ()):
         options[name] = getattr(config, name)
-    _, cls, fixed = METHODS[config.method]
+    params = run.network.parameters()
     try:
-        if cls is None:
-            return base(run.network.parameters(), **options)
-        keywords = inspect.signature(cls).parameters
-        supplied = {
-            "class_counts": list(run.class_counts),
-            "head": classifier(run.network) if "head" in keywords else None,
-            "m": max(1, config.batch_size // 2),
-            "total_steps": run.steps,
-            "seed": config.seed,
-        }
-        accepted = {name: value for name, value in supplied.items() if name in keywords}
-        return cls(run.network.parameters(), base, model=run.model, **{**accepted, **fixed, **options})
+        if config.method == "sgd":
+            return base(params, **options)
+        supplied = {"m": max(1, config.batch_size // 2), "total_steps": run.steps, "seed": config.seed}
+        known = options_of(config.method)
+        options = {name: value for name, value in supplied.items() if name in known} | options
+        return lf.create(config.method, params, base, model=run.model, class_counts=list(run.class_counts), **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.method}: {error}") from error
 

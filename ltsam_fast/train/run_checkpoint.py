@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ltsam_fast.data import Images
-from ltsam_fast.train.config import ConfigError
+from ltsam_fast.train.config import ConfigError, from_stored
 
 _LOG = logging.getLogger("ltsam_fast")
 NAME = "last.pt"
@@ -66,7 +66,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"checkpoint {path} can't be read: it is damaged, or not one of ltsam_fast train") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise ConfigError(f"checkpoint {path} is not one of ltsam_fast train, version {VERSION}")
-    return state
+    return {**state, "config": from_stored(state["config"])}
 
 
 def check_images(state: dict[str, Any], images: tuple[Images, Images], source: str | Path) -> None:

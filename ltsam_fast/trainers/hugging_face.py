@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(message, name=error.name) from error
 
 from ltsam_fast.optim import SharpnessAware
+from ltsam_fast.optim.registry import method_named
 from ltsam_fast.trainers.accelerate import AcceleratedStep
 from ltsam_fast.trainers.micro_batches import check_per_sample, set_clipping
 
@@ -29,7 +30,7 @@ class SharpnessAwareTrainer(Trainer):
 
         trainer = SharpnessAwareTrainer(                              # was: Trainer
             model=model, args=args, train_dataset=dataset,
-            method=lf.FocalSAM, method_options={"rho": 0.05, "class_counts": counts},
+            method="focal_sam", method_options={"rho": 0.05, "class_counts": counts},
         )
 
     The base optimizer is the one that ``args.optim`` names, with its learning rate, betas and weight decay.
@@ -58,28 +59,32 @@ class SharpnessAwareTrainer(Trainer):
 
     Args:
         *args: Arguments of the Trainer.
-        method: A class of this package. ``None``: the optimizer of ``optimizers`` or ``optimizer_cls_and_kwargs``; if it is
-            not one of this package, the Trainer trains as usual.
+        method: A class of this package, or a name of :func:`ltsam_fast.list_methods`. ``None``: the optimizer of
+            ``optimizers`` or ``optimizer_cls_and_kwargs``; if it is not one of this package, the Trainer trains as usual.
         method_options: Keywords of ``method``: its options, such as ``rho``, and others of the base optimizer.
         **kwargs: Keywords of the Trainer.
 
     Raises:
         TypeError: ``method`` is not a class of this package.
-        ValueError: ``method`` is given with ``optimizers`` or ``optimizer_cls_and_kwargs``. Before the first step:
-            ``max_grad_norm`` differs from the optimizer's, the model is sharded, labels are not found, the per-sample losses
-            are not known, ``compute_loss`` or a callback's ``on_pre_optimizer_step`` is overridden, or ``training_step`` does
-            not call this one. At any step: the model's loss is not the mean of the losses, or a label is -100.
+        ValueError: There is no method of this name, or it is given with ``optimizers`` or ``optimizer_cls_and_kwargs``. Before
+            the first step: ``max_grad_norm`` differs from the optimizer's, the model is sharded, labels are not found, the
+            per-sample losses are not known, ``compute_loss`` or a callback's ``on_pre_optimizer_step`` is overridden, or
+            ``training_step`` does not call this one. At any step: the model's loss is not the mean of the losses, or a label is
+            -100.
     """
 
     def __init__(
         self,
         *args: Any,
-        method: type[SharpnessAware] | None = None,
+        method: type[SharpnessAware] | str | None = None,
         method_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.optimizer_cls_and_kwargs: Any = None
         super().__init__(*args, **kwargs)
+        if isinstance(method, str):
+            named = method_named(method)
+            method, method_options = named.cls, named.options_with(method_options or {})
         if method is not None and not (isinstance(method, type) and issubclass(method, SharpnessAware)):
             raise TypeError(f"method must be a class such as ltsam_fast.SAM, got {method!r}")
         if method is not None and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ltsam_fast.optim.class_wise import check_class_counts
+from ltsam_fast.models import classifier
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtClassPerturbed, ByClass, Step
 
 
+@registered("cc_sam", "CC-SAM")
 class CCSAM(SharpnessAware):
     r"""Class-conditional sharpness-aware minimization, its first stage.
 
@@ -61,19 +64,13 @@ class CCSAM(SharpnessAware):
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
     """
 
-    class_counts = option(
-        None,
-        "C numbers of training samples; needed.",
-        check=check_class_counts,
-        accepts="a list of finite numbers >= 0, not all 0",
-        optional=True,
-    )
     scope = option(
         "head", '"head": perturb the classifier, as published; "all": the whole network.', choices=("head", "all")
     )
     head = option(
         None,
-        "The classifier's parameters or module; None: those of the last parameter group. Kept are their places in the groups.",
+        "The classifier's parameters or module. None: those of the last parameter group; of a single group, given ``model``, "
+        "those of its last linear layer. Kept are their places in the groups.",
         check=lambda name, value: value if isinstance(value, torch.nn.Module) else list(value),
         accepts="a module, or parameters, of those given as params",
         optional=True,
@@ -116,13 +113,23 @@ class CCSAM(SharpnessAware):
             )
         return [places[id(p)] for p in wanted]
 
+    def _places_of_head(self, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Those of all places that are the head's, if it was not given."""
+        last = max((g for g, _ in places), default=None)  # the last group that has parameters
+        if self.model is not None and all(g == last for g, _ in places):
+            with contextlib.suppress(ValueError):  # a network without linear layers
+                layer = {id(param) for param in classifier(self.model).parameters()}
+                found = [(g, i) for g, i in places if id(self.param_groups[g]["params"][i]) in layer]
+                if found:
+                    return found
+        return [(g, i) for g, i in places if g == last]
+
     def perturbed_parameters(self) -> list[int]:
         """The positions of the parameters in the scope, among all."""
         places = [(g, i) for g, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
         position = {place: number for number, place in enumerate(places)}
         if self.scope == "head":
-            last = max((g for g, _ in places), default=None)  # the last group that has parameters
-            places = [(g, i) for g, i in self.head or ()] or [(g, i) for g, i in places if g == last]
+            places = [(g, i) for g, i in self.head] if self.head else self._places_of_head(places)
         groups = self.param_groups
         return [position[g, i] for g, i in places if groups[g]["perturb"] and groups[g]["params"][i].requires_grad]
 

@@ -6,9 +6,11 @@ import math
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, LossIncrease, Step
 
 
+@registered("esam", "ESAM")
 class ESAM(SharpnessAware):
     r"""Efficient sharpness-aware minimization: stochastic weight perturbation and sharpness-sensitive data selection.
 

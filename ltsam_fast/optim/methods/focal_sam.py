@@ -8,9 +8,11 @@ from ltsam_fast import ops
 from ltsam_fast.optim.class_wise import ClassWise
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("focal_sam", "Focal-SAM")
 class FocalSAM(ClassWise):
     r"""Focal sharpness-aware minimization for long-tailed data.
 

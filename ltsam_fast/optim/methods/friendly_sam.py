@@ -6,9 +6,11 @@ from types import MappingProxyType
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("friendly_sam", "Friendly SAM")
 class FriendlySAM(SharpnessAware):
     r"""Friendly sharpness-aware minimization.
 

@@ -8,9 +8,11 @@ import torch
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, Step
 
 
+@registered("gnm", "GNM")
 class GNM(SharpnessAware):
     r"""Gaussian neighborhood minimization: descend with the gradient at weights with a little noise.
 

@@ -8,9 +8,11 @@ import torch
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("gsam", "GSAM")
 class GSAM(SharpnessAware):
     r"""Surrogate-gap guided sharpness-aware minimization.
 

@@ -8,9 +8,11 @@ from ltsam_fast.ops.checks import check_tail_classes
 from ltsam_fast.optim.class_wise import TailWise
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("imb_sam", "ImbSAM")
 class ImbSAM(TailWise):
     r"""Imbalanced sharpness-aware minimization: SAM for the classes with few samples, the plain loss for the others.
 

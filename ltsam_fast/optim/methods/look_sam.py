@@ -6,9 +6,11 @@ import torch
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("look_sam", "LookSAM")
 class LookSAM(SharpnessAware):
     r"""Sharpness-aware minimization with a look ahead every k-th step.
 

@@ -6,12 +6,14 @@ from typing import Any
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, Step
 
 MOMENTA = ("momentum_buffer", "exp_avg")
 """What base optimizers call their momentum."""
 
 
+@registered("momentum_sam", "Momentum-SAM")
 class MomentumSAM(SharpnessAware):
     r"""Sharpness-aware minimization for the price of the base optimizer: one forward and one backward a step.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ltsam_fast.ops.checks import plain
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 _LMBDA = "a number in [0, 1], '1/t' or '1-1/t'"
@@ -23,6 +24,8 @@ def _check_lmbda(name: str, value: Any) -> float | str:
     raise ValueError(f"{name} must be {_LMBDA}, got {value!r}")
 
 
+@registered("sam", "SAM")
+@registered("asam", "ASAM", adaptive=True)
 class SAM(SharpnessAware):
     r"""Sharpness-aware minimization: descend with the gradient taken where the loss is about worst nearby.
 
@@ -33,7 +36,8 @@ class SAM(SharpnessAware):
         w  <- base_step(w, grad L(w + eps))
 
         lmbda (Unified SAM):        eps = rho * (1 - lmbda + lmbda / |T' g|) * T g
-        loss_budget (LE-SAM):       rho_t = min(rho, b_t / |T' g|),  b_t = loss_budget * (1 + cos(pi t / total_steps)) / 2
+        loss_budget (LE-SAM):       rho_t = min(rho, b_t / |T' g|),  b_t = loss_budget * (1 + cos(pi t / total_steps)) / 2;
+                                    radii of groups that differ are scaled alike, and the largest one keeps to the budget
         renormalize (Stable SAM):   w <- base_step(w, |g| / |g_p| * g_p),  g_p = grad L(w + eps)
 
     Two forwards and two backwards a step; 40 bytes moved per fp32 parameter with SGD and momentum, in three passes;
@@ -128,7 +132,8 @@ class SAM(SharpnessAware):
         return divisor
 
     def _radius(self, step: Step) -> float:
-        radii = {radius for radius, group in zip(step.radii(), self.param_groups, strict=True) if group["perturb"]}
-        if len(radii) > 1:
-            raise ValueError(f"rho must be the same in all groups with loss_budget, got {sorted(radii)}")
-        return next(iter(radii), 0.0)
+        """The largest radius of a group: where they differ, all are scaled alike."""
+        return max(
+            (radius for radius, group in zip(step.radii(), self.param_groups, strict=True) if group["perturb"]),
+            default=0.0,
+        )

@@ -13,9 +13,11 @@ from ltsam_fast.optim import masks
 from ltsam_fast.optim.gradients import Gradient, check_all_dense
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("sparse_sam", "sparse SAM")
 class SparseSAM(SharpnessAware):
     r"""Sparse sharpness-aware minimization: a binary mask on the perturbation.
 

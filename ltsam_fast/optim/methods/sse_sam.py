@@ -8,9 +8,11 @@ from torch import Tensor
 from ltsam_fast.optim.class_wise import TailWise
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("sse_sam", "SSE-SAM")
 class SSESAM(TailWise):
     r"""Stage-wise saddle-escaping sharpness-aware minimization.
 

@@ -6,9 +6,11 @@ from ltsam_fast.optim.gradients import Sum
 from ltsam_fast.optim.methods.focal_sam import FocalSAM
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtWeights, Step
 
 
+@registered("tail_momentum_sam", "Tail-Momentum-SAM")
 class TailMomentumSAM(FocalSAM):
     r"""An experiment of this package's own: Focal-SAM at the base optimizer's number of forwards.
 

@@ -6,9 +6,11 @@ from typing import Any
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
+@registered("wsam", "WSAM")
 class WSAM(SharpnessAware):
     r"""Weighted sharpness-aware minimization.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
+from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
 
-class MSAM(SharpnessAware):
+@registered("micro_batch_sam", "micro-batch SAM")
+class MicroBatchSAM(SharpnessAware):
     r"""m-sharpness-aware minimization: a perturbation for each micro-batch of m samples, one step with the mean gradient.
 
     .. code-block:: text
@@ -30,7 +32,7 @@ class MSAM(SharpnessAware):
     >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
-    >>> opt = MSAM(model.parameters(), torch.optim.SGD, rho=0.1, m=4, lr=0.1)
+    >>> opt = MicroBatchSAM(model.parameters(), torch.optim.SGD, rho=0.1, m=4, lr=0.1)
     >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
     >>> def closure(index=slice(None)):
     ...     return torch.nn.functional.cross_entropy(model(x[index]), y[index], reduction="none")
