@@ -102,7 +102,9 @@ def test_printed_commands_are_understood(page, a_folder, monkeypatch, capsys):
 @pytest.mark.parametrize("name", lf.list_methods())
 def test_every_method_has_a_page_in_the_menu(name):
     pages = {page: page.read_text() for page in (DOCS / "methods").glob("*.md")}
-    (page,) = [page for page, text in pages.items() if f"`{name}`" in text.partition("| by name |")[2].partition("\n")[0]]
+    (page,) = [
+        page for page, text in pages.items() if f"`{name}`" in text.partition("| by name |")[2].partition("\n")[0]
+    ]
     assert f"methods/{page.name}\n" in (DOCS.parent / "mkdocs.yml").read_text()
     assert f"::: ltsam_fast.{method_named(name).cls.__name__}\n" in pages[page]
     assert f"({page.name})" in pages[DOCS / "methods" / "index.md"]
