@@ -160,8 +160,8 @@ def step_in_phases(opt, evaluate, y=None, scaler=None, until=None):
     With ``y`` the losses are weighed by class where the method does so. ``until``: only so many phases.
     """
     weights = [None] * len(opt.phases)
-    if y is not None and getattr(opt, "class_weights", None) is not None:
-        pair = [opt.clean_weights, opt.class_weights]
+    if y is not None and getattr(opt, "sharp_weights", None) is not None:
+        pair = [opt.clean_weights, opt.sharp_weights]
         weights = pair + (pair if len(opt.phases) == 4 else pair[1:])
     at_w = None
     for number, (phase, weight) in enumerate(zip(opt.phases[:until], weights, strict=False)):
@@ -228,8 +228,8 @@ EVERY = {
 ROWS = EVERY | {
     "ASAM": EVERY["SAM"].having(adaptive=True),
     "ASAM-eta": dataclasses.replace(EVERY["SAM"], groups=scaled_weights_only),
-    "Unified": EVERY["SAM"].having(lmbda=0.3, adaptive=True),
-    "Unified-1/t": EVERY["SAM"].having(lmbda="1/t"),
+    "Unified": EVERY["SAM"].having(unified_lambda=0.3, adaptive=True),
+    "Unified-1/t": EVERY["SAM"].having(unified_lambda="1/t"),
     "LE-SAM": EVERY["SAM"].having(loss_budget=0.05, total_steps=40),
     "Stable": EVERY["SAM"].having(renormalize=True),
     "FocalSAM-1.1": EVERY["FocalSAM"].having(gamma=2.0, lam=1.1),

@@ -200,10 +200,10 @@ def method(direction):
 
 
 @method
-def sam(p, lmbda=1.0, loss_budget=None, renormalize=False, total_steps=None):
+def sam(p, unified_lambda=1.0, loss_budget=None, renormalize=False, total_steps=None):
     """g(w + eps(g)).
 
-    With ``lmbda``, a number or "1/t" or "1-1/t", the direction is (1 - lmbda + lmbda / |T' g|) g; with ``loss_budget`` the
+    With ``unified_lambda``, l, a number or "1/t" or "1-1/t", the direction is (1 - l + l / |T' g|) g; with ``loss_budget`` the
     radius is at most b (1 + cos(pi t / total_steps)) / 2 |T' g|^-1; with ``renormalize`` the result gets the norm of g.
     """
     g = p.gradient()
@@ -211,7 +211,7 @@ def sam(p, lmbda=1.0, loss_budget=None, renormalize=False, total_steps=None):
     adaptive = p.option("adaptive", False).bool()
     scales = torch.where(adaptive, flat(p.params).abs() + p.option("eta", 0.0), 1.0) * p.perturbed
     size = (scales * g).norm()
-    lmbda = {"1/t": 1 / (p.t + 1), "1-1/t": p.t / (p.t + 1)}.get(lmbda, lmbda)
+    lmbda = {"1/t": 1 / (p.t + 1), "1-1/t": p.t / (p.t + 1)}.get(unified_lambda, unified_lambda)
     there = there * (lmbda + (1 - lmbda) * size)
     if loss_budget is not None:
         budget = loss_budget * math.cos(math.pi * p.t / total_steps / 2) ** 2

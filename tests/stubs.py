@@ -12,7 +12,7 @@ from ltsam_fast.optim.registry import METHODS
 
 STUB = Path(optim.__file__).with_suffix(".pyi")
 HEAD = """# Made by `python -m tests.stubs` from the options that the methods declare.
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch

@@ -1,6 +1,9 @@
 """Every optimizer of torch as the base of every method: made once, of the user's own parameters."""
 
+import copy
 import functools
+import io
+import pickle
 
 import pytest
 import torch
@@ -18,28 +21,70 @@ BASES = sorted(
     if isinstance(kind, type) and issubclass(kind, optim.Optimizer) and name not in (*REFUSED, "Optimizer")
 )
 MORE = {"SGD": {"momentum": 0.9, "nesterov": True}, "RMSprop": {"momentum": 0.9}, "Adadelta": {"lr": 0.5}}
+MATRICES = ("Muon",)
+"""Bases that take no other parameters."""
 DATA = batches(steps=3)
 
 
-def weights(model):
-    """Two groups of matrices: Muon takes no others."""
-    first, *others = [param for param in model.parameters() if param.dim() == 2]
+def weights(model, matrices=True):
+    """Two groups, of matrices only where that is asked for."""
+    first, *others = [param for param in model.parameters() if param.dim() == 2 or not matrices]
     return [{"params": [first], "rho": 0.05, "lr": 0.02}, {"params": others}]
+
+
+def made(name, base, model, params=None):
+    """A method on one of torch's optimizers."""
+    options = {"lr": 0.01, **MORE.get(base, {})}
+    return EVERY[name].make(model, getattr(optim, base), params or weights(model, base in MATRICES), **options)
+
+
+def listed(kind=optim.Optimizer):
+    """All optimizers that this torch has, by whatever module: a new one is tried by itself."""
+    found = {one.__name__ for one in kind.__subclasses__() if one.__module__.startswith("torch.optim")}
+    return found.union(*map(listed, kind.__subclasses__()))
+
+
+def test_every_optimizer_of_torch_is_tried():
+    assert {*BASES, *REFUSED} == listed() and len(BASES) >= 13
 
 
 @pytest.mark.parametrize("base", BASES)
 @every
 def test_steps_agree_with_the_oracle(name, base):
     row, kind, options = EVERY[name], getattr(optim, base), {"lr": 0.01, **MORE.get(base, {})}
-    model = network()
+    model, groups = network(), functools.partial(weights, matrices=base in MATRICES)
     start = flat(model)
-    opt = row.make(model, kind, weights(model), **options)
+    opt = made(name, base, model)
     row.drive("closure", opt, model, DATA)
-    wanted = row.expected(kind, options, DATA, weights)[0]
+    wanted = row.expected(kind, options, DATA, groups)[0]
     # Muon orthogonalizes in bfloat16, where a last bit may make a difference.
     assert relative_error(flat(model) - start, wanted - start) < (2e-2 if base == "Muon" else 1e-7)
     assert opt.base_optimizer.param_groups is opt.param_groups and len(opt.param_groups) == 2
-    assert sum(len(group["params"]) for group in opt.param_groups) == 3
+    assert sum(len(group["params"]) for group in opt.param_groups) == (3 if base in MATRICES else 6)
+
+
+@pytest.mark.parametrize("base", BASES)
+@every
+def test_runs_continue_bit_for_bit(name, base):
+    """From a checkpoint, as a copy and from a pickle, in the middle of a run; the state is all that the base has."""
+    row, model = EVERY[name], network()
+    opt = made(name, base, model)
+    row.drive("closure", opt, model, DATA[:2])
+    file = io.BytesIO()
+    torch.save((model.state_dict(), opt.state_dict()), file)
+    file.seek(0)
+    state, saved = torch.load(file, weights_only=True)
+    loaded = network(seed=8)
+    loaded.load_state_dict(state)
+    resumed = made(name, base, loaded)
+    resumed.load_state_dict(saved)
+    runs = [(loaded, resumed), copy.deepcopy((model, opt)), pickle.loads(pickle.dumps((model, opt))), (model, opt)]
+    ends = []
+    for one, its in runs:
+        assert its.base_optimizer.state is its.state and len(its.state) == len(opt.state)
+        ends.append(row.drive("closure", its, one, DATA[2:] + DATA))
+    assert all(torch.equal(end, ends[-1]) for end in ends)
+    torch.testing.assert_close(resumed.state_dict()["state"], opt.state_dict()["state"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("form", ["generator", "named", "named groups", "groups of generators", "list"])

@@ -239,6 +239,39 @@ def test_steps_of_the_base_have_a_graph_of_their_own(method, tape):
     assert [group["base_steps"] for group in state["param_groups"]] == [16, 16] and Tape.captures > 1
 
 
+@pytest.mark.parametrize("kind", ("classes", "samples"))
+@pytest.mark.parametrize("method", ("FocalSAM", "ImbSAM", "SSESAM"))
+def test_weights_of_ones_own(method, kind, tape):
+    """Of the samples they are inputs of the graph, as the batch is; without them the steps are of another kind."""
+    generator, given = torch.Generator().manual_seed(3), {}
+
+    def run(captured):
+        model = network()
+        if kind == "classes":
+            given["class_weights"] = [1.0, 0.5, 0.0], [0.0, 0.5, 2.0]
+        optimizer = getattr(lf, method)(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **given)
+        if captured:
+            tape(model, optimizer)
+            step = lf.graph_step(model, losses_of, optimizer, next(batches(1)))
+        generator.manual_seed(3)
+        for x, y in batches(12, (9, 5)):
+            weights = (torch.rand(len(y), generator=generator), torch.rand(len(y), generator=generator).round())
+            more = {"weights": weights} if kind == "samples" else {}
+            if captured:
+                step(x, y, **more)
+            else:
+                optimizer.step(lambda: losses_of(model(x), y), None if more else y, **more)  # noqa: B023
+        if captured and kind == "samples":
+            with pytest.raises(ValueError, match="class_counts must be given"):
+                step(x, y)
+            with pytest.raises(ValueError, match="weights must be a pair"):
+                step(x, y, weights=weights[0])
+        return model.state_dict()
+
+    assert_same(run(True), run(False))
+    assert Tape.captures == 2
+
+
 class ByHand:
     """Rates that rise and fall, with no note of it in the groups."""
 

@@ -209,7 +209,7 @@ def test_norm_of_tiny_gradients_does_not_underflow(backend):
 def test_class_counts_in_any_form(kind):
     opt = lf.FocalSAM(network().parameters(), SGD, class_counts=kind(COUNTS), gamma=2.0, lam=1.1, lr=0.1)
     wanted = 1.1 * (1 - torch.tensor(COUNTS, dtype=torch.float64) / sum(COUNTS)) ** 2
-    torch.testing.assert_close(opt.class_weights, wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(opt.sharp_weights, wanted, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
@@ -237,7 +237,7 @@ def test_phases_need_no_class_counts():
     model, other = network(), row.make(network(), lr=0.1)
     opt = lf.FocalSAM(model.parameters(), SGD, rho=RHO, lr=0.1)
     for x, y in batches(steps=8):
-        weights = [one[y] for one in (other.clean_weights, other.class_weights, other.class_weights)]
+        weights = [one[y] for one in (other.clean_weights, other.sharp_weights, other.sharp_weights)]
         for phase, weight in zip(opt.phases, weights, strict=True):
             (weight * losses(model, x, y)).mean().backward()
             getattr(opt, phase)()

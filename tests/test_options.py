@@ -24,8 +24,8 @@ COUNTED = (
     "k", "m", "refresh_every", "num_samples", "seed", "decay_every", "total_steps", "switch_step", "eta",
 )  # fmt: skip
 """Options that count; the others are shares."""
-NOT = ("self", "params", "base_optimizer", "class_counts", "model", "base_kwargs", "scope", "head", "mask", "granularity",
-       "tail_classes", "adaptive", "decouple", "plan", "ascent_sync", "active", "rho_schedule", "renormalize",
+NOT = ("self", "params", "base_optimizer", "class_counts", "class_weights", "model", "base_kwargs", "scope", "head", "mask",
+       "granularity", "tail_classes", "adaptive", "decouple", "plan", "ascent_sync", "active", "rho_schedule", "renormalize",
        "direction")  # fmt: skip
 
 
@@ -83,14 +83,15 @@ def test_options_of_groups(option):
 
 OTHERS = {
     "rho": 0.3, "adaptive": True, "max_grad_norm": 2.5, "ascent_sync": True, "eta": 0.25, "asam_eta": 0.25, "norm_eps": 1e-5,
-    "perturb": False, "plan": "require", "class_counts": [7.0, 5.0, 3.0, 2.0], "gamma": 0.75, "lam": 0.25,
-    "tail_classes": [1, 3], "tail_weight": 2.0, "tail_rho": 0.4, "switch_step": 6, "scope": "all", "head": None,
+    "perturb": False, "plan": "require", "class_counts": [7.0, 5.0, 3.0, 2.0], "class_weights": None,
+    "gamma": 0.75, "lam": 0.25, "tail_classes": [1, 3],
+    "tail_weight": 2.0, "tail_rho": 0.4, "switch_step": 6, "scope": "all", "head": None,
     "noise_ratio": 1e-3, "flat_ratio": 0.25, "dis_mul": 0.3, "clip": 0.5, "decay_every": 4, "seed": 9, "sigma": 0.4,
     "lmbda": 0.3, "m": 3, "sparsity": 0.8, "mask": "dynamic", "refresh_every": 5, "drop_rate": 0.1, "total_steps": 50,
     "num_samples": 3,
     "beta": 0.8, "granularity": "tensor", "k": 2, "alpha": 0.9, "rho_min": 0.1, "rho_max": 0.5, "lr_min": 0.01, "lr_max": 0.4,
     "lr_seen": 0.2, "decouple": False, "theta": 0.8, "active": 0.25, "rho_schedule": "quadratic", "loss_budget": 0.7,
-    "decay": 0.6,
+    "decay": 0.6, "unified_lambda": 0.4,
     "renormalize": True, "direction": "last_gradient",
 }  # fmt: skip
 """Another value for each option than the default and the tests' own."""
@@ -106,7 +107,7 @@ def others_of(name):
     if name == "GSAM":
         chosen["rho_schedule"] = "constant"
     if name == "SAM":
-        chosen["lmbda"] = 1.0  # not with a budget
+        chosen["unified_lambda"] = 1.0  # not with a budget
     return {n: v for n, v in chosen.items() if options[n].keyword}, {
         n: v for n, v in chosen.items() if not options[n].keyword
     }
@@ -184,11 +185,11 @@ def test_two_groups_may_have_numbers_of_their_own_while_the_method_has_one():
 
 def test_class_weights_follow_the_options():
     opt = lf.FocalSAM(network().parameters(), SGD, class_counts=[40, 9, 3, 1], gamma=2.0, lr=0.1)
-    before = opt.class_weights
+    before = opt.sharp_weights
     opt.gamma = 3.0
-    assert not torch.equal(opt.class_weights, before)
+    assert not torch.equal(opt.sharp_weights, before)
     opt.class_counts = [1, 3, 9, 40]
-    assert torch.equal(opt.class_weights, lf.ops.focal_weights([1, 3, 9, 40], 3.0, 0.5))
+    assert torch.equal(opt.sharp_weights, lf.ops.focal_weights([1, 3, 9, 40], 3.0, 0.5))
 
 
 @pytest.mark.parametrize("value", ["no", "False", 2, None, torch.tensor([1, 2])], ids=str)
@@ -236,9 +237,9 @@ def test_an_option_that_goes_bad_is_refused_wherever_it_is_set(name, option, val
 
 def test_class_counts_may_be_changed_in_place():
     opt = lf.FocalSAM(network().parameters(), SGD, class_counts=[40, 9, 3, 1], lr=0.1)
-    before = opt.class_weights
+    before = opt.sharp_weights
     opt.class_counts[0] = 1.0
-    assert not torch.equal(opt.class_weights, before)
+    assert not torch.equal(opt.sharp_weights, before)
 
 
 def test_editors_know_the_constructors():

@@ -36,6 +36,7 @@ from .workers import (
     SCHEDULED,
     STEPS,
     TAIL_WISE,
+    WEIGHED,
     Odd,
     alone,
     checkpoint,
@@ -45,6 +46,7 @@ from .workers import (
     results,
     shard,
     train,
+    weighed,
 )
 
 WORLDS = pytest.mark.parametrize("world", [2, 4])
@@ -74,6 +76,14 @@ def test_more_methods_are_the_joined_batch(name, base, job):
 def test_steps_of_the_base_are_the_joined_batch(name, base, kind):
     """GSAM has a schedule of its own."""
     assert_all(2, "scheduled", (name, base, kind), alone(name, base, **SCHEDULED))
+
+
+@WORLDS
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name, plan", WEIGHED)
+def test_weights_of_samples(name, plan, kind, world):
+    """Whose share may have no sharp sample."""
+    assert_all(world, "weights_of_samples", (kind, name, plan), weighed(name, network()))
 
 
 @WORLDS

@@ -46,7 +46,7 @@ def test_created_by_name_it_is_the_class_s(name):
     for made in (lambda *args, **options: lf.create(name, *args, **options), method.cls):
         model = network()
         fixed = method.options if made is method.cls else {}
-        opt = made(model.parameters(), SGD, 0.1, class_counts=COUNTS, lr=0.1, model=model, **fixed)
+        opt = made(model.parameters(), SGD, 0.1, class_counts=COUNTS, lr=0.1, momentum=0.9, model=model, **fixed)
         assert type(opt) is method.cls and opt.rho == 0.1 and opt.adaptive == (name == "asam")
         for x, y in batches(steps=2):
             opt.step(closure_of(model, x, y), targets=y)

@@ -146,6 +146,43 @@ def scheduled():
     return found | {(*row, "fsdp"): sharded(*row, **SCHEDULED) for row in rows}
 
 
+def weights_of(data):
+    """Random weights of the samples of each batch; one of the batches has no sharp sample, one few."""
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for number, (_, y) in enumerate(data):
+        u, v = torch.rand(2, len(y), generator=generator, dtype=torch.float64)
+        found.append((u, v * (torch.rand(len(y), generator=generator) < (1.0, 0.1, 0.0)[number % 3])))
+    return found
+
+
+def weighed(name, model, wrapped=None, plan="auto", **more):
+    """Steps with weights of the samples: of this worker's share where the network is wrapped."""
+    data, base = batches(steps=STEPS), BASES["sgd"]
+    given = weights_of(data)
+    if wrapped is not None:
+        given = share(given)
+        data = share(data)
+    net = model if wrapped is None else wrapped
+    opt = getattr(lf, name)(net.parameters(), base[0], rho=0.1, model=net, plan=plan, **base[1], **more)
+    for (x, y), weights in zip(data, given, strict=True):
+        opt.step(closure_of(net, x, y), weights=weights)
+    return whole(net)
+
+
+WEIGHED = [(name, plan) for name in ("FocalSAM", "ImbSAM", "SSESAM") for plan in ("auto", "published")]
+
+
+@job(2, 4)
+def weights_of_samples():
+    found = {}
+    for name, plan in WEIGHED:
+        model = network()
+        found["ddp", name, plan] = weighed(name, model, DistributedDataParallel(model), plan, ascent_sync=True)
+        found["fsdp", name, plan] = weighed(name, None, shard(network()), plan)
+    return found
+
+
 @job(2, 4)
 def shards():
     found = {row: sharded(*row) for row in MATRIX}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,73 @@ def check_counts(class_counts: Any) -> Tensor:
             f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {class_counts!r}"
         )
     return counts
+
+
+def check_class_weights(name: str, value: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The weights u and v of C classes; raises ValueError unless they are finite, v is >= 0, and not all are 0."""
+    try:
+        pair = torch.stack([torch.as_tensor(one, dtype=torch.float64, device="cpu").detach() for one in value])
+        good = (
+            pair.dim() == 2 and len(pair) == 2 and bool(pair.isfinite().all() and (pair[1] >= 0).all() and pair.any())
+        )
+    except (TypeError, ValueError, RuntimeError):
+        good = False
+    if not good:
+        got = " ".join(repr(value).split())  # a tensor has many lines
+        raise ValueError(
+            f"{name} must be a pair (u, v) of lists, a finite number per class in each, those of v >= 0, not all 0, got {got}"
+        )
+    u, v = pair.tolist()
+    return tuple(u), tuple(v)
+
+
+def check_sample_weights(weights: Any, parts: int, devices: Collection[torch.device]) -> list[Tensor]:
+    """The weights u and v of each part's samples as a tensor, shape (2, B). On a GPU their values are not looked at.
+
+    Args:
+        weights: A pair of tensors, shape (B,), floating point; for a batch in parts a list of pairs.
+        parts: The number of parts.
+        devices: Where they may lie, besides the CPU.
+
+    Raises:
+        ValueError: They are something else, not finite, or v is negative.
+    """
+    pairs = [weights] if parts == 1 and _is_pair(weights) else weights
+    if not isinstance(pairs, (list, tuple)) or len(pairs) != parts or not all(map(_is_pair, pairs)):
+        wanted = "a pair (u, v) of tensors, shape (B,)" + (f", for each of the {parts} closures" if parts > 1 else "")
+        raise ValueError(f"weights must be {wanted}, got {_outline(weights)}")
+    for u, v in pairs:
+        for one in (u, v):
+            if one.shape != u.shape or one.dim() != 1 or not len(one) or one.device != u.device:
+                raise ValueError(
+                    f"weights must be u and v of one shape (B,), a number per sample, on one device, got {_outline((u, v))}"
+                )
+            if not one.is_floating_point():
+                raise ValueError(f"weights must be floating point, got {one.dtype}: give weights.float()")
+            if one.requires_grad:
+                raise ValueError("weights require a gradient, but none flows to them: give weights.detach()")
+            if one.device.type != "cpu" and one.device not in devices:
+                raise ValueError(
+                    f"weights must be on the cpu or with the parameters, got {one.device}: move them there"
+                )
+        if u.is_cpu and not bool(u.isfinite().all() and v.isfinite().all() and (v >= 0).all()):
+            raise ValueError(
+                "weights must be finite, and those of the sharp loss >= 0, got u in [{:g}, {:g}] and v in [{:g}, {:g}]".format(
+                    *(end.item() for one in (u, v) for end in one.aminmax())
+                )
+            )
+    return [torch.stack([u, v]) for u, v in pairs]
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(one, Tensor) for one in value)
+
+
+def _outline(value: Any) -> Any:
+    """What ``value`` is, without its numbers."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} on {value.device}"
+    return [_outline(one) for one in value] if isinstance(value, (list, tuple)) else type(value).__name__
 
 
 def check_loss_numbers(label_smoothing: Any, gamma: Any, seed: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from ltsam_fast.ops.checks import (
 )
 
 
-def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Tensor:
+def focal_weights(class_counts: Any, gamma: float | Sequence[float] | Tensor = 1.0, lam: float = 0.5) -> Tensor:
     """Focal-SAM's weight of each class's sharpness, v_c = lam (1 - pi_c)^gamma with pi_c = n_c / n.
 
     Args:
         class_counts: C numbers of training samples, >= 0, not all zero.
-        gamma: Focus on the tail, >= 0.
+        gamma: Focus on the tail, >= 0; a number, or C of them, one per class.
         lam: Overall weight; may exceed 1 (the paper's iNaturalist recipe has 1.1), v is not clamped.
 
     Returns:
@@ -40,8 +41,15 @@ def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Te
     tensor([0.0500, 0.4500], dtype=torch.float64)
     """
     counts = check_counts(class_counts)
-    for name, value, low in (("gamma", gamma, 0.0), ("lam", lam, 0.0)):
-        if not low <= value < float("inf"):
+    if not isinstance(gamma, (int, float)):
+        gamma = torch.as_tensor(gamma, dtype=torch.float64)
+        if gamma.dim() and gamma.shape != counts.shape:
+            raise ValueError(
+                f"gamma must be a number, or one for each of the {len(counts)} classes, got {gamma.tolist()}"
+            )
+    for name, value in (("gamma", gamma), ("lam", lam)):
+        numbers = torch.as_tensor(value)
+        if not bool(((numbers >= 0) & numbers.isfinite()).all()):
             raise ValueError(f"{name} must be a finite number >= 0, got {value}")
     return reference.focal_weights(counts, gamma, lam)
 

@@ -1,5 +1,5 @@
 # Made by `python -m tests.stubs` from the options that the methods declare.
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class ESAM(_ESAM):
     ) -> None: ...
 
 class FocalSAM(_FocalSAM):
-    gamma: float
+    gamma: float | Sequence[float] | torch.Tensor
     lam: float
     def __init__(
         self,
@@ -89,8 +89,9 @@ class FocalSAM(_FocalSAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
-        gamma: float = 1.0,
+        gamma: float | Sequence[float] | torch.Tensor = 1.0,
         lam: float = 0.5,
+        class_weights: Any | None = None,
         class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
@@ -193,6 +194,7 @@ class ImbSAM(_ImbSAM):
         eta: float = 20,
         tail_classes: Any | None = None,
         tail_weight: float = 1.0,
+        class_weights: Any | None = None,
         class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
@@ -271,7 +273,7 @@ class MomentumSAM(_MomentumSAM):
     ) -> None: ...
 
 class SAM(_SAM):
-    lmbda: Any
+    unified_lambda: Any
     loss_budget: float | None
     renormalize: bool
     def __init__(
@@ -281,7 +283,7 @@ class SAM(_SAM):
         rho: float = 0.05,
         adaptive: bool = False,
         *,
-        lmbda: Any = 1.0,
+        unified_lambda: Any = 1.0,
         loss_budget: float | None = None,
         renormalize: bool = False,
         class_counts: Any | None = None,
@@ -309,6 +311,7 @@ class SSESAM(_SSESAM):
         eta: float = 100,
         tail_rho: float | None = None,
         switch_step: int | None = None,
+        class_weights: Any | None = None,
         class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,
@@ -361,8 +364,9 @@ class TailMomentumSAM(_TailMomentumSAM):
         adaptive: bool = False,
         *,
         decay: float = 0.9,
-        gamma: float = 1.0,
+        gamma: float | Sequence[float] | torch.Tensor = 1.0,
         lam: float = 0.5,
+        class_weights: Any | None = None,
         class_counts: Any | None = None,
         max_grad_norm: float = 0.0,
         ascent_sync: bool = False,

@@ -42,6 +42,8 @@ def graph_step(
             loss = step(x, y)
         scheduler.step()
 
+    ``step(x, y, weights=(u, v))`` weighs the samples, see :meth:`SharpnessAware.step`.
+
     The first ``warmup`` steps of a kind run as usual, and count: they create what a step keeps. The next one is captured.
     Numbers in ``param_groups`` may change at any time, by schedulers too; they reach the graph before each replay: the method's
     rule is run once more, without tensors. What a step decides by them (LookSAM's every k-th, SSE-SAM's switch), another value
@@ -116,12 +118,14 @@ class GraphStep:
         # What is loaded lies elsewhere than what the graphs update.
         optimizer.register_load_state_dict_post_hook(lambda _: self._kinds.clear())
 
-    def __call__(self, *batch: Tensor) -> Tensor:
+    def __call__(self, *batch: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Takes one training step."""
         self._check_batch(batch)
-        optimizer = self.optimizer
+        optimizer, size = self.optimizer, len(batch[-1])
+        if weights is not None:
+            batch = (*batch, *optimizer.checked_weights(weights, 1))
         optimizer._call_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks)
-        planned = self._plan(len(batch[-1]))
+        planned = self._plan(size, weights is not None)
         kind = self._kind_of(tuple(one.shape for one in batch), (*self._structure(), *planned.key))
         if kind.replay is None and kind.seen < self.warmup:
             loss = self._eager(kind, batch)
@@ -132,7 +136,7 @@ class GraphStep:
         optimizer._call_hooks(_global_optimizer_post_hooks, optimizer._optimizer_step_post_hooks)
         return loss
 
-    def _plan(self, size: int) -> Outline:
+    def _plan(self, size: int, weighed: bool) -> Outline:
         """What the step will do."""
         optimizer = self.optimizer
         if optimizer._running is not None:
@@ -140,7 +144,7 @@ class GraphStep:
         # What depends on the last step's overflow, and what the host would fill, is settled before.
         optimizer.skipped.drop_doubtful()
         optimizer.skipped.count(optimizer.param_groups, optimizer.all_params()[0])
-        return outline(optimizer, size, self.scaler is not None, self._dry_workers)
+        return outline(optimizer, size, self.scaler is not None, self._dry_workers, weighed)
 
     def _kind_of(self, shapes: tuple[torch.Size, ...], key: tuple[Any, ...]) -> _Kind:
         """The steps with this key; as of now, if there are none yet."""
@@ -162,7 +166,9 @@ class GraphStep:
         return kind
 
     def _step(self, batch: Sequence[Tensor]) -> Tensor:
-        *inputs, targets = batch
+        count = len(self._expected)
+        *inputs, targets = batch[:count]
+        weights = [tuple(pair) for pair in batch[count:]] or None
 
         def closure(index: Tensor | None = None) -> Tensor:
             x, y = (inputs, targets) if index is None else ([one[index] for one in inputs], targets[index])
@@ -171,7 +177,7 @@ class GraphStep:
 
         self.optimizer.captures = True
         try:
-            loss = self._take_step(self.optimizer, closure, targets, self.scaler)
+            loss = self._take_step(self.optimizer, closure, targets, self.scaler, weights=weights)
         finally:
             self.optimizer.captures = False
         if self.scaler is not None:

@@ -72,6 +72,16 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
     return {**state_dict, "state": {**rest, **kept}, "param_groups": saved_groups}
 
 
+def restore_numbers(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> None:
+    """Puts numbers in the state back as they were saved, such as NAdam's product: torch rounds them as their parameter is."""
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                loaded = optimizer.state[param].get(name)
+                if isinstance(value, Tensor) and not value.dim() and param.dim() and isinstance(loaded, Tensor):
+                    optimizer.state[param][name] = value.to(loaded.device, copy=True)
+
+
 def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A saved group with all options; those that it lacks have their present values.
 

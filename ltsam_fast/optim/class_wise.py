@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.ops.checks import tail_of
+from ltsam_fast.ops.checks import check_class_weights, tail_of
 from ltsam_fast.optim.closures import ClassWeights, pilot_of
 from ltsam_fast.optim.optimizer import SharpnessAware
 from ltsam_fast.optim.options import option
@@ -26,29 +26,54 @@ class ClassWise(SharpnessAware):
     network as ``model``, and a closure that takes an index, samples with weight 0 are not evaluated, and u and v without a
     sample in common are two sub-batches. Others share a backward sweep: 7 units instead of 8 where SAM takes 6.
 
-    Without ``class_counts`` only the phases can be used, and the losses are weighed by the caller.
+    Without ``class_counts``, or weights of one's own, only the phases can be used, and the losses are weighed by the caller.
+    Weights of one's own, u and v, take the place of the method's: of the classes with ``class_weights=(u, v)``, of the samples
+    with ``step(closure, weights=(u, v))``.
     """
 
     several_gradients = True
+    takes_weights = True
+    class_weights = option(
+        None,
+        "Weights of one's own, C numbers each of the clean and of the sharp loss, in place of those that follow from "
+        "``class_counts`` and other options. u may be negative, as Focal-SAM's with ``lam > 1``.",
+        check=check_class_weights,
+        accepts="a pair (u, v) of lists of finite numbers, of one length, those of v >= 0, not all 0",
+        optional=True,
+    )
     weight_options: tuple[str, ...] = ()
-    """The options that the class weights follow from."""
+    """The options that the class weights follow from, if they are not given."""
 
     def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
         """The class weights u and v, shape (C,), as the options are now; None without class counts."""
         raise NotImplementedError
+
+    def check_options(self, options: Any) -> None:
+        """Raises ValueError if options do not go together."""
+        super().check_options(options)
+        for name in ("class_counts", "tail_classes"):
+            if options["class_weights"] is not None and options.get(name) is not None:
+                raise ValueError(
+                    f"class_weights and {name} were both given: leave out one, for u and v follow from either"
+                )
 
     open_ended = False
     """Whether the last entries of u and v stand for all further classes."""
 
     def _known(self) -> tuple[Any, ...]:
         """What is known of the class weights: the options, u and v, those that are not all zero, and the pilot of a sweep."""
-        values = [self.param_groups[0][name] for name in self.weight_options]
+        values = [self.param_groups[0][name] for name in ("class_weights", *self.weight_options)]
         options = [
             list(value) if isinstance(value, list) else value for value in values
         ]  # they may be changed in place
         known = vars(self).get("_class_weights")
         if known is None or known[0] != options:
-            made = self.make_class_weights()
+            given = self.class_weights
+            made = (
+                self.make_class_weights()
+                if given is None
+                else [torch.tensor(one, dtype=torch.float64) for one in given]
+            )
             if made is None:
                 known = (options, (None, None), (None, None), None)
             else:
@@ -64,7 +89,7 @@ class ClassWise(SharpnessAware):
         return self._known()[1][0]  # type: ignore[no-any-return]
 
     @property
-    def class_weights(self) -> Tensor | None:
+    def sharp_weights(self) -> Tensor | None:
         """v, shape (C,), float64."""
         return self._known()[1][1]  # type: ignore[no-any-return]
 
@@ -78,7 +103,8 @@ class ClassWise(SharpnessAware):
         weights = self._known()[1][1]
         if weights is None:
             raise ValueError(
-                "class_counts must be given to the constructor for step(closure, targets); the phases need none"
+                "class_counts must be given to the constructor for step(closure, targets), or class_weights=(u, v), or weights "
+                "of the samples to step(closure, weights=(u, v)); the phases need none"
             )
         return 2**62 if self.open_ended else len(weights)
 

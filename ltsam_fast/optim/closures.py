@@ -30,28 +30,36 @@ class Part:
 
     Attributes:
         labels: The samples' classes, shape (B,), if they are known.
+        weighed_by: What the samples' weights follow from: the labels, or the caller's weights u and v, shape (2, B).
         size: The number of samples; -1 until it is known.
         losses: The losses seen at w, detached, shape (B,), if those of all samples were seen at once.
         total: The sum of the losses seen at w.
         weights: Weights of the samples, shape (B,), by the :class:`ltsam_fast.optim.closures.ClassWeights` they are from.
-        host_labels: The labels on the CPU, once they are needed there.
+        host_labels: ``weighed_by`` on the CPU, once it is needed there.
         separable: Whether its samples can be evaluated in sub-batches, once that is known.
         logit_gradients: For each of two weightings the latest pass's logits and their gradient, if the criterion made these.
     """
 
     def __init__(
-        self, closure: Closure, labels: Tensor | None, params: list[Tensor], criterion: Criterion | None = None
+        self,
+        closure: Closure,
+        labels: Tensor | None,
+        params: list[Tensor],
+        criterion: Criterion | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         self.closure, self.labels, self._params, self.criterion = closure, labels, params, criterion
-        self.size = -1 if labels is None else len(labels)
+        self.weighed_by = labels if weights is None else weights
+        self.size = weights.shape[1] if weights is not None else -1 if labels is None else len(labels)
+        self._sized_by = "targets" if weights is None else "weights"
         self.losses: Tensor | None = None
         self.total: Any = 0
-        self.weights: dict[Any, Tensor] = {}
+        self.weights: dict[Weights, Tensor] = {}
         self.host_labels: Tensor | None = None
         self.separable: bool | None = None
         self.logit_gradients: list[tuple[Tensor, Tensor]] | None = None
-        self._masks: dict[ClassWeights, Tensor] = {}
-        self._indices: dict[tuple[ClassWeights, bool], Tensor] = {}
+        self._masks: dict[Weights, Tensor] = {}
+        self._indices: dict[tuple[Weights, bool], Tensor] = {}
         self._needs_index = _needs_index(closure)
 
     def evaluate(
@@ -73,7 +81,7 @@ class Part:
         """
         self.logit_gradients = None
         if index is None and self.size >= 0 and self._needs_index:
-            index = torch.arange(self.size, device=self.labels.device if self.labels is not None else None)
+            index = torch.arange(self.size, device=None if self.weighed_by is None else self.weighed_by.device)
         stash = _stash_gradients(self._params)
         try:
             with torch.set_grad_enabled(graph):
@@ -113,7 +121,7 @@ class Part:
         elif len(losses) != self.size:
             if at_w:
                 raise ValueError(
-                    f"targets has {self.size} entries, but closure returned {len(losses)} losses: give one each"
+                    f"{self._sized_by} has {self.size} entries, but closure returned {len(losses)} losses: give one each"
                 )
             raise ValueError(f"closure returned {len(losses)} losses at the perturbed weights, but {self.size} before")
         if at_w:
@@ -124,7 +132,7 @@ class Part:
 
     def seeds(
         self,
-        weights: Sequence[ClassWeights | None],
+        weights: Sequence[Weights | None],
         losses: Tensor,
         divisor: int,
         scaling: LossScale,
@@ -147,27 +155,27 @@ class Part:
                 seeds.append(None)
                 continue
             if one not in self.weights:
-                self.weights[one] = one.of(self.labels, losses)  # type: ignore[arg-type]
+                self.weights[one] = one.of(self.weighed_by, losses)  # type: ignore[arg-type]
             whole = self.weights[one]
             seed = (whole if index is None else whole[index]) / divisor
             seeds.append(scaling(seed) if scaling.signals else seed)
         return seeds
 
-    def mask(self, weights: ClassWeights) -> Tensor:
+    def mask(self, weights: Weights) -> Tensor:
         """Which samples have weights that are not zero, (B,), bool, on the CPU. Needs ``host_labels``."""
         if weights not in self._masks:
             self._masks[weights] = weights.nonzero(self.host_labels)  # type: ignore[arg-type]
         return self._masks[weights]
 
-    def index(self, weights: ClassWeights, device: torch.device, others: bool = False) -> Tensor:
-        """The numbers of these samples, or of the ``others``, ascending, (n,), int64, on a device.
+    def index(self, weights: Weights, others: bool = False) -> Tensor:
+        """The numbers of these samples, or of the ``others``, ascending, (n,), int64, where ``weighed_by`` is.
 
         The same tensor each time: what was computed of these samples may be known.
         """
         if (weights, others) not in self._indices:
             mask = self.mask(weights)
             index = (~mask if others else mask).nonzero().flatten()
-            self._indices[weights, others] = index.to(device, non_blocking=True)
+            self._indices[weights, others] = index.to(self.weighed_by.device, non_blocking=True)  # type: ignore[union-attr]
         return self._indices[weights, others]
 
     def modules(self) -> list[torch.nn.Module]:
@@ -325,6 +333,32 @@ class ClassWeights:
         """Which samples with these labels, on the CPU, have weights that are not zero, shape (B,), bool."""
         chosen = labels.long()
         return self._nonzero[chosen.clamp(max=len(self._nonzero) - 1) if self.open_ended else chosen]
+
+
+class SampleWeights:
+    """The caller's weights of the samples in one loss, of which only :attr:`Part.weighed_by` has the values.
+
+    Args:
+        row: Which of these it is: 0 for u, 1 for v.
+    """
+
+    everywhere = False
+    """Samples may have weight 0."""
+
+    def __init__(self, row: int) -> None:
+        self._row = row
+
+    def of(self, weights: Tensor, losses: Tensor) -> Tensor:
+        """The weights of the samples, shape (B,), in the losses' dtype and on their device."""
+        return weights[self._row].to(losses, non_blocking=True)
+
+    def nonzero(self, weights: Tensor) -> Tensor:
+        """Which samples have weights that are not zero, shape (B,), bool."""
+        return weights[self._row] != 0
+
+
+Weights = ClassWeights | SampleWeights
+SAMPLE_WEIGHTS = SampleWeights(0), SampleWeights(1)
 
 
 def pilot_of(u: Tensor, v: Tensor) -> int | None:

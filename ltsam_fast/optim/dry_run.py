@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ltsam_fast.optim.amp import NO_SCALE, LossScale
+from ltsam_fast.optim.closures import SAMPLE_WEIGHTS, Weights
 from ltsam_fast.optim.gradients import Combination, Gradient, State, Sum
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.perturbation import Perturbation
@@ -17,7 +18,6 @@ from ltsam_fast.optim.step import AtPerturbed, AtWeights, LossIncrease, MicroBat
 from ltsam_fast.optim.trace import Call, Trace
 
 if TYPE_CHECKING:
-    from ltsam_fast.optim.closures import ClassWeights
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 
@@ -34,7 +34,7 @@ class Outline(NamedTuple):
     calls: list[Call]
 
 
-def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single) -> Outline:
+def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single, weighed: bool = False) -> Outline:
     """Runs the rule of the next step, captured, of ``size`` samples, and changes nothing: no tensor is read or written.
 
     The verbs are those of a step, called on empty lists of tensors: what they would launch finds nothing to do. Norms and inner
@@ -45,6 +45,7 @@ def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single)
         size: Samples in the batch.
         scaled: Whether the step has a GradScaler.
         workers: A single worker whose tables are for dry runs alone.
+        weighed: Whether the caller weighs the samples.
 
     Raises:
         ValueError: An option is out of its range.
@@ -53,7 +54,7 @@ def outline(optimizer: SharpnessAware, size: int, scaled: bool, workers: Single)
     if scaled:
         scaling = LossScale()
         scaling.set_signals(torch.ones(()), torch.zeros(()))
-    step = _DryStep(optimizer, scaling, size, workers)
+    step = _DryStep(optimizer, scaling, size, workers, weighed)
     trace = Trace()
     captures, optimizer.captures = optimizer.captures, True
     try:
@@ -85,8 +86,11 @@ def empty_answer(request: Request, numbers: Iterator[int], size: int = 0) -> Any
 class _DryStep(Step):
     """A step without parameters, whose verbs note what rows of hyperparameters do not show."""
 
-    def __init__(self, optimizer: SharpnessAware, scaling: LossScale, size: int, workers: Single) -> None:
+    def __init__(
+        self, optimizer: SharpnessAware, scaling: LossScale, size: int, workers: Single, weighed: bool
+    ) -> None:
         super().__init__(optimizer, scaling, [], [])
+        self._weighed = weighed
         self._all = optimizer.all_params()[0]
         self._size, self._workers = size, workers
         self._perturbation = _Unchanged()
@@ -97,7 +101,9 @@ class _DryStep(Step):
         """Notes what a verb or a request is, and what it is about."""
         self.notes.append(_several(values))
 
-    def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
+    def class_weights(self) -> tuple[Weights | None, Weights | None]:
+        if self._weighed:
+            return SAMPLE_WEIGHTS
         self._optimizer.classes()  # brings the weights up to date
         return self._optimizer.weights_now  # type: ignore[no-any-return]
 

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.lists import clear_gradients, same_items
-from ltsam_fast.ops.checks import check_model, check_targets, number
+from ltsam_fast.ops.checks import check_model, check_sample_weights, check_targets, number
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base
-from ltsam_fast.optim.checkpoints import completed
+from ltsam_fast.optim.checkpoints import completed, restore_numbers
 from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
@@ -153,6 +153,8 @@ class SharpnessAware(Configurable, Optimizer):
 
     weights_now: Any = None
     """The class weights u and v, None where all are zero, of methods that have any; :meth:`classes` brings them up to date."""
+    takes_weights = False
+    """Whether ``step(closure, weights=(u, v))`` is to be had."""
     asam_constant = "eta"
     """The option with ASAM's constant."""
     buffers: tuple[str, ...] = ()
@@ -278,6 +280,7 @@ class SharpnessAware(Configurable, Optimizer):
         scaler: torch.amp.GradScaler | None = None,
         *,
         loss: Callable[..., Tensor] | None = None,
+        weights: tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """One step of the method.
 
@@ -295,13 +298,17 @@ class SharpnessAware(Configurable, Optimizer):
             loss: If given, the closure returns logits, (B, C), and the step applies this to them and ``targets``: one of
                 :mod:`ltsam_fast.losses`, of torch, or a function that returns the losses of the samples. Whatever its
                 ``reduction``, the step takes the mean, with class weights divided by theirs over the batch, as torch's.
+            weights: For Focal-SAM, ImbSAM and SSE-SAM: weights of the samples, (u, v), in place of those of their classes. The
+                clean loss is (1/B) sum_j u_j l_j, the sharp one (1/B) sum_j v_j l_j. Two tensors of shape (B,), floating point,
+                on one device, finite, v >= 0; a sequence of pairs with a sequence of closures. No gradient flows to them. On
+                the CPU they are read without waiting for the device. ``targets`` then are for ``loss`` alone.
 
         Returns:
-            The mean loss at the unperturbed weights, 0-d, detached, on the losses' device.
+            The mean loss at the unperturbed weights, 0-d, detached, on the losses' device. ``weights`` do not count in it.
 
         Raises:
-            ValueError: There is no closure, or what it returns or ``targets`` do not fit. Whatever is raised, by the
-                closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
+            ValueError: There is no closure, or what it returns, ``targets`` or ``weights`` do not fit. Whatever is raised, by
+                the closure too, Ctrl-C included, the weights are the unperturbed ones afterwards.
         """
         if closure is None and self._is_torchs_own_call():
             return self._torchs_own_call()  # type: ignore[no-any-return]
@@ -318,13 +325,15 @@ class SharpnessAware(Configurable, Optimizer):
             self._check_turn("step")
         if self._stepping:
             raise ValueError("step() was called by a closure of the same step: call it when that has ended")
+        given = None if weights is None else self.checked_weights(weights, len(closures))
+        classes = self.classes() if given is None else None
         labels: list[Any] = [None] * len(closures)
-        if targets is not None or loss is not None or self.classes() is not None:
-            labels = self._check_targets(targets, len(closures))
+        if targets is not None or loss is not None or classes is not None:
+            labels = self._check_targets(targets, len(closures), classes)
         criterion = None if loss is None else Criterion(loss, labels)
         self._clear_gradients()
         step = self._begin(scaler)
-        passes = Passes(self, step, closures, labels, criterion)
+        passes = Passes(self, step, closures, labels, criterion, given)
         if self.needs_index:
             check_takes_index(passes.parts, type(self).__name__)
         try:
@@ -669,8 +678,16 @@ class SharpnessAware(Configurable, Optimizer):
         name = type(self).__name__
         self._workers.check_join({name: self.own_reductions, "ascent_sync=True": self.ascent_sync, "scaler": scaled})
 
-    def _check_targets(self, targets: Any, closures: int) -> list[Tensor | None]:
-        classes = self.classes()
+    def checked_weights(self, weights: Any, closures: int) -> list[Tensor]:
+        """The caller's weights of the samples: a tensor (2, B) for each closure; raises ValueError if they do not fit."""
+        if not self.takes_weights:
+            raise ValueError(
+                f"weights must be left out: {type(self).__name__} does not tell a clean from a sharp loss; multiply the losses "
+                "by yours in the closure"
+            )
+        return check_sample_weights(weights, closures, {param.device for param in self.all_params()[0]})
+
+    def _check_targets(self, targets: Any, closures: int, classes: int | None) -> list[Tensor | None]:
         if targets is None:
             raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
         labels: list[Any] = list(targets) if isinstance(targets, (list, tuple)) else [targets]
@@ -777,7 +794,9 @@ class SharpnessAware(Configurable, Optimizer):
         self._check_between_steps("load_state_dict")
         before = [(one, dict(vars(one))) for one in (self, self.base_optimizer)]
         try:
-            super().load_state_dict(completed(self, state_dict))
+            whole = completed(self, state_dict)
+            super().load_state_dict(whole)
+            restore_numbers(self, whole)
         except BaseException:
             for one, attributes in before:
                 vars(one).clear()

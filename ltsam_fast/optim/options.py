@@ -84,6 +84,7 @@ def option(
     per_group: bool = False,
     keyword: bool = True,
     counted: bool = False,
+    per_class: bool = False,
 ) -> Any:
     """Declares an option in the body of a method's class.
 
@@ -102,6 +103,7 @@ def option(
         per_group: Whether groups may differ in it.
         keyword: Whether the constructor takes it; else it can only be set for a group.
         counted: Whether steps change it by themselves.
+        per_class: Whether a number may be given for each class instead, which is kept as a tuple.
     """
     annotation = "Any"
     if check is None and isinstance(default, bool):
@@ -111,6 +113,9 @@ def option(
     elif check is None:
         accepts, annotation = _range(ge, gt, le, lt, integer), "int" if integer else "float"
         check = _number(ge, gt, le, lt, integer, accepts)
+        if per_class:
+            check, accepts = _or_one_per_class(check), f"{accepts}, or one for each class"
+            annotation += " | Sequence[float] | torch.Tensor"
     if optional:
         check, annotation = _or_none(check), f"{annotation} | None"
     return Option(default, check, accepts, doc, per_group, keyword, annotation, counted)
@@ -165,6 +170,17 @@ def _number(
         return number
 
     return check
+
+
+def _or_one_per_class(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    def checked(name: str, value: Any) -> Any:
+        if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1:
+            value = value.tolist()
+        if isinstance(value, (list, tuple)) and value:
+            return tuple(float(check(name, one)) for one in value)
+        return check(name, value)
+
+    return checked
 
 
 def _or_none(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:

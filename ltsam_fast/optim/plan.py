@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.class_perturbation import ClassGradients, ClassPasses
-from ltsam_fast.optim.closures import ClassWeights, Closure, Part
+from ltsam_fast.optim.closures import SAMPLE_WEIGHTS, Closure, Part, Weights, pilot_of
 from ltsam_fast.optim.gradients import (
     Combination,
     Gradient,
@@ -70,6 +70,7 @@ class Passes:
         closures: The batch, in one or more parts.
         labels: The classes of each part's samples, or None.
         criterion: Makes losses of what closures return, if these are no losses.
+        weights: For each part the caller's weights of its samples, u and v, shape (2, B), if there are such.
     """
 
     def __init__(
@@ -79,15 +80,18 @@ class Passes:
         closures: Sequence[Closure],
         labels: Sequence[Tensor | None],
         criterion: Criterion | None = None,
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
         self._optimizer, self._step, self._scaling = optimizer, step, step.scaling
         self._params, self._workers = step._params, step._workers
-        self.parts = [Part(*pair, self._params, criterion) for pair in zip(closures, labels, strict=True)]
+        of_samples: Sequence[Tensor | None] = weights or [None] * len(closures)
+        each = zip(closures, labels, of_samples, strict=True)
+        self.parts = [Part(closure, one, self._params, criterion, own) for closure, one, own in each]
         self._totals: Tensors = []  # of the micro-batches so far
         self._by_class: ClassPasses | None = None
         self._at_w: dict[Any, Gradient] = {}  # whole gradients, by their class weights
-        self.class_weights = optimizer.weights_now
-        """The class weights u and v of the method, if it has any."""
+        self.class_weights = optimizer.weights_now if weights is None else SAMPLE_WEIGHTS
+        """The weights u and v, of the method's classes or of the samples, if there are any."""
         self.network = optimizer.network
         """What is known of the network; None: passes are run as published."""
         self.required = optimizer.plan == "require"
@@ -143,11 +147,11 @@ class Passes:
     # --- which samples
 
     def fetch_labels(self) -> None:
-        """Has the labels on the CPU. If they are on a device, all are fetched at once, and that waits for it."""
+        """Has labels, or weights, on the CPU. If they are on a device, all are fetched at once, and that waits for it."""
         if self.parts[0].host_labels is None:
-            labels: list[Any] = [part.labels for part in self.parts]
+            labels: list[Any] = [part.weighed_by for part in self.parts]
             if labels[0].device.type != "cpu":
-                labels = list(torch.cat(labels).cpu().split(list(map(len, labels))))
+                labels = list(torch.cat(labels, -1).cpu().split([one.shape[-1] for one in labels], -1))
             for part, one in zip(self.parts, labels, strict=True):
                 part.host_labels = one
 
@@ -171,7 +175,7 @@ class Passes:
         kind = self.mode, part.kind
         return self.network.is_separable(kind, evaluate, part.size, self._params, part.modules, self.required)  # type: ignore[union-attr]
 
-    def _jobs(self, part: Part, weights: Sequence[ClassWeights | None]) -> list[Job]:
+    def _jobs(self, part: Part, weights: Sequence[Weights | None]) -> list[Job]:
         """The forward passes for some gradients at w, which have all samples in them: the step returns the mean loss."""
         asked = [k for k, one in enumerate(weights) if one is not None]
         whole = Job(None, asked if weights else [0])
@@ -184,8 +188,7 @@ class Passes:
         u, v = (weights[k] for k in asked)
         if bool((part.mask(u) & part.mask(v)).any()) or not self.are_separable(part):  # type: ignore[arg-type]
             return [Job(None, asked)]
-        device = part.labels.device  # type: ignore[union-attr]
-        return [Job(part.index(v, device, others=True), asked[:1]), Job(part.index(v, device), asked[1:])]  # type: ignore[arg-type]
+        return [Job(part.index(v, others=True), asked[:1]), Job(part.index(v), asked[1:])]  # type: ignore[arg-type]
 
     # --- gradients at w
 
@@ -209,7 +212,7 @@ class Passes:
                         seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
                         if request.squares and part is parts[0]:
                             squares = self._squares(losses, request.squares)
-                        if shared is not None and self._sweep(shared, losses, seeds, found):
+                        if shared is not None and self._sweep(shared, losses, seeds, self._pilot(part), found):
                             continue
                         roots = [(losses, seed) for seed in seeds]
                     self._differentiate(roots, job.gradients, request.kept, found)
@@ -226,7 +229,8 @@ class Passes:
         # Kept with its graph only where no backward goes through that before the pass at w + eps does.
         keeps_graph = self._ascent is not None and shared is None and all(k >= request.kept for k in job.gradients)
         weighted = None
-        if len(job.gradients) == 2 and shared is None and part.criterion is not None:
+        by_class = self.class_weights is not SAMPLE_WEIGHTS
+        if len(job.gradients) == 2 and shared is None and part.criterion is not None and by_class:
             factor = 1 / part.size if len(self.parts) == 1 else 1.0
             weights: Any = request.weights
             weighted = functools.partial(part.criterion.weighted, weights=weights, factor=factor, scaling=self._scaling)
@@ -310,19 +314,31 @@ class Passes:
         assert self.network is not None
         return self.network.attempt(self.mode, self.required, attempt)
 
+    def _pilot(self, part: Part) -> int | None:
+        """Which of u and v can weigh a sweep that both share; None: neither."""
+        if self.class_weights is not SAMPLE_WEIGHTS:
+            return self._optimizer.pilot  # type: ignore[attr-defined, no-any-return]
+        return None if part.host_labels is None else pilot_of(*part.host_labels)
+
     def _sweep(
-        self, shared: SharedBackward, losses: Tensor, seeds: list[Tensor | None], found: list[Tensors | None]
+        self,
+        shared: SharedBackward,
+        losses: Tensor,
+        seeds: list[Tensor | None],
+        pilot: int | None,
+        found: list[Tensors | None],
     ) -> bool:
         """Adds both gradients from one sweep, if that can be."""
         u, v = seeds
         assert u is not None and v is not None
-        pilot = self._optimizer.pilot  # type: ignore[attr-defined]
 
         def sweep() -> Any:
             if pilot is None:
                 both = u.abs() + v.abs()
+                both = both.masked_fill(both == 0, 1.0)  # of a sample that counts in neither
                 return shared(losses, both, [Weighting.sparse(one / both) for one in (u, v)], native=False)
-            made = shared(losses, seeds[pilot], (seeds[1 - pilot] / seeds[pilot],))  # type: ignore[operator]
+            weights, others = (u, v)[pilot], (u, v)[1 - pilot]
+            made = shared(losses, weights, (others / weights,))
             if made is not None:
                 made.insert(pilot, take_gradients(self._params))
             return made
@@ -405,15 +421,17 @@ class Passes:
         self.fetch_labels()
         pairs: list[tuple[Part, Tensor | None]] = []
         for part in self.parts:
-            mask, index, device = part.mask(v), None, part.labels.device  # type: ignore[union-attr]
+            mask, index = part.mask(v), None
             if not bool(mask.any()):
                 if not (self._workers.averages and last and part is self.parts[-1]):
                     continue
-                index = torch.zeros(1, dtype=torch.long, device=device)  # of weight zero: the other workers wait
+                # Of weight zero: the other workers wait.
+                index = torch.zeros(1, dtype=torch.long, device=part.weighed_by.device)  # type: ignore[union-attr]
             elif not bool(mask.all()):
-                index = part.index(v, device)  # type: ignore[arg-type]
+                index = part.index(v)
             pairs.append((part, index if index is None or self.are_separable(part) else None))
-        return pairs
+        # Where no sample has weight the step is one with a gradient of zeros, and not none.
+        return whole if last and not pairs and request.plus is None else pairs
 
     # --- what stays as it is
 

@@ -36,7 +36,7 @@ from ltsam_fast.snapshot import ReadOnce
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
     from ltsam_fast.optim.class_perturbation import ClassGradients
-    from ltsam_fast.optim.closures import ClassWeights
+    from ltsam_fast.optim.closures import Weights
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 
@@ -49,7 +49,7 @@ class AtWeights:
     Answered by one :class:`Gradient`, or by one for each of several weightings; None where all weights are zero.
 
     Args:
-        weights: For each gradient the weights of the classes; without any it is the gradient of the mean loss.
+        weights: For each gradient the weights of classes or samples; without any it is the gradient of the mean loss.
         of: A micro-batch: its samples only.
         averaged: The gradient is a part of the step's direction, and not of the ascent's alone: workers average it, and it
             is taken away from ``.grad``.
@@ -65,7 +65,7 @@ class AtWeights:
 
     def __init__(
         self,
-        *weights: ClassWeights | None,
+        *weights: Weights | None,
         of: MicroBatch | None = None,
         averaged: bool = False,
         last: bool = False,
@@ -82,7 +82,7 @@ class AtPerturbed:
     """A request for the gradient at the perturbed weights, answered by a :class:`Gradient` or a sum.
 
     Args:
-        weights: Weights of the classes; without, it is the gradient of the mean loss.
+        weights: Weights of classes or samples; without, it is the gradient of the mean loss.
         plus: A gradient at w that is to be added: workers average the sum, once.
         of: A micro-batch, or for each part of the batch the numbers of samples that count: their mean loss.
         accumulate: The gradient is added to those of the micro-batches before, as terms of the whole batch's mean loss.
@@ -94,7 +94,7 @@ class AtPerturbed:
 
     def __init__(
         self,
-        *weights: ClassWeights | None,
+        *weights: Weights | None,
         plus: Combination | None = None,
         of: MicroBatch | Sequence[Tensor] | None = None,
         accumulate: bool = False,
@@ -194,8 +194,8 @@ class Step:
 
     # --- what a rule may ask
 
-    def class_weights(self) -> tuple[ClassWeights | None, ClassWeights | None]:
-        """The class weights u and v of the method, None where all are zero."""
+    def class_weights(self) -> tuple[Weights | None, Weights | None]:
+        """The weights u and v, of the method's classes or the caller's of the samples; None where all are zero."""
         return self.passes.class_weights  # type: ignore[no-any-return]
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:

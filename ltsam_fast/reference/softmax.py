@@ -11,8 +11,8 @@ from ltsam_fast.reference.arithmetic import wide
 from ltsam_fast.reference.draws import noise
 
 
-def focal_weights(class_counts: Any, gamma: float = 1.0, lam: float = 0.5) -> Tensor:
-    """v_c = lam (1 - pi_c)^gamma,  pi_c = n_c / n."""
+def focal_weights(class_counts: Any, gamma: float | Tensor = 1.0, lam: float = 0.5) -> Tensor:
+    """v_c = lam (1 - pi_c)^gamma,  pi_c = n_c / n;  gamma is a number or, shape (C,), each class's own."""
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     return lam * (1 - counts / counts.sum()) ** gamma
 

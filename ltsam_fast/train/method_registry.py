@@ -92,10 +92,11 @@ def create(config: Config, run: RunInfo) -> Optimizer:
     try:
         if config.method == "sgd":
             return base(params, **options)
+        counts = None if "class_weights" in options else list(run.class_counts)
         supplied = {"m": max(1, config.batch_size // 2), "total_steps": run.steps, "seed": config.seed}
         known = options_of(config.method)
         options = {name: value for name, value in supplied.items() if name in known} | options
-        return lf.create(config.method, params, base, model=run.model, class_counts=list(run.class_counts), **options)
+        return lf.create(config.method, params, base, model=run.model, class_counts=counts, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.method}: {error}") from error
 

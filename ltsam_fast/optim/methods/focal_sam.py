@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ltsam_fast import ops
@@ -40,13 +42,29 @@ class FocalSAM(ClassWise):
     >>> opt = FocalSAM(model.parameters(), torch.optim.SGD, rho=0.2, class_counts=[90, 10], gamma=3.0, lam=0.5, lr=0.1)
     >>> x, y = torch.randn(8, 3), torch.randint(0, 2, (8,))
     >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
+
+    A gamma for each class (CA-Focal-SAM), weights of one's own for the classes, and for the samples:
+
+    >>> opt = FocalSAM(model.parameters(), torch.optim.SGD, class_counts=[90, 10], gamma=[1.0, 2.0], lr=0.1)
+    >>> opt.sharp_weights
+    tensor([0.0500, 0.4050], dtype=torch.float64)
+    >>> opt = FocalSAM(model.parameters(), torch.optim.SGD, class_weights=([1.0, 0.5], [0.0, 0.5]), lr=0.1)
+    >>> loss = opt.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none"), targets=y)
+    >>> u, v = torch.rand(8), torch.rand(8)
+    >>> loss = opt.step(lambda: model(x).square().sum(1), weights=(u, v))
     """
 
-    gamma = option(1.0, "Focus on the tail.", ge=0)
+    gamma = option(1.0, "Focus on the tail; of each class its own, as in CA-Focal-SAM.", ge=0, per_class=True)
     lam = option(
         0.5, "Weight of the sharpness; may exceed 1, then rare classes' clean weight is negative, as published.", ge=0
     )
     weight_options = ("class_counts", "gamma", "lam")
+
+    def check_options(self, options: Any) -> None:
+        super().check_options(options)
+        gamma, counts = options["gamma"], options["class_counts"]
+        if isinstance(gamma, tuple) and counts is not None and len(gamma) != len(counts):
+            raise ValueError(f"gamma must be a number, or one for each of the {len(counts)} classes, got {gamma}")
 
     def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
         if self.class_counts is None:

@@ -59,7 +59,7 @@ class ImbSAM(TailWise):
 
     @property
     def open_ended(self) -> bool:  # type: ignore[override]
-        return self.class_counts is None
+        return self.class_counts is None and self.class_weights is None
 
     def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
         tail = self.tail(self.param_groups[0])

@@ -15,13 +15,13 @@ from ltsam_fast.optim.options import option
 from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
-_LMBDA = "a number in [0, 1], '1/t' or '1-1/t'"
+_LAMBDA = "a number in [0, 1], '1/t' or '1-1/t'"
 
 
-def _check_lmbda(name: str, value: Any) -> float | str:
+def _check_lambda(name: str, value: Any) -> float | str:
     if value in ("1/t", "1-1/t") or 0 <= plain(value) <= 1:
         return value if isinstance(value, str) else plain(value)  # type: ignore[no-any-return]
-    raise ValueError(f"{name} must be {_LMBDA}, got {value!r}")
+    raise ValueError(f"{name} must be {_LAMBDA}, got {value!r}")
 
 
 @registered("sam", "SAM")
@@ -35,7 +35,7 @@ class SAM(SharpnessAware):
         eps = rho * T g / (|T' g| + 1e-12)        T = T' = 1;  adaptive (ASAM): T = w^2, T' = |w|
         w  <- base_step(w, grad L(w + eps))
 
-        lmbda (Unified SAM):        eps = rho * (1 - lmbda + lmbda / |T' g|) * T g
+        unified_lambda, l:          eps = rho * (1 - l + l / |T' g|) * T g   (Unified SAM)
         loss_budget (LE-SAM):       rho_t = min(rho, b_t / |T' g|),  b_t = loss_budget * (1 + cos(pi t / total_steps)) / 2;
                                     radii of groups that differ are scaled alike, and the largest one keeps to the budget
         renormalize (Stable SAM):   w <- base_step(w, |g| / |g_p| * g_p),  g_p = grad L(w + eps)
@@ -63,11 +63,11 @@ class SAM(SharpnessAware):
     torch.Size([])
     """
 
-    lmbda = option(
+    unified_lambda = option(
         1.0,
         "Unified SAM: 1 normalizes the gradient, 0 does not; t counts the method's steps, from 1.",
-        check=_check_lmbda,
-        accepts=_LMBDA,
+        check=_check_lambda,
+        accepts=_LAMBDA,
     )
     loss_budget = option(
         None,
@@ -81,8 +81,10 @@ class SAM(SharpnessAware):
         super().check_options(options)
         if options["loss_budget"] is None:
             return
-        if options["lmbda"] != 1:
-            raise ValueError(f"lmbda must be 1 with loss_budget, which says how far to go, got {options['lmbda']!r}")
+        if options["unified_lambda"] != 1:
+            raise ValueError(
+                f"unified_lambda must be 1 with loss_budget, which says how far to go, got {options['unified_lambda']!r}"
+            )
         if options["total_steps"] is None:
             raise ValueError("total_steps must be given with loss_budget: the number of steps of the run, got None")
 
@@ -94,10 +96,10 @@ class SAM(SharpnessAware):
     @property
     def host_only(self) -> str:  # type: ignore[override]
         """Why no CUDA graph can hold the step, if so."""
-        changes = "loss_budget" if self.loss_budget is not None else f"lmbda={self.lmbda!r}"
+        changes = "loss_budget" if self.loss_budget is not None else f"unified_lambda={self.unified_lambda!r}"
         return (
             f"with {changes} every step is another"
-            if self.loss_budget is not None or isinstance(self.lmbda, str)
+            if self.loss_budget is not None or isinstance(self.unified_lambda, str)
             else ""
         )
 
@@ -121,7 +123,9 @@ class SAM(SharpnessAware):
         """What the direction is divided by, of its norm; None: by its norm."""
         if budget:
             return lambda norm: torch.maximum(norm, self._radius(step) / budget * norm * norm)
-        lmbda = {"1/t": 1 / (step.number + 1), "1-1/t": 1 - 1 / (step.number + 1)}.get(self.lmbda, self.lmbda)
+        lmbda = {"1/t": 1 / (step.number + 1), "1-1/t": 1 - 1 / (step.number + 1)}.get(
+            self.unified_lambda, self.unified_lambda
+        )
         if lmbda == 1:
             return None
 
