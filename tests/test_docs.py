@@ -1,12 +1,13 @@
 """The guides: every block of Python runs as it is printed, every notebook too, and tables agree with the package.
 
 The blocks of a page run in order, in one namespace that begins with ``docs/stand_ins.py``. A comment before a block,
-``<!-- runs if: EXPRESSION -->``, leaves it out where the expression is false: without a GPU, say.
+``<!-- runs if: EXPRESSION -->``, leaves it out where the expression is false: without a GPU, say. Printed commands run too.
 """
 
 import contextlib
 import importlib
 import inspect
+import os
 import re
 import socket
 import sys
@@ -74,27 +75,47 @@ def test_what_is_printed_runs(page, a_folder):
         assert scope["loss"].isfinite()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_printed_commands_are_understood(page, a_folder, monkeypatch, capsys):
-    """All but the work itself; the folder of a run to be resumed is not there."""
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if "```sh" in page.read_text()], ids=name_of)
+def test_printed_commands_run(page, a_folder, monkeypatch, capsys):
+    """Those of a block with a condition that is false are taken up to the work itself."""
 
     def stop(*args, **keywords):
         raise KeyboardInterrupt
 
-    for command in ("train.loop.train", "train.compare.compare", "train.diagnose.diagnose"):
-        monkeypatch.setattr(f"ltsam_fast.{command}", stop)
-    commands = [line for _, _, text in blocks(page, "sh") for line in text.splitlines()]
-    for command in commands:
-        found = re.match(r"python -m ltsam_fast ((?:train|compare|diagnose) .*)$", command)
-        if not found:
-            continue
-        with pytest.raises(SystemExit) as end:
-            main(found[1].split())
-        message = capsys.readouterr().err
-        if "--resume" in command:
-            assert end.value.code == cli.WRONG and "no checkpoint" in message
-        else:
-            assert end.value.code == cli.INTERRUPTED, message
+    threads = torch.get_num_threads()
+    for _, condition, text in blocks(page, "sh"):
+        runs = not condition or eval(condition, {"os": os, "torch": torch})
+        with monkeypatch.context() as without_work:
+            for command in () if runs else ("train.loop.train", "train.compare.compare", "train.diagnose.diagnose"):
+                without_work.setattr(f"ltsam_fast.{command}", stop)
+            for command in text.splitlines():
+                program, _, arguments = command.partition("python -m ltsam_fast ")
+                if program or not arguments:
+                    assert command.startswith("pip install"), command
+                    continue
+                code, message = run(arguments.split(), capsys)
+                if runs or arguments == "info":
+                    assert code in (None, cli.OK), message
+                elif "--resume" in arguments:  # of a run that is not there
+                    assert code == cli.WRONG and "no checkpoint" in message
+                else:
+                    assert code == cli.INTERRUPTED, message
+    torch.set_num_threads(threads)
+
+
+def run(arguments, capsys):
+    """Runs a command; returns its exit code and what it said of errors."""
+    try:
+        main(arguments)
+        code = None
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_modules_that_are_named_as_programs_are_there(page):
     for module in re.findall(r"python -m (ltsam_fast\.[\w.]+)", page.read_text()):
         assert inspect.getsource(importlib.import_module(module).main)
 
