@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop, lr_scheduler, swa_utils
+from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RMSprop, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import ltsam_fast as lf
@@ -406,6 +406,28 @@ def test_phases_clear_gradients(name):
             assert getattr(opt, phase)(**named) is None
             cleared = zero_grad or (number == 0 and name in ("GSAM", "WSAM", "LookSAM"))
             assert all((p.grad is None) == cleared for p in model.parameters())
+
+
+@phased
+@pytest.mark.parametrize("base", (AdamW, Adagrad))  # fused or not
+@pytest.mark.parametrize("enabled", (True, False))
+def test_phases_take_no_gradients(name, base, enabled):
+    """Whether those of a method, or all methods': and the caller's mode is as before."""
+    row, model, (x, y) = EVERY[name].of("phases"), network(), batches(steps=1)[0]
+    opt = row.make(model, base, lr=0.1)
+    if name == "SparseSAM":
+        opt.refresh_mask(losses(model, x, y))
+    seen = []
+    for hook in (opt.register_step_pre_hook, opt.register_step_post_hook):
+        hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    for phase in opt.phases:
+        losses(model, x, y).mean().backward()
+        with torch.set_grad_enabled(enabled):
+            getattr(opt, phase)()
+            assert torch.is_grad_enabled() == enabled
+    kept = [value for state in opt.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    assert seen == [False, False] and all(p.is_leaf for p in model.parameters())
+    assert kept and not any(value.requires_grad for value in kept)
 
 
 @phased

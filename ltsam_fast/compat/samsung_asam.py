@@ -41,7 +41,6 @@ class ASAM(Wrapper, optim.SAM):
         g_p = yield AtPerturbed()
         step.descend(g_p)
 
-    @torch.no_grad()
     def ascent_step(self) -> None:
         """Ascends along the present gradients and clears them.
 
@@ -50,7 +49,6 @@ class ASAM(Wrapper, optim.SAM):
         """
         self._advance("ascent_step", True)
 
-    @torch.no_grad()
     def descent_step(self) -> None:
         """Restores the weights, takes the optimizer's step with the present gradients, and clears them.
 

@@ -64,7 +64,6 @@ class SSESAM(Wrapper):
         yield Pause()
         step.descend(both)
 
-    @torch.no_grad()
     def compute_and_add_epsilon(self, n_i: int, scaler: torch.amp.GradScaler | None = None) -> None:
         """Ascends along the present gradients, and clears them.
 
@@ -75,12 +74,10 @@ class SSESAM(Wrapper):
         self.n_i = n_i
         self._advance("compute_and_add_epsilon", True, scaler)
 
-    @torch.no_grad()
     def compute_grad_sum_and_restore_p(self) -> None:
         """Takes the gradients over and restores the weights."""
         self._advance("compute_grad_sum_and_restore_p", True)
 
-    @torch.no_grad()
     def update(self) -> None:
         """Takes the base optimizer's step with the sum of the gradients."""
         self._advance("update", True)

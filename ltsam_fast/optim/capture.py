@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -338,12 +339,29 @@ class Machine:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph waits for the current device, and leaves its stream current if the capture cannot be ended.
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            _nothing_collected(),
+        ):
             # Graphs run one after the other, so they may share memory. Other threads (a loader's) may go on using CUDA.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 result = work()
         self._graphs.add(graph)
         return graph.replay, result
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Keeps Python's garbage collector out of a capture, which ends when memory or another graph is given back to CUDA."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check(model: torch.nn.Module, optimizer: SharpnessAware, warmup: int) -> torch.device:

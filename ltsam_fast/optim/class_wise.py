@@ -108,7 +108,6 @@ class ClassWise(SharpnessAware):
             )
         return 2**62 if self.open_ended else len(weights)
 
-    @torch.no_grad()
     def first_step(self, scaler: torch.amp.GradScaler | None = None) -> None:  # type: ignore[override]
         """Keeps the gradients of the clean loss, sum_j u l_j / B, and clears them.
 
@@ -120,7 +119,6 @@ class ClassWise(SharpnessAware):
         """
         self._advance("first_step", True, scaler)
 
-    @torch.no_grad()
     def second_step(self) -> None:  # type: ignore[override]
         """Ascends along the gradients of the sharp loss, sum_j v l_j / B, and clears them.
 
@@ -129,7 +127,6 @@ class ClassWise(SharpnessAware):
         """
         self._advance("second_step", True)
 
-    @torch.no_grad()
     def third_step(self) -> None:
         """Restores w and steps with the kept gradients plus those of the sharp loss at w + eps, and clears them.
 

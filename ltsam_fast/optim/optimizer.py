@@ -402,10 +402,13 @@ class SharpnessAware(Configurable, Optimizer):
         self._abandon(None if self._running is None else self._running.step)
 
     def _advance(self, phase: str, zero_grad: bool = False, scaler: Any = None, **inputs: Any) -> None:
-        """Runs a phase in its turn; ``scaler`` is the first phase's, for all of the step, and ``inputs`` are the rule's."""
+        """Runs a phase in its turn, without gradients, which no phase of a method has to see to.
+
+        ``scaler`` is the first phase's, for all of the step, and ``inputs`` are the rule's.
+        """
         enabled = torch.is_grad_enabled()
         try:
-            torch._C._set_grad_enabled(False)  # as torch.no_grad(), which takes 3 us
+            torch._C._set_grad_enabled(False)  # as torch.no_grad(), in less time
             self._run_phase(phase, zero_grad, scaler, inputs)
         finally:
             torch._C._set_grad_enabled(enabled)

@@ -68,6 +68,10 @@ class UnchangedResults:
         self._verified: set[Any] = set()
         self._newly_verified: set[Any] = set()
         self._passes: Counter[Any] = Counter()
+        self._trials: dict[Any, Trial] = {}
+        self._trial: Trial | None = None  # of the kind of the latest pass at w
+        self.makes_event = _timing_event if self._device.type == "cuda" else None
+        """Makes what tells the time on a GPU; None: reuse always pays."""
         self._notes_draws = False
         self._aside = False  # inside of a call that is looked at as a whole
         self._looks = self._reusing = self._checks_all = self._captured = self._keeps_graph = False
@@ -95,6 +99,19 @@ class UnchangedResults:
         number = self._passes[kind]
         self._captured = _is_captured(self._device)  # what is captured cannot be looked at: what was seen before counts
         self._checks_all = number & (number - 1) == 0 and not self._captured
+        self._trial = None
+        if self.makes_event is not None and not self._captured:
+            self._trial = self._trials.setdefault(kind, Trial(self.makes_event))
+            self._trial.begin(number)
+        with contextlib.nullcontext() if self._trial is None else self._trial.timed():
+            if self._trial is None or self._trial.reuses:
+                with self._recording(kind):
+                    yield
+            else:
+                yield
+
+    @contextlib.contextmanager
+    def _recording(self, kind: Any) -> Iterator[None]:
         before = _generators(self._device), _generators_elsewhere() if self._checks_all else None
         with self._looking():
             yield
@@ -109,14 +126,15 @@ class UnchangedResults:
     @contextlib.contextmanager
     def reusing(self, have_moved: Callable[[], bool]) -> Iterator[None]:
         """Around a forward pass at w + eps, of the latest kind; ``have_moved`` tells whether any weight differs from w."""
-        if not self._results:
-            yield
-            return
-        self._reusing = True
-        self._used = {}
-        self._newly_verified = set()
-        with self._looking():
-            yield
+        with contextlib.nullcontext() if self._trial is None else self._trial.timed():
+            if not self._results:
+                yield
+                return
+            self._reusing = True
+            self._used = {}
+            self._newly_verified = set()
+            with self._looking():
+                yield
         if self._newly_verified and have_moved():
             self._verified |= self._newly_verified
         if any(_has_graph(one.value) for one in self._used.values()):  # a backward will go through these, once
@@ -326,6 +344,62 @@ class UnchangedResults:
         }
         for one in touched:
             self._known.pop(one, None)
+
+
+class Trial:
+    """Whether reuse takes less time than it saves. On a GPU launches may cost less than looking for what need not be launched.
+
+    Some passes are timed with it and some without. Then the faster way stays, for passes of one kind in one process.
+
+    Args:
+        makes_event: Makes an event with the methods of torch.cuda.Event.
+    """
+
+    WITH, WITHOUT = (5, 7, 9), (6, 10, 11)
+    """Numbers of passes that are timed; none is one that checks everything."""
+    DECIDES = 16
+    """One that does, and so waits for the device anyway."""
+
+    def __init__(self, makes_event: Callable[[], Any]) -> None:
+        self._makes_event = makes_event
+        self._spans: dict[int, list[tuple[Any, Any]]] = {}
+        self._number = 0
+        self.reuses = True
+        """Whether the present pass looks for results."""
+        self.decided = False
+
+    def begin(self, number: int) -> None:
+        """Begins the pass at w of this number."""
+        self._number = number
+        if self.decided:
+            return
+        if number >= self.DECIDES and len(self._spans) == len((*self.WITH, *self.WITHOUT)):
+            with_it, without = (min(map(self._time, numbers)) for numbers in (self.WITH, self.WITHOUT))
+            self.reuses, self.decided = with_it < without, True
+            self._spans.clear()
+        else:
+            self.reuses = number not in self.WITHOUT
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around what is evaluated in the present pass, or in the one at w + eps that follows it."""
+        if self.decided or self._number not in (*self.WITH, *self.WITHOUT):
+            yield
+            return
+        start, end = self._makes_event(), self._makes_event()
+        start.record()
+        yield
+        end.record()
+        self._spans.setdefault(self._number, []).append((start, end))
+
+    def _time(self, number: int) -> float:
+        for _, end in self._spans[number]:
+            end.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans[number])
+
+
+def _timing_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)
 
 
 _LOCK = threading.Lock()

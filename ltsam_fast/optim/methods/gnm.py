@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
 from ltsam_fast.optim.registry import registered
@@ -65,7 +63,6 @@ class GNM(SharpnessAware):
         g = yield AtPerturbed()
         step.descend(g)
 
-    @torch.no_grad()
     def first_step(self, epoch: int | None = None, zero_grad: bool = False, **options: Any) -> None:  # type: ignore[override]
         """Adds the noise. Then evaluate the loss and call ``backward()``.
 

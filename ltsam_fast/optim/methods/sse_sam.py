@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ltsam_fast.optim.class_wise import TailWise
@@ -66,7 +65,6 @@ class SSESAM(TailWise):
         g_p = yield AtPerturbed(tail, plus=g_h)
         step.descend(g_p)
 
-    @torch.no_grad()
     def fourth_step(self) -> None:
         """Stage 1's last phase: steps with the gradients at both perturbed weights, and clears them.
 
