@@ -214,14 +214,20 @@ def groups_of(model, norms_only):
 
 
 def batches_of(network, small):
-    """Random images, and labels as frequent as in training; ``small``: a few samples, of any class."""
+    """Random images, and labels as frequent as in training; ``small``: a few samples, of any class.
+
+    Every batch has as many tail samples as the tail's share says: without any, ImbSAM and SSE-SAM have less to do.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = (4, *network.shape[1:]) if small else network.shape
     shares = torch.tensor(network.counts, dtype=torch.double)
+    tail = shares < network.eta
+    wanted = round(float(shares[tail].sum() / shares.sum()) * shape[0])
     found = []
-    for _ in range(BATCHES):
+    while len(found) < BATCHES:
         y = torch.multinomial(torch.ones_like(shares) if small else shares, shape[0], True, generator=generator)
-        found.append((torch.randn(shape, generator=generator).to(DEVICE), y.to(DEVICE)))
+        if small or tail[y].sum() == wanted:
+            found.append((torch.randn(shape, generator=generator).to(DEVICE), y.to(DEVICE)))
     return found
 
 

@@ -997,3 +997,36 @@ def test_sequences_of_another_length_lie_elsewhere():
         opt.step(closure_of(model, x, Y, indexed=False), targets=Y)
 
     both_plans(make, drive_step, "FocalSAM")
+
+
+@pytest.mark.parametrize("slower", ("with it", "without"))
+def test_on_a_gpu_reuse_stays_where_it_was_faster(slower):
+    """Told by events like CUDA's, of which passes 5 to 11 have two each; what the steps do is the same either way."""
+    model, opt = made("SAM", "residual", "last_perturbed", "auto")
+    other, plain = made("SAM", "residual", "last_perturbed", "auto")
+    model.blocks[0] = counting = Counting(model.blocks[0])
+    results = opt.network.unchanged(opt.ascent_params())
+    events, calls = [], []
+
+    class Event:
+        def record(self):
+            self.reuses = results._trial.reuses
+            events.append(self)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 2.0 if self.reuses == (slower == "with it") else 1.0
+
+    results.makes_event = Event
+    for number in range(1, 21):
+        x, y = torch.randn(5, FEATURES, dtype=torch.float64), torch.tensor(LABELS)
+        counting.calls = 0
+        opt.step(closure_of(model, x, y), targets=y)
+        plain.step(closure_of(other, x, y), targets=y)
+        calls.append(counting.calls)
+        assert len(events) == 4 * sum(one <= number for one in (5, 6, 7, 9, 10, 11))
+    assert calls[4:7] == [1, 2, 1] and calls[8:11] == [1, 2, 2]
+    assert calls[16:] == [2 if slower == "with it" else 1] * 4
+    assert torch.equal(flat(model), flat(other))
