@@ -9,7 +9,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs wheels clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -31,6 +31,9 @@ lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 	$(RUN) -m mypy
+
+wheels:
+	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) .ci/wheels
 
 # One stamp for each extra. The install is an editable one, and ninja compiles only what changed.
 $(VENV)/%.stamp: pyproject.toml setup.py $(CONSTRAINTS) $(CSRC)

@@ -1,7 +1,8 @@
 """Builds the two native cores with ninja; everything else is declared in pyproject.toml.
 
 A core that cannot be built is left out, and ltsam_fast/_build_info.py says why, because pip hides build output.
-Obeyed: CXX, CUDA_HOME, MAX_JOBS, LTSAM_CUDA_ARCHS="80 9.0 100+PTX" and LTSAM_REQUIRE=cpu,cuda (missing is an error).
+Obeyed: CXX, CUDA_HOME, MAX_JOBS, LTSAM_CUDA_ARCHS="80 9.0 100+PTX", or "none" for no CUDA core, and LTSAM_REQUIRE=cpu,cuda
+(missing is an error). What was compiled stays in build/, and is not compiled again while sources and commands are the same.
 """
 
 import os
@@ -20,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = {"cpu": sorted(glob("csrc/cpu/*.cpp")), "cuda": sorted(glob("csrc/cuda/*.cu"))}
+DURATIONS = {"cpu": "half a minute", "cuda": "3 to 5 minutes"}
 ALSO_IN_SDIST = ["csrc/**/*.*", "tests/**/*.*", "bench/**/*.*", ".ci/*", ".clang-format", "*.md", "Makefile"]
 # Not setuptools' build_temp: an editable install throws that away, and everything would be compiled again.
 BUILD = Path("build", f"cores-{sysconfig.get_config_var('SOABI')}")
@@ -50,6 +52,8 @@ def cpu_tools():
 
 def cuda_tools():
     """Returns the commands that compile and link the CUDA core; no GPU is needed for that."""
+    if words("LTSAM_CUDA_ARCHS") == ["none"]:
+        raise CompileError("left out at install time by LTSAM_CUDA_ARCHS=none")
     home, cxx = os.environ.get("CUDA_HOME"), os.environ.get("CXX")
     nvcc = (home and shutil.which(f"{home}/bin/nvcc")) or shutil.which("nvcc")
     if not nvcc:
@@ -107,6 +111,10 @@ class BuildCores(build_ext):
             except CompileError as error:
                 self.missing[core] = str(error)
         (BUILD / "build.ninja").write_text(script)
+        made = [f"{core} ({DURATIONS[core]})" for core in SOURCES if core not in self.missing]
+        print(
+            "Compiling, unless that was done before:", ", ".join(made), flush=True
+        )  # all that `pip -v` shows meanwhile
         print(ninja("-k0").stdout)
         super().build_extensions()
 

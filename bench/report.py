@@ -167,10 +167,7 @@ def table(results: dict[str, Any]) -> str:
 
 def draw_steps(results: dict[str, Any], path: Path) -> None:
     """Draws the whole steps in units of SGD's, for each network and what is trained."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows(results, "whole steps"):
@@ -180,79 +177,78 @@ def draw_steps(results: dict[str, Any], path: Path) -> None:
     if not groups:
         return
     heights = [len(found) for found in groups.values()]
-    figure, axes = plt.subplots(
-        len(groups), figsize=(9, 0.5 * sum(heights) + 0.9 * len(groups)), sharex=True, squeeze=False,
-        gridspec_kw={"height_ratios": heights},
-    )  # fmt: skip
+    figure = Figure(figsize=(9, 0.5 * sum(heights) + 0.9 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     ways = {"published": "tab:gray", "ours": "tab:blue", "captured": "tab:green"}
-    for one, (title, found) in zip(axes.flat, groups.items(), strict=True):
+    for one, (title, found) in zip(axes, groups.items(), strict=True):
         shown = [way for way in ways if any(f"{way}_sgd" in row for row in found)]
+        one.axvline(1, color="black", linestyle="--", linewidth=0.8)
         for offset, way in enumerate(shown):
             places = [index + (offset - (len(shown) - 1) / 2) * 0.8 / len(shown) for index in range(len(found))]
             lengths = [row.get(f"{way}_sgd", 0.0) for row in found]
-            bars = one.barh(places, lengths, 0.8 / len(shown), color=ways[way], label=way)
-            one.bar_label(bars, [f"{length:.2f}" if length else "" for length in lengths], fontsize=8, padding=2)
+            bars = one.barh(places, lengths, 0.8 / len(shown), color=ways[way], label=way, zorder=2)
+            for text in one.bar_label(
+                bars, [f"{length:.2f}" if length else "" for length in lengths], fontsize=8, padding=2
+            ):
+                text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # keeps off the line
         one.set_yticks(range(len(found)), [row["method"] for row in found])
         one.invert_yaxis()
-        one.axvline(1, color="black", linestyle="--", linewidth=0.8)
         one.set_title(title, fontsize=10, loc="left")
         one.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False)
-    axes.flat[-1].set_xlabel("whole training step, in units of SGD's")
-    figure.tight_layout()
+    handles = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    axes[-1].set_xlabel("whole training step, in units of SGD's")
     figure.savefig(path, dpi=120)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Draws ratios, GB/s against the bandwidth, and time against N and T, as far as they were measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     phases, methods, growth = (rows(results, name) for name in ("phases", "methods", "growth"))
     if not phases and not methods and not growth:
         return
-    figure, axes = plt.subplots(2, 2, figsize=(14, 9))
+    figure = Figure(figsize=(17, 10), layout="constrained")
+    (times, bandwidth), (work, norms) = figure.subplots(2, 2)
     labels = [f"{row['method']}\n{row['network']}\n{row['backend']}" for row in phases]
     kinds = {
-        "plain": "plain loop",
+        "plain": "the plain loop",
         "foreach": "foreach + fused",
         "compiled": "torch.compile",
         "pytorch_optimizer": "pytorch_optimizer",
     }
     for offset, (kind, label) in enumerate(kinds.items()):
         heights = [row.get(f"ratio_{kind}", 0.0) for row in phases]
-        bars = axes[0, 0].bar([i + 0.2 * (offset - 1.5) for i in range(len(phases))], heights, 0.2, label=label)
-        axes[0, 0].bar_label(bars, [f"{height:.1f}" if height else "" for height in heights], fontsize=7)
-    axes[0, 0].set_xticks(range(len(phases)), labels, fontsize=7)
-    axes[0, 0].set_title("times faster than ...")
-    axes[0, 0].legend(frameon=False)
-    bars = axes[0, 1].bar(range(len(phases)), [row["gb_per_s"] for row in phases])
-    axes[0, 1].bar_label(bars, fmt="%.0f")
-    axes[0, 1].plot([row["bandwidth_gb_per_s"] for row in phases], "_", color="black", markersize=24)
-    axes[0, 1].set_xticks(range(len(phases)), labels, fontsize=7)
-    axes[0, 1].set_title("GB/s, and the memory bandwidth")
-    for index, network in enumerate(sorted({row["network"] for row in methods})):
+        bars = times.bar([i + 0.2 * (offset - 1.5) for i in range(len(phases))], heights, 0.2, label=label)
+        times.bar_label(bars, [f"{height:.1f}" if height else "" for height in heights], fontsize=7)
+    times.set_ylabel("times faster than")
+    speeds = [row["gb_per_s"] for row in phases]
+    bars = bandwidth.bar(range(len(phases)), speeds, label="optimizer work")
+    inside = [f"{speed:.0f}" if speed >= 1 else "" for speed in speeds]
+    bandwidth.bar_label(bars, inside, label_type="center", color="white")
+    limits = [row["bandwidth_gb_per_s"] for row in phases]
+    bandwidth.plot(limits, "_", color="black", markersize=24, label="the memory's bandwidth")
+    bandwidth.set_ylabel("GB/s")
+    for axes in (times, bandwidth):
+        axes.set_xticks(range(len(phases)), labels, fontsize=8)
+    networks = sorted({row["network"] for row in methods})
+    for index, network in enumerate(networks):
         found = [row for row in methods if row["network"] == network]
-        axes[1, 0].bar(
-            [i + 0.4 * index for i in range(len(found))], [row["ratio"] for row in found], 0.4, label=network
-        )
-        axes[1, 0].set_xticks(range(len(found)), [row["method"] for row in found], rotation=40, ha="right", fontsize=8)
-    axes[1, 0].set_title("optimizer work: times faster than the backend torch (line: 3)")
-    if methods:
-        axes[1, 0].set_yscale("log")
-        axes[1, 0].axhline(3, color="black", linestyle="--")
-        axes[1, 0].legend(frameon=False)
-    for what, label in (("N", "elements of one tensor"), ("T", "tiny tensors")):
+        places = [i + (index - (len(networks) - 1) / 2) * 0.4 for i in range(len(found))]
+        work.bar(places, [row["ratio"] for row in found], 0.4, label=network)
+        work.set_xticks(range(len(found)), [row["method"] for row in found], rotation=40, ha="right")
+    work.set_yscale("log")
+    work.axhline(3, color="black", linestyle="--", linewidth=0.8, zorder=0, label="3 times")
+    work.set_ylabel("times faster than the backend torch")
+    for what, label in (("N", "one tensor, by its elements"), ("T", "tiny tensors, by their number")):
         found = [row for row in growth if row["against"] == what]
-        axes[1, 1].loglog([row["size"] for row in found], [row["us"] for row in found], "o-", label=label)
-    axes[1, 1].set_title("the norm pass (us)")
-    axes[1, 1].legend(frameon=False)
-    for one, shown in zip(axes.flat, (phases, phases, methods, growth), strict=True):
+        norms.loglog([row["size"] for row in found], [row["us"] for row in found], "o-", label=label)
+    norms.set_xlabel("elements or tensors")
+    norms.set_ylabel("norm pass (us)")
+    for one, shown in zip((times, bandwidth, work, norms), (phases, phases, methods, growth), strict=True):
         one.set_visible(bool(shown))
+        one.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
         one.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 

@@ -71,3 +71,7 @@ def __getattr__(name: str) -> Any:
     if name in _ON_FIRST_USE:
         return importlib.import_module(f"ltsam_fast.{name}")
     raise AttributeError(f"module 'ltsam_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

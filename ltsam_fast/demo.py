@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import ltsam_fast as lf
 from ltsam_fast import plain
 from ltsam_fast.data import LongTailed, digits, shot_split
+from ltsam_fast.diagnostics.plots import SHOT_COLORS
 from ltsam_fast.models import create
 from ltsam_fast.optim.registry import method_named
 
@@ -166,22 +167,19 @@ def _summary(values: list[float]) -> dict[str, float]:
 
 
 def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: dict[str, dict[str, float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = list(accuracy)
     widths = [max(4.0, 0.9 * len(names)), 5.0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(sum(widths) + 1, 4.2), gridspec_kw={"width_ratios": widths})
+    figure = Figure(figsize=(sum(widths) + 1, 4.4), layout="constrained")
+    sides: Any = figure.subfigures(1, 2, width_ratios=widths)
+    left, right = (side.subplots() for side in sides)
     for index, group in enumerate(GROUPS):
         x = [position + (index - (len(GROUPS) - 1) / 2) * 0.2 for position in range(len(names))]
         means, spreads = ([accuracy[name][group][what] for name in names] for what in ("mean", "std"))
-        left.bar(x, means, 0.2, yerr=spreads, capsize=2, label=group)
+        left.bar(x, means, 0.2, yerr=spreads, capsize=2, label=group, color=SHOT_COLORS[group])
     left.set_ylabel("test accuracy (%)")
-    left.set_ylim(0, 118)
     left.set_title("Accuracy by shot group, mean ± std over seeds")
-    left.legend(loc="upper center", ncols=len(GROUPS), frameon=False)
     slanted = len(names) > 5
     left.set_xticks(range(len(names)), names, rotation=40 if slanted else 0, ha="right" if slanted else "center")
     for offset, way, color in ((-0.2, "published", "tab:gray"), (0.2, "ours", "tab:blue")):
@@ -191,13 +189,10 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
     right.set_xticks(range(len(times)), list(times), fontsize=9)
     right.set_ylabel("whole training step (ms)")
     right.set_title("Time per step, the published way and ours")
-    right.margins(y=0.15)
-    right.legend(loc="upper left", frameon=False)
-    for axes in (left, right):
+    for side, axes in zip(sides, (left, right), strict=True):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+        side.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

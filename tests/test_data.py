@@ -79,3 +79,9 @@ def test_digits_are_long_tailed_and_the_test_set_is_apart():
     assert torch.bincount(data.test_y).tolist() == [40] * 10
     seen = {tuple(image.flatten().tolist()) for image in data.train_x}
     assert not any(tuple(image.flatten().tolist()) in seen for image in data.test_x)
+
+
+def test_a_data_set_is_shown_in_one_line():
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    shown = "LongTailed(371 training and 400 test images of 1 x 8 x 8, 10 classes of 2 to 134)"
+    assert repr(digits()) == shown

@@ -126,6 +126,12 @@ def test_versions_agree():
     assert f'version = "{ltsam_fast.__version__}"' in PYPROJECT.splitlines()
 
 
+def test_dir_shows_what_a_user_needs():
+    assert dir(ltsam_fast) == sorted(ltsam_fast.__all__)
+    assert all(hasattr(ltsam_fast, name) for name in dir(ltsam_fast))
+    assert not {"annotations", "importlib", "Any", "snapshot", "table"} & set(dir(ltsam_fast))
+
+
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_install_without_any_compiler(tree, no_tools, kind):
     process, wheel = build(tree, kind, PATH=str(no_tools), CXX="/nonexistent")
@@ -158,17 +164,24 @@ def test_required_core_is_an_error(tree, no_tools, require, message):
 
 @needs_compiler
 def test_core_is_rebuilt_only_when_a_header_changed(tree, bad_nvcc):
+    """Whatever pip is asked for: `pip install .`, then `'.[train]'`, then `-e .`."""
     objects = []
-    for answer in (1, 1, 2):
+    for kind, answer in (("wheel", 1), ("wheel", 1), ("editable", 1), ("editable", 2)):
         header = tree / "csrc/answer.h"
         if str(answer) not in header.read_text():
             header.write_text(f"#define ANSWER {answer}\n")
-        process, _ = build(tree, "editable", PATH=bad_nvcc, CXX=COMPILER, LTSAM_REQUIRE="cpu")
+        process, wheel = build(tree, kind, PATH=bad_nvcc, CXX=COMPILER, LTSAM_REQUIRE="cpu")
+        assert (
+            "Compiling, unless that was done before: cpu (half a minute), cuda (3 to 5 minutes)\n" in process.stdout
+        ), process.stderr
         objects.append(next(tree.glob("build/**/module.cpp.o")).stat().st_mtime_ns)
-        core = next(tree.glob("ltsam_fast/_cpu*"))
-        loaded = python("-c", "import _cpu; print(_cpu.ANSWER)", cwd=core.parent)
+        folder = tree / "ltsam_fast"
+        if kind == "wheel":
+            shutil.unpack_archive(wheel, folder := tree.parent / "unpacked", "zip")
+            folder /= "ltsam_fast"
+        loaded = python("-c", "import _cpu; print(_cpu.ANSWER)", cwd=folder)
         assert loaded.stdout == f"{answer}\n", process.stderr + loaded.stderr
-    assert objects[0] == objects[1] < objects[2]
+    assert objects[0] == objects[1] == objects[2] < objects[3]
     assert not list(tree.glob(".ninja*")), "all that a build leaves behind is in build/"
 
 
@@ -198,6 +211,12 @@ def test_cuda_architectures(tree, bad_nvcc, archs, expected):
     assert wheel, process.stderr
     assert missing_cores(wheel)["cuda"] == "module.cu(1): error: no luck"
     assert re.findall(r"-gencode=arch=(\S+)", (tree / "asked").read_text()) == expected.split()
+
+
+def test_cuda_can_be_left_out(tree, bad_nvcc):
+    process, wheel = build(tree, "wheel", PATH=bad_nvcc, CXX="/nonexistent", LTSAM_CUDA_ARCHS="none")
+    assert missing_cores(wheel)["cuda"] == "left out at install time by LTSAM_CUDA_ARCHS=none"
+    assert not (tree / "asked").exists(), process.stderr
 
 
 def test_sdist_has_all_it_takes_to_build_and_test(tree):

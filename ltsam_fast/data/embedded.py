@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltsam_fast.data.images import DataError, Images
+from ltsam_fast.data.images import DataError, Images, class_sizes
 from ltsam_fast.data.longtail import longtail_counts, longtail_subset
 from ltsam_fast.extras import needed
 
@@ -15,7 +15,7 @@ _TEST_PER_CLASS = 40
 _VALIDATION_PER_CLASS = 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LongTailed:
     """A long-tailed training set and a balanced test set.
 
@@ -32,6 +32,11 @@ class LongTailed:
     test_x: Tensor
     test_y: Tensor
     class_counts: list[int]
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.train_x.shape[1:]))
+        sizes = class_sizes(self.class_counts)
+        return f"LongTailed({len(self.train_y)} training and {len(self.test_y)} test images of {shape}, {sizes})"
 
 
 def digits(imbalance: float = 50, seed: int = 0, *, held_out: str = "test") -> LongTailed:

@@ -16,7 +16,12 @@ class DataError(ValueError):
     """Data that can't be read; the message is one line with the file and the reason."""
 
 
-@dataclass(frozen=True)
+def class_sizes(counts: list[int]) -> str:
+    """Returns how many classes there are, and their smallest and largest number of images, in words."""
+    return f"{len(counts)} classes of {min(counts, default=0)} to {max(counts, default=0)}"
+
+
+@dataclass(frozen=True, repr=False)
 class Images:
     """The decoded images of one split.
 
@@ -30,6 +35,8 @@ class Images:
         ValueError: The shapes don't fit, or a label names no class.
 
     >>> images = Images(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0]), ("cat", "dog"))
+    >>> images
+    Images(3 images of 1 x 8 x 8, 2 classes of 1 to 2)
     >>> images.counts()
     [2, 1]
     """
@@ -53,6 +60,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.pixels.shape[1:]))
+        return f"Images({len(self)} images of {shape}, {class_sizes(self.counts())})"
 
     def take(self, indices: Tensor) -> Images:
         """Returns a copy of the images at ``indices``, a LongTensor, in their order."""

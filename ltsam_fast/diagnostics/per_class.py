@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,16 @@ class ClassGradNorms:
     norms: Tensor
     counts: Tensor
 
-    def plot(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
-        """Draws a bar per class into the image file ``path``; needs matplotlib."""
-        bars(path, {"": self.norms}, "gradient norm", names)
+    def plot(self, path: str | os.PathLike[str], names: Sequence[str] | None = None, **shots: Any) -> None:
+        """Draws a bar per class into the image file ``path``; needs matplotlib.
+
+        Args:
+            path: The image file.
+            names: Names of the classes.
+            **shots: ``class_counts``, the training samples of each class: they are drawn too, and bars are coloured by shot
+                group; ``many`` and ``few``, the limits of :func:`ltsam_fast.data.shot_split`.
+        """
+        bars(path, {"gradient norm": self.norms}, names, **shots)
 
 
 def class_grad_norms(
@@ -105,9 +113,9 @@ class ClassSharpness:
         """How much the mean loss of each class rises, shape (C,)."""
         return self.perturbed - self.loss
 
-    def plot(self, path: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
-        """Draws two bars per class, loss and sharpness, into the image file ``path``; needs matplotlib."""
-        bars(path, {"loss": self.loss, "sharpness": self.sharpness}, "mean loss", names)
+    def plot(self, path: str | os.PathLike[str], names: Sequence[str] | None = None, **shots: Any) -> None:
+        """Draws loss and sharpness of each class; arguments as in :meth:`ClassGradNorms.plot`."""
+        bars(path, {"mean loss": self.loss, "sharpness": self.sharpness}, names, **shots)
 
 
 def class_sharpness(

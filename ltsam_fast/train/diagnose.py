@@ -113,8 +113,9 @@ def diagnose(
     }
     folder.mkdir(parents=True, exist_ok=True)
     run_checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
-    norms.plot(folder / "class_grad_norms.png", names)
-    sharpness.plot(folder / "class_sharpness.png", names)
+    shots = {"class_counts": subject.counts, "many": subject.config.many, "few": subject.config.few}
+    norms.plot(folder / "class_grad_norms.png", names, **shots)
+    sharpness.plot(folder / "class_sharpness.png", names, **shots)
     along.plot(folder / "loss_slice.png")
     return found
 
