@@ -9,7 +9,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo evidence test lint bench wheels clean
+.PHONY: demo evidence test lint bench docs wheels clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -25,6 +25,9 @@ bench: $(VENV)/bench.stamp
 	mkdir -p $(OUT)
 	$(RUN) -m pytest bench --benchmark-json=$(OUT)/bench.json $(ARGS)
 	$(RUN) -m bench.report $(OUT)/bench.json $(OUT)
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet $(ARGS)
 
 lint: $(VENV)/lint.stamp
 	$(RUN) -m ruff check .
@@ -47,5 +50,5 @@ $(VENV)/triton.stamp: $(VENV)/test.stamp
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .*_cache .hypothesis .benchmarks ltsam_fast/*.so ltsam_fast/_build_info.py $(VENV)/*.stamp
+	rm -rf build dist site *.egg-info .cache .*_cache .hypothesis .benchmarks ltsam_fast/*.so ltsam_fast/_build_info.py $(VENV)/*.stamp
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

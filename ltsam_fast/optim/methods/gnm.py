@@ -19,7 +19,7 @@ class GNM(SharpnessAware):
         e   = clamp(N(0, (1/3)^2), -clip, clip) * rho * dis_mul       for each weight
         w  <- base_step(w, grad L(w + e))
 
-    One forward and one backward a step; 36 bytes moved per fp32 parameter with SGD and momentum, in two passes. The noise is
+    One forward and one backward a step; 32 bytes moved per fp32 parameter with SGD and momentum, in two passes. The noise is
     made inside the pass by a counter-based generator: the same for a seed on every backend, and nothing of it is stored.
 
     Differences from the published code: parameters without a gradient are restored too; epoch 0 does not have twice the noise
