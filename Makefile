@@ -9,11 +9,14 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo test lint bench docs wheels clean
+.PHONY: demo evidence test lint bench docs wheels clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
 	MPLBACKEND=Agg $(RUN) -m ltsam_fast demo $(if $(METHODS),--methods $(METHODS)) $(ARGS)
+
+evidence: $(VENV)/train.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m ltsam_fast evidence bench/evidence/digits-lt.toml --jobs 2 $(ARGS)
 
 test: $(VENV)/triton.stamp
 	$(RUN) -m pytest $(ARGS)

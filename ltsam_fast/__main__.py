@@ -1,4 +1,4 @@
-"""The command line: ``python -m ltsam_fast info|demo|train|compare|diagnose``."""
+"""The command line: ``python -m ltsam_fast info|demo|train|compare|evidence|diagnose``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ COMMANDS = {
     "demo": "train a small network on long-tailed digits with SGD, SAM, Focal-SAM and others (demo --help tells more)",
     "train": "train a network on long-tailed data, with any method, loss and dataset",
     "compare": "train a grid of methods, losses and seeds; table and charts",
+    "evidence": "compare methods by a protocol, with options chosen on held-out images",
     "diagnose": "sharpness, gradients and curvature by class, from a checkpoint",
 }
-TRAINING = ("train", "compare", "diagnose")
+TRAINING = ("train", "compare", "evidence", "diagnose")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -286,7 +286,7 @@ def _resnet_of(depth: int) -> Factory:
 
 
 _OWN: dict[str, Factory] = {
-    **{f"resnet{depth}": _resnet_of(depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"resnet{depth}": _resnet_of(depth) for depth in (8, 20, 32, 44, 56, 110)},
     "small_cnn": lambda classes, shape, cosine: small_cnn(classes, shape[0], _square(shape), cosine_head=cosine),
     "small_vit": lambda classes, shape, cosine: small_vit(
         classes, _square(shape), _default_patch(_square(shape)), in_channels=shape[0], cosine_head=cosine

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import statistics
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,9 +24,10 @@ pytest.importorskip("PIL", reason="pillow is not installed")
 
 from PIL import Image
 
-from ltsam_fast.train import Config, ConfigError, build, cli, train
+from ltsam_fast.train import Config, ConfigError, build, cli, read_file, train
 from ltsam_fast.train import compare as comparison
 from ltsam_fast.train.diagnose import diagnose
+from ltsam_fast.train.evidence import check_protocol, variants
 from ltsam_fast.train.loss_registry import LOSSES, criterion
 from ltsam_fast.train.run import network_of
 
@@ -362,6 +364,159 @@ def test_a_grid_that_is_wrong_is_told_before_anything_is_trained(arguments, name
     assert not (tmp_path / "out").exists()
 
 
+def test_variants_of_a_method_side_by_side(tmp_path, capsys):
+    arguments = ("--methods", "sgd,sam+rho=0.02,sam+rho=0.2+active=every:2", "--losses", "la", "--seeds", "0,1,2")
+    assert compare(tmp_path / "one", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| SAM, rho=0.2, active=every:2 | LA |" in printed
+    assert compare(tmp_path / "two", *arguments, "--jobs", 2, "--together", 2) == 0
+    capsys.readouterr()
+    found = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two")]
+    assert [row["finals"] for row in found[0]] == [row["finals"] for row in found[1]]
+    names = ["sgd", "sam+rho=0.02", "sam+rho=0.2+active=every:2"]
+    assert [row["method"] for row in found[1]] == names
+    for name, rho, active in zip(names[1:], (0.02, 0.2), ("all", "every:2"), strict=True):
+        config = json.loads((tmp_path / "two" / f"{name}-la" / "seed1" / "config.json").read_text())
+        assert (config["method"], config["options"]["rho"], config["active"]) == ("sam", rho, active)
+
+
+def test_differences_to_sgd_are_paired(tmp_path, capsys):
+    assert compare(tmp_path, "--methods", "sgd,sam", "--losses", "la", "--seeds", "0,1,2") == 0
+    rows = table_of(tmp_path)
+    assert rows["sgd", "la"]["all_difference"] == ""
+    for group in ("all", "few"):
+        logs = [[tmp_path / f"{name}-la" / f"seed{seed}" / "log.csv" for seed in range(3)] for name in ("sam", "sgd")]
+        last = [[float(list(csv.DictReader(log.open()))[-1][group]) for log in one] for one in logs]
+        steps = np.subtract(*last)
+        half = 4.302653 * steps.std(ddof=1) / 3**0.5  # Student's t of 2 degrees of freedom
+        wanted = [steps.mean(), steps.mean() - half, steps.mean() + half]
+        names = [f"{group}_{end}" for end in ("difference", "low", "high")]
+        assert [float(rows["sam", "la"][name]) for name in names] == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    written = (tmp_path / "table.md").read_text()
+    assert "Difference to SGD of the same seed" in written
+    assert Image.open(tmp_path / "differences.png").width > 300
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["machines"]) == 1 and results["machines"][0].endswith("1 thread")
+
+
+def test_quantiles_of_students_t():
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    for freedom in (1, 2, 3, 4, 9, 19, 99):
+        assert comparison.student_t(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-5)
+
+
+def test_after_a_time_no_further_run_begins(tmp_path, capsys, monkeypatch):
+    arguments = ("--methods", "sgd,sam", "--seeds", "0,1")
+    assert compare(tmp_path, *arguments, "--limit", 0) == 1
+    one_line(capsys, "compare", "4 of 4 runs were not begun within 0 s")
+    assert not list(tmp_path.glob("*/*/last.pt"))
+    seen = []
+
+    def stopping(config, *rest, **named):
+        seen.append(config.seed)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return train(config, *rest, **named)
+
+    monkeypatch.setattr(comparison, "train", stopping)
+    assert compare(tmp_path, *arguments) == 130
+    assert {name: row["seeds"] for (name, _), row in table_of(tmp_path).items()} == {"sgd": "1", "sam": "1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--methods", "sgd+rho=1"), "sgd has no option 'rho'"),
+        (("--methods", "sam+rho"), "METHOD+NAME=VALUE"),
+        (("--methods", "sam+active=9"), "active must be"),
+        (("--methods", "sam+lr=x"), "lr must be a number"),
+        (("--jobs", 0), "--jobs"),
+        (("--n-max", 5), "n_max"),
+        (("--n-max", 5000), "counts[0]"),
+        (("--val", 150), "no such subset"),
+    ],
+)
+def test_a_variant_that_is_wrong_is_told_before_anything_is_trained(arguments, named, tmp_path, capsys):
+    assert compare(tmp_path / "out", *arguments) == 2
+    one_line(capsys, "compare", named)
+    assert not (tmp_path / "out").exists()
+
+
+# --- evidence
+
+PROTOCOL = {
+    "losses": ["ce", "la"],
+    "seeds": [0, 1],
+    "val": 20,
+    "val_seeds": [5, 6],
+    "settings": {"recipe": "digits-lt", "n_max": 60, "resample": True, "epochs": 3, "tensorboard": False},
+    "grids": {"sgd": {}, "asam": {"rho": [0.05, 10**30]}, "focal_sam+active=0.5": {"rho": [0.1], "gamma": [0.0, 3.0]}},
+}
+
+
+def evidence(protocol, out, *arguments):
+    path = out.with_suffix(".json")
+    path.write_text(json.dumps(protocol))
+    return run("evidence", path, "--out", out, "--quiet", *arguments)
+
+
+def test_evidence_chooses_on_held_out_images_and_tests_once(tmp_path, capsys):
+    assert evidence(PROTOCOL, tmp_path / "out", "--limit", 0) == 1
+    one_line(capsys, "evidence", "16 of 16 runs were not begun")
+    assert evidence(PROTOCOL, tmp_path / "out") == 0  # of a radius of 1e30 the loss is not finite
+    output, errors = capsys.readouterr()
+    assert errors.count("\n") == 4 and errors.count(f"asam+rho={10**30}") == 4
+    found = [json.loads((tmp_path / "out" / part / "results.json").read_text()) for part in ("validation", "test")]
+    validation, test = ({(row["method"], row["loss"]): row for row in one["rows"]} for one in found)
+    chosen = json.loads((tmp_path / "out" / "chosen.json").read_text())
+    for loss in PROTOCOL["losses"]:
+        tried = [f"focal_sam+active=0.5+rho=0.1+gamma={gamma}" for gamma in (0.0, 3.0)]
+        best = max(tried, key=lambda name: validation[name, loss]["accuracies"]["all"][0])
+        assert chosen[loss] == {"sgd": "sgd", "asam": "asam+rho=0.05", "focal_sam+active=0.5": best}
+        for name in chosen[loss].values():
+            assert list(test[name, loss]["finals"]) == ["0", "1"]
+            assert (name == "sgd") or list(validation[name, loss]["finals"]) == ["5", "6"]
+    assert len(test) == 6
+    for part, val, images in (("validation", 20, 200), ("test", None, 400)):
+        path = tmp_path / "out" / part / "asam+rho=0.05-ce"
+        state = torch.load(next(path.glob("*/last.pt")), weights_only=True)
+        assert state["config"]["val"] == val and state["class_counts"][0] == 60
+        scale = state["history"][-1]["all"] / 100 * images
+        assert scale == pytest.approx(round(scale), abs=1e-3)
+    assert (tmp_path / "out" / "test" / "table.md").read_text() + "\n" == output
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/*/last.pt")}
+    grids = {**PROTOCOL["grids"], "asam": {"rho": [0.05]}}
+    assert evidence({**PROTOCOL, "grids": grids}, tmp_path / "out", "--limit", 0) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/*/*/last.pt")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"val_seeds": [1]}, "val_seeds must be others"),
+        ({"seed": [1]}, "a protocol must have"),
+        ({"settings": {"rho": 1}}, "unknown setting 'rho'"),
+        ({"grids": {"nix": {}}}, "nix"),
+    ],
+)
+def test_a_protocol_that_is_wrong(changes, named, tmp_path, capsys):
+    assert evidence({**PROTOCOL, **changes}, tmp_path / "out") == 2
+    one_line(capsys, "evidence", named)
+
+
+PROTOCOLS = sorted((Path(__file__).parents[1] / "bench" / "evidence").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.name)
+def test_protocols_name_what_is_there(path):
+    protocol = read_file(path)
+    check_protocol(protocol)
+    layers = [protocol["settings"], {"val": protocol["val"]}]
+    names = [name for names in variants(protocol["grids"]).values() for name in names]
+    cells = comparison.grid(layers, names, protocol["losses"], protocol["val_seeds"], Path("out"))
+    assert len(cells) == len(names) * len(protocol["losses"]) * len(protocol["val_seeds"])
+
+
 # --- diagnose
 
 
@@ -539,3 +694,23 @@ def test_a_class_of_another_name_is_named(sources, tmp_path, monkeypatch, capsys
     capsys.readouterr()
     assert run("train", "--out", "run", "--resume", "--epochs", 2, "--quiet") == 2
     one_line(capsys, "train", "a class was 'c', now it is 'd'")
+
+
+RECIPES_PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+
+def test_the_commands_of_the_recipes_are_right(monkeypatch, capsys):
+    """But for the data, which is not there."""
+    grids = []
+    monkeypatch.setattr(comparison, "compare", lambda cells, out, **_: (grids.append(cells), ([], []))[1])
+    lines = [
+        line.strip()
+        for line in RECIPES_PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("    python -m")
+    ]
+    for line in lines:
+        _, _, package, command, *arguments = line.split()
+        assert (package, command) == ("ltsam_fast", "compare")
+        assert run(command, *arguments, "--device", "cpu", "--quiet") == 0, capsys.readouterr().err
+    assert len(lines) == len({cells[0].folder.parts[:2] for cells in grids}) == 13
+    assert sum(len(cells) for cells in grids) == 8 * 48 + 2 * 6 + 2 * 18 + 12

@@ -442,7 +442,7 @@ def test_a_largest_rate_of_ones_own():
     assert radii(Radius([0.1, 0.1], lr_max=0.2), [0.1, 0.2, 0.4, 0.05]) == [at(s) for s in (0.5, 1, 1, 0.25)]
     opt = lf.GSAM([nn.Parameter(torch.zeros(2))], SGD, rho_min=LOW, rho_max=HIGH, lr_min=0.1, lr=0.05)
     for bad in (0.1, -1.0, float("inf"), "a"):
-        with pytest.raises(ValueError, match=r"lr_max must be (a finite number >= 0|> lr_min = 0\.1), got"):
+        with pytest.raises(ValueError, match=r"lr_max must be (a finite number > 0|> lr_min = 0\.1), got"):
             opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "lr_max": bad})
     assert len(opt.param_groups) == 1
 

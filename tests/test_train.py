@@ -24,16 +24,20 @@ from ltsam_fast import data, demo, diagnostics, models
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 pytest.importorskip("rich", reason="rich is not installed")
 
+from ltsam_fast.optim import capture
 from ltsam_fast.optim.registry import method_named
-from ltsam_fast.train import METHODS, Config, ConfigError, build, cli, loop, read_file, train
-from ltsam_fast.train.config import differing
+from ltsam_fast.train import METHODS, Config, ConfigError, Diverged, build, cli, loop, read_file, train
+from ltsam_fast.train import run as run_module
+from ltsam_fast.train.config import active_steps, differing
 from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import Silent
+from ltsam_fast.train.loop import train_together
 from ltsam_fast.train.loss_registry import LOSSES, reweight, same_noise
 from ltsam_fast.train.method_registry import check_options, options_of
-from ltsam_fast.train.run import prepare
+from ltsam_fast.train.run import load_images, prepare
 
 from .networks import smooth
+from .test_capture import tape  # noqa: F401
 
 CE = torch.nn.CrossEntropyLoss(reduction="none")
 QUICK = {"epochs": 2, "tensorboard": False}
@@ -424,7 +428,9 @@ def test_plans_end_alike(method, images, tmp_path, monkeypatch, seen, caplog):
     own = {"imb_sam": {"eta": 30}, "sse_sam": {"eta": 30}, "cc_sam": {"scope": "all"}}.get(method, {})
     settings = {"method": method, "loss": "la", "model": "smooth", "epochs": 2, "drw_start": 1, "tensorboard": False}
     if method in ("imb_sam", "sse_sam"):
-        settings["epochs"] = 10  # in a short run looking at the network, in steps 1, 2, 4, 8, ..., costs more than it saves
+        settings["epochs"] = (
+            10  # in a short run looking at the network, in steps 1, 2, 4, 8, ..., costs more than it saves
+        )
     given = None
     if images == "augmented":
         pixels = torch.randint(256, (80, 3, 8, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
@@ -637,3 +643,158 @@ def test_deterministic_runs_tell_cublas(tmp_path, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+# --- what evidence needs
+
+
+@pytest.mark.parametrize(
+    ("text", "active"),
+    [
+        ("all", "all"),
+        ("0.3", 0.3),
+        ("0", 0.0),
+        ("every:5", ("every", 5)),
+        ("100:2000", ("range", 100, 2000)),
+        ("140ep:", ("range", 1400, 2000)),
+        (":70%", ("range", 0, 1400)),
+        ("50%:150ep", ("range", 1000, 1500)),
+    ],
+)
+def test_active_steps(text, active):
+    assert active_steps(text, 10, 2000) == active
+    assert Config(active=text).active == text
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.1", "nan", "every:0", "every:x", "-3:5", "x:", "0.7:", ""])
+def test_active_steps_that_are_none(text):
+    with pytest.raises(ConfigError, match="active must be all, 0.3, every:5"):
+        Config(active=text)
+
+
+def prepared(**settings):
+    with process_group("cpu") as dist:
+        return prepare(build({"tensorboard": False, **settings}), dist)
+
+
+def test_active_reaches_the_method_and_sgd_ignores_it():
+    late = prepared(method="sam", active="30ep:").optimizer
+    assert late.active == ("range", 180, 240, 1)  # of 40 epochs of 6 steps
+    assert prepared(method="sam", active="0.3").optimizer.active == 0.3
+    assert prepared(method="sam", active="0.3", options={"active": ["every", 2]}).optimizer.active == ("every", 2)
+    assert type(prepared(method="sgd", active="0.3").optimizer) is torch.optim.SGD
+
+
+def test_methods_of_a_seed_begin_with_the_same_weights_and_get_the_same_batches(tmp_path, monkeypatch):
+    """So their differences are paired. Losses, too; another seed has others."""
+    seen, take_step = [], loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda run, x, y: seen.append((x.clone(), y)) or take_step(run, x, y))
+    pixels = torch.randint(256, (60, 3, 8, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+    images = (data.Images(pixels, torch.arange(60) % 10, tuple("abcdefghij")),) * 2
+
+    def beginning(method, loss="ce", seed=3):
+        seen.clear()
+        settings = {"method": method, "loss": loss, "seed": seed, "model": "small_cnn", "epochs": 2, "batch_size": 16}
+        config = build({**settings, "imbalance": None, "tensorboard": False})
+        with process_group("cpu") as dist:
+            weights = prepare(config, dist, images).network.state_dict()
+        train(config, tmp_path / f"{method}-{loss}-{seed}", images=images)
+        return weights, [*seen]
+
+    first = beginning("sgd")
+    assert len(first[1]) == 8
+    for method in [name for name in METHODS if name != "sgd"]:
+        same(first, beginning(method))
+    same(first, beginning("sam", "la"))
+    other = beginning("sgd", seed=4)
+    assert not torch.equal(first[1][0][0], other[1][0][0])
+    assert not torch.equal(first[0]["0.weight"], other[0]["0.weight"])
+
+
+def test_held_out_images_are_none_that_are_trained_or_tested_on():
+    everything, tests = data.load("digits"), data.load("digits", "test")
+    settings = {"n_max": 50, "imbalance": 25.0, "resample": True, "test_per_class": 7}
+
+    def taken(**more):
+        return load_images(build({**settings, **more}))
+
+    def rows(images):
+        return {tuple(one.flatten().tolist()) for one in images.pixels}
+
+    chosen, held_out = taken(val=30, seed=1)
+    assert chosen.counts() == data.longtail_counts(50, 10, 25.0) and held_out.counts() == [30] * 10
+    assert not rows(chosen) & rows(held_out) and rows(held_out) <= rows(everything)
+    assert not rows(held_out) & rows(tests)
+    train_images, test = taken(seed=1)
+    assert train_images.counts() == chosen.counts() and test.counts() == [7] * 10
+    assert rows(test) <= rows(tests)
+    assert taken(seed=1)[0].digest == train_images.digest != taken(seed=2)[0].digest
+    assert taken(seed=2)[1].digest == test.digest
+    assert taken(seed=1, resample=False)[0].digest == taken(seed=2, resample=False)[0].digest
+
+
+def test_without_a_test_in_every_epoch_a_run_ends_alike_and_resumes(tmp_path):
+    settings = {"method": "sam", "epochs": 5, "tensorboard": False}
+    rows = train(build(settings), tmp_path / "each")
+    few = build({**settings, "eval_every": 2, "keep_weights": False})
+    with pytest.raises(KeyboardInterrupt):  # in the fourth epoch; the third is not in the checkpoint
+        train(few, tmp_path / "few", report=StopIn(3 * 7 + 2))
+    assert last(tmp_path / "few")["epoch"] == 2 and "model" in last(tmp_path / "few")
+    again = train(few, tmp_path / "few", resume=True)
+    assert [row["all"] is not None for row in again] == [False, True, False, True, True]
+    for one, other in zip(rows, again, strict=True):
+        assert one["train_loss"] == other["train_loss"]
+        assert other["per_class"] in (None, one["per_class"])
+    state = last(tmp_path / "few")
+    assert "model" not in state and "optimizer" not in state and state["history"] == again
+    assert [row["all"] for row in csv.DictReader((tmp_path / "few" / "log.csv").open())][:2] == [
+        "",
+        str(rows[1]["all"]),
+    ]
+
+
+def test_a_finished_run_without_weights_says_so(tmp_path, capsys):
+    assert run("--epochs", 1, "--no-keep-weights", "--no-tensorboard", "--quiet", "--out", tmp_path / "run") == 0
+    for command, arguments in (("train", ("--resume", "--out", tmp_path / "run")), ("diagnose", (tmp_path / "run",))):
+        assert run(*arguments, command=command) == 2
+        assert "has no weights: it was trained with --no-keep-weights" in capsys.readouterr().err
+
+
+def test_runs_in_turns_end_as_each_alone(tmp_path):
+    methods = {"sgd": {}, "sam": {}, "asam": {"rho": 1e30}, "gnm": {}}
+    configs = {
+        name: build({"method": name, "options": own, "eval_every": 2, **QUICK, "epochs": 3})
+        for name, own in methods.items()
+    }
+    images = load_images(configs["sgd"])
+    found = train_together([(config, tmp_path / "together" / name, images) for name, config in configs.items()])
+    for (name, config), outcome in zip(configs.items(), found, strict=True):
+        if name == "asam":
+            assert isinstance(outcome, Diverged)
+            continue
+        train(config, tmp_path / name)
+        assert [row["epoch"] for row in outcome] == [1, 2, 3]
+        assert same_weights(tmp_path / name, tmp_path / "together" / name)
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "sse_sam", "gnm"])
+def test_runs_in_graphs_end_as_without(method, tape, tmp_path, monkeypatch):  # noqa: F811
+    """On a tape that stands for CUDA's graphs. SGD's fused step rounds otherwise than torch's on the CPU."""
+
+    def graph_step(model, losses, optimizer, *arguments, scaler, **named):
+        tape(model, optimizer, scaler if scaler.is_enabled() else None)
+        return lf.graph_step(model, losses, optimizer, *arguments, scaler=scaler, **named)
+
+    monkeypatch.setattr(run_module, "graph_step", graph_step)
+    settings = {"method": method, "loss": "la", "drw_start": 1, **QUICK, "epochs": 4, "active": "every:2"}
+    own = {"sgd": {}, "sse_sam": {"plan": "published", "switch_step": 20}}.get(method, {"plan": "published"})
+    for graph in (True, False):
+        train(build({**settings, "options": own, "graph": graph}), tmp_path / ("graph" if graph else "eager"))
+    for name, value in last(tmp_path / "eager")["model"].items():
+        torch.testing.assert_close(last(tmp_path / "graph")["model"][name], value, rtol=1e-4, atol=1e-6)
+    assert capture.Machine.captures >= 1 + (method != "sgd")
+
+
+def test_graphs_need_a_gpu(tmp_path, capsys):
+    assert run("--graph", "--device", "cpu", "--out", tmp_path / "run") == 2
+    assert "graph: model must be on one CUDA device" in capsys.readouterr().err

@@ -6,7 +6,6 @@ import copy
 import io
 import pickle
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,17 +295,6 @@ def test_a_gamma_for_each_class_agrees_with_the_oracle(backend, device, generato
     assert relative_error(flat(model).cpu(), by_hand(network(), exact)[0]) < 1e-9
 
 
-def test_the_readmes_examples_run():
-    text = (Path(__file__).parents[1] / "README.md").read_text().split("## Weights of your own")[1]
-    model, (x, y) = network(torch.float32), batches(torch.float32, steps=1)[0]
-    u, v = torch.rand(2, CLASSES)
-    given = {"lf": lf, "torch": torch, "F": F, "model": model, "x": x, "y": y, "u": u, "v": v, "counts": COUNTS}
-    given |= {"losses": closure_of(model, x, y), "goals": torch.randn(len(x), CLASSES)}
-    before = flat(model)
-    exec(text.split("```python")[1].split("```")[0], given)
-    assert not torch.equal(flat(model), before) and len(given["focal"].gamma) == CLASSES
-
-
 # --- plans
 
 
@@ -535,7 +523,7 @@ def test_gamma_may_be_a_vector(kind):
 
 @every
 def test_methods_without_two_losses_refuse_weights(name):
-    if name in WEIGHED:
+    if EVERY[name].cls.takes_weights:
         return
     model, (x, y) = network(), batches(steps=1)[0]
     opt, before = EVERY[name].make(model, lr=0.1), flat(model)

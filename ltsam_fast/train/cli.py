@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import logging
 import math
 import sys
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ltsam_fast.train.config import FIELDS, ConfigError, build, read_file
+from ltsam_fast.train.config import FIELDS, ConfigError, build, parsed, read_file
 from ltsam_fast.train.recipes import RECIPES
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
@@ -97,10 +97,7 @@ def _pair(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, {"True": True, "False": False, "None": None}.get(value, value)
+    return name, parsed(value)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -157,10 +154,12 @@ def compare_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--losses", type=_names, default=["ce"], metavar="A,B", help="losses, or all (default: ce)")
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="A,B", help="seeds (default: 0,1,2)")
     parser.add_argument("--out", type=Path, default=Path("compare-out"), metavar="DIR", help="default: %(default)s")
+    _add_pace(parser)
     parser.add_argument("--quiet", action="store_true", help="print the table only")
     add_sources(parser)
     add_settings(parser, without=("method", "loss", "seed"))
     options = parser.parse_args(arguments)
+    pace = _pace(options)
 
     from ltsam_fast.train.compare import compare, grid
     from ltsam_fast.train.distributed import is_rank_zero, process_group
@@ -176,10 +175,10 @@ def compare_command(arguments: Sequence[str]) -> int:
     try:
         with process_group(cells[0].config.device):
             if options.quiet or not is_rank_zero():
-                rows, failures = compare(cells, options.out)
+                rows, failures = compare(cells, options.out, **pace)
             else:
                 with Cells(len(cells)) as bar:
-                    rows, failures = compare(cells, options.out, report=bar.cell)
+                    rows, failures = compare(cells, options.out, report=bar.cell, **pace)
     except KeyboardInterrupt:
         print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return INTERRUPTED
@@ -188,6 +187,52 @@ def compare_command(arguments: Sequence[str]) -> int:
     for line in failures:
         print(f"ltsam_fast compare: {line}", file=sys.stderr)
     return FAILED if failures else OK
+
+
+def evidence_command(arguments: Sequence[str]) -> int:
+    """``python -m ltsam_fast evidence``."""
+    parser = Parser(prog="python -m ltsam_fast evidence", allow_abbrev=False, description=_EVIDENCE)
+    parser.add_argument("protocol", help="a TOML, YAML or JSON file, such as bench/evidence/digits-lt.toml")
+    parser.add_argument("--out", type=Path, default=Path("evidence-out"), metavar="DIR", help="default: %(default)s")
+    _add_pace(parser)
+    parser.add_argument("--quiet", action="store_true", help="print the table only")
+    add_settings(parser, without=("method", "loss", "seed"))
+    options = parser.parse_args(arguments)
+    pace = _pace(options)
+
+    from ltsam_fast.train.evidence import evidence
+    from ltsam_fast.train.log import Cells
+
+    changes = {name: value for name, value in vars(options).items() if name in FIELDS}
+    with contextlib.ExitStack() as bars:
+
+        def report(cells: Sequence[Any]) -> Callable[[Any], Any]:
+            return (lambda cell: None) if options.quiet else bars.enter_context(Cells(len(cells))).cell
+
+        try:
+            rows, failures = evidence(read_file(options.protocol), options.out, changes, report=report, **pace)
+        except KeyboardInterrupt:
+            print("\ninterrupted; repeat the command to resume", file=sys.stderr)
+            return INTERRUPTED
+    if rows:
+        print((options.out / "test" / "table.md").read_text(encoding="utf-8"))
+    for line in failures:
+        print(f"ltsam_fast evidence: {line}", file=sys.stderr)
+    return FAILED if failures else OK
+
+
+def _add_pace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, default=1, help="processes that train side by side (default: 1)")
+    parser.add_argument(
+        "--together", type=int, default=1, help="runs that each process trains in turns on its GPU (default: 1)"
+    )
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further run begins")
+
+
+def _pace(options: argparse.Namespace) -> dict[str, Any]:
+    if options.jobs < 1 or options.together < 1 or not options.limit >= 0:
+        raise ConfigError("--jobs and --together must be at least 1, --limit at least 0")
+    return {name: getattr(options, name) for name in ("jobs", "together", "limit")}
 
 
 def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
@@ -218,7 +263,9 @@ def _show(rows: Sequence[Any], config: Any, out: Path) -> None:
     width = terminal.measure(table, options=terminal.options.update(width=1000)).maximum
     Terminal(width=max(width, terminal.width)).print(table)  # a narrow terminal wraps lines, but cells are not cut off
     terminal.print(caption(rows, config), highlight=False, markup=False)
-    terminal.print(f"wrote {out}/: {TABLE}, table.csv, bars.png, curves.png", highlight=False, markup=False)
+    terminal.print(
+        f"wrote {out}/: {TABLE}, table.csv, results.json, bars.png, curves.png", highlight=False, markup=False
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -276,7 +323,11 @@ _COMPARE = (
     "Trains a grid of methods, losses and seeds, one run folder per cell, and writes a table and charts. Finished cells are "
     "not trained again. An option without a prefix applies to all methods that have it."
 )
-_METHODS = "methods, or all (default: sgd,sam,focal_sam)"
+_EVIDENCE = (
+    "Compares methods by a protocol: their options are chosen on images held out of the training images, then the chosen ones "
+    "are trained with other seeds and tested once. What is finished is not trained again."
+)
+_METHODS = "methods, or all, or variants such as sam+rho=0.1+active=0.3 (default: sgd,sam,focal_sam)"
 _TRAIN = (
     "Trains a network on long-tailed data. Settings come from a recipe, a file and flags; the later override the earlier. "
     "A run that was stopped or killed continues exactly with --resume."
@@ -284,5 +335,6 @@ _TRAIN = (
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train_command,
     "compare": compare_command,
+    "evidence": evidence_command,
     "diagnose": diagnose_command,
 }

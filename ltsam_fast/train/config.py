@@ -50,8 +50,19 @@ class Config:
     imbalance: float | None = _setting(
         None, "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"
     )
+    n_max: int | None = _setting(
+        None, "images of the subset's largest class; default: as many as the smallest class of all images has"
+    )
     profile: str = _setting("exp", "shape of the subset", choices=("exp", "step", "none"))
     data_seed: int = _setting(0, "seed of the subset; 0: the published CIFAR-LT")
+    resample: bool = _setting(False, "draw another subset, and other images to hold out, for each seed")
+    val: int | None = _setting(
+        None,
+        "hold out so many training images of each class and test on them, to choose options without the test images",
+    )
+    test_per_class: int | None = _setting(
+        None, "test on so many images of each class, the same in all runs; default: all"
+    )
     many: int = _setting(100, "classes with more training images than this are 'many'")
     few: int = _setting(20, "classes with fewer training images than this are 'few'")
     augment: bool = _setting(True, "augment training images: crop and flip for colour images")
@@ -59,6 +70,9 @@ class Config:
     method: str = _setting("sgd", "sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam")
     options: dict[str, Any] = _options(
         "option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only", "set"
+    )
+    active: str = _setting(
+        "all", "steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%%:"
     )
     cosine_head: bool | None = _setting(None, "a cosine classifier; default: for the losses ldam and gcl")
     loss: str = _setting("ce", "loss by name, e.g. ce or la")
@@ -82,12 +96,15 @@ class Config:
     decay: float = _setting(0.01, "factor of the step schedule")
     epochs: int = _setting(200, "passes over the training images")
     batch_size: int = _setting(64, "images per step, over all processes")
+    eval_every: int = _setting(1, "epochs between two tests and checkpoints; the last epoch always has both")
+    keep_weights: bool = _setting(True, "keep weights and the optimizer's state in the checkpoint of a finished run")
     seed: int = _setting(0, "seed of weights, sampling order and augmentation")
     device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
     threads: int | None = _setting(None, "CPU threads; default: as torch chooses")
     amp: str = _setting("off", "mixed precision; fp16 with a GradScaler", choices=("off", "bf16", "fp16"))
     channels_last: bool = _setting(False, "memory format of images and weights")
     compile: bool = _setting(False, "compile the network with torch.compile")
+    graph: bool = _setting(False, "capture whole training steps in CUDA graphs; GPU only")
     deterministic: bool = _setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
     tensorboard: bool | None = _setting(None, "TensorBoard logs; default: if it is installed")
 
@@ -98,7 +115,7 @@ class Config:
             _range(name, getattr(self, name), 0, exclusive=True)
         for name in ("momentum", "weight_decay", "warmup", "many", "few"):
             _range(name, getattr(self, name), 0)
-        for name in ("epochs", "batch_size", "threads", "size", "imbalance"):
+        for name in ("epochs", "batch_size", "eval_every", *_AT_LEAST_ONE):
             if getattr(self, name) is not None:
                 _range(name, getattr(self, name), 1)
         for name in ("seed", "data_seed"):
@@ -108,6 +125,11 @@ class Config:
             raise ConfigError(f"few must be at most many = {self.many}, got {self.few}")
         if self.profile == "none" and self.imbalance is not None:
             raise ConfigError(f"imbalance must not be given with profile 'none', got {self.imbalance!r}")
+        if self.n_max is not None and self.imbalance is None:
+            raise ConfigError(f"n_max needs imbalance: it is the size of the subset's largest class, got {self.n_max}")
+        active_steps(self.active, 1, 100)
+        if self.graph and (self.compile or self.loss == "gcl"):
+            raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
         if self.drw_start is not None and self.drw_start < 0:
             raise ConfigError(f"drw_start must be an epoch >= 0, got {self.drw_start}")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
@@ -132,11 +154,60 @@ class Config:
         return 1.0
 
 
+def active_steps(text: str, steps_per_epoch: int, steps: int) -> Any:
+    """Returns a method's option ``active`` from the text of a setting.
+
+    Args:
+        text: "all", a share of the steps at the end, "every:5", or a range "100:2000" with ends such as "140ep" or "70%".
+        steps_per_epoch: Steps of an epoch.
+        steps: Steps of the run.
+
+    Raises:
+        ConfigError: It is nothing of that kind.
+
+    >>> active_steps("140ep:", 10, 2000), active_steps("0.3", 10, 2000), active_steps("every:5", 10, 2000)
+    (('range', 1400, 2000), 0.3, ('every', 5))
+    """
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            if text == "all" or 0 <= float(text) <= 1:
+                return text if text == "all" else float(text)
+        elif first == "every" and int(last) > 0:
+            return ("every", int(last))
+        else:
+            start, stop = (_steps(end, steps_per_epoch, steps) for end in (first or "0", last or str(steps)))
+            if min(start, stop) >= 0:
+                return ("range", start, stop)
+    except ValueError:
+        pass
+    raise ConfigError(f"active must be all, 0.3, every:5, 100:2000, or a range such as 140ep: or 70%:, got {text!r}")
+
+
+def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
+    for suffix, unit in (("ep", steps_per_epoch), ("%", steps / 100)):
+        if text.endswith(suffix):
+            return round(float(text.removesuffix(suffix)) * unit)
+    return int(text)
+
+
+_AT_LEAST_ONE = ("threads", "size", "imbalance", "n_max", "val", "test_per_class")
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
-DATA_SETTINGS = ("data", "test_data", "format", "images", "size", "classes", "imbalance", "profile", "data_seed")
+DATA_SETTINGS = (
+    *("data", "test_data", "format", "images", "size", "classes", "imbalance", "n_max", "profile", "data_seed"),
+    *("resample", "val", "test_per_class"),
+)
 """Settings that determine the images."""
-RESUMABLE = ("device", "threads", "tensorboard", "cache")
+RESUMABLE = ("device", "threads", "tensorboard", "cache", "eval_every", "keep_weights")
 """Settings that may change when a run is resumed."""
+
+
+def parsed(text: str) -> Any:
+    """Returns the value of an option in a text: JSON, True, False or None, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
@@ -271,4 +342,10 @@ def differing(old: Config, new: Config) -> list[str]:
 def depends_on_epochs(config: Config) -> bool:
     """Returns whether the first epochs depend on the number of epochs: by the cosine schedule or an option in percent."""
     percent: Iterable[Any] = (value for value in config.options.values() if isinstance(value, str))
-    return config.schedule == "cosine" or config.method == "sparse_sam" or any(one.endswith("%") for one in percent)
+    return (
+        config.schedule == "cosine"
+        or config.method == "sparse_sam"
+        or config.active != "all"
+        or "rho_schedule" in config.options
+        or any(one.endswith("%") for one in percent)
+    )

@@ -138,7 +138,7 @@ def _subject(source: str | Path, state: dict[str, Any], split: str, per_class: i
     if not other_loss:
         loss.load_state_dict(state["loss"])  # training may have set class weights
     try:
-        network.load_state_dict(state["model"])
+        network.load_state_dict(run_checkpoint.weights(state, source))
     except RuntimeError as error:
         shape = " x ".join(map(str, train.pixels.shape[1:]))
         raise ConfigError(f"data {config.data}: images of {shape} do not fit the run's {config.model}") from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,3 +117,14 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
     elif device.type != "cpu":
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
     return device
+
+
+def machine(device: torch.device, threads: int | None = None) -> str:
+    """Returns the name of what is computed on, such as "AMD EPYC, 1 thread"; with torch's number of threads by default."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    threads = threads or torch.get_num_threads()
+    return f"{names[0] if names else platform.machine()}, {threads} thread{'s' * (threads > 1)}"

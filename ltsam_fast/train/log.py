@@ -33,15 +33,16 @@ class Logs:
         if self.rows:
             self._write()
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Logs an epoch."""
-        self.rows.append(row)
+    def write(self, history: Sequence[dict[str, Any]]) -> None:
+        """Logs the epochs that were added to the history."""
+        new, self.rows = history[len(self.rows) :], list(history)
         self._write()
         if self.board:
-            for name in COLUMNS[1:]:
-                if row[name] is not None:
-                    kind = "accuracy/" if name in GROUPS else ""
-                    self.board.add_scalar(f"{kind}{name}", row[name], row["epoch"])
+            for row in new:
+                for name in COLUMNS[1:]:
+                    if row[name] is not None:
+                        kind = "accuracy/" if name in GROUPS else ""
+                        self.board.add_scalar(f"{kind}{name}", row[name], row["epoch"])
             self.board.flush()
 
     def _write(self) -> None:
@@ -136,7 +137,7 @@ class Cells:
         self.bar.update(self.all, completed=self.begun)
         self.begun += 1
         return _OneCell(
-            self.bar, f"{self.begun}/{self.cells} {cell.config.method}, {cell.config.loss}, seed {cell.config.seed}"
+            self.bar, f"{self.begun}/{self.cells} {cell.variant}, {cell.config.loss}, seed {cell.config.seed}"
         )
 
 
@@ -144,9 +145,11 @@ class _OneCell(Silent):
     def __init__(self, bar: Any, name: str) -> None:
         self.bar, self.name = bar, name
         self.last: dict[str, Any] | None = None
+        self.task: Any = None
 
     def __exit__(self, *error: Any) -> None:
-        self.bar.remove_task(self.task)
+        if self.task is not None:
+            self.bar.remove_task(self.task)
         if self.last:
             _print(
                 self.bar,

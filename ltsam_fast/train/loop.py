@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ltsam_fast import data
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing, from_stored
-from ltsam_fast.train.distributed import process_group
+from ltsam_fast.train.distributed import Distributed, machine, process_group
 from ltsam_fast.train.log import GROUPS, Logs, Silent
 from ltsam_fast.train.loss_registry import reweight, same_noise
 from ltsam_fast.train.run import Run, prepare
@@ -30,8 +31,12 @@ class Diverged(RuntimeError):
     """The training loss is not finite."""
 
 
-def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
-    """Trains for one epoch, each process on its part of every batch; returns the mean loss at the unperturbed weights."""
+def train_epoch(run: Run, advance: Callable[[int], object]) -> Tensor:
+    """Trains for one epoch, each process on its part of every batch; does not wait for the device.
+
+    Returns:
+        The sum of the losses at the unperturbed weights, and the number of images.
+    """
     run.model.train()
     dist, config = run.dist, run.config
     reweight(run.loss, config, run.counts, run.epoch)
@@ -46,8 +51,7 @@ def train_epoch(run: Run, advance: Callable[[int], object]) -> float:
             loss_sum += take_step(run, x, y).double() * len(local)
             count += len(local)
         advance(1)
-    loss_sum, count = dist.all_reduce(torch.stack([loss_sum, torch.full_like(loss_sum, count)])).tolist()
-    return loss_sum / count
+    return dist.all_reduce(torch.stack([loss_sum, torch.full_like(loss_sum, count)]))
 
 
 def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
@@ -55,6 +59,8 @@ def take_step(run: Run, x: Tensor, y: Tensor) -> Tensor:
 
     Class weights are normalized by their mean over the whole batch, as in LDAM's code for deferred reweighting.
     """
+    if run.graph is not None:
+        return run.graph(x, y)
     batch = None if run.loss.weight is None else run.dist.all_gather(y)
 
     def closure(index: Any = slice(None)) -> Tensor:
@@ -156,55 +162,130 @@ def train(
     [1]
     """
     out = Path(out)
-    state = _checkpoint_to_resume(config, out, resume)
-    check_folder(out)
     with process_group(config.device) as dist:
+        course = _Course(config, out, dist, resume, images)
+        reporter = (report if dist.rank == 0 else None) or Silent()
+        with contextlib.closing(course), reporter:
+            reporter.begin(course.run)
+            while not course.finished:
+                course.begin_epoch(reporter.advance)
+                reporter.epoch(course.end_epoch())
+        dist.all_gather_object(None)  # no process continues before the last checkpoint is written
+        return course.run.history
+
+
+def train_together(
+    runs: Sequence[tuple[Config, Path, tuple[data.Images, data.Images]]],
+) -> list[list[dict[str, Any]] | Exception]:
+    """Trains several runs on one device, epoch by epoch in turns; each is resumed, as :func:`train` does it.
+
+    On a GPU each has a stream of its own: while one run's steps wait for each other, the device works on the others'. With
+    ``graph`` the host has time for many. Networks that draw random numbers, such as dropout, draw them from one generator here,
+    so that their runs depend on each other.
+
+    Args:
+        runs: Settings, run folder and images of each; they name the same device.
+
+    Returns:
+        For each run its rows, or what ended it.
+    """
+    results: list[Any] = [None] * len(runs)
+    with process_group(runs[0][0].device) as dist, contextlib.ExitStack() as opened:
+        courses: list[_Course | None] = [None] * len(runs)
+        going = list(range(len(runs)))
+        while going:
+            for index in list(going):
+                try:
+                    if (course := courses[index]) is None:
+                        config, out, images = runs[index]
+                        stream = torch.cuda.Stream(dist.device) if dist.device.type == "cuda" else None
+                        course = courses[index] = _Course(config, Path(out), dist, True, images, stream)
+                        opened.callback(course.close)
+                    with course.aside():
+                        if course.sums is not None:
+                            course.end_epoch()
+                        if not course.finished:
+                            course.begin_epoch()
+                            continue
+                    results[index] = course.run.history
+                except Exception as error:  # the others go on
+                    results[index] = error
+                going.remove(index)
+    return results
+
+
+class _Course:
+    """A run on its way: its folder, its logs, and the epoch that has begun."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        dist: Distributed,
+        resume: bool,
+        images: tuple[data.Images, data.Images] | None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        state = _checkpoint_to_resume(config, out, resume)
+        check_folder(out)
         epochs = dist.all_gather_object(None if state is None else state["epoch"])
         if len(set(epochs)) > 1:
             raise ConfigError(
                 f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
             )
-        run = prepare(config, dist, images)
-        if state is not None:
-            _restore(run, state, out)
-        reporter = (report if dist.rank == 0 else None) or Silent()
-        logs = Logs(out, run.history, config.tensorboard) if dist.rank == 0 else None
+        self.out, self.stream = out, stream
+        self.sums: Tensor | None = None
+        with self.aside():
+            self.run = prepare(config, dist, images)
+            if state is not None:
+                _restore(self.run, state, out)
+        self.logs = Logs(out, self.run.history, config.tensorboard) if dist.rank == 0 else None
         if state is None:
-            _save(run, out)
-        try:
-            with reporter:
-                reporter.begin(run)
-                while run.epoch < config.epochs:
-                    row = _run_epoch(run, reporter)
-                    run.history.append(row)
-                    _save(run, out)
-                    if logs:
-                        logs.add(row)
-                    reporter.epoch(row)
-        finally:
-            if logs:
-                logs.close()
-        dist.all_gather_object(None)  # no process continues before the last checkpoint is written
-        return run.history
+            _save(self.run, out)
 
+    def aside(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of its work, if it has a stream of its own."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-def _run_epoch(run: Run, reporter: Any) -> dict[str, Any]:
-    rate = run.optimizer.param_groups[0]["lr"]
-    start = time.perf_counter()
-    loss = train_epoch(run, reporter.advance)
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} in epoch {run.epoch + 1}: a lower lr, or a longer warmup, may help")
-    run.scheduler.step()
-    middle = time.perf_counter()
-    accuracies = evaluate(run)
-    return {
-        "epoch": run.epoch + 1,
-        "lr": rate,
-        "train_loss": loss,
-        **accuracies,
-        "seconds": round(middle - start, 4),
-        "eval_seconds": round(time.perf_counter() - middle, 4),
-    }
+    @property
+    def finished(self) -> bool:
+        return self.run.epoch >= self.run.config.epochs
+
+    def begin_epoch(self, advance: Callable[[int], object] = lambda steps: None) -> None:
+        """Trains for an epoch, without waiting for the device."""
+        self.rate, self.start = self.run.optimizer.param_groups[0]["lr"], time.perf_counter()
+        self.sums = train_epoch(self.run, advance)
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Waits for the epoch's end; tests, saves and logs it. Returns its row."""
+        run, number = self.run, self.run.epoch + 1
+        loss_sum, count = self.sums.tolist()  # type: ignore[union-attr]  # an epoch has begun
+        if not math.isfinite(loss_sum):
+            raise Diverged(
+                f"the loss is {loss_sum / count} in epoch {number}: a lower lr, or a longer warmup, may help"
+            )
+        run.scheduler.step()
+        middle = time.perf_counter()
+        due = number % run.config.eval_every == 0 or number >= run.config.epochs
+        row = {
+            "epoch": number,
+            "lr": self.rate,
+            "train_loss": loss_sum / count,
+            **(evaluate(run) if due else dict.fromkeys((*GROUPS, "per_class"))),
+            "seconds": round(middle - self.start, 4),
+            "eval_seconds": round(time.perf_counter() - middle, 4),
+        }
+        run.history.append(row)
+        if due:
+            _save(run, self.out)
+            if self.logs:
+                self.logs.write(run.history)
+        return row
+
+    def close(self) -> None:
+        """Closes the logs."""
+        if self.logs:
+            self.logs.close()
 
 
 def stored_config(out: str | Path) -> Config | None:
@@ -227,10 +308,8 @@ def check_folder(out: Path) -> None:
         raise ConfigError(f"out {out}: can't write to {existing}")
 
 
-def finished(
-    config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None
-) -> list[dict[str, Any]] | None:
-    """Returns the rows of the run in a folder if all its epochs are finished, else None; errors are those of :func:`train`.
+def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None) -> dict[str, Any] | None:
+    """Returns the checkpoint in a folder if all epochs of its run are finished, else None; errors are those of :func:`train`.
 
     Without ``images`` they are not compared with the run's.
     """
@@ -240,7 +319,7 @@ def finished(
     done = state["epoch"] >= config.epochs
     if images is not None and (done or "data" in state):  # train() warns for a run that it resumes
         run_checkpoint.check_images(state, images, out)
-    return state["history"] if done else None
+    return state if done else None
 
 
 def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
@@ -266,7 +345,8 @@ def _save(run: Run, out: Path) -> None:
     run_checkpoint.remove_partial_files(out)
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
     run_checkpoint.write(out / CONFIG, text.encode())
-    best = max(run.history, key=lambda row: row["all"], default={"epoch": 0, "all": None})
+    tested = [row for row in run.history if row["all"] is not None]
+    best = max(tested, key=lambda row: row["all"], default={"epoch": 0, "all": None})
     state = {
         "version": run_checkpoint.VERSION,
         "config": run.config.as_dict(),
@@ -274,15 +354,16 @@ def _save(run: Run, out: Path) -> None:
         "classes": list(run.train.classes),
         "class_counts": run.counts,
         "data": {"train": run.train.digest, "test": run.test.digest},
-        "model": run.network.state_dict(),
         "loss": run.loss.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
         "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
         "random": states,
         "history": run.history,
+        "machine": machine(run.dist.device),
         "best": {"epoch": best["epoch"], "all": best["all"]},
     }
+    if run.config.keep_weights or run.epoch < run.config.epochs:
+        state |= {"model": run.network.state_dict(), "optimizer": run.optimizer.state_dict()}
     run_checkpoint.write(out / run_checkpoint.NAME, state)
 
 
@@ -298,7 +379,7 @@ def _restore(run: Run, state: dict[str, Any], out: Path) -> None:
         if was != now:
             raise ConfigError(f"data: a class was {was!r}, now it is {now!r}: rename it back, or start another run")
     run_checkpoint.check_images(state, (run.train, run.test), out)
-    run.network.load_state_dict(state["model"])
+    run.network.load_state_dict(run_checkpoint.weights(state, out))
     run.loss.load_state_dict(state["loss"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["scheduler"])

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ltsam_fast import losses
 from ltsam_fast.train.config import Config, ConfigError
 
@@ -81,7 +83,9 @@ def reweight(loss: losses.Loss, config: Config, counts: Sequence[int], epoch: in
     Before ``drw_start`` they are ones: the loss's graph is the same in all epochs, so a resumed run takes the same passes.
     """
     if config.drw_start is not None:
-        loss.set_weight(losses.deferred_reweighting(epoch, list(counts), config.drw_start, config.drw_beta))
+        weight = losses.deferred_reweighting(epoch, list(counts), config.drw_start, config.drw_beta)
+        if loss.weight is None or not torch.equal(loss.weight.cpu(), weight):  # a graph is captured for one tensor
+            loss.set_weight(weight)
 
 
 def same_noise(loss: losses.Loss) -> contextlib.AbstractContextManager[None]:

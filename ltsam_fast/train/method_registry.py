@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import ltsam_fast as lf
 from ltsam_fast.optim.registry import method_named
-from ltsam_fast.train.config import Config, ConfigError
+from ltsam_fast.train.config import Config, ConfigError, active_steps
 
 METHODS = {"sgd": "SGD"} | {name: method_named(name).title for name in lf.list_methods()}
 """Name on the command line -> name in print; ``sgd`` is the base optimizer alone."""
@@ -94,6 +94,7 @@ def create(config: Config, run: RunInfo) -> Optimizer:
             return base(params, **options)
         counts = None if "class_weights" in options else list(run.class_counts)
         supplied = {"m": max(1, config.batch_size // 2), "total_steps": run.steps, "seed": config.seed}
+        supplied["active"] = active_steps(config.active, run.steps_per_epoch, run.steps)
         known = options_of(config.method)
         options = {name: value for name, value in supplied.items() if name in known} | options
         return lf.create(config.method, params, base, model=run.model, class_counts=counts, **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ltsam_fast import data, models
 from ltsam_fast.losses import Loss
+from ltsam_fast.optim.capture import GraphStep, graph_step
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError
 from ltsam_fast.train.distributed import Distributed
@@ -46,6 +48,8 @@ class Run:
     augment_generator: torch.Generator
     train_transform: Callable[..., Tensor]
     test_transform: Callable[..., Tensor]
+    graph: GraphStep | None
+    """The captured training step, if the config asks for it."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -64,14 +68,19 @@ class Run:
 
 
 def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
-    """Returns the training images, or their long-tailed subset, and the test images.
+    """Returns the images of a run, for training and test: :func:`subset` of :func:`read_images`."""
+    return subset(config, read_images(config, progress))
+
+
+def read_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
+    """Returns all training and all test images.
 
     Args:
         config: The settings.
         progress: Show a progress bar while images are decoded.
 
     Raises:
-        ConfigError: The two sets have different classes, or the subset is not possible.
+        ConfigError: The two sets have different classes.
         DataError: Something is wrong with the files.
     """
     names = ("format", "images", "size", "cache", "classes")
@@ -88,13 +97,33 @@ def load_images(config: Config, progress: bool = False) -> tuple[data.Images, da
         raise ConfigError(
             f"data: the {len(train.classes)} classes of the test images have other names than in training"
         )
-    if config.imbalance is None:
-        return train, test
+    return train, test
+
+
+def subset(config: Config, images: tuple[data.Images, data.Images]) -> tuple[data.Images, data.Images]:
+    """Returns what the settings take of all images: the long-tailed subset, and what is tested on.
+
+    With ``val`` that is held out of the training images before the subset is drawn, and no test image is looked at.
+
+    Raises:
+        ConfigError: There are not enough images.
+    """
+    train, test = images
+    classes, seed = len(train.classes), (config.data_seed + config.resample * config.seed) % 2**32
     try:
-        counts = data.longtail_counts(min(train.counts()), len(train.classes), config.imbalance, config.profile)
-        return train.take(data.longtail_subset(train.labels, counts, config.data_seed)), test
+        if config.val is not None:
+            held_out = data.longtail_subset(train.labels, [config.val] * classes, seed)
+            rest = torch.ones(len(train), dtype=torch.bool).index_fill_(0, held_out, False).nonzero().flatten()
+            train, test = train.take(rest), train.take(held_out)
+        elif config.test_per_class is not None:
+            test = test.take(data.longtail_subset(test.labels, [config.test_per_class] * classes, config.data_seed))
+        if config.imbalance is not None:
+            largest = config.n_max or min(train.counts())
+            counts = data.longtail_counts(largest, classes, config.imbalance, config.profile)
+            train = train.take(data.longtail_subset(train.labels, counts, seed))
     except ValueError as error:
-        raise ConfigError(f"no long-tailed subset: {error}") from error
+        raise ConfigError(f"no such subset: {error}") from error
+    return train, test
 
 
 def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.Images] | None = None) -> Run:
@@ -110,6 +139,7 @@ def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.I
         raise ConfigError(f"batch_size must be a multiple of the {dist.world_size} processes, got {config.batch_size}")
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each
     if config.deterministic:  # cuBLAS reads it at its first use and raises without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     train, test = images or load_images(config)
@@ -121,7 +151,9 @@ def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.I
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = dist.data_parallel(network)
-    optimizer = create(config, _run_info(config, model, network, counts))
+    optimizer = _optimizer(config, _run_info(config, model, network, counts))
+    loss = criterion(config, counts, dist.rank).to(dist.device)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=config.amp == "fp16")
     run_checkpoint.seed_all(config.seed + dist.rank)  # dropout must differ between processes
     return Run(
         config,
@@ -132,15 +164,38 @@ def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.I
         network,
         model,
         torch.compile(model) if config.compile else model,
-        criterion(config, counts, dist.rank).to(dist.device),
+        loss,
         optimizer,
         LambdaLR(optimizer, config.factor),
-        torch.amp.GradScaler(dist.device.type, enabled=config.amp == "fp16"),
+        scaler,
         torch.Generator().manual_seed(config.seed),
         torch.Generator(dist.device).manual_seed(config.seed + dist.rank),
         data.Augment.for_training(train) if config.augment else data.Augment.for_testing(train),
         data.Augment.for_testing(train),
+        _graph(config, dist, model, loss, optimizer, scaler) if config.graph else None,
     )
+
+
+def _optimizer(config: Config, info: RunInfo) -> Optimizer:
+    """Returns the optimizer. In a graph the base optimizer alone is a method that is never active."""
+    if config.graph and config.method == "sgd":
+        config = replace(config, method="sam", options={**config.options, "active": 0.0})
+    return create(config, info)
+
+
+def _graph(
+    config: Config, dist: Distributed, model: nn.Module, loss: Loss, optimizer: Any, scaler: torch.amp.GradScaler
+) -> GraphStep:
+    example = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64)  # its dimensions and dtypes count
+    autocast = None if config.amp == "off" else _PRECISIONS[config.amp]
+    try:
+        return graph_step(model, functools.partial(_losses, loss), optimizer, example, scaler=scaler, autocast=autocast)
+    except ValueError as error:
+        raise ConfigError(f"graph: {error}") from error
+
+
+def _losses(loss: Loss, logits: Tensor, y: Tensor) -> Tensor:
+    return loss(logits, y, batch=None if loss.weight is None else y)
 
 
 def _run_info(config: Config, model: nn.Module, network: nn.Module, counts: list[int]) -> RunInfo:
@@ -152,7 +207,7 @@ def check(config: Config, train: data.Images) -> None:
     """Raises ConfigError unless network, loss and method can be made for these images."""
     network, counts = network_of(config, train), train.counts()
     criterion(config, counts)
-    create(config, _run_info(config, network, network, counts))
+    _optimizer(config, _run_info(config, network, network, counts))
 
 
 def network_of(config: Config, train: data.Images) -> nn.Module:

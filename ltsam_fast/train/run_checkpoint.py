@@ -69,6 +69,13 @@ def read(path: str | Path) -> dict[str, Any]:
     return {**state, "config": from_stored(state["config"])}
 
 
+def weights(state: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Returns the network's state in a checkpoint; raises ConfigError if it has none."""
+    if "model" not in state:
+        raise ConfigError(f"the run in {source} is finished and has no weights: it was trained with --no-keep-weights")
+    return state["model"]
+
+
 def check_images(state: dict[str, Any], images: tuple[Images, Images], source: str | Path) -> None:
     """Raises ConfigError unless ``images``, for training and test, are those of the run in ``source``.
 
