@@ -19,13 +19,13 @@ import torch
 import ltsam_fast as lf
 from ltsam_fast.__main__ import main
 from ltsam_fast.optim.registry import method_named
-from ltsam_fast.train import cli
+from ltsam_fast.train import cli, compare, diagnose, loop
 from ltsam_fast.train.method_registry import options_of
 from ltsam_fast.train.recipes import RECIPES
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"(?:<!-- runs if: (.*?) -->\n)?^```(python|sh)\n(.*?)^```$", re.M | re.S)
-PAGES = sorted(page for page in DOCS.rglob("*.md") if BLOCK.search(page.read_text()))
+PAGES = [DOCS.parent / "README.md", *sorted(page for page in DOCS.rglob("*.md") if BLOCK.search(page.read_text()))]
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 EXTRAS = ("lightning", "transformers", "accelerate", "sklearn", "matplotlib")
 
@@ -39,7 +39,7 @@ def blocks(page, language):
 
 
 def name_of(page):
-    return str(page.relative_to(DOCS))
+    return str(page.relative_to(DOCS.parent))
 
 
 @pytest.fixture
@@ -87,8 +87,8 @@ def test_printed_commands_run(page, a_folder, monkeypatch, capsys):
     for _, condition, text in blocks(page, "sh"):
         runs = not condition or eval(condition, {"os": os, "torch": torch})
         with monkeypatch.context() as without_work:
-            for command in () if runs else ("train.loop.train", "train.compare.compare", "train.diagnose.diagnose"):
-                without_work.setattr(f"ltsam_fast.{command}", stop)
+            for module, name in () if runs else ((loop, "train"), (compare, "compare"), (diagnose, "diagnose")):
+                without_work.setattr(module, name, stop)
             for command in text.splitlines():
                 program, _, arguments = command.partition("python -m ltsam_fast ")
                 if program or not arguments:
