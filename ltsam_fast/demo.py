@@ -53,14 +53,15 @@ Options = Callable[[Setting], dict[str, Any]]
 
 METHODS = {"sgd": "SGD"} | {name: method_named(name).title for name in lf.list_methods()}
 """Name on the command line -> name in print. SGD is the base optimizer alone."""
+# SAM, Focal-SAM, ImbSAM, SSE-SAM, GNM and Momentum-SAM as chosen in bench/results/2026-11-26-digits-lt-evidence, cross entropy.
 OPTIONS: dict[str, Options] = {
-    "sam": lambda s: {"rho": 0.1},
+    "sam": lambda s: {"rho": 0.025},
     "asam": lambda s: {"rho": 0.5},
-    "focal_sam": lambda s: {"rho": 0.2, "gamma": 3.0, "lam": 0.5},
+    "focal_sam": lambda s: {"rho": 0.1, "gamma": 3.0, "lam": 0.5},
     "imb_sam": lambda s: {"rho": 0.1, "eta": FEW},
     "cc_sam": lambda s: {"head": s.model[-1], "noise_ratio": 1e-4},
-    "sse_sam": lambda s: {"rho": 0.1, "eta": FEW, "switch_step": int(0.7 * s.steps)},
-    "gnm": lambda s: {"rho": 0.05},
+    "sse_sam": lambda s: {"rho": 0.05, "eta": FEW, "switch_step": int(0.7 * s.steps)},
+    "gnm": lambda s: {"rho": 0.2},
     "friendly_sam": lambda s: {"rho": 0.1, "lmbda": 0.6},
     "micro_batch_sam": lambda s: {"rho": 0.1, "m": BATCH // 2},
     "sparse_sam": lambda s: {"rho": 0.1, "sparsity": 0.5, "refresh_every": s.steps // 10 + 1},
@@ -69,6 +70,7 @@ OPTIONS: dict[str, Options] = {
     "gsam": lambda s: {"rho": 0.1, "alpha": 0.2},
     "wsam": lambda s: {"rho": 0.1, "gamma": 0.8},
     "vasso": lambda s: {"rho": 0.1, "theta": 0.4},
+    "momentum_sam": lambda s: {"rho": 0.03},
 }
 """Options of the methods; one that is not here has its defaults."""
 DEFAULT = ("sgd", "sam", "imb_sam", "sse_sam", "focal_sam")

@@ -480,16 +480,16 @@ def _draw(rows: Sequence[Row], out: Path) -> None:
         ("curves", _curves, 5.0),
     ]
     if any(row.differences for row in rows):
-        charts.append(("differences", _intervals, 1.5 + 0.95 * widest))
+        charts.append(("differences", _intervals, 1.5 + 0.8 * widest))
     for name, draw, width in charts:
-        figure = Figure(figsize=(max(4.0, width) * len(losses), 4.0), layout="constrained")
+        figure = Figure(figsize=(max(4.0, width) * len(losses), 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(losses), sharey=True, squeeze=False)[0]
         for axes, loss in zip(panels, losses, strict=True):
             draw(axes, [row for row in rows if row.loss == loss], groups)
             axes.set_title(loss_label(loss))
             axes.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel("difference to SGD (percent points), 95 %" if name == "differences" else _ACCURACY)
+        panels[0].set_ylabel("difference to SGD (points)" if name == "differences" else _ACCURACY)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 7), frameon=False)
         figure.savefig(out / f"{name}.png", dpi=150)
@@ -507,7 +507,7 @@ def _bars(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
 
 def _name_rows(axes: Any, rows: Sequence[Row]) -> None:
     rotated = len(rows) > 4
-    names = [label(row.method) for row in rows]
+    names = [label(row.method).replace(", ", "\n") for row in rows]
     axes.set_xticks(range(len(rows)), names, rotation=40 * rotated, ha="right" if rotated else "center")
 
 
