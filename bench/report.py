@@ -150,14 +150,15 @@ def _where(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Returns Markdown tables of the results, with machine and commit."""
+    """Returns Markdown tables of the results, with machine and commit; ``note`` in the results is what else is to be known."""
     machine = results["machine_info"]["cpu"].get("brand_raw", "unknown CPU")
     commit = results.get("commit_info", {}).get("id", "unknown")[:10]
     facts = _where(results)
     malloc = "".join(f", {name}={value}" for name, value in facts.get("malloc", {}).items())
     parts = [
         f"{results['datetime'][:10]}, {machine}, {facts['threads']} threads, device {facts['device']}, "
-        f"torch {facts['torch']}, commit {commit}{malloc}; bandwidth {facts['bandwidth_gb_per_s']:.0f} GB/s."
+        f"torch {facts['torch']}, commit {commit}{malloc}; bandwidth {facts['bandwidth_gb_per_s']:.0f} GB/s.",
+        *([results["note"]] if "note" in results else []),
     ]
     for name, (columns, about) in SECTIONS.items():
         if found := rows(results, name):

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
-spec = importlib.util.spec_from_file_location("bench_report", BENCH / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, front_page = loaded("report"), loaded("front_page")
 
 MEASURED = {path.parent.name: json.loads(path.read_text()) for path in sorted(BENCH.glob("results/*/bench.json"))}
 
@@ -35,3 +42,9 @@ def test_any_part_of_the_benchmarks_has_a_report(name, tmp_path, capsys):
     assert text.count("\n| ") == 1 + len(report.rows(part, name))
     assert (tmp_path / "report.png").exists() == (name in ("phases", "methods", "growth"))
     assert (tmp_path / "steps.png").exists() == (name == "whole steps")
+
+
+def test_the_front_page_is_drawn_from_committed_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    front_page.main(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 20_000
