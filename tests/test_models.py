@@ -107,7 +107,7 @@ def test_the_demo_uses_small_cnn():
         (
             lambda: models.create("resnet31", 10, (3, 32, 32)),
             ValueError,
-            "name must be one of resnet20, .*got 'resnet31'",
+            "name must be one of resnet8, .*got 'resnet31'",
         ),
         (lambda: models.create("timm/", 10, (3, 32, 32)), ValueError, "name must be one of"),
         (lambda: models.create("hub/x", 10, (3, 32, 32)), ValueError, "name must be one of"),

@@ -107,7 +107,7 @@ def test_overflows_leave_everything():
     ("kind", "options"), [(SGD, {}), (RMSprop, {}), (Adagrad, {})], ids=["SGD", "RMSprop", "Adagrad"]
 )
 def test_needs_momentum(kind, options):
-    with pytest.raises(ValueError, match=f"direction must be 'last_gradient' with a {kind.__name__} without momentum"):
+    with pytest.raises(ValueError, match=f"direction must be 'last_gradient' with {kind.__name__} without momentum"):
         lf.MomentumSAM(network().parameters(), kind, lr=0.1, **options)
     lf.MomentumSAM(network().parameters(), kind, lr=0.1, direction="last_gradient", **options)
     lf.MomentumSAM(network().parameters(), kind, lr=0.1, rho=0.0, **options)

@@ -140,7 +140,8 @@ def test_resumes_exactly_with_augmentation_scaler_and_state(more, tmp_path, monk
 def before_a_step(method, loss):
     """A run with reweighted classes before its first step, and a batch of it."""
     settings = {"method": method, "loss": loss, "drw_start": 0, "batch_size": 32, "momentum": 0.0, "imbalance": 20.0}
-    config = build({**settings, "tensorboard": False})
+    own = {"direction": "last_gradient"} if method == "momentum_sam" else {}
+    config = build({**settings, "options": own, "tensorboard": False})
     with process_group("cpu") as dist:
         run = prepare(config, dist)
     reweight(run.loss, config, run.counts, 0)

@@ -63,7 +63,7 @@ class MomentumSAM(SharpnessAware):
         if not (group["momentum"] if "momentum" in group else "betas" in group):
             base = type(self.base_optimizer).__name__
             raise ValueError(
-                f"direction must be 'last_gradient' with a {base} without momentum, got 'momentum': else give it one, "
+                f"direction must be 'last_gradient' with {base} without momentum, got 'momentum': else give it one, "
                 "such as momentum=0.9"
             )
 
