@@ -232,6 +232,7 @@ ROWS = EVERY | {
     "Unified-1/t": EVERY["SAM"].having(unified_lambda="1/t"),
     "LE-SAM": EVERY["SAM"].having(loss_budget=0.05, total_steps=40),
     "Stable": EVERY["SAM"].having(renormalize=True),
+    "MomentumSAM-m": EVERY["MomentumSAM"].having(direction="momentum"),
     "FocalSAM-1.1": EVERY["FocalSAM"].having(gamma=2.0, lam=1.1),
     "FocalASAM": EVERY["FocalSAM"].having(gamma=1.0, lam=0.8, adaptive=True),
     "ImbSAM-2": EVERY["ImbSAM"].having(eta=20, tail_weight=2.0, adaptive=True),

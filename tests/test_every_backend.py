@@ -13,7 +13,14 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("name", "base"), [*((name, "nesterov") for name in (*EVERY, "ASAM")), ("SAM", "adamw"), ("FocalSAM", "adamw")]
+    ("name", "base"),
+    [
+        *(
+            (name, "nesterov")
+            for name in (*EVERY, "ASAM", "MomentumSAM-m", "Unified", "Unified-1/t", "LE-SAM", "Stable")
+        ),
+        *((name, "adamw") for name in ("SAM", "FocalSAM", "MomentumSAM-m")),
+    ],
 )
 def test_steps_agree_with_the_oracle(name, base, dtype, backend, device):
     steps = (

@@ -32,7 +32,7 @@ from .oracles import CLASSES, COUNTS, FEATURES, STEPS, batches, flat, losses, ne
 
 FORMULAS = [(name, base, "closure") for name in ROWS for base in KINDS]
 FORMULAS += [(name, base, "closure") for name in ("SAM", "FocalSAM") for base in BASES if base not in KINDS]
-FORMULAS += [(name, "nesterov", "phases") for name in ROWS if ROWS[name].make(network(), lr=0.1).phases]
+FORMULAS += [(name, "nesterov", "phases") for name in ROWS if ROWS[name].make(network(), lr=0.1, momentum=0.9).phases]
 
 
 @pytest.mark.parametrize(("name", "base", "interface"), FORMULAS)
