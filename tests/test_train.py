@@ -28,7 +28,7 @@ from ltsam_fast.optim import capture
 from ltsam_fast.optim.registry import method_named
 from ltsam_fast.train import METHODS, Config, ConfigError, Diverged, build, cli, loop, read_file, train
 from ltsam_fast.train import run as run_module
-from ltsam_fast.train.config import active_steps, differing
+from ltsam_fast.train.config import FIELDS, active_steps, differing
 from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import Silent
 from ltsam_fast.train.loop import train_together
@@ -581,6 +581,92 @@ def test_a_config_file_that_is_wrong(name, text, named, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=named):
         build(read_file(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["1e-2", "1E-2", "+1e-2", "0.01", "1.e-2", ".1e-1"])
+def test_numbers_of_yaml(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"lr: {text}\noptions: {{rho: 2e-1}}\ndata: 1e-2x\n")
+    found = read_file(tmp_path / "run.yaml")
+    assert found == {"lr": 0.01, "options": {"rho": 0.2}, "data": "1e-2x"}
+
+
+def test_flags_and_files_take_the_same_names(tmp_path):
+    names = [item.metadata.get("flag", name) for name, item in FIELDS.items()]
+    for spelling in (lambda name: name.replace("_", "-"), lambda name: name.replace("-", "_")):
+        values = {spelling(name): name for name in names}
+        (tmp_path / "run.json").write_text(json.dumps(values))
+        assert [*read_file(tmp_path / "run.json")] == [*FIELDS]
+    folder, config = tmp_path / "by_file", tmp_path / "run.yaml"
+    lines = ["method: sam", "set: {rho: 0.3}", "batch-size: 32", "epochs: 3", f"out: {folder}", "quiet: true"]
+    config.write_text("\n".join([*lines, "tensorboard: false", "resume: false"]))
+    assert run("--config", config, "--epochs", 1, "--weight_decay", 1e-3) == 0
+    arguments = ("--method", "sam", "--options", "rho=0.3", "--batch_size", 32, "--epochs", 1, "--no_tensorboard")
+    assert run(*arguments, "--weight-decay", 1e-3, "--out", tmp_path / "by_flags", "--quiet") == 0
+    assert last(folder)["config"] == last(tmp_path / "by_flags")["config"]
+    assert same_weights(folder, tmp_path / "by_flags")
+
+
+def test_a_grid_in_a_file(tmp_path):
+    (tmp_path / "grid.toml").write_text('methods = ["sgd", "sam"]\nseeds = [4]\nepochs = 1\ntensorboard = false\n')
+    assert run("--config", tmp_path / "grid.toml", "--out", tmp_path / "out", "--quiet", command="compare") == 0
+    assert {path.parent.parent.name for path in tmp_path.glob("out/*/seed4/last.pt")} == {"sgd-ce", "sam-ce"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("set: {}\noptions: {}", "twice"), ("nix: 1", "nix"), ("config: a.yaml", "config")]
+)
+def test_names_in_a_file_that_are_wrong(text, named, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert run("--config", tmp_path / "run.yaml", "--out", tmp_path / "run") == 2
+    assert named in capsys.readouterr().err
+
+
+def helped(capsys, *arguments, command="train"):
+    """The help of a command, its white space as single spaces."""
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments, command=command)
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_what_there_is(capsys):
+    for text in (helped(capsys, "--help"), helped(capsys, "-h", command="compare")):
+        for name in METHODS:
+            assert f" {name} {METHODS[name]}" in text
+            own = options_of(name).keys() - options_of("sam").keys()
+            assert all(f" {one}=" in text for one in own)
+        for name, (label, _) in LOSSES.items():
+            assert f" {name} {label}: " in text
+        assert ", ".join(models.names()) in text
+    assert "--protocol" not in helped(capsys, "--help", command="evidence")
+    assert "--iterations" in helped(capsys, "--help", command="diagnose")
+
+
+def test_help_tells_the_defaults_that_apply(capsys):
+    text = helped(capsys, "--help")
+    assert "learning rate (default: 0.05)" in text and "network by name (default: small_cnn)" in text
+    text = helped(capsys, "--help", "--recipe", "cifar10-lt", "--method", "focal_sam", "--seed", 3, "--loss", "gcl")
+    assert "learning rate (default: 0.1)" in text and "passes over the training images (default: 200)" in text
+    assert "options of focal_sam (--set NAME=VALUE): rho=0.2 Radius of the perturbation" in text
+    assert "gamma=3.0 Focus on the tail" in text and "imb_sam ImbSAM: rho=0.05, eta=200" in text
+    assert "asam_" not in text and "seed=3" in text
+    assert "learning rate (default: 0.1)" in helped(capsys, "--data", "somewhere", "--help")
+    assert "lam=0.75 Weight" in helped(capsys, "--method", "focal_sam", "-h", "--set", "lam=0.75")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_tells_what_every_option_means(method, capsys):
+    text = helped(capsys, "--method", method, "--help")
+    declared = {} if method == "sgd" else method_named(method).cls.options
+    for name in options_of(method):
+        assert f" {name}=" in text
+        if name in declared:
+            assert declared[name].doc.split("`")[0].strip() in text
+
+
+def test_help_of_what_is_wrong_is_its_error(capsys):
+    assert run("--help", "--lr", 0) == 2
+    assert "lr must be" in capsys.readouterr().err
 
 
 def test_schedules():

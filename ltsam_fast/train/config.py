@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,10 +237,10 @@ def _range(name: str, value: float, low: float, exclusive: bool = False) -> None
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Returns the settings in a TOML, YAML or JSON file.
+    """Returns the settings in a TOML, YAML or JSON file, by the names of :class:`Config`; those of the flags are accepted, too.
 
     Raises:
-        ConfigError: The file can't be read, or is not a table of settings.
+        ConfigError: The file can't be read, is not a table of settings, or gives one twice.
     """
     path = Path(path)
     try:
@@ -251,12 +252,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
                 import tomli as tomllib  # type: ignore[import-not-found,no-redef]
             values = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+            values = _from_yaml(text)
         elif path.suffix == ".json":
             values = json.loads(text)
         else:
@@ -267,7 +263,45 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: must be a table of settings, got {type(values).__name__}")
-    return values
+    try:
+        return by_field(values)
+    except ValueError as error:
+        raise ConfigError(f"config {path}: {error}") from error
+
+
+def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns the settings by the names of :class:`Config`, whether they have these or those of the flags.
+
+    Raises:
+        ConfigError: A setting is given by both names.
+
+    >>> by_field({"batch-size": 32, "set": {"rho": 0.1}})
+    {'batch_size': 32, 'options': {'rho': 0.1}}
+    """
+    flags = {item.metadata["flag"].replace("-", "_"): name for name, item in FIELDS.items() if "flag" in item.metadata}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        field_name = str(name).replace("-", "_")
+        field_name = flags.get(field_name, field_name)
+        if field_name in found:
+            raise ConfigError(f"{name} is given twice, also as {field_name}")
+        found[field_name] = value
+    return found
+
+
+def _from_yaml(text: str) -> Any:
+    """Returns what YAML 1.2 reads in a text; PyYAML, which is of YAML 1.1, takes ``1e-2`` for a text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
