@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         importlib.import_module("ltsam_fast.demo").main(asked.arguments)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "sklearn", "tqdm"):
+        if error.name not in ("matplotlib", "sklearn", "rich"):
             raise
         sys.exit(f"{parser.prog} demo needs {error.name}: pip install 'ltsam_fast[demo]'")
 

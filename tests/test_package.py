@@ -264,7 +264,7 @@ def test_import_is_quick_and_leaves_heavy_packages_alone():
     )
     runs = [python("-c", script).stdout.split() for _ in range(2)]
     assert min(float(seconds) for seconds, *_ in runs) < 0.2
-    assert not {"triton", "matplotlib", "sklearn", "tqdm"} & set(runs[0])
+    assert not {"triton", "matplotlib", "sklearn", "rich"} & set(runs[0])
 
 
 def test_info_has_every_backend_with_its_reason(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import inspect
@@ -494,6 +495,88 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, named, tmp_path, cap
     assert errors.count("\n") == 1
     assert named in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_replaced_only_if_that_is_asked_for(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ("--epochs", 1, "--out", out, "--quiet")
+    assert run(*arguments, "--val", 5, "--tensorboard") == 0
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(*arguments, "--method", "sam") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--resume") == 2
+    assert run(*arguments, "--overwrite", "--model", "nix") == 2
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(*arguments, "--overwrite", "--method", "sam", "--no-tensorboard") == 0
+    assert {path.name for path in out.iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl", "notes.txt"}
+    assert run(*arguments[:2], "--out", tmp_path / "other", "--quiet", "--method", "sam", "--no-tensorboard") == 0
+    assert same_weights(out, tmp_path / "other")
+    (out / "last.pt").write_bytes(b"nix")
+    assert run(*arguments, "--overwrite", "--no-tensorboard") == 0
+    assert run(*arguments[:2], "--out", tmp_path / "new", "--overwrite", "--quiet") == 0
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_run_that_diverged_at_once_does_not_block_its_folder(resume, tmp_path, capsys):
+    arguments = ("--epochs", 2, "--no-tensorboard", "--quiet")
+    assert run(*arguments, "--method", "sam", "--set", "rho=1e30", "--out", tmp_path / "run") == 1
+    assert last(tmp_path / "run")["epoch"] == 0
+    assert run(*arguments, *resume, "--method", "sam", "--set", "rho=0.1", "--out", tmp_path / "run") == 0
+    assert run(*arguments, "--method", "sam", "--set", "rho=0.1", "--out", tmp_path / "other") == 0
+    assert same_weights(tmp_path / "run", tmp_path / "other")
+    grid = ("--methods", "sam", "--seeds", 0, "--out", tmp_path / "grid", *arguments)
+    assert run(*grid, "--set", "rho=1e30", command="compare") == 1
+    assert run(*grid, command="compare") == 0
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    assert run("--epochs", 2, "--no-tensorboard", "--out", tmp_path) == 0
+    capsys.readouterr()
+    assert run("--resume", "--out", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["2 of 2 epochs are finished: there is nothing to resume"] and lines[0].startswith("sgd, ce: ")
+
+
+@pytest.mark.parametrize(("n_max", "imbalance"), [(40, 20), (130, 2), (30, 5)])
+def test_empty_shot_groups_are_told_with_limits_that_leave_none(n_max, imbalance, tmp_path, capsys):
+    arguments = ("--data", "digits", "--imbalance", imbalance, "--n-max", n_max, "--model", "small_cnn", "--epochs", 1)
+    assert run(*arguments, "--no-tensorboard", "--out", tmp_path / "one") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no class is ")]
+    words = line.replace(";", "").split()
+    many, few = (words[len(words) - words[::-1].index(flag)] for flag in ("--many", "--few"))
+    assert last(tmp_path / "one")["history"][0]["many" if n_max < 100 else "few"] is None
+    assert run(*arguments, "--no-tensorboard", "--out", tmp_path / "two", "--many", many, "--few", few) == 0
+    assert "no class is" not in capsys.readouterr().out
+    assert None not in last(tmp_path / "two")["history"][0].values()
+
+
+def test_shot_limits():
+    for sizes in ([5, 4, 3], [9, 9, 1, 1, 4], range(1, 5), range(1, 6), range(1, 7), range(7, 107)):
+        many, few = data.shot_limits([*sizes])
+        assert all(len(group) for group in data.shot_split([*sizes], many, few).values())
+    assert data.shot_limits([5, 5, 4]) is None
+
+
+def test_the_best_epoch_on_held_out_images_is_kept(tmp_path, monkeypatch):
+    scores = iter([50.0, 70.0, 60.0, 70.0, 65.0])
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda run: evaluate(run) | {"all": next(scores)})
+    weights = []
+    save = loop._save
+    monkeypatch.setattr(
+        loop, "_save", lambda run, out: (weights.append(copy.deepcopy(run.network.state_dict())), save(run, out))
+    )
+    settings = {"method": "sam", "epochs": 5, "tensorboard": False, "schedule": "constant"}
+    with pytest.raises(KeyboardInterrupt):
+        train(build({**settings, "val": 10}), tmp_path / "run", report=StopIn(7 * 3 + 2))
+    train(build({**settings, "val": 10}), tmp_path / "run", resume=True)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["epoch"] == 2 and last(tmp_path / "run")["best"] == {"epoch": 2, "all": 70.0}
+    same(best["model"], dict(weights[2]))
+    scores = iter([1.0] * 5)
+    train(build(settings), tmp_path / "without")
+    assert not (tmp_path / "without" / "best.pt").exists()
 
 
 def test_where_nothing_can_be_written(tmp_path, capsys):

@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"ltsam {command}", description=description, allow_abbrev=False, add_help=False)
-        self.add_argument("-h", "--help", action=_Help, nargs=0, help="show this, with the defaults that apply")
+        more: dict[str, Any] = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        self.add_argument("-h", "--help", action=_Help, help="show this, with the defaults that apply", **more)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> NoReturn:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         """Prints the help and exits."""
         from ltsam_fast.train.describe import everything
 
@@ -144,7 +145,7 @@ def given(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _others(options: argparse.Namespace) -> set[str]:
     """Returns the names of the arguments that are no settings of runs and may stand in a config file."""
-    return vars(options).keys() - FIELDS.keys() - {"config", "recipe", "help"}
+    return vars(options).keys() - FIELDS.keys() - {"config", "recipe"}
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -178,6 +179,7 @@ def train_command(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="resume from the run folder's checkpoint, with its settings"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder, if it has one")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_sources(parser)
     add_settings(parser)
@@ -186,8 +188,10 @@ def train_command(arguments: Sequence[str]) -> int:
     from ltsam_fast.train.distributed import is_rank_zero
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
-    from ltsam_fast.train.run_checkpoint import NAME
+    from ltsam_fast.train.run_checkpoint import BEST, NAME
 
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
     layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
     if stored and not any("recipe" in layer for layer in layers):  # stored settings would override all of a recipe
@@ -198,12 +202,12 @@ def train_command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--resume: no checkpoint {out / NAME}; leave --resume out to start a run")
     report = None if options.quiet else Console()
     try:
-        train(config, out, resume=options.resume, report=report)
+        train(config, out, resume=options.resume, overwrite=options.overwrite, report=report)
     except KeyboardInterrupt:
         print(f"\ninterrupted; to resume: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
         return INTERRUPTED
-    if report and is_rank_zero():
-        print(f"wrote {out}/: last.pt, log.csv, log.jsonl, config.json")
+    if report and report.epochs and is_rank_zero():
+        print(f"wrote {out}/: last.pt, {'best.pt, ' if (out / BEST).exists() else ''}log.csv, log.jsonl, config.json")
     return OK
 
 
@@ -238,7 +242,7 @@ def compare_command(arguments: Sequence[str]) -> int:
                 rows, failures = compare(cells, options.out, **pace)
             else:
                 with Cells(len(cells)) as bar:
-                    rows, failures = compare(cells, options.out, report=bar.cell, **pace)
+                    rows, failures = compare(cells, options.out, report=bar.cell, progress=True, **pace)
     except KeyboardInterrupt:
         print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return INTERRUPTED
@@ -270,6 +274,7 @@ def evidence_command(arguments: Sequence[str]) -> int:
             return (lambda cell: None) if options.quiet else bars.enter_context(Cells(len(cells))).cell
 
         try:
+            pace["progress"] = not options.quiet
             rows, failures = evidence(read_file(options.protocol), options.out, changes, report=report, **pace)
         except KeyboardInterrupt:
             print("\ninterrupted; repeat the command to resume", file=sys.stderr)
@@ -356,12 +361,16 @@ def diagnose_command(arguments: Sequence[str]) -> int:
     if options["per_class"] < 1 or options["iterations"] < 1 or not 0 <= (options["rho"] or 0) < math.inf:
         parser.error("--per-class and --iterations must be at least 1, --rho a finite number >= 0")
 
-    from rich.console import Console as Terminal
-
+    from ltsam_fast.extras import progress_bars
     from ltsam_fast.train.diagnose import diagnose
 
-    with Terminal().status("") as status:
-        found = diagnose(options.pop("checkpoint"), options.pop("out"), report=status.update, **options)
+    with progress_bars() as bars:
+        task = bars.add_task("", total=None)
+
+        def report(stage: str) -> None:
+            bars.update(task, description=stage)
+
+        found = diagnose(options.pop("checkpoint"), options.pop("out"), report=report, progress=True, **options)
     print(f"{'class':>14}{'images':>8}{'gradient':>12}{'loss':>10}{'sharpness':>12}")
     for row in found["classes"]:
         numbers = (f"{row[name]:{width}.4g}" if row[name] is not None else f"{'-':>{width}}" for name, width in _WIDTHS)

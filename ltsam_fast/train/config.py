@@ -48,6 +48,7 @@ class Config:
     size: int | None = _setting(None, "height and width of the images in pixels; default: as stored")
     classes: int | None = _setting(None, "number of classes, to be checked")
     cache: str | None = _setting(None, "folder for decoded images, for data sets that do not fit into memory")
+    skip_broken: bool = _setting(False, "leave images out that can't be read; the run folder's skipped.txt lists them")
     imbalance: float | None = _setting(
         None, "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"
     )
@@ -195,7 +196,19 @@ def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
 _AT_LEAST_ONE = ("threads", "size", "imbalance", "n_max", "val", "test_per_class")
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 DATA_SETTINGS = (
-    *("data", "test_data", "format", "images", "size", "classes", "imbalance", "n_max", "profile", "data_seed"),
+    *(
+        "data",
+        "test_data",
+        "format",
+        "images",
+        "size",
+        "classes",
+        "skip_broken",
+        "imbalance",
+        "n_max",
+        "profile",
+        "data_seed",
+    ),
     *("resample", "val", "test_per_class"),
 )
 """Settings that determine the images."""

@@ -72,7 +72,7 @@ def evidence(
         changes: Settings that replace those of the protocol.
         report: Returns the reporter of a stage's cells, see ``compare``.
         limit: Seconds after which no further run begins.
-        **pace: ``jobs`` and ``together`` of ``compare``.
+        **pace: ``jobs``, ``together`` and ``progress`` of ``compare``.
 
     Returns:
         The rows of the test table, and a line for each of its runs that failed or was not begun. Without the time to choose
