@@ -579,6 +579,53 @@ def test_the_best_epoch_on_held_out_images_is_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "without" / "best.pt").exists()
 
 
+def test_a_share_is_held_out_of_each_class():
+    whole, test = load_images(build({"imbalance": 60.0}))
+    rest, held_out = load_images(build({"imbalance": 60.0, "val_share": 0.2}))
+    assert held_out.counts() == [max(1, round(0.2 * count)) for count in whole.counts()] and whole.counts()[-1] == 2
+    assert [one + other for one, other in zip(rest.counts(), held_out.counts(), strict=True)] == whole.counts()
+    both = torch.cat([rest.pixels, held_out.pixels]).flatten(1)
+    assert torch.equal(both.unique(dim=0), whole.pixels.flatten(1).unique(dim=0))
+    lonely, held_out = load_images(build({"imbalance": 134.0, "val_share": 0.9}))
+    assert lonely.counts()[-1] == 1 and held_out.counts()[-1] == 0 and min(lonely.counts()) == 1
+    assert torch.equal(run_module.test_images(build({"val_share": 0.2}), False).pixels, test.pixels)
+
+
+def test_the_best_epoch_on_a_held_out_share_is_tested(tmp_path, capsys):
+    arguments = ("--method", "sam", "--val-share", 0.2, "--epochs", 6, "--no-tensorboard", "--lr", 0.2)
+    assert run(*arguments, "--out", tmp_path / "run") == 0
+    output = capsys.readouterr().out
+    rows = last(tmp_path / "run")["history"]
+    means = [sum(filter(None, row["per_class"])) / sum(one is not None for one in row["per_class"]) for row in rows]
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["epoch"] == 1 + means.index(max(means)) == last(tmp_path / "run")["best"]["epoch"]
+    found = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert (
+        f"the test images, with the weights of epoch {best['epoch']}" in output and f"all {found['all']:.2f}" in output
+    )
+    config = build(best["config"])
+    train_images, test = load_images(build({"epochs": 6}))
+    network = run_module.network_of(config, train_images)
+    network.load_state_dict(best["model"])
+    normalized = data.Augment.for_testing(load_images(config)[0])(test.pixels)
+    correct = (network.eval()(normalized).argmax(1) == test.labels).double()
+    assert found["all"] == pytest.approx(100 * correct.mean().item(), abs=1e-3)
+    (tmp_path / "run" / "test.json").unlink()
+    assert run("--resume", "--out", tmp_path / "run", "--quiet") == 0
+    assert json.loads((tmp_path / "run" / "test.json").read_text()) == found
+    together = (config, tmp_path / "together", load_images(config))
+    assert train_together([together])[0][-1]["train_loss"] == rows[-1]["train_loss"]
+    assert json.loads((tmp_path / "together" / "test.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    "more", [{"val_share": 1.0}, {"val_share": 0.1, "val": 3}, {"val_share": 0.1, "keep_weights": False}]
+)
+def test_shares_that_can_not_be_held_out(more):
+    with pytest.raises(ConfigError, match="val_share must"):
+        Config(**more)
+
+
 def test_where_nothing_can_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):

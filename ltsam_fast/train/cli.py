@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import sys
@@ -188,7 +189,7 @@ def train_command(arguments: Sequence[str]) -> int:
     from ltsam_fast.train.distributed import is_rank_zero
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
-    from ltsam_fast.train.run_checkpoint import BEST, NAME
+    from ltsam_fast.train.run_checkpoint import BEST, LEFT_OUT, NAME, TEST
 
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
@@ -207,8 +208,16 @@ def train_command(arguments: Sequence[str]) -> int:
         print(f"\ninterrupted; to resume: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
         return INTERRUPTED
     if report and report.epochs and is_rank_zero():
-        print(f"wrote {out}/: last.pt, {'best.pt, ' if (out / BEST).exists() else ''}log.csv, log.jsonl, config.json")
+        names = (NAME, BEST, TEST, LEFT_OUT, "log.csv", "log.jsonl", "config.json")
+        if config.val_share is not None:
+            print(_tested(json.loads((out / TEST).read_text(encoding="utf-8"))))
+        print(f"wrote {out}/: {', '.join(name for name in names if (out / name).exists())}")
     return OK
+
+
+def _tested(row: dict[str, Any]) -> str:
+    groups = (f"{name} {row[name]:.2f}" for name in ("all", "many", "medium", "few") if row[name] is not None)
+    return f"the test images, with the weights of epoch {row['epoch']}, the best on held-out ones: {', '.join(groups)}"
 
 
 def compare_command(arguments: Sequence[str]) -> int:

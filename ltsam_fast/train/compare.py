@@ -414,6 +414,8 @@ def caption(rows: Sequence[Row], config: Config) -> str:
     if config.n_max and config.imbalance:
         tail += f", {config.n_max} to {config.n_max / config.imbalance:.0f} images a class"
     kind = "Test accuracy" if config.val is None else f"Accuracy on {config.val} held-out training images of each class"
+    if config.val_share is not None:
+        kind = f"Accuracy on a share of {config.val_share:g} of the training images, held out,"
     return (
         f"{kind} in percent after {config.epochs} epochs, {over}: {config.model} on {Path(config.data).name}{tail}. "
         f"many: more than {config.many} training images, few: fewer than {config.few}."

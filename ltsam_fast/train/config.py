@@ -62,6 +62,11 @@ class Config:
         None,
         "hold out so many training images of each class and test on them, to choose options without the test images",
     )
+    val_share: float | None = _setting(
+        None,
+        "hold out this share of the training images, of each class, and take the best epoch on them; its weights, best.pt, are "
+        "tested once at the end",
+    )
     test_per_class: int | None = _setting(
         None, "test on so many images of each class, the same in all runs; default: all"
     )
@@ -129,6 +134,11 @@ class Config:
             raise ConfigError(f"imbalance must not be given with profile 'none', got {self.imbalance!r}")
         if self.n_max is not None and self.imbalance is None:
             raise ConfigError(f"n_max needs imbalance: it is the size of the subset's largest class, got {self.n_max}")
+        if self.val_share is not None:
+            if not 0 < self.val_share < 1:
+                raise ConfigError(f"val_share must be a number in (0, 1), got {self.val_share}")
+            if self.val is not None or not self.keep_weights:
+                raise ConfigError("val_share must not be given with val, nor without keep_weights")
         active_steps(self.active, 1, 100)
         if self.graph and (self.compile or self.loss == "gcl"):
             raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
@@ -209,7 +219,7 @@ DATA_SETTINGS = (
         "profile",
         "data_seed",
     ),
-    *("resample", "val", "test_per_class"),
+    *("resample", "val", "val_share", "test_per_class"),
 )
 """Settings that determine the images."""
 RESUMABLE = ("device", "threads", "tensorboard", "cache", "eval_every", "keep_weights")

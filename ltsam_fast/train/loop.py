@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ltsam_fast.train.config import Config, ConfigError, build, differing, from_
 from ltsam_fast.train.distributed import Distributed, machine, process_group
 from ltsam_fast.train.log import GROUPS, Console, Logs, Silent
 from ltsam_fast.train.loss_registry import reweight, same_noise
-from ltsam_fast.train.run import Run, prepare
+from ltsam_fast.train.run import Run, prepare, test_images
 
 EVAL_BATCH = 1024
 CONFIG = "config.json"
@@ -134,9 +135,11 @@ def train(
 ) -> list[dict[str, Any]]:
     """Trains a network and writes a run folder: ``config.json``, ``log.csv``, ``log.jsonl``, ``last.pt``.
 
-    The checkpoint is written before the first and after every epoch. With ``val`` that of the epoch with the highest accuracy
-    on the held-out images is kept as ``best.pt``. A run that was killed and resumed ends with the same
+    The checkpoint is written before the first and after every epoch. A run that was killed and resumed ends with the same
     weights as an uninterrupted one, bit for bit: on a CPU with the same number of threads, on GPUs with ``deterministic``.
+
+    With ``val`` the checkpoint of the epoch with the highest accuracy on the held-out images is kept as ``best.pt``; with
+    ``val_share`` that of the highest class mean, and ``test.json`` has the accuracies of its weights on the test images.
 
     Args:
         config: The settings.
@@ -175,6 +178,7 @@ def train(
             while not course.finished:
                 course.begin_epoch(reporter.advance)
                 reporter.epoch(course.end_epoch())
+            course.test_best()
         dist.all_gather_object(None)  # no process continues before the last checkpoint is written
         return course.run.history
 
@@ -212,6 +216,7 @@ def train_together(
                         if not course.finished:
                             course.begin_epoch()
                             continue
+                        course.test_best()
                     results[index] = course.run.history
                 except Exception as error:  # the others go on
                     results[index] = error
@@ -240,7 +245,7 @@ class _Course:
             raise ConfigError(
                 f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
             )
-        self.out, self.stream = out, stream
+        self.out, self.stream, self.progress = out, stream, progress
         self.sums: Tensor | None = None
         with self.aside():
             self.run = prepare(config, dist, images, progress)
@@ -292,6 +297,23 @@ class _Course:
             if self.logs:
                 self.logs.write(run.history)
         return row
+
+    def test_best(self) -> None:
+        """With ``val_share`` tests the weights of the best epoch on the test images, and writes ``test.json``."""
+        run, dist = self.run, self.run.dist
+        if run.config.val_share is None:
+            return
+        dist.all_gather_object(None)  # best.pt is there
+        state = run_checkpoint.read(self.out / run_checkpoint.BEST)
+        path = self.out / run_checkpoint.TEST
+        known = path.exists() and json.loads(path.read_text(encoding="utf-8"))["epoch"] == state["epoch"]
+        if any(dist.all_gather_object(known)):
+            return
+        run.network.load_state_dict(state["model"])
+        run.test = test_images(run.config, self.progress)
+        found = {"epoch": state["epoch"], **evaluate(run)}
+        if dist.rank == 0:
+            run_checkpoint.write(path, (json.dumps(found) + "\n").encode())
 
     def close(self) -> None:
         """Closes the logs."""
@@ -361,7 +383,7 @@ def _save(run: Run, out: Path) -> None:
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
     run_checkpoint.write(out / CONFIG, text.encode())
     tested = [row for row in run.history if row["all"] is not None]
-    best = max(tested, key=lambda row: row["all"], default={"epoch": 0, "all": None})
+    best = max(tested, key=_class_mean if run.config.val_share else _all, default={"epoch": 0, "all": None})
     state = {
         "version": run_checkpoint.VERSION,
         "config": run.config.as_dict(),
@@ -379,9 +401,19 @@ def _save(run: Run, out: Path) -> None:
     }
     if run.config.keep_weights or run.epoch < run.config.epochs:
         state |= {"model": run.network.state_dict(), "optimizer": run.optimizer.state_dict()}
-    if run.config.val is not None and run.config.keep_weights and best["epoch"] == run.epoch > 0:
+    held_out = run.config.val is not None or run.config.val_share is not None
+    if held_out and run.config.keep_weights and best["epoch"] == run.epoch > 0:
         run_checkpoint.write(out / run_checkpoint.BEST, state)  # first: a run killed here writes it again
     run_checkpoint.write(out / run_checkpoint.NAME, state)
+
+
+def _all(row: dict[str, Any]) -> float:
+    return row["all"]
+
+
+def _class_mean(row: dict[str, Any]) -> float:
+    """Returns what counts where the images that are tested on have a long tail themselves."""
+    return statistics.mean(accuracy for accuracy in row["per_class"] if accuracy is not None)
 
 
 def _restore(run: Run, state: dict[str, Any], out: Path) -> None:

@@ -105,7 +105,8 @@ def list_images(config: Config, progress: bool = False) -> tuple[Listing, Listin
 def subset(config: Config, images: tuple[Listing, Listing]) -> tuple[data.Images, data.Images]:
     """Returns what the settings take of all images: the long-tailed subset, and what is tested on. Only these are decoded.
 
-    With ``val`` that is held out of the training images before the subset is drawn, and no test image is looked at.
+    With ``val`` that is held out of the training images before the subset is drawn, with ``val_share`` of the subset, of each
+    class with two images at least one; no test image is looked at.
 
     Raises:
         ConfigError: There are not enough images.
@@ -115,18 +116,35 @@ def subset(config: Config, images: tuple[Listing, Listing]) -> tuple[data.Images
     classes, seed = len(train.classes), (config.data_seed + config.resample * config.seed) % 2**32
     try:
         if config.val is not None:
-            held_out = data.longtail_subset(train.labels, [config.val] * classes, seed)
-            rest = torch.ones(len(train), dtype=torch.bool).index_fill_(0, held_out, False).nonzero().flatten()
-            train, test = train.take(rest), train.take(held_out)
+            train, test = _split(train, [config.val] * classes, seed)
         elif config.test_per_class is not None:
             test = test.take(data.longtail_subset(test.labels, [config.test_per_class] * classes, config.data_seed))
         if config.imbalance is not None:
             largest = config.n_max or min(train.counts())
             counts = data.longtail_counts(largest, classes, config.imbalance, config.profile)
             train = train.take(data.longtail_subset(train.labels, counts, seed))
+        if config.val_share is not None:
+            shares = [min(count - 1, max(1, round(config.val_share * count))) for count in train.counts()]
+            train, test = _split(train, [max(0, share) for share in shares], seed)
     except ValueError as error:
         raise ConfigError(f"no such subset: {error}") from error
     return train.read(), test.read()
+
+
+def _split(images: Listing, counts: list[int], seed: int) -> tuple[Listing, Listing]:
+    """Returns the others, and ``counts[c]`` images of each class c."""
+    held_out = data.longtail_subset(images.labels, counts, seed)
+    rest = torch.ones(len(images), dtype=torch.bool).index_fill_(0, held_out, False).nonzero().flatten()
+    return images.take(rest), images.take(held_out)
+
+
+def test_images(config: Config, progress: bool) -> data.Images:
+    """Returns the test images, whatever is held out of the training images."""
+    _, test = list_images(config, progress)
+    if config.test_per_class is not None:
+        counts = [config.test_per_class] * len(test.classes)
+        test = test.take(data.longtail_subset(test.labels, counts, config.data_seed))
+    return test.read()
 
 
 def prepare(

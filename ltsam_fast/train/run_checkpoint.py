@@ -17,7 +17,7 @@ from ltsam_fast.data import Images
 from ltsam_fast.train.config import ConfigError, from_stored
 
 _LOG = logging.getLogger("ltsam_fast")
-NAME, BEST, LEFT_OUT = "last.pt", "best.pt", "skipped.txt"
+NAME, BEST, LEFT_OUT, TEST = "last.pt", "best.pt", "skipped.txt", "test.json"
 VERSION = 1
 
 
@@ -54,7 +54,7 @@ def remove_run(folder: Path) -> None:
     """Removes the files of a run, if the folder has one; its checkpoint last."""
     if (folder / NAME).exists():
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        for name in (BEST, LEFT_OUT, "config.json", "log.csv", "log.jsonl", NAME):
+        for name in (BEST, LEFT_OUT, TEST, "config.json", "log.csv", "log.jsonl", NAME):
             (folder / name).unlink(missing_ok=True)
 
 
