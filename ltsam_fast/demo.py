@@ -1,4 +1,4 @@
-"""``python -m ltsam_fast demo``: trains the methods on long-tailed digits and times whole steps, ours and the published way."""
+"""Trains the methods on long-tailed digits and times whole steps, ours and the published way."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ltsam_fast demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ltsam demo", description=__doc__)
     parser.add_argument("--seeds", type=int, help="networks per method (default 5; 3 for all methods)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs per network (default 40)")
     parser.add_argument("--imbalance", type=float, default=50, help="largest class over smallest (default 50)")

@@ -261,6 +261,14 @@ def test_a_table_and_charts(tmp_path, capsys):
     assert json.loads((tmp_path / "settings.json").read_text())["epochs"] == 2
 
 
+def test_a_table_says_which_groups_are_empty(tmp_path, capsys):
+    arguments = ("--methods", "sgd", "--seeds", 0, "--n-max", 40, "--imbalance", 2)
+    assert compare(tmp_path / "one", *arguments) == 0
+    assert "few: fewer than 10. No class is many or few." in capsys.readouterr().out
+    assert compare(tmp_path / "two", *arguments, "--many", 30, "--few", 25) == 0
+    assert "No class" not in capsys.readouterr().out
+
+
 def test_finished_cells_are_not_trained_again(tmp_path, capsys):
     arguments = ("--methods", "sgd,sam", "--seeds", 0)
     assert compare(tmp_path, *arguments) == 0

@@ -416,9 +416,11 @@ def caption(rows: Sequence[Row], config: Config) -> str:
     kind = "Test accuracy" if config.val is None else f"Accuracy on {config.val} held-out training images of each class"
     if config.val_share is not None:
         kind = f"Accuracy on a share of {config.val_share:g} of the training images, held out,"
+    empty = [group for group in GROUPS if all(row.accuracies[group] is None for row in rows)]
+    none = f" No class is {' or '.join(empty)}." if empty else ""
     return (
         f"{kind} in percent after {config.epochs} epochs, {over}: {config.model} on {Path(config.data).name}{tail}. "
-        f"many: more than {config.many} training images, few: fewer than {config.few}."
+        f"many: more than {config.many} training images, few: fewer than {config.few}.{none}"
     )
 
 
