@@ -556,6 +556,16 @@ def test_a_protocol_that_is_wrong(changes, named, tmp_path, capsys):
     one_line(capsys, "evidence", named)
 
 
+def test_a_protocol_takes_the_flags_names_and_options(tmp_path, capsys):
+    settings = {"recipe": "digits-lt", "n-max": 60, "batch-size": 32, "epochs": 1}
+    assert evidence({**PROTOCOL, "settings": settings}, tmp_path / "out", "--set", "adaptive=true", "--limit", 0) == 1
+    one_line(capsys, "evidence", "16 of 16 runs were not begun")
+    protocol = {**PROTOCOL, "losses": ["ce"], "seeds": [0], "settings": settings, "grids": {"sam": {}}}
+    assert evidence(protocol, tmp_path / "one", "--set", "adaptive=true", "--no-tensorboard") == 0
+    config = torch.load(next(tmp_path.glob("one/test/*/*/last.pt")), weights_only=True)["config"]
+    assert (config["batch_size"], config["n_max"], config["options"]["adaptive"]) == (32, 60, True)
+
+
 PROTOCOLS = sorted((Path(__file__).parents[1] / "bench" / "evidence").glob("*.toml"))
 
 

@@ -81,8 +81,12 @@ def cached(
     if found is None:
         raise DataError(f"{folder}: the cache differs from what has just been written to it; is the disk sound?")
     if found[1] and not skip_broken:
-        raise DataError(next(iter(found[1].values())))
+        raise _unreadable(next(iter(found[1].values())))
     return found
+
+
+def _unreadable(reason: str) -> DataError:
+    return DataError(f"{reason}; skip_broken leaves such images out")
 
 
 def _build(folder: Path, fingerprint: str, images: Iterator[Pixels], broken: Broken) -> None:
@@ -149,7 +153,7 @@ def _decoded(
                 advance()
                 if isinstance(image, DataError):
                     if broken is None:
-                        raise image
+                        raise _unreadable(str(image))
                     broken[index] = str(image)
                     continue
                 first = first or (paths[index], image)
