@@ -1,4 +1,4 @@
-"""The command line: ``python -m ltsam_fast info|demo|train|compare|evidence|diagnose``."""
+"""The command line: ``ltsam info|demo|train|compare|evidence|diagnose``, or ``python -m ltsam_fast ...``."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ TRAINING = ("train", "compare", "evidence", "diagnose")
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; ``argv`` as in ``sys.argv[1:]``."""
     parser = argparse.ArgumentParser(
-        prog="python -m ltsam_fast",
+        prog="ltsam",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()),
     )
+    parser.add_argument("--version", action="version", version=f"ltsam_fast {ltsam_fast.__version__}")
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command")
-    asked = parser.parse_args(argv)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command; try COMMAND --help")
+    asked = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     if asked.command == "info":
         argparse.ArgumentParser(prog=f"{parser.prog} info", description=COMMANDS["info"]).parse_args(asked.arguments)
         print(info())
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         importlib.import_module("ltsam_fast.demo").main(asked.arguments)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "sklearn", "tqdm"):
+        if error.name not in ("matplotlib", "sklearn", "rich"):
             raise
         sys.exit(f"{parser.prog} demo needs {error.name}: pip install 'ltsam_fast[demo]'")
 

@@ -1,8 +1,9 @@
-"""``python -m ltsam_fast demo``: trains the methods on long-tailed digits and times whole steps, ours and the published way."""
+"""Trains the methods on long-tailed digits and times whole steps, ours and the published way."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import statistics
@@ -21,6 +22,7 @@ import ltsam_fast as lf
 from ltsam_fast import plain
 from ltsam_fast.data import LongTailed, digits, shot_split
 from ltsam_fast.diagnostics.plots import SHOT_COLORS
+from ltsam_fast.extras import progress_bars
 from ltsam_fast.models import create
 from ltsam_fast.optim.registry import method_named
 
@@ -198,7 +200,7 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ltsam_fast demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ltsam demo", description=__doc__)
     parser.add_argument("--seeds", type=int, help="networks per method (default 5; 3 for all methods)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs per network (default 40)")
     parser.add_argument("--imbalance", type=float, default=50, help="largest class over smallest (default 50)")
@@ -227,9 +229,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code: 0, or 2 if a package is missing or an argument is wrong."""
     options = _parse(argv)
     try:
-        import matplotlib as _  # noqa: F401
-        from tqdm import tqdm
-
+        for package in ("matplotlib", "rich"):
+            importlib.import_module(package)
         first = digits(options.imbalance)
         options.out.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
@@ -241,14 +242,13 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # a second thread slows a network of 24 k parameters down
     print(f"long-tailed digits, training images per class: {first.class_counts}")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}
-    with tqdm(
-        total=options.seeds * len(results) * options.epochs, unit="epoch", desc="training", mininterval=1.0
-    ) as bar:
+    with progress_bars() as bars:
+        task = bars.add_task("", total=options.seeds * len(results) * options.epochs)
         for seed in range(options.seeds):
             data = digits(options.imbalance, seed)
             for name, runs in results.items():
-                bar.set_postfix_str(f"{METHODS[name]}, seed {seed}")
-                runs.append(train(name, data, options.epochs, seed, bar.update))
+                bars.update(task, description=f"{METHODS[name]}, seed {seed}: epochs")
+                runs.append(train(name, data, options.epochs, seed, lambda: bars.advance(task)))
     rounds = 10 if options.quick else 100
     times = step_times(first, rounds)
     accuracy = {

@@ -176,6 +176,50 @@ def test_a_list_of_test_images_may_lack_the_last_class(sources, tmp_path, monkey
     assert torch.load("run/last.pt", weights_only=True)["history"][0]["per_class"][2] is None
 
 
+def test_broken_images_are_left_out_and_listed(sources, tmp_path, monkeypatch, capsys):
+    cut(spoiled(sources, tmp_path, "tree") / "train/b/3.png")
+    (tmp_path / "tree/test/a/0.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--data", "tree", *SMALL, "--skip-broken", "--quiet", "--out", "run")
+    assert run("train", *arguments) == 0
+    assert capsys.readouterr().err.count("left out: 1, the first is tree/") == 2
+    lines = Path("run/skipped.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["tree/train/b/3.png", "tree/test/a/0.png"]
+    assert torch.load("run/last.pt", weights_only=True)["class_counts"] == [9, 4, 2]
+    assert run("train", "--resume", "--out", "run", "--quiet") == 0
+    shutil.copy(sources / "tree/train/b/3.png", "tree/train/b/3.png")
+    assert run("train", "--resume", "--out", "run", "--quiet") == 2
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_only_images_of_the_subset_are_decoded(command, sources, tmp_path, monkeypatch):
+    from ltsam_fast.data import decode
+
+    seen, original = [], decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda *one: seen.append(one[1].parts[-3]) or original(*one))
+    monkeypatch.chdir(sources)
+    more = ("--methods", "sgd,sam", "--seeds", "0,1") if command == "compare" else ()
+    arguments = (*SMALL, *more, "--quiet", "--data", "tree", "--imbalance", 2)
+    assert run(command, *arguments, "--test-per-class", 1, "--out", tmp_path / "one") == 0
+    assert (seen.count("train"), seen.count("test")) == (2 + 1 + 1, 3)
+    seen.clear()
+    assert run(command, *arguments, "--val", 1, "--n-max", 1, "--imbalance", 1, "--out", tmp_path / "other") == 0
+    assert (seen.count("train"), seen.count("test")) == (6, 0)
+
+
+def test_a_bar_while_images_are_decoded(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(sources)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    grid = ("--methods", "sgd", "--seeds", 0)
+    assert run("train", *SMALL, "--data", "tree", "--out", tmp_path / "run") == 0
+    assert "decoding" in capsys.readouterr().out
+    assert run("compare", *SMALL, *grid, "--data", "tree", "--out", tmp_path / "grid") == 0
+    assert "decoding" in capsys.readouterr().out
+    assert run("diagnose", tmp_path / "run", "--per-class", 1, "--iterations", 1) == 0
+    output = capsys.readouterr().out
+    assert "decoding" in output and "sharpness" in output
+
+
 # --- compare
 
 QUICK = ("--epochs", 2, "--no-tensorboard", "--quiet")
@@ -215,6 +259,14 @@ def test_a_table_and_charts(tmp_path, capsys):
     for name in ("bars.png", "curves.png"):
         assert Image.open(tmp_path / name).width > 500
     assert json.loads((tmp_path / "settings.json").read_text())["epochs"] == 2
+
+
+def test_a_table_says_which_groups_are_empty(tmp_path, capsys):
+    arguments = ("--methods", "sgd", "--seeds", 0, "--n-max", 40, "--imbalance", 2)
+    assert compare(tmp_path / "one", *arguments) == 0
+    assert "few: fewer than 10. No class is many or few." in capsys.readouterr().out
+    assert compare(tmp_path / "two", *arguments, "--many", 30, "--few", 25) == 0
+    assert "No class" not in capsys.readouterr().out
 
 
 def test_finished_cells_are_not_trained_again(tmp_path, capsys):
@@ -502,6 +554,16 @@ def test_evidence_chooses_on_held_out_images_and_tests_once(tmp_path, capsys):
 def test_a_protocol_that_is_wrong(changes, named, tmp_path, capsys):
     assert evidence({**PROTOCOL, **changes}, tmp_path / "out") == 2
     one_line(capsys, "evidence", named)
+
+
+def test_a_protocol_takes_the_flags_names_and_options(tmp_path, capsys):
+    settings = {"recipe": "digits-lt", "n-max": 60, "batch-size": 32, "epochs": 1}
+    assert evidence({**PROTOCOL, "settings": settings}, tmp_path / "out", "--set", "adaptive=true", "--limit", 0) == 1
+    one_line(capsys, "evidence", "16 of 16 runs were not begun")
+    protocol = {**PROTOCOL, "losses": ["ce"], "seeds": [0], "settings": settings, "grids": {"sam": {}}}
+    assert evidence(protocol, tmp_path / "one", "--set", "adaptive=true", "--no-tensorboard") == 0
+    config = torch.load(next(tmp_path.glob("one/test/*/*/last.pt")), weights_only=True)["config"]
+    assert (config["batch_size"], config["n_max"], config["options"]["adaptive"]) == (32, 60, True)
 
 
 PROTOCOLS = sorted((Path(__file__).parents[1] / "bench" / "evidence").glob("*.toml"))

@@ -14,7 +14,7 @@ from ltsam_fast import demo
 @pytest.fixture(autouse=True)
 def needs_the_demo_extra():
     threads = torch.get_num_threads()
-    for needed in ("sklearn", "matplotlib", "tqdm"):
+    for needed in ("sklearn", "matplotlib", "rich"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")
     yield
     torch.set_num_threads(threads)

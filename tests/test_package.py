@@ -1,6 +1,7 @@
 """What pip installs, what each core is made of, and which backend serves a call."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -263,7 +264,7 @@ def test_import_is_quick_and_leaves_heavy_packages_alone():
     )
     runs = [python("-c", script).stdout.split() for _ in range(2)]
     assert min(float(seconds) for seconds, *_ in runs) < 0.2
-    assert not {"triton", "matplotlib", "sklearn", "tqdm"} & set(runs[0])
+    assert not {"triton", "matplotlib", "sklearn", "rich"} & set(runs[0])
 
 
 def test_info_has_every_backend_with_its_reason(capsys):
@@ -275,7 +276,20 @@ def test_info_has_every_backend_with_its_reason(capsys):
         assert version in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["compile"], ["info", "--fast"]])
+@pytest.mark.parametrize(("arguments", "shown"), [([], "usage: ltsam "), (["--version"], ltsam_fast.__version__)])
+def test_what_a_newcomer_types_first(arguments, shown, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert not caught.value.code
+    assert shown in capsys.readouterr().out
+
+
+def test_the_console_script_is_the_module():
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="ltsam")
+    assert script.load() is main
+
+
+@pytest.mark.parametrize("arguments", [["compile"], ["info", "--fast"]])
 def test_unknown_command_exits_with_2(arguments):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from ltsam_fast.data import DataError, Images, load
+from ltsam_fast.data.readers import listing
 
 Image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
@@ -726,10 +727,66 @@ def test_sizes_and_splits_have_caches_of_their_own(tree, tmp_path, decodes):
     assert len(decodes) == 9 + 9 + 6
 
 
-def test_progress(tree, capsys):
-    pytest.importorskip("tqdm")
+def test_progress_is_shown_in_a_terminal(tree, capsys, monkeypatch):
+    pytest.importorskip("rich")
     load(tree[0], progress=True)
-    assert "9/9" in capsys.readouterr().err
+    assert not capsys.readouterr().out.strip()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    load(tree[0], progress=True)
+    assert "9/9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_broken_images_may_be_left_out(cache, tree, tmp_path, decodes, caplog):
+    root, pixels = tree
+    options = {"cache": tmp_path / "cache"} if cache else {}
+    whole = load(root, skip_broken=True, **options)
+    assert whole.left_out == () and len(whole) == 9
+    for name in ("ant/0", "dog/2"):
+        (root / f"train/{name}.png").write_bytes(b"nix")
+    with pytest.raises(DataError, match="ant/0.png: not a readable image: .*; skip_broken leaves"):
+        load(root, **options)
+    assert not caplog.records
+    found = load(root, skip_broken=True, **options)
+    assert [line.partition(": ")[0] for line in found.left_out] == [
+        str(root / f"train/{name}.png") for name in ("ant/0", "dog/2")
+    ]
+    assert "left out: 2, the first is" in caplog.text
+    kept = [1, 2, 3, 4, 5, 6, 7]
+    assert torch.equal(found.pixels, whole.pixels[kept]) and torch.equal(found.labels, whole.labels[kept])
+    part = listing_of(root, True, **options).take(torch.tensor([7, 0, 4, 2])).read()
+    assert torch.equal(part.pixels, whole.pixels[[7, 4, 2]]) and part.labels.tolist() == [2, 1, 0]
+    assert [line for line in part.left_out if "ant/0.png" in line] == [*part.left_out] != []
+    with pytest.raises(DataError, match="ant/0.png: not a readable image: .*; skip_broken leaves"):
+        load(root, **options)
+    for index in (1, 2):
+        (root / f"train/ant/{index}.png").write_bytes(b"nix")
+    with pytest.raises(DataError, match="no image of class 'ant' can be read"):
+        load(root, skip_broken=True, **options)
+
+
+def listing_of(root, skip_broken=False, cache=None):
+    nothing = {"format": "auto", "images": None, "size": None, "classes": None, "progress": False}
+    return listing(root, "train", **nothing, cache=cache, skip_broken=skip_broken)
+
+
+def test_where_no_image_can_be_read(tree, tmp_path):
+    for path in tree[0].glob("train/*/*"):
+        path.write_bytes(b"nix")
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(DataError, match="0.png: not a readable image"):
+            load(tree[0], cache=cache, skip_broken=True)
+
+
+def test_only_what_is_taken_is_decoded(tree, decodes):
+    root, _ = tree
+    whole = load(root)
+    decodes.clear()
+    first = listing_of(root)
+    assert first.counts() == [3, 3, 3] and len(first) == 9 and not decodes
+    part = first.take(torch.tensor([8, 2, 0, 5])).take(torch.tensor([3, 0]))
+    assert part.counts() == [0, 1, 1] and not decodes
+    assert torch.equal(part.read().pixels, whole.pixels[[5, 8]]) and len(decodes) == 2
 
 
 def test_many_blocks_keep_their_order(tree, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import inspect
@@ -28,7 +29,7 @@ from ltsam_fast.optim import capture
 from ltsam_fast.optim.registry import method_named
 from ltsam_fast.train import METHODS, Config, ConfigError, Diverged, build, cli, loop, read_file, train
 from ltsam_fast.train import run as run_module
-from ltsam_fast.train.config import active_steps, differing
+from ltsam_fast.train.config import FIELDS, active_steps, differing
 from ltsam_fast.train.distributed import process_group
 from ltsam_fast.train.log import Silent
 from ltsam_fast.train.loop import train_together
@@ -497,6 +498,135 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, named, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_replaced_only_if_that_is_asked_for(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ("--epochs", 1, "--out", out, "--quiet")
+    assert run(*arguments, "--val", 5, "--tensorboard") == 0
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(*arguments, "--method", "sam") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--resume") == 2
+    assert run(*arguments, "--overwrite", "--model", "nix") == 2
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(*arguments, "--overwrite", "--method", "sam", "--no-tensorboard") == 0
+    assert {path.name for path in out.iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl", "notes.txt"}
+    assert run(*arguments[:2], "--out", tmp_path / "other", "--quiet", "--method", "sam", "--no-tensorboard") == 0
+    assert same_weights(out, tmp_path / "other")
+    (out / "last.pt").write_bytes(b"nix")
+    assert run(*arguments, "--overwrite", "--no-tensorboard") == 0
+    assert run(*arguments[:2], "--out", tmp_path / "new", "--overwrite", "--quiet") == 0
+
+
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_run_that_diverged_at_once_does_not_block_its_folder(resume, tmp_path, capsys):
+    arguments = ("--epochs", 2, "--no-tensorboard", "--quiet")
+    assert run(*arguments, "--method", "sam", "--set", "rho=1e30", "--out", tmp_path / "run") == 1
+    assert last(tmp_path / "run")["epoch"] == 0
+    assert run(*arguments, *resume, "--method", "sam", "--set", "rho=0.1", "--out", tmp_path / "run") == 0
+    assert run(*arguments, "--method", "sam", "--set", "rho=0.1", "--out", tmp_path / "other") == 0
+    assert same_weights(tmp_path / "run", tmp_path / "other")
+    grid = ("--methods", "sam", "--seeds", 0, "--out", tmp_path / "grid", *arguments)
+    assert run(*grid, "--set", "rho=1e30", command="compare") == 1
+    assert run(*grid, command="compare") == 0
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    assert run("--epochs", 2, "--no-tensorboard", "--out", tmp_path) == 0
+    capsys.readouterr()
+    assert run("--resume", "--out", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["2 of 2 epochs are finished: there is nothing to resume"] and lines[0].startswith("sgd, ce: ")
+
+
+@pytest.mark.parametrize(("n_max", "imbalance"), [(40, 20), (130, 2), (30, 5)])
+def test_empty_shot_groups_are_told_with_limits_that_leave_none(n_max, imbalance, tmp_path, capsys):
+    arguments = ("--data", "digits", "--imbalance", imbalance, "--n-max", n_max, "--model", "small_cnn", "--epochs", 1)
+    assert run(*arguments, "--no-tensorboard", "--out", tmp_path / "one") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("no class is ")]
+    words = line.replace(";", "").split()
+    many, few = (words[len(words) - words[::-1].index(flag)] for flag in ("--many", "--few"))
+    assert last(tmp_path / "one")["history"][0]["many" if n_max < 100 else "few"] is None
+    assert run(*arguments, "--no-tensorboard", "--out", tmp_path / "two", "--many", many, "--few", few) == 0
+    assert "no class is" not in capsys.readouterr().out
+    assert None not in last(tmp_path / "two")["history"][0].values()
+
+
+def test_shot_limits():
+    for sizes in ([5, 4, 3], [9, 9, 1, 1, 4], range(1, 5), range(1, 6), range(1, 7), range(7, 107)):
+        many, few = data.shot_limits([*sizes])
+        assert all(len(group) for group in data.shot_split([*sizes], many, few).values())
+    assert data.shot_limits([5, 5, 4]) is None
+
+
+def test_the_best_epoch_on_held_out_images_is_kept(tmp_path, monkeypatch):
+    scores = iter([50.0, 70.0, 60.0, 70.0, 65.0])
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda run: evaluate(run) | {"all": next(scores)})
+    weights = []
+    save = loop._save
+    monkeypatch.setattr(
+        loop, "_save", lambda run, out: (weights.append(copy.deepcopy(run.network.state_dict())), save(run, out))
+    )
+    settings = {"method": "sam", "epochs": 5, "tensorboard": False, "schedule": "constant"}
+    with pytest.raises(KeyboardInterrupt):
+        train(build({**settings, "val": 10}), tmp_path / "run", report=StopIn(7 * 3 + 2))
+    train(build({**settings, "val": 10}), tmp_path / "run", resume=True)
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["epoch"] == 2 and last(tmp_path / "run")["best"] == {"epoch": 2, "all": 70.0}
+    same(best["model"], dict(weights[2]))
+    scores = iter([1.0] * 5)
+    train(build(settings), tmp_path / "without")
+    assert not (tmp_path / "without" / "best.pt").exists()
+
+
+def test_a_share_is_held_out_of_each_class():
+    whole, test = load_images(build({"imbalance": 60.0}))
+    rest, held_out = load_images(build({"imbalance": 60.0, "val_share": 0.2}))
+    assert held_out.counts() == [max(1, round(0.2 * count)) for count in whole.counts()] and whole.counts()[-1] == 2
+    assert [one + other for one, other in zip(rest.counts(), held_out.counts(), strict=True)] == whole.counts()
+    both = torch.cat([rest.pixels, held_out.pixels]).flatten(1)
+    assert torch.equal(both.unique(dim=0), whole.pixels.flatten(1).unique(dim=0))
+    lonely, held_out = load_images(build({"imbalance": 134.0, "val_share": 0.9}))
+    assert lonely.counts()[-1] == 1 and held_out.counts()[-1] == 0 and min(lonely.counts()) == 1
+    assert torch.equal(run_module.test_images(build({"val_share": 0.2}), False).pixels, test.pixels)
+
+
+def test_the_best_epoch_on_a_held_out_share_is_tested(tmp_path, capsys):
+    arguments = ("--method", "sam", "--val-share", 0.2, "--epochs", 6, "--no-tensorboard", "--lr", 0.2)
+    assert run(*arguments, "--out", tmp_path / "run") == 0
+    output = capsys.readouterr().out
+    rows = last(tmp_path / "run")["history"]
+    means = [sum(filter(None, row["per_class"])) / sum(one is not None for one in row["per_class"]) for row in rows]
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["epoch"] == 1 + means.index(max(means)) == last(tmp_path / "run")["best"]["epoch"]
+    found = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert (
+        f"the test images, with the weights of epoch {best['epoch']}" in output and f"all {found['all']:.2f}" in output
+    )
+    config = build(best["config"])
+    train_images, test = load_images(build({"epochs": 6}))
+    network = run_module.network_of(config, train_images)
+    network.load_state_dict(best["model"])
+    normalized = data.Augment.for_testing(load_images(config)[0])(test.pixels)
+    correct = (network.eval()(normalized).argmax(1) == test.labels).double()
+    assert found["all"] == pytest.approx(100 * correct.mean().item(), abs=1e-3)
+    (tmp_path / "run" / "test.json").unlink()
+    assert run("--resume", "--out", tmp_path / "run", "--quiet") == 0
+    assert json.loads((tmp_path / "run" / "test.json").read_text()) == found
+    together = (config, tmp_path / "together", load_images(config))
+    assert train_together([together])[0][-1]["train_loss"] == rows[-1]["train_loss"]
+    assert json.loads((tmp_path / "together" / "test.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    "more", [{"val_share": 1.0}, {"val_share": 0.1, "val": 3}, {"val_share": 0.1, "keep_weights": False}]
+)
+def test_shares_that_can_not_be_held_out(more):
+    with pytest.raises(ConfigError, match="val_share must"):
+        Config(**more)
+
+
 def test_where_nothing_can_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -582,6 +712,92 @@ def test_a_config_file_that_is_wrong(name, text, named, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=named):
         build(read_file(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ["1e-2", "1E-2", "+1e-2", "0.01", "1.e-2", ".1e-1"])
+def test_numbers_of_yaml(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"lr: {text}\noptions: {{rho: 2e-1}}\ndata: 1e-2x\n")
+    found = read_file(tmp_path / "run.yaml")
+    assert found == {"lr": 0.01, "options": {"rho": 0.2}, "data": "1e-2x"}
+
+
+def test_flags_and_files_take_the_same_names(tmp_path):
+    names = [item.metadata.get("flag", name) for name, item in FIELDS.items()]
+    for spelling in (lambda name: name.replace("_", "-"), lambda name: name.replace("-", "_")):
+        values = {spelling(name): name for name in names}
+        (tmp_path / "run.json").write_text(json.dumps(values))
+        assert [*read_file(tmp_path / "run.json")] == [*FIELDS]
+    folder, config = tmp_path / "by_file", tmp_path / "run.yaml"
+    lines = ["method: sam", "set: {rho: 0.3}", "batch-size: 32", "epochs: 3", f"out: {folder}", "quiet: true"]
+    config.write_text("\n".join([*lines, "tensorboard: false", "resume: false"]))
+    assert run("--config", config, "--epochs", 1, "--weight_decay", 1e-3) == 0
+    arguments = ("--method", "sam", "--options", "rho=0.3", "--batch_size", 32, "--epochs", 1, "--no_tensorboard")
+    assert run(*arguments, "--weight-decay", 1e-3, "--out", tmp_path / "by_flags", "--quiet") == 0
+    assert last(folder)["config"] == last(tmp_path / "by_flags")["config"]
+    assert same_weights(folder, tmp_path / "by_flags")
+
+
+def test_a_grid_in_a_file(tmp_path):
+    (tmp_path / "grid.toml").write_text('methods = ["sgd", "sam"]\nseeds = [4]\nepochs = 1\ntensorboard = false\n')
+    assert run("--config", tmp_path / "grid.toml", "--out", tmp_path / "out", "--quiet", command="compare") == 0
+    assert {path.parent.parent.name for path in tmp_path.glob("out/*/seed4/last.pt")} == {"sgd-ce", "sam-ce"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("set: {}\noptions: {}", "twice"), ("nix: 1", "nix"), ("config: a.yaml", "config")]
+)
+def test_names_in_a_file_that_are_wrong(text, named, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert run("--config", tmp_path / "run.yaml", "--out", tmp_path / "run") == 2
+    assert named in capsys.readouterr().err
+
+
+def helped(capsys, *arguments, command="train"):
+    """The help of a command, its white space as single spaces."""
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments, command=command)
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_what_there_is(capsys):
+    for text in (helped(capsys, "--help"), helped(capsys, "-h", command="compare")):
+        for name in METHODS:
+            assert f" {name} {METHODS[name]}" in text
+            own = options_of(name).keys() - options_of("sam").keys()
+            assert all(f" {one}=" in text for one in own)
+        for name, (label, _) in LOSSES.items():
+            assert f" {name} {label}: " in text
+        assert ", ".join(models.names()) in text
+    assert "--protocol" not in helped(capsys, "--help", command="evidence")
+    assert "--iterations" in helped(capsys, "--help", command="diagnose")
+
+
+def test_help_tells_the_defaults_that_apply(capsys):
+    text = helped(capsys, "--help")
+    assert "learning rate (default: 0.05)" in text and "network by name (default: small_cnn)" in text
+    text = helped(capsys, "--help", "--recipe", "cifar10-lt", "--method", "focal_sam", "--seed", 3, "--loss", "gcl")
+    assert "learning rate (default: 0.1)" in text and "passes over the training images (default: 200)" in text
+    assert "options of focal_sam (--set NAME=VALUE): rho=0.2 Radius of the perturbation" in text
+    assert "gamma=3.0 Focus on the tail" in text and "imb_sam ImbSAM: rho=0.05, eta=200" in text
+    assert "asam_" not in text and "seed=3" in text
+    assert "learning rate (default: 0.1)" in helped(capsys, "--data", "somewhere", "--help")
+    assert "lam=0.75 Weight" in helped(capsys, "--method", "focal_sam", "-h", "--set", "lam=0.75")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_tells_what_every_option_means(method, capsys):
+    text = helped(capsys, "--method", method, "--help")
+    declared = {} if method == "sgd" else method_named(method).cls.options
+    for name in options_of(method):
+        assert f" {name}=" in text
+        if name in declared:
+            assert declared[name].doc.split("`")[0].strip() in text
+
+
+def test_help_of_what_is_wrong_is_its_error(capsys):
+    assert run("--help", "--lr", 0) == 2
+    assert "lr must be" in capsys.readouterr().err
 
 
 def test_schedules():

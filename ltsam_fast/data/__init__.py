@@ -5,7 +5,7 @@ from __future__ import annotations
 from ltsam_fast.data.augment import Augment, batches
 from ltsam_fast.data.embedded import LongTailed, digits
 from ltsam_fast.data.images import DataError, Images
-from ltsam_fast.data.longtail import longtail_counts, longtail_subset, shot_split
+from ltsam_fast.data.longtail import longtail_counts, longtail_subset, shot_limits, shot_split
 from ltsam_fast.data.readers import load
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "load",
     "longtail_counts",
     "longtail_subset",
+    "shot_limits",
     "shot_split",
 ]

@@ -25,8 +25,8 @@ _BLOCK = 1024
 """Images per block; at most one block of decoded images waits in memory."""
 _CHECKED_BYTES = 1 << 30
 """Bytes of a cache that are compared with checksums: evenly spaced images of larger caches."""
-_VERSION = 2
-"""Version of the decoding; increase it with every change of the pixels."""
+_VERSION = 3
+"""Version of the cache; increase it with every change of the pixels or of the files."""
 _16_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")
 """Formats with a known largest value of 16-bit grey."""
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -35,21 +35,34 @@ _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 Pixels = np.ndarray[Any, Any]
 
 
-def in_memory(files: FileList, size: int | None, progress: bool) -> Tensor:
-    """Returns the decoded images, uint8, shape (N, 3, height, width)."""
+Broken = dict[int, str]
+"""The reason why an image can't be read, with its path, by the image's index."""
+
+
+def in_memory(
+    files: FileList, indices: Sequence[int], size: int | None, progress: bool, skip_broken: bool
+) -> tuple[Tensor, Broken]:
+    """Returns the decoded images at ``indices``, uint8, shape (N, 3, height, width), without those that can't be read."""
     result: Tensor | None = None
-    for index, image in enumerate(_decoded(files.paths, size, progress)):
+    broken: Broken = {}
+    count = 0
+    for image in _decoded(files.paths, indices, size, progress, broken if skip_broken else None):
         if result is None:
-            result = torch.empty((len(files.paths), *image.shape), dtype=torch.uint8)
-        result[index] = torch.from_numpy(image)
-    assert result is not None  # a list is never empty
-    return result
+            result = torch.empty((len(indices), *image.shape), dtype=torch.uint8)
+        result[count] = torch.from_numpy(image)
+        count += 1
+    if result is None:
+        raise DataError(next(iter(broken.values()), "no image is asked for"))
+    return (result[:count].clone() if broken else result), broken
 
 
-def cached(files: FileList, size: int | None, progress: bool, cache: Path, name: str) -> Tensor:
-    """Returns the decoded images mapped from ``cache/name``, which is rebuilt if it is missing, damaged or out of date.
+def cached(
+    files: FileList, size: int | None, progress: bool, skip_broken: bool, cache: Path, name: str
+) -> tuple[Tensor, Broken]:
+    """Returns the images mapped from ``cache/name``, which is rebuilt if it is missing, damaged or out of date.
 
-    The folder is written under a temporary name and renamed at the end; a lock admits one process at a time.
+    It lacks images that can't be read. The folder is written under a temporary name and renamed at the end; a lock admits one
+    process at a time.
     """
     filelock = needed("filelock", "filelock")
     cache.mkdir(parents=True, exist_ok=True)
@@ -58,16 +71,25 @@ def cached(files: FileList, size: int | None, progress: bool, cache: Path, name:
     ).hexdigest()
     folder = cache / name
     with filelock.FileLock(cache / f"{name}.lock"):
-        pixels = _mapped(folder, fingerprint)
-        if pixels is None:
-            _build(folder, fingerprint, _decoded(files.paths, size, progress))
-            pixels = _mapped(folder, fingerprint)
-    if pixels is None:
+        found = _mapped(folder, fingerprint)
+        if found is None:
+            broken: Broken = {}
+            indices = range(len(files.paths))
+            images = _decoded(files.paths, indices, size, progress, broken if skip_broken else None)
+            _build(folder, fingerprint, images, broken)
+            found = _mapped(folder, fingerprint)
+    if found is None:
         raise DataError(f"{folder}: the cache differs from what has just been written to it; is the disk sound?")
-    return pixels
+    if found[1] and not skip_broken:
+        raise _unreadable(next(iter(found[1].values())))
+    return found
 
 
-def _build(folder: Path, fingerprint: str, images: Iterator[Pixels]) -> None:
+def _unreadable(reason: str) -> DataError:
+    return DataError(f"{reason}; skip_broken leaves such images out")
+
+
+def _build(folder: Path, fingerprint: str, images: Iterator[Pixels], broken: Broken) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
     for leftover in (partial, folder):
         if leftover.exists():
@@ -82,13 +104,15 @@ def _build(folder: Path, fingerprint: str, images: Iterator[Pixels]) -> None:
             shape = image.shape
         file.flush()
         os.fsync(file.fileno())
-    about = {"fingerprint": fingerprint, "shape": [len(checksums), *shape], "crc32": checksums}
+    if not checksums:
+        raise DataError(next(iter(broken.values())))
+    about = {"fingerprint": fingerprint, "shape": [len(checksums), *shape], "crc32": checksums, "broken": broken}
     (partial / "about.json").write_text(json.dumps(about))
     partial.rename(folder)
 
 
-def _mapped(folder: Path, fingerprint: str) -> Tensor | None:
-    """Returns the images in ``folder``, or None if they are others, too few or damaged."""
+def _mapped(folder: Path, fingerprint: str) -> tuple[Tensor, Broken] | None:
+    """Returns the images in ``folder``, and those it lacks; or None if they are others, too few or damaged."""
     try:
         about = json.loads((folder / "about.json").read_text())
         length = (folder / "pixels").stat().st_size
@@ -103,25 +127,42 @@ def _mapped(folder: Path, fingerprint: str) -> Tensor | None:
     pixels = torch.from_file(str(folder / "pixels"), shared=False, size=length, dtype=torch.uint8).reshape(shape)
     step = -(-length // _CHECKED_BYTES)
     intact = all(zlib.crc32(pixels[i].numpy().data) == checksums[i] for i in range(0, len(pixels), step))
-    return pixels if intact else None
+    return (pixels, {int(index): reason for index, reason in about["broken"].items()}) if intact else None
 
 
-def _decoded(paths: Sequence[Path], size: int | None, progress: bool) -> Iterator[Pixels]:
-    """Yields the images in order: uint8, shape (3, height, width), all of one size."""
+def _decoded(
+    paths: Sequence[Path], indices: Sequence[int], size: int | None, progress: bool, broken: Broken | None
+) -> Iterator[Pixels]:
+    """Yields the images at ``indices`` in order: uint8, shape (3, height, width), all of one size.
+
+    Those that can't be read are entered in ``broken`` and left out; without it the first one is an error.
+    """
     image_module = needed("PIL.Image", "pillow")
-    first: Pixels | None = None
-    with progress_bar(progress, len(paths), "decoding", "image") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for begin in range(0, len(paths), _BLOCK):
-            block = paths[begin : begin + _BLOCK]
-            for path, image in zip(block, pool.map(lambda path: _decode(image_module, path, size), block), strict=True):
-                first = image if first is None else first
-                if image.shape != first.shape:
+    first: tuple[Path, Pixels] | None = None
+
+    def decoded(index: int) -> Pixels | DataError:
+        try:
+            return _decode(image_module, paths[index], size)
+        except DataError as error:
+            return error
+
+    with progress_bar(progress, len(indices), "decoding") as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for begin in range(0, len(indices), _BLOCK):
+            block = indices[begin : begin + _BLOCK]
+            for index, image in zip(block, pool.map(decoded, block), strict=True):
+                advance()
+                if isinstance(image, DataError):
+                    if broken is None:
+                        raise _unreadable(str(image))
+                    broken[index] = str(image)
+                    continue
+                first = first or (paths[index], image)
+                if image.shape != first[1].shape:
                     raise DataError(
-                        f"{path}: {_extent(image)} pixels where {paths[0]} has {_extent(first)}; "
+                        f"{paths[index]}: {_extent(image)} pixels where {first[0]} has {_extent(first[1])}; "
                         f"give size= to resize all images"
                     )
                 yield image
-                bar.update()
 
 
 def _decode(image_module: Any, path: Path, size: int | None) -> Pixels:

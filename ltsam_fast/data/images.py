@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Images:
         pixels: uint8, shape (N, channels, height, width); perhaps mapped from a file.
         labels: The class of each image, int64, shape (N,).
         classes: The name of each class.
+        left_out: A line for each image that could not be read, with its path and the reason.
 
     Raises:
         TypeError: ``pixels`` is not uint8, or ``labels`` is not int64.
@@ -44,6 +46,7 @@ class Images:
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, dtype, dims in (("pixels", torch.uint8, 4), ("labels", torch.int64, 1)):
@@ -67,7 +70,7 @@ class Images:
 
     def take(self, indices: Tensor) -> Images:
         """Returns a copy of the images at ``indices``, a LongTensor, in their order."""
-        return Images(self.pixels[indices], self.labels[indices], self.classes)
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
 
     def counts(self) -> list[int]:
         """Returns the number of images of each class."""
@@ -83,3 +86,40 @@ class Images:
         for block in middle.split(1024):
             found.update(block.cpu().contiguous().numpy())
         return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of one split before they are decoded.
+
+    Attributes:
+        labels: The class of each image, int64, shape (N,).
+        classes: The name of each class.
+        decode: Returns the images at indices of the split, None for all.
+        indices: Those of the images in the split; None: all.
+    """
+
+    labels: Tensor
+    classes: tuple[str, ...]
+    decode: Callable[[Tensor | None], Images]
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: Tensor) -> Listing:
+        """Returns a part of the listing."""
+        indices = chosen if self.indices is None else self.indices[chosen]
+        return replace(self, labels=self.labels[chosen], indices=indices)
+
+    def counts(self) -> list[int]:
+        """Returns the number of images of each class."""
+        return self.labels.bincount(minlength=len(self.classes)).tolist()
+
+    def read(self) -> Images:
+        """Decodes the images.
+
+        Raises:
+            DataError: One can't be read.
+        """
+        return self.decode(self.indices)

@@ -116,6 +116,19 @@ def shot_split(class_counts: Sequence[int] | Tensor, many: int = 100, few: int =
     return {name: members.nonzero().flatten() for name, members in groups.items()}
 
 
+def shot_limits(class_counts: Sequence[int] | Tensor) -> tuple[int, int] | None:
+    """Returns ``many`` and ``few`` with which :func:`shot_split` leaves no group empty, and a third of the sizes in each.
+
+    None: the classes have fewer than three sizes.
+
+    >>> shot_limits([500, 300, 100, 50, 20, 10])
+    (100, 50)
+    """
+    sizes = sorted(set(_class_counts("class_counts", class_counts)))
+    third = len(sizes) // 3
+    return (sizes[-1 - third], sizes[third]) if third else None
+
+
 def check_integer(name: str, value: Any, low: int) -> int:
     """Returns ``value`` as an int; raises ValueError unless it is an integer >= ``low``."""
     try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ltsam_fast.data import cifar, files
 from ltsam_fast.data.decode import cached, in_memory
 from ltsam_fast.data.embedded import digit_images
-from ltsam_fast.data.images import DataError, Images
+from ltsam_fast.data.images import DataError, Images, Listing
 from ltsam_fast.data.longtail import check_integer
 
+_LOG = logging.getLogger("ltsam_fast")
 FORMATS = ("digits", "cifar10", "cifar100", "folder", "list")
 
 
@@ -27,6 +30,7 @@ def load(
     cache: str | os.PathLike[str] | None = None,
     classes: int | None = None,
     progress: bool = False,
+    skip_broken: bool = False,
 ) -> Images:
     """Reads one split of a data set into memory, with images decoded to uint8.
 
@@ -58,15 +62,39 @@ def load(
             rebuilt if names, sizes or times of the files change, or if it is damaged.
         classes: The number of classes, to be checked. Needed for a list in which the last classes have no image.
         progress: Show a progress bar while images are decoded.
+        skip_broken: Leave image files out that can't be read: they are listed in ``left_out``, and a warning is logged.
 
     Raises:
-        DataError: A file is missing or malformed.
+        DataError: A file is missing or malformed, or no image of a class can be read.
         ValueError: An argument is not accepted.
-        ModuleNotFoundError: Pillow, scikit-learn or tqdm is needed and not installed.
+        ModuleNotFoundError: Pillow, scikit-learn or rich is needed and not installed.
 
     >>> digits = load("digits", "test")
     >>> tuple(digits.pixels.shape), digits.counts()
     ((400, 1, 8, 8), [40, 40, 40, 40, 40, 40, 40, 40, 40, 40])
+    """
+    options = {"format": format, "images": images, "size": size, "cache": cache, "classes": classes}
+    return listing(source, split, **options, progress=progress, skip_broken=skip_broken).read()  # type: ignore[arg-type]
+
+
+def listing(
+    source: str | os.PathLike[str],
+    split: str,
+    *,
+    format: str,
+    images: str | os.PathLike[str] | None,
+    size: int | None,
+    cache: str | os.PathLike[str] | None,
+    classes: int | None,
+    progress: bool,
+    skip_broken: bool,
+) -> Listing:
+    """Returns what :func:`load` reads before it is decoded; with a cache, all images of the split are decoded into it.
+
+    Raises:
+        DataError: As :func:`load`.
+        ValueError: As :func:`load`.
+        ModuleNotFoundError: As :func:`load`.
     """
     if format not in (*FORMATS, "auto"):
         raise ValueError(f"format must be 'auto' or one of {', '.join(FORMATS)}, got {format!r}")
@@ -84,7 +112,7 @@ def load(
                 )
         result = digit_images(split) if kind == "digits" else cifar.read(path, kind, split)
         _check_classes(path, len(result.classes), classes)
-        return result
+        return Listing(result.labels, result.classes, lambda chosen: result if chosen is None else result.take(chosen))
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
     if kind == "folder" and not path.is_dir():
@@ -94,12 +122,29 @@ def load(
     else:
         found = files.text_list(path, split, None if images is None else Path(images), classes)
     _check_classes(path, len(found.classes), classes)
-    if cache is None:
-        pixels = in_memory(found, size, progress)
-    else:
-        key = hashlib.sha256(f"{path.resolve()}\n{split}\n{images}\n{size}".encode()).hexdigest()[:12]
-        pixels = cached(found, size, progress, Path(cache), f"{path.stem}-{split}-{key}")
-    return Images(pixels, torch.tensor(found.labels), found.classes)
+    labels = torch.tensor(found.labels)
+
+    def decode(chosen: Tensor | None) -> Images:
+        indices = torch.arange(len(labels)) if chosen is None else chosen
+        if cache is None:
+            pixels, broken = in_memory(found, indices.tolist(), size, progress, skip_broken)
+        else:
+            key = hashlib.sha256(f"{path.resolve()}\n{split}\n{images}\n{size}".encode()).hexdigest()[:12]
+            pixels, broken = cached(found, size, progress, skip_broken, Path(cache), f"{path.stem}-{split}-{key}")
+        absent = torch.tensor(sorted(broken), dtype=torch.int64)
+        good = ~torch.isin(indices, absent)
+        kept, left_out = indices[good], tuple(broken[index] for index in indices[~good].tolist())
+        if cache is not None and chosen is not None:
+            pixels = pixels[kept - torch.searchsorted(absent, kept)]
+        if left_out:
+            _LOG.warning(
+                "images of %s that can't be read are left out: %d, the first is %s", path, len(left_out), left_out[0]
+            )
+        for label in sorted(set(labels[indices].tolist()) - set(labels[kept].tolist())):
+            raise DataError(f"{path}: no image of class {found.classes[label]!r} can be read")
+        return Images(pixels, labels[kept], found.classes, left_out)
+
+    return Listing(labels, found.classes, decode)
 
 
 def _format(source: str | os.PathLike[str], split: str) -> str:

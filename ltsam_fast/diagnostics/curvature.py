@@ -217,7 +217,7 @@ def loss_slice(
     losses = []
     with (
         evaluator.eval_mode(),
-        progress_bar(progress, len(points), "loss slice", "point") as bar,
+        progress_bar(progress, len(points), "loss slice") as advance,
         evaluator.restored_afterwards() as weights,
         torch.no_grad(),
     ):
@@ -225,7 +225,7 @@ def loss_slice(
             for param, weight, *move in zip(evaluator.params, weights, *moves, strict=True):
                 param.copy_(weight + sum(a * d for a, d in zip(point, move, strict=True)))
             losses.append(evaluator.mean_loss(evaluator.indices))
-            bar.update()
+            advance()
     return LossSlice(coordinates, torch.tensor(losses, dtype=torch.float64).reshape([steps] * len(moves)), moves)
 
 

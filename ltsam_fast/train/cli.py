@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import sys
@@ -19,11 +20,63 @@ OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors as ConfigError."""
+    """The parser of a command. It raises its errors as ConfigError; its ``--help`` tells what applies with the other arguments.
+
+    Flags are accepted with underscores as well, as they stand in config files.
+    """
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"ltsam {command}", description=description, allow_abbrev=False, add_help=False)
+        more: dict[str, Any] = {"nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        self.add_argument("-h", "--help", action=_Help, help="show this, with the defaults that apply", **more)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
         raise ConfigError(message)
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Returns the arguments, those in ``--config`` included unless they are settings, see :func:`given`."""
+        dashed = [_dashed(one) for one in arguments]
+        dashed.sort(key=lambda one: one in ("-h", "--help"))  # it tells about all others
+        options = self.parse_args(dashed)
+        if getattr(options, "config", None):
+            flags = {one.dest: one.option_strings[-1] for one in self._actions if one.dest in _others(options)}
+            found = read_file(options.config).items()
+            first = [_as_flag(flags[name], value) for name, value in found if name in flags and value is not False]
+            options = self.parse_args([*first, *dashed])
+        return options
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Prints the help and exits."""
+        from ltsam_fast.train.describe import everything
+
+        layers, flags = given(namespace), {action.dest: action for action in parser._actions}
+        if "recipe" not in flags:  # the settings are those of a protocol or of a run
+            parser.print_help()
+            parser.exit()
+        if any("recipe" in layer for layer in layers):
+            layers.insert(0, {"data": "DIR"})
+        for name, value in vars(build(*layers)).items():
+            if name in flags and value is not None and not isinstance(value, dict):
+                shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                text, *_ = flags[name].help.partition("; default:")
+                flags[name].help = f"{text} (default: {shown.replace('%', '%%')})"
+        parser.print_help()
+        print(f"\n{everything(lambda **changes: build(*layers, changes), chosen='method' in flags)}")
+        parser.exit()
+
+
+def _dashed(argument: str) -> str:
+    flag, sign, value = argument.partition("=")
+    return f"{flag.replace('_', '-')}{sign}{value}" if flag.startswith("--") else argument
+
+
+def _as_flag(flag: str, value: Any) -> str:
+    if value is True:
+        return flag
+    return f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,7 +114,8 @@ def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
     for name, item in FIELDS.items():
         if name in without:
             continue
-        flag, kind = f"--{item.metadata.get('flag', name).replace('_', '-')}", str(item.type).partition(" | ")[0]
+        kind = str(item.type).partition(" | ")[0]
+        flags = [f"--{one.replace('_', '-')}" for one in (name, item.metadata.get("flag", name))]
         more: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": name, "help": item.metadata["help"]}
         if kind == "bool":
             more["action"] = argparse.BooleanOptionalAction
@@ -71,10 +125,7 @@ def add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -
             more["choices"] = item.metadata["choices"]
         else:
             more |= {"type": _TYPES[kind], "metavar": _METAVARS.get(kind, "NUMBER")}
-        if kind != "bool" and item.default not in (None, argparse.SUPPRESS) and not kind.startswith("dict"):
-            shown = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-            more["help"] += f" (default: {shown})"
-        parser.add_argument(flag, **more)
+        parser.add_argument(*dict.fromkeys(flags), **more)
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
@@ -85,12 +136,23 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 def given(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the layers of settings from file and flags; later ones override earlier ones."""
+    layers = []
+    if getattr(options, "config", None):
+        found = read_file(options.config).items()
+        layers = [{name: value for name, value in found if name not in _others(options)}]
+    recipe = getattr(options, "recipe", None)
+    return [*layers, settings_of(options), {"recipe": recipe} if recipe else {}]
+
+
+def _others(options: argparse.Namespace) -> set[str]:
+    """Returns the names of the arguments that are no settings of runs and may stand in a config file."""
+    return vars(options).keys() - FIELDS.keys() - {"config", "recipe"}
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings among the arguments."""
     flags = {name: value for name, value in vars(options).items() if name in FIELDS}
-    for name in ("options", "loss_options"):
-        if name in flags:
-            flags[name] = dict(flags[name])
-    layers = [read_file(options.config)] if options.config else []
-    return [*layers, flags, {"recipe": options.recipe} if options.recipe else {}]
+    return {name: dict(value) if name in ("options", "loss_options") else value for name, value in flags.items()}
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -113,21 +175,24 @@ _METAVARS = {"str": "NAME", "tuple[int, ...]": "EPOCHS"}
 
 def train_command(arguments: Sequence[str]) -> int:
     """``python -m ltsam_fast train``."""
-    parser = Parser(prog="python -m ltsam_fast train", allow_abbrev=False, description=_TRAIN)
+    parser = Parser("train", _TRAIN)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-LOSS-seedSEED)")
     parser.add_argument(
         "--resume", action="store_true", help="resume from the run folder's checkpoint, with its settings"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder, if it has one")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_sources(parser)
     add_settings(parser)
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
 
     from ltsam_fast.train.distributed import is_rank_zero
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
-    from ltsam_fast.train.run_checkpoint import NAME
+    from ltsam_fast.train.run_checkpoint import BEST, LEFT_OUT, NAME, TEST
 
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
     layers = given(options)
     stored = stored_config(options.out) if options.resume and options.out else None
     if stored and not any("recipe" in layer for layer in layers):  # stored settings would override all of a recipe
@@ -138,18 +203,26 @@ def train_command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--resume: no checkpoint {out / NAME}; leave --resume out to start a run")
     report = None if options.quiet else Console()
     try:
-        train(config, out, resume=options.resume, report=report)
+        train(config, out, resume=options.resume, overwrite=options.overwrite, report=report)
     except KeyboardInterrupt:
         print(f"\ninterrupted; to resume: python -m ltsam_fast train --resume --out {out}", file=sys.stderr)
         return INTERRUPTED
-    if report and is_rank_zero():
-        print(f"wrote {out}/: last.pt, log.csv, log.jsonl, config.json")
+    if report and report.epochs and is_rank_zero():
+        names = (NAME, BEST, TEST, LEFT_OUT, "log.csv", "log.jsonl", "config.json")
+        if config.val_share is not None:
+            print(_tested(json.loads((out / TEST).read_text(encoding="utf-8"))))
+        print(f"wrote {out}/: {', '.join(name for name in names if (out / name).exists())}")
     return OK
+
+
+def _tested(row: dict[str, Any]) -> str:
+    groups = (f"{name} {row[name]:.2f}" for name in ("all", "many", "medium", "few") if row[name] is not None)
+    return f"the test images, with the weights of epoch {row['epoch']}, the best on held-out ones: {', '.join(groups)}"
 
 
 def compare_command(arguments: Sequence[str]) -> int:
     """``python -m ltsam_fast compare``."""
-    parser = Parser(prog="python -m ltsam_fast compare", allow_abbrev=False, description=_COMPARE)
+    parser = Parser("compare", _COMPARE)
     parser.add_argument("--methods", type=_names, default=["sgd", "sam", "focal_sam"], metavar="A,B", help=_METHODS)
     parser.add_argument("--losses", type=_names, default=["ce"], metavar="A,B", help="losses, or all (default: ce)")
     parser.add_argument("--seeds", type=_whole_numbers, default=(0, 1, 2), metavar="A,B", help="seeds (default: 0,1,2)")
@@ -158,7 +231,7 @@ def compare_command(arguments: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print the table only")
     add_sources(parser)
     add_settings(parser, without=("method", "loss", "seed"))
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     pace = _pace(options)
 
     from ltsam_fast.train.compare import compare, grid
@@ -178,7 +251,7 @@ def compare_command(arguments: Sequence[str]) -> int:
                 rows, failures = compare(cells, options.out, **pace)
             else:
                 with Cells(len(cells)) as bar:
-                    rows, failures = compare(cells, options.out, report=bar.cell, **pace)
+                    rows, failures = compare(cells, options.out, report=bar.cell, progress=True, **pace)
     except KeyboardInterrupt:
         print("\ninterrupted; repeat the command to resume", file=sys.stderr)
         return INTERRUPTED
@@ -191,25 +264,26 @@ def compare_command(arguments: Sequence[str]) -> int:
 
 def evidence_command(arguments: Sequence[str]) -> int:
     """``python -m ltsam_fast evidence``."""
-    parser = Parser(prog="python -m ltsam_fast evidence", allow_abbrev=False, description=_EVIDENCE)
+    parser = Parser("evidence", _EVIDENCE)
     parser.add_argument("protocol", help="a TOML, YAML or JSON file, such as bench/evidence/digits-lt.toml")
     parser.add_argument("--out", type=Path, default=Path("evidence-out"), metavar="DIR", help="default: %(default)s")
     _add_pace(parser)
     parser.add_argument("--quiet", action="store_true", help="print the table only")
     add_settings(parser, without=("method", "loss", "seed"))
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     pace = _pace(options)
 
     from ltsam_fast.train.evidence import evidence
     from ltsam_fast.train.log import Cells
 
-    changes = {name: value for name, value in vars(options).items() if name in FIELDS}
+    changes = settings_of(options)
     with contextlib.ExitStack() as bars:
 
         def report(cells: Sequence[Any]) -> Callable[[Any], Any]:
             return (lambda cell: None) if options.quiet else bars.enter_context(Cells(len(cells))).cell
 
         try:
+            pace["progress"] = not options.quiet
             rows, failures = evidence(read_file(options.protocol), options.out, changes, report=report, **pace)
         except KeyboardInterrupt:
             print("\ninterrupted; repeat the command to resume", file=sys.stderr)
@@ -277,7 +351,7 @@ def _names(text: str) -> list[str]:
 
 def diagnose_command(arguments: Sequence[str]) -> int:
     """``python -m ltsam_fast diagnose``."""
-    parser = Parser(prog="python -m ltsam_fast diagnose", allow_abbrev=False, description=_DIAGNOSE)
+    parser = Parser("diagnose", _DIAGNOSE)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint or a run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: diagnostics beside the checkpoint")
     parser.add_argument(
@@ -292,16 +366,20 @@ def diagnose_command(arguments: Sequence[str]) -> int:
     )
     changes = ("data", "test_data", "images", "cache", "loss", "device", "threads")
     add_settings(parser, without=[name for name in FIELDS if name not in changes])
-    options = vars(parser.parse_args(arguments))
+    options = vars(parser.parse(arguments))
     if options["per_class"] < 1 or options["iterations"] < 1 or not 0 <= (options["rho"] or 0) < math.inf:
         parser.error("--per-class and --iterations must be at least 1, --rho a finite number >= 0")
 
-    from rich.console import Console as Terminal
-
+    from ltsam_fast.extras import progress_bars
     from ltsam_fast.train.diagnose import diagnose
 
-    with Terminal().status("") as status:
-        found = diagnose(options.pop("checkpoint"), options.pop("out"), report=status.update, **options)
+    with progress_bars() as bars:
+        task = bars.add_task("", total=None)
+
+        def report(stage: str) -> None:
+            bars.update(task, description=stage)
+
+        found = diagnose(options.pop("checkpoint"), options.pop("out"), report=report, progress=True, **options)
     print(f"{'class':>14}{'images':>8}{'gradient':>12}{'loss':>10}{'sharpness':>12}")
     for row in found["classes"]:
         numbers = (f"{row[name]:{width}.4g}" if row[name] is not None else f"{'-':>{width}}" for name, width in _WIDTHS)

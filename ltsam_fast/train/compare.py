@@ -31,7 +31,7 @@ from ltsam_fast.train.loss_registry import label as loss_label
 from ltsam_fast.train.loss_registry import options_of as loss_options_of
 from ltsam_fast.train.method_registry import METHODS, check_options
 from ltsam_fast.train.method_registry import options_of as method_options_of
-from ltsam_fast.train.run import check, read_images, subset
+from ltsam_fast.train.run import check, list_images, subset
 
 _ACCURACY = "accuracy (%)"
 TABLE = "table.md"
@@ -151,6 +151,7 @@ def compare(
     jobs: int = 1,
     together: int = 1,
     limit: float = math.inf,
+    progress: bool = False,
 ) -> tuple[list[Row], list[str]]:
     """Trains the unfinished cells; writes ``table.md``, ``table.csv``, ``results.json`` and charts, after Ctrl-C as well.
 
@@ -164,6 +165,7 @@ def compare(
         jobs: Processes that train side by side.
         together: Runs that a process trains in turns on one device, see :func:`ltsam_fast.train.loop.train_together`.
         limit: Seconds after which no further run begins.
+        progress: Show a progress bar while images are decoded.
 
     Returns:
         The rows of the table, and a line for each cell that failed or was not begun.
@@ -177,7 +179,8 @@ def compare(
     deadline = time.monotonic() + limit
     draws: _Draws | None = None
     try:
-        draws = _Draws(cells[0].config)
+        draws = _Draws(cells[0].config, progress)
+        draws(cells[0].config)
     except DataError as error:  # a table of finished runs needs no images
         if any(finished(cell.config, cell.folder, None) is None for cell in cells):
             raise
@@ -224,8 +227,8 @@ _Outcome = list[dict[str, Any]] | str
 class _Draws:
     """The images of every cell of a grid, which differ in what is drawn of them."""
 
-    def __init__(self, config: Config) -> None:
-        self.images = read_images(config)
+    def __init__(self, config: Config, progress: bool = False) -> None:
+        self.images = list_images(config, progress)
         self.drawn: dict[int, tuple[Images, Images]] = {}
 
     def __call__(self, config: Config) -> tuple[Images, Images]:
@@ -411,9 +414,13 @@ def caption(rows: Sequence[Row], config: Config) -> str:
     if config.n_max and config.imbalance:
         tail += f", {config.n_max} to {config.n_max / config.imbalance:.0f} images a class"
     kind = "Test accuracy" if config.val is None else f"Accuracy on {config.val} held-out training images of each class"
+    if config.val_share is not None:
+        kind = f"Accuracy on a share of {config.val_share:g} of the training images, held out,"
+    empty = [group for group in GROUPS if all(row.accuracies[group] is None for row in rows)]
+    none = f" No class is {' or '.join(empty)}." if empty else ""
     return (
         f"{kind} in percent after {config.epochs} epochs, {over}: {config.model} on {Path(config.data).name}{tail}. "
-        f"many: more than {config.many} training images, few: fewer than {config.few}."
+        f"many: more than {config.many} training images, few: fewer than {config.few}.{none}"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class Config:
     size: int | None = _setting(None, "height and width of the images in pixels; default: as stored")
     classes: int | None = _setting(None, "number of classes, to be checked")
     cache: str | None = _setting(None, "folder for decoded images, for data sets that do not fit into memory")
+    skip_broken: bool = _setting(False, "leave images out that can't be read; the run folder's skipped.txt lists them")
     imbalance: float | None = _setting(
         None, "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"
     )
@@ -59,6 +61,11 @@ class Config:
     val: int | None = _setting(
         None,
         "hold out so many training images of each class and test on them, to choose options without the test images",
+    )
+    val_share: float | None = _setting(
+        None,
+        "hold out this share of the training images, of each class, and take the best epoch on them; its weights, best.pt, are "
+        "tested once at the end",
     )
     test_per_class: int | None = _setting(
         None, "test on so many images of each class, the same in all runs; default: all"
@@ -127,6 +134,11 @@ class Config:
             raise ConfigError(f"imbalance must not be given with profile 'none', got {self.imbalance!r}")
         if self.n_max is not None and self.imbalance is None:
             raise ConfigError(f"n_max needs imbalance: it is the size of the subset's largest class, got {self.n_max}")
+        if self.val_share is not None:
+            if not 0 < self.val_share < 1:
+                raise ConfigError(f"val_share must be a number in (0, 1), got {self.val_share}")
+            if self.val is not None or not self.keep_weights:
+                raise ConfigError("val_share must not be given with val, nor without keep_weights")
         active_steps(self.active, 1, 100)
         if self.graph and (self.compile or self.loss == "gcl"):
             raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
@@ -194,8 +206,20 @@ def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
 _AT_LEAST_ONE = ("threads", "size", "imbalance", "n_max", "val", "test_per_class")
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 DATA_SETTINGS = (
-    *("data", "test_data", "format", "images", "size", "classes", "imbalance", "n_max", "profile", "data_seed"),
-    *("resample", "val", "test_per_class"),
+    *(
+        "data",
+        "test_data",
+        "format",
+        "images",
+        "size",
+        "classes",
+        "skip_broken",
+        "imbalance",
+        "n_max",
+        "profile",
+        "data_seed",
+    ),
+    *("resample", "val", "val_share", "test_per_class"),
 )
 """Settings that determine the images."""
 RESUMABLE = ("device", "threads", "tensorboard", "cache", "eval_every", "keep_weights")
@@ -236,10 +260,10 @@ def _range(name: str, value: float, low: float, exclusive: bool = False) -> None
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Returns the settings in a TOML, YAML or JSON file.
+    """Returns the settings in a TOML, YAML or JSON file, by the names of :class:`Config`; those of the flags are accepted, too.
 
     Raises:
-        ConfigError: The file can't be read, or is not a table of settings.
+        ConfigError: The file can't be read, is not a table of settings, or gives one twice.
     """
     path = Path(path)
     try:
@@ -251,12 +275,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
                 import tomli as tomllib  # type: ignore[import-not-found,no-redef]
             values = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            try:
-                values = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(" ".join(str(error).split())) from error
+            values = _from_yaml(text)
         elif path.suffix == ".json":
             values = json.loads(text)
         else:
@@ -267,7 +286,45 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: must be a table of settings, got {type(values).__name__}")
-    return values
+    try:
+        return by_field(values)
+    except ValueError as error:
+        raise ConfigError(f"config {path}: {error}") from error
+
+
+def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Returns the settings by the names of :class:`Config`, whether they have these or those of the flags.
+
+    Raises:
+        ConfigError: A setting is given by both names.
+
+    >>> by_field({"batch-size": 32, "set": {"rho": 0.1}})
+    {'batch_size': 32, 'options': {'rho': 0.1}}
+    """
+    flags = {item.metadata["flag"].replace("-", "_"): name for name, item in FIELDS.items() if "flag" in item.metadata}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        field_name = str(name).replace("-", "_")
+        field_name = flags.get(field_name, field_name)
+        if field_name in found:
+            raise ConfigError(f"{name} is given twice, also as {field_name}")
+        found[field_name] = value
+    return found
+
+
+def _from_yaml(text: str) -> Any:
+    """Returns what YAML 1.2 reads in a text; PyYAML, which is of YAML 1.1, takes ``1e-2`` for a text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def build(*layers: Mapping[str, Any]) -> Config:

@@ -55,6 +55,7 @@ def diagnose(
     steps: int = 15,
     radius: float = 1.0,
     report: Callable[[str], Any] = lambda stage: None,
+    progress: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint's network with the loss of its training; writes ``diagnostics.json`` and plots.
@@ -69,6 +70,7 @@ def diagnose(
         steps: Points of the loss slice.
         radius: Half its length, in units of filter-normalized directions.
         report: Called with the name of each stage.
+        progress: Show a progress bar while images are decoded.
         **changes: Settings that replace those of the run, e.g. ``data``, ``device``, ``threads``, ``loss``.
 
     Returns:
@@ -85,7 +87,7 @@ def diagnose(
     state = run_checkpoint.read(source)
     check_folder(folder)
     report("reading images")
-    subject = _subject(source, state, split, per_class, changes)
+    subject = _subject(source, state, split, per_class, progress, changes)
     arguments, keywords, names = subject.arguments(), subject.keywords, subject.images.classes
     if rho is None:
         rho = subject.config.options.get("rho", 0.05)
@@ -120,7 +122,9 @@ def diagnose(
     return found
 
 
-def _subject(source: str | Path, state: dict[str, Any], split: str, per_class: int, changes: dict[str, Any]) -> Subject:
+def _subject(
+    source: str | Path, state: dict[str, Any], split: str, per_class: int, progress: bool, changes: dict[str, Any]
+) -> Subject:
     saved = build(state["config"])
     other_loss = changes.get("loss", saved.loss) != saved.loss
     base = {**state["config"], "loss_options": {}} if other_loss else state["config"]
@@ -128,7 +132,7 @@ def _subject(source: str | Path, state: dict[str, Any], split: str, per_class: i
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = device_of(config.device)
-    train, test = load_images(config)
+    train, test = load_images(config, progress)
     if list(train.classes) != state["classes"]:
         raise ConfigError(
             f"data {config.data}: does not have the {len(state['classes'])} classes that the run was trained on"

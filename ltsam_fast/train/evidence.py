@@ -13,7 +13,7 @@ from typing import Any
 
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.compare import Cell, Row, compare, grid
-from ltsam_fast.train.config import FIELDS, ConfigError
+from ltsam_fast.train.config import FIELDS, ConfigError, by_field
 
 CHOSEN = "chosen.json"
 _LOG = logging.getLogger("ltsam_fast")
@@ -42,7 +42,7 @@ def check_protocol(protocol: Mapping[str, Any]) -> None:
         raise ConfigError(f"a protocol must have {', '.join(_KEYS)}, got {', '.join(map(str, protocol))}")
     if set(protocol["seeds"]) & set(protocol["val_seeds"]):
         raise ConfigError("val_seeds must be others than seeds")
-    if unknown := [name for name in protocol["settings"] if name not in FIELDS and name != "recipe"]:
+    if unknown := [name for name in by_field(protocol["settings"]) if name not in FIELDS and name != "recipe"]:
         raise ConfigError(f"unknown setting {unknown[0]!r} in the protocol")
 
 
@@ -72,7 +72,7 @@ def evidence(
         changes: Settings that replace those of the protocol.
         report: Returns the reporter of a stage's cells, see ``compare``.
         limit: Seconds after which no further run begins.
-        **pace: ``jobs`` and ``together`` of ``compare``.
+        **pace: ``jobs``, ``together`` and ``progress`` of ``compare``.
 
     Returns:
         The rows of the test table, and a line for each of its runs that failed or was not begun. Without the time to choose
@@ -84,7 +84,7 @@ def evidence(
     """
     check_protocol(protocol)
     out, losses, start = Path(out), list(protocol["losses"]), time.monotonic()
-    layers = [dict(protocol["settings"]), dict(changes or {})]
+    layers = [by_field(protocol["settings"]), dict(changes or {})]
     tried = variants(protocol["grids"])
     every = [name for names in tried.values() if len(names) > 1 for name in names]
     chosen = {loss: {method: names[0] for method, names in tried.items()} for loss in losses}

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ltsam_fast.extras import needed
+from ltsam_fast import data
+from ltsam_fast.extras import needed, progress_bars
 from ltsam_fast.train import run_checkpoint
 
 GROUPS = ("all", "many", "medium", "few")
@@ -85,14 +86,15 @@ class Console(Silent):
     """Shows a progress bar with the remaining time, and prints a line for each epoch."""
 
     def __init__(self) -> None:
-        self.bar = _bar()
+        self.epochs = 0
 
     def __enter__(self) -> Console:
-        self.bar.start()
+        self.bars = progress_bars()
+        self.bar = self.bars.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.bar.stop()
+        self.bars.__exit__(*error)
 
     def begin(self, run: Any) -> None:
         """Prints the run's settings and the header of the table."""
@@ -105,6 +107,14 @@ class Console(Silent):
             f"{len(counts)} classes ({max(counts)} to {min(counts)} each), tested on {len(run.test.labels):,}; "
             f"{config.epochs} epochs of {run.steps} steps on {run.dist.device}{devices}",
         )
+        if run.epoch >= config.epochs:
+            _print(self.bar, f"{config.epochs} of {config.epochs} epochs are finished: there is nothing to resume")
+            return
+        groups = data.shot_split(counts, config.many, config.few)
+        if empty := [name for name in groups if not len(groups[name])]:
+            limits = data.shot_limits(counts)
+            advice = "; --many {} --few {} leave no group empty".format(*limits) if limits else ""
+            _print(self.bar, f"no class is {' or '.join(empty)} with --many {config.many} --few {config.few}{advice}")
         _print(self.bar, "".join(f"{name:>10}" for name in ("epoch", "lr", "loss", *GROUPS, "seconds")))
         self.task = self.bar.add_task(config.method, total=config.epochs * run.steps, completed=run.epoch * run.steps)
 
@@ -114,6 +124,7 @@ class Console(Silent):
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Prints the epoch's line."""
+        self.epochs += 1
         values = [str(row["epoch"]), f"{row['lr']:.4g}", f"{row['train_loss']:.4f}", *_accuracies(row)]
         _print(self.bar, "".join(f"{value:>10}" for value in (*values, f"{row['seconds']:.2f}")))
 
@@ -122,15 +133,17 @@ class Cells:
     """Shows the progress of a grid: one bar for its cells, one for the steps of the current cell."""
 
     def __init__(self, cells: int) -> None:
-        self.bar, self.begun, self.cells = _bar(), 0, cells
-        self.all = self.bar.add_task("cells", total=cells)
+        self.begun, self.cells = 0, cells
 
     def __enter__(self) -> Cells:
-        self.bar.start()
+        self.bars = progress_bars()
+        self.bar = self.bars.__enter__()
+        self.all = self.bar.add_task("cells", total=self.cells)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.bar.stop()
+        self.bar.remove_task(self.all)
+        self.bars.__exit__(*error)
 
     def cell(self, cell: Any) -> Silent:
         """Returns the reporter of the next cell, a ``compare.Cell``."""
@@ -165,28 +178,6 @@ class _OneCell(Silent):
 
     def epoch(self, row: dict[str, Any]) -> None:
         self.last = row
-
-
-def _bar() -> Any:
-    from rich.console import Console as Terminal
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    terminal = Terminal()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-    )
-    return Progress(*columns, TimeRemainingColumn(), console=terminal, disable=not terminal.is_terminal)
 
 
 def _print(bar: Any, text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,9 +20,9 @@ from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing, from_stored
 from ltsam_fast.train.distributed import Distributed, machine, process_group
-from ltsam_fast.train.log import GROUPS, Logs, Silent
+from ltsam_fast.train.log import GROUPS, Console, Logs, Silent
 from ltsam_fast.train.loss_registry import reweight, same_noise
-from ltsam_fast.train.run import Run, prepare
+from ltsam_fast.train.run import Run, prepare, test_images
 
 EVAL_BATCH = 1024
 CONFIG = "config.json"
@@ -128,6 +129,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     report: Any = None,
     images: tuple[data.Images, data.Images] | None = None,
 ) -> list[dict[str, Any]]:
@@ -136,10 +138,14 @@ def train(
     The checkpoint is written before the first and after every epoch. A run that was killed and resumed ends with the same
     weights as an uninterrupted one, bit for bit: on a CPU with the same number of threads, on GPUs with ``deterministic``.
 
+    With ``val`` the checkpoint of the epoch with the highest accuracy on the held-out images is kept as ``best.pt``; with
+    ``val_share`` that of the highest class mean, and ``test.json`` has the accuracies of its weights on the test images.
+
     Args:
         config: The settings.
         out: The run folder; created if missing.
         resume: Resume from the folder's checkpoint, if there is one.
+        overwrite: Remove the folder's run before the first step.
         report: Reports progress: ``log.Silent`` (default), ``log.Console``, or the like.
         images: The images that :func:`load_images` returns for these settings, if they are loaded already.
 
@@ -149,8 +155,8 @@ def train(
         ``eval_seconds``.
 
     Raises:
-        ConfigError: A setting does not fit; or the folder has a run and ``resume`` is False, or a run with other settings or
-            images, whose hash the checkpoint has, see :attr:`ltsam_fast.data.Images.digest`.
+        ConfigError: A setting does not fit; or the folder has a run of at least an epoch without ``resume`` and ``overwrite``,
+            or one with other settings or images, whose hash the checkpoint has, see :attr:`ltsam_fast.data.Images.digest`.
         DataError: Something is wrong with the data.
         Diverged: The loss is not finite; the checkpoint of the previous epoch stays.
 
@@ -163,13 +169,16 @@ def train(
     """
     out = Path(out)
     with process_group(config.device) as dist:
-        course = _Course(config, out, dist, resume, images)
         reporter = (report if dist.rank == 0 else None) or Silent()
-        with contextlib.closing(course), reporter:
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(reporter)
+            course = _Course(config, out, dist, resume, images, overwrite, isinstance(reporter, Console))
+            opened.callback(course.close)
             reporter.begin(course.run)
             while not course.finished:
                 course.begin_epoch(reporter.advance)
                 reporter.epoch(course.end_epoch())
+            course.test_best()
         dist.all_gather_object(None)  # no process continues before the last checkpoint is written
         return course.run.history
 
@@ -199,7 +208,7 @@ def train_together(
                     if (course := courses[index]) is None:
                         config, out, images = runs[index]
                         stream = torch.cuda.Stream(dist.device) if dist.device.type == "cuda" else None
-                        course = courses[index] = _Course(config, Path(out), dist, True, images, stream)
+                        course = courses[index] = _Course(config, Path(out), dist, True, images, stream=stream)
                         opened.callback(course.close)
                     with course.aside():
                         if course.sums is not None:
@@ -207,6 +216,7 @@ def train_together(
                         if not course.finished:
                             course.begin_epoch()
                             continue
+                        course.test_best()
                     results[index] = course.run.history
                 except Exception as error:  # the others go on
                     results[index] = error
@@ -224,22 +234,28 @@ class _Course:
         dist: Distributed,
         resume: bool,
         images: tuple[data.Images, data.Images] | None,
+        overwrite: bool = False,
+        progress: bool = False,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        state = _checkpoint_to_resume(config, out, resume)
+        state = None if overwrite else _checkpoint_to_resume(config, out, resume)
         check_folder(out)
         epochs = dist.all_gather_object(None if state is None else state["epoch"])
         if len(set(epochs)) > 1:
             raise ConfigError(
                 f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
             )
-        self.out, self.stream = out, stream
+        self.out, self.stream, self.progress = out, stream, progress
         self.sums: Tensor | None = None
         with self.aside():
-            self.run = prepare(config, dist, images)
+            self.run = prepare(config, dist, images, progress)
             if state is not None:
                 _restore(self.run, state, out)
+        if state is None and dist.rank == 0:
+            run_checkpoint.remove_run(out)
         self.logs = Logs(out, self.run.history, config.tensorboard) if dist.rank == 0 else None
+        if self.logs and (left_out := (*self.run.train.left_out, *self.run.test.left_out)):
+            run_checkpoint.write(out / run_checkpoint.LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
         if state is None:
             _save(self.run, out)
 
@@ -281,6 +297,23 @@ class _Course:
             if self.logs:
                 self.logs.write(run.history)
         return row
+
+    def test_best(self) -> None:
+        """With ``val_share`` tests the weights of the best epoch on the test images, and writes ``test.json``."""
+        run, dist = self.run, self.run.dist
+        if run.config.val_share is None:
+            return
+        dist.all_gather_object(None)  # best.pt is there
+        state = run_checkpoint.read(self.out / run_checkpoint.BEST)
+        path = self.out / run_checkpoint.TEST
+        known = path.exists() and json.loads(path.read_text(encoding="utf-8"))["epoch"] == state["epoch"]
+        if any(dist.all_gather_object(known)):
+            return
+        run.network.load_state_dict(state["model"])
+        run.test = test_images(run.config, self.progress)
+        found = {"epoch": state["epoch"], **evaluate(run)}
+        if dist.rank == 0:
+            run_checkpoint.write(path, (json.dumps(found) + "\n").encode())
 
     def close(self) -> None:
         """Closes the logs."""
@@ -327,9 +360,13 @@ def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, 
     if not (out / run_checkpoint.NAME).exists():
         return None
     if not resume:
-        raise ConfigError(f"out {out} has a run: resume it (--resume), or choose another folder")
+        if run_checkpoint.read(out)["epoch"] == 0:
+            return None
+        raise ConfigError(f"out {out} has a run: --resume, --overwrite, or choose another folder")
     state = run_checkpoint.read(out)
     before = build(state["config"])
+    if state["epoch"] == 0 and before != config:  # nothing is lost if it begins anew
+        return None
     if names := differing(before, config):
         changes = "; ".join(f"{name} was {getattr(before, name)!r}, is {getattr(config, name)!r}" for name in names)
         raise ConfigError(f"the run in {out} can't be resumed with other settings: {changes}")
@@ -346,7 +383,7 @@ def _save(run: Run, out: Path) -> None:
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
     run_checkpoint.write(out / CONFIG, text.encode())
     tested = [row for row in run.history if row["all"] is not None]
-    best = max(tested, key=lambda row: row["all"], default={"epoch": 0, "all": None})
+    best = max(tested, key=_class_mean if run.config.val_share else _all, default={"epoch": 0, "all": None})
     state = {
         "version": run_checkpoint.VERSION,
         "config": run.config.as_dict(),
@@ -364,7 +401,19 @@ def _save(run: Run, out: Path) -> None:
     }
     if run.config.keep_weights or run.epoch < run.config.epochs:
         state |= {"model": run.network.state_dict(), "optimizer": run.optimizer.state_dict()}
+    held_out = run.config.val is not None or run.config.val_share is not None
+    if held_out and run.config.keep_weights and best["epoch"] == run.epoch > 0:
+        run_checkpoint.write(out / run_checkpoint.BEST, state)  # first: a run killed here writes it again
     run_checkpoint.write(out / run_checkpoint.NAME, state)
+
+
+def _all(row: dict[str, Any]) -> float:
+    return row["all"]
+
+
+def _class_mean(row: dict[str, Any]) -> float:
+    """Returns what counts where the images that are tested on have a long tail themselves."""
+    return statistics.mean(accuracy for accuracy in row["per_class"] if accuracy is not None)
 
 
 def _restore(run: Run, state: dict[str, Any], out: Path) -> None:

@@ -73,6 +73,16 @@ def check_options(config: Config) -> None:
         raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
 
 
+def supplied(config: Config) -> dict[str, Any]:
+    """Returns the defaults that a run gives to the options of methods that have them."""
+    return {
+        "m": max(1, config.batch_size // 2),
+        "seed": config.seed,
+        "total_steps": "of the run",
+        "active": config.active,
+    }
+
+
 def create(config: Config, run: RunInfo) -> Optimizer:
     """Returns the optimizer of a run: a method around its base optimizer, or the base optimizer alone.
 
@@ -93,10 +103,10 @@ def create(config: Config, run: RunInfo) -> Optimizer:
         if config.method == "sgd":
             return base(params, **options)
         counts = None if "class_weights" in options else list(run.class_counts)
-        supplied = {"m": max(1, config.batch_size // 2), "total_steps": run.steps, "seed": config.seed}
-        supplied["active"] = active_steps(config.active, run.steps_per_epoch, run.steps)
+        active = active_steps(config.active, run.steps_per_epoch, run.steps)
+        defaults = supplied(config) | {"total_steps": run.steps, "active": active}
         known = options_of(config.method)
-        options = {name: value for name, value in supplied.items() if name in known} | options
+        options = {name: value for name, value in defaults.items() if name in known} | options
         return lf.create(config.method, params, base, model=run.model, class_counts=counts, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.method}: {error}") from error

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ltsam_fast import data, models
+from ltsam_fast.data.images import Listing
+from ltsam_fast.data.readers import listing
 from ltsam_fast.losses import Loss
 from ltsam_fast.optim.capture import GraphStep, graph_step
 from ltsam_fast.train import run_checkpoint
@@ -68,12 +70,12 @@ class Run:
 
 
 def load_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
-    """Returns the images of a run, for training and test: :func:`subset` of :func:`read_images`."""
-    return subset(config, read_images(config, progress))
+    """Returns the images of a run, for training and test: :func:`subset` of :func:`list_images`."""
+    return subset(config, list_images(config, progress))
 
 
-def read_images(config: Config, progress: bool = False) -> tuple[data.Images, data.Images]:
-    """Returns all training and all test images.
+def list_images(config: Config, progress: bool = False) -> tuple[Listing, Listing]:
+    """Returns all training and all test images, which are not decoded yet.
 
     Args:
         config: The settings.
@@ -83,12 +85,12 @@ def read_images(config: Config, progress: bool = False) -> tuple[data.Images, da
         ConfigError: The two sets have different classes.
         DataError: Something is wrong with the files.
     """
-    names = ("format", "images", "size", "cache", "classes")
+    names = ("format", "images", "size", "cache", "classes", "skip_broken")
     options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"progress": progress}
     try:
-        train = data.load(config.data, "train", **options)
+        train = listing(config.data, "train", **options)
         options["classes"] = len(train.classes)  # a list of test images may lack the last classes
-        test = data.load(config.test_data or config.data, "test", **options)
+        test = listing(config.test_data or config.data, "test", **options)
     except data.DataError:
         raise
     except ValueError as error:
@@ -100,33 +102,54 @@ def read_images(config: Config, progress: bool = False) -> tuple[data.Images, da
     return train, test
 
 
-def subset(config: Config, images: tuple[data.Images, data.Images]) -> tuple[data.Images, data.Images]:
-    """Returns what the settings take of all images: the long-tailed subset, and what is tested on.
+def subset(config: Config, images: tuple[Listing, Listing]) -> tuple[data.Images, data.Images]:
+    """Returns what the settings take of all images: the long-tailed subset, and what is tested on. Only these are decoded.
 
-    With ``val`` that is held out of the training images before the subset is drawn, and no test image is looked at.
+    With ``val`` that is held out of the training images before the subset is drawn, with ``val_share`` of the subset, of each
+    class with two images at least one; no test image is looked at.
 
     Raises:
         ConfigError: There are not enough images.
+        DataError: An image can't be read.
     """
     train, test = images
     classes, seed = len(train.classes), (config.data_seed + config.resample * config.seed) % 2**32
     try:
         if config.val is not None:
-            held_out = data.longtail_subset(train.labels, [config.val] * classes, seed)
-            rest = torch.ones(len(train), dtype=torch.bool).index_fill_(0, held_out, False).nonzero().flatten()
-            train, test = train.take(rest), train.take(held_out)
+            train, test = _split(train, [config.val] * classes, seed)
         elif config.test_per_class is not None:
             test = test.take(data.longtail_subset(test.labels, [config.test_per_class] * classes, config.data_seed))
         if config.imbalance is not None:
             largest = config.n_max or min(train.counts())
             counts = data.longtail_counts(largest, classes, config.imbalance, config.profile)
             train = train.take(data.longtail_subset(train.labels, counts, seed))
+        if config.val_share is not None:
+            shares = [min(count - 1, max(1, round(config.val_share * count))) for count in train.counts()]
+            train, test = _split(train, [max(0, share) for share in shares], seed)
     except ValueError as error:
         raise ConfigError(f"no such subset: {error}") from error
-    return train, test
+    return train.read(), test.read()
 
 
-def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.Images] | None = None) -> Run:
+def _split(images: Listing, counts: list[int], seed: int) -> tuple[Listing, Listing]:
+    """Returns the others, and ``counts[c]`` images of each class c."""
+    held_out = data.longtail_subset(images.labels, counts, seed)
+    rest = torch.ones(len(images), dtype=torch.bool).index_fill_(0, held_out, False).nonzero().flatten()
+    return images.take(rest), images.take(held_out)
+
+
+def test_images(config: Config, progress: bool) -> data.Images:
+    """Returns the test images, whatever is held out of the training images."""
+    _, test = list_images(config, progress)
+    if config.test_per_class is not None:
+        counts = [config.test_per_class] * len(test.classes)
+        test = test.take(data.longtail_subset(test.labels, counts, config.data_seed))
+    return test.read()
+
+
+def prepare(
+    config: Config, dist: Distributed, images: tuple[data.Images, data.Images] | None = None, progress: bool = False
+) -> Run:
     """Returns the run before its first step; the same in every process except for random numbers.
 
     Raises:
@@ -142,7 +165,7 @@ def prepare(config: Config, dist: Distributed, images: tuple[data.Images, data.I
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each
     if config.deterministic:  # cuBLAS reads it at its first use and raises without it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    train, test = images or load_images(config)
+    train, test = images or load_images(config, progress)
     counts = train.counts()
     if len(train.labels) < dist.world_size:
         raise ConfigError(f"data: {len(train.labels)} training images are too few for {dist.world_size} processes")

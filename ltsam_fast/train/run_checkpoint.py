@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ltsam_fast.data import Images
 from ltsam_fast.train.config import ConfigError, from_stored
 
 _LOG = logging.getLogger("ltsam_fast")
-NAME = "last.pt"
+NAME, BEST, LEFT_OUT, TEST = "last.pt", "best.pt", "skipped.txt", "test.json"
 VERSION = 1
 
 
@@ -47,6 +48,14 @@ def remove_partial_files(folder: Path) -> None:
     """Removes the temporary files of a :func:`write` that was killed."""
     for partial in folder.glob("*.part"):
         partial.unlink(missing_ok=True)
+
+
+def remove_run(folder: Path) -> None:
+    """Removes the files of a run, if the folder has one; its checkpoint last."""
+    if (folder / NAME).exists():
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        for name in (BEST, LEFT_OUT, TEST, "config.json", "log.csv", "log.jsonl", NAME):
+            (folder / name).unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:
