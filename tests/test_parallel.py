@@ -268,7 +268,7 @@ def test_workers_with_more_batches_than_others(name):
         assert relative_error(found[0][name], found[0]["SGD"]) < 1e-9
     else:
         assert all(one[name, "said"] == said for one in found)
-        assert name in ("GSAM", "WSAM", "LookSAM", "CCSAM", "MicroBatchSAM")
+        assert name in ("GSAM", "WSAM", "LookSAM", "CCSAM", "MicroBatchSAM", "TailMomentumSAM")
         assert f"join() must not be enabled with {name}" in said and "join(enable=False)" in said
         assert torch.equal(found[0][name], flat(network()))
 

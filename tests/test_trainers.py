@@ -36,6 +36,8 @@ METHODS = dict.fromkeys(EVERY, {}) | {
     "MicroBatchSAM": {"m": 3},
     "SparseSAM": {"refresh_every": 4},
     "LookSAM": {"k": 2},
+    "MomentumSAM": {"direction": "last_gradient"},
+    "TailMomentumSAM": {"class_counts": COUNTS},
 }
 TRAINERS = ("lightning", "accelerate", "hugging_face")
 RHO, LR, BATCH, STEPS = 0.1, 0.02, 8, 6
@@ -1348,7 +1350,7 @@ def hugging_face_trainer(folder, net=None, arguments=(), **more):
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
-        ({"method": "sam"}, TypeError, "method must be a class such as ltsam_fast.SAM, got 'sam'"),
+        ({"method": 3}, TypeError, "method must be a class such as ltsam_fast.SAM, got 3"),
         (
             {"method": lf.SAM, "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})},
             ValueError,
