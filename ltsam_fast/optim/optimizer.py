@@ -165,6 +165,8 @@ class SharpnessAware(Configurable, Optimizer):
     """Whether losses are differentiated more than once."""
     whole_gradients = False
     """Whether the rule needs the gradients of single samples or classes of whole parameters."""
+    evaluates_at_w = True
+    """Whether a step evaluates the whole batch at the unperturbed weights, and so knows its loss there."""
     needs_index = False
     """Whether closures are called with parts of a batch."""
     own_reductions = False

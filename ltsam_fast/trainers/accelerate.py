@@ -84,7 +84,7 @@ class AcceleratedStep:
         """Stores the batch, and takes the step with the last micro-batch.
 
         Returns:
-            The mean loss at the unperturbed weights (GNM: with noise) over the micro-batches of the step, 0-d, detached;
+            The mean loss at the unperturbed weights (GNM and Momentum-SAM: at the perturbed ones) over the micro-batches of the step, 0-d, detached;
             ``None`` without a step.
 
         Raises:

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.lightning needs Lightning: pip install 'ltsam_fast[lightning]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
-from ltsam_fast.optim import GNM, MicroBatchSAM, SharpnessAware
+from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.trainers.micro_batches import Layouts, MicroBatches, check_per_sample, labels_of, set_clipping
 
 
@@ -37,7 +37,7 @@ class SharpnessAwareModule(LightningModule):
 
     With gradient accumulation every micro-batch of a step but the last is copied, since a loader may reuse its memory, and
     each has one forward more, without gradients, since Lightning needs its loss before the step. That forward is also
-    needed by GNM and MicroBatchSAM, which never evaluate the whole batch at the unperturbed weights, by
+    needed by GNM, MomentumSAM and MicroBatchSAM, which never evaluate the whole batch at the unperturbed weights, by
     ``on_before_backward``, by an overridden ``training_step``, and where ``training_losses`` logs and the optimizer's
     ``plan`` evaluates sub-batches.
 
@@ -130,7 +130,7 @@ class SharpnessAwareModule(LightningModule):
         self._loss_known = (
             trainer.accumulate_grad_batches > 1
             or not self._in_closure
-            or isinstance(method, (GNM, MicroBatchSAM))
+            or not method.evaluates_at_w
             or (self._logs and self._in_parts)
             or self._own_training_step
             or any(_overrides(owner, "on_before_backward", parent) for owner, parent in self._owners())

@@ -47,6 +47,8 @@ class GNM(SharpnessAware):
     )
     seed = option(0, "Seed of the noise.", ge=0, lt=2**53, integer=True)
 
+    evaluates_at_w = False
+
     def check_group(self, group: dict[str, Any]) -> None:
         if group["adaptive"]:
             raise ValueError("adaptive must be False for GNM: its noise does not look at the weights")

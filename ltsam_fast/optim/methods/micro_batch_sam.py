@@ -41,6 +41,7 @@ class MicroBatchSAM(SharpnessAware):
 
     m = option(32, "Samples in a micro-batch.", ge=1, integer=True)
 
+    evaluates_at_w = False
     own_reductions = True
     needs_index = True
 

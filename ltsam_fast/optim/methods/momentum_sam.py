@@ -52,6 +52,8 @@ class MomentumSAM(SharpnessAware):
     )
     direction = option("momentum", "What is perturbed along.", choices=("momentum", "last_gradient"))
 
+    evaluates_at_w = False
+
     @property
     def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of a parameter's state that is the method's own."""

@@ -38,6 +38,7 @@ class TailMomentumSAM(FocalSAM):
     decay = option(0.9, "Decay of the mean.", ge=0, lt=1)
 
     buffers = ("tail_mean",)
+    evaluates_at_w = False
     own_reductions = True
     phase_names = ()
 
