@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim.base_step import call_step
 
 if TYPE_CHECKING:
@@ -28,10 +29,9 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
     Raises:
         ValueError: It does not fit.
     """
-    if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
-        raise ValueError(
-            f"state_dict must have state and param_groups, as state_dict() returns them, but lacks {missing}"
-        )
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        got = list(state_dict) if isinstance(state_dict, dict) else state_dict
+        raise ValueError(f"state_dict must have state and param_groups, as state_dict() returns them, got {shown(got)}")
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:
         return state_dict  # torch says so
