@@ -229,8 +229,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the demo; exits with 2 if a package is missing or an argument is wrong."""
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo and returns 0; exits with 2 if a package is missing or an argument is wrong."""
     options = _parse(argv)
     with one_line("ltsam_fast demo"):
         import matplotlib as _  # noqa: F401
@@ -281,3 +281,4 @@ def main(argv: list[str] | None = None) -> None:
     (options.out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     _draw(options.out / "demo.png", accuracy, times)
     print(f"\nwrote {options.out / 'demo.json'} and {options.out / 'demo.png'}")
+    return 0

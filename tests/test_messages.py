@@ -217,7 +217,11 @@ CREATED = [
     ("CCSAM", {"head": 3}, "^head must be a module, or parameters, of those given as params, got 3"),
     ("CCSAM", {"head": "fc"}, "^head must be a module, or parameters"),
     ("CCSAM", {"class_counts": None}, "^class_counts must be given for CCSAM"),
-    ("GSAM", {"rho_min": 0.5, "rho_max": 0.1}, r"^rho_min must be at most rho_max = 0\.1, got 0\.5"),
+    (
+        "GSAM",
+        {"rho_min": 0.5, "rho_max": None},
+        r"^rho_min and rho_max must both be given, or neither, got 0\.5 and None",
+    ),
     ("MicroBatchSAM", {"m": 1.5}, r"^m must be an integer >= 1, got 1\.5"),
     ("MomentumSAM", {"direction": "back"}, "^direction must be one of .*, got 'back'"),
     ("VaSSO", {"theta": 2}, r"^theta must be a number in \[0, 1\], got 2"),

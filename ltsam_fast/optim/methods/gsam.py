@@ -48,8 +48,6 @@ class GSAM(SharpnessAware):
         low, high = options["rho_min"], options["rho_max"]
         if (low is None) != (high is None):
             raise ValueError(f"rho_min and rho_max must both be given, or neither, got {low!r} and {high!r}")
-        if low is not None and low > high:
-            raise ValueError(f"rho_min must be at most rho_max = {high}, got {low}")
         if low is not None and options["rho_schedule"] != "constant":
             raise ValueError(
                 f"rho_schedule must be 'constant' with rho_min and rho_max, which are one, got {options['rho_schedule']!r}"
