@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim.base_step import call_step
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
     Raises:
         ValueError: It does not fit.
     """
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        got = list(state_dict) if isinstance(state_dict, dict) else state_dict
-        raise ValueError(f"state_dict must have state and param_groups, as state_dict() returns them, got {shown(got)}")
+    there = state_dict if isinstance(state_dict, Mapping) else {}
+    if missing := [name for name in ("state", "param_groups") if name not in there]:
+        raise ValueError(
+            f"state_dict must have state and param_groups, as state_dict() returns them, but this {type(state_dict).__name__} "
+            f"lacks {missing}"
+        )
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:
         return state_dict  # torch says so
