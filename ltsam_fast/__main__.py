@@ -15,6 +15,8 @@ import torch
 
 import ltsam_fast
 from ltsam_fast import backend
+from ltsam_fast.command_line import Parser, one_line
+from ltsam_fast.optim.options import did_you_mean
 
 COMMANDS = {
     "info": "versions, and available backends, with the reason for each that is not",
@@ -29,27 +31,26 @@ TRAINING = ("train", "compare", "evidence", "diagnose")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; ``argv`` as in ``sys.argv[1:]``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ltsam",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()),
     )
     parser.add_argument("--version", action="version", version=f"ltsam_fast {ltsam_fast.__version__}")
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command; try COMMAND --help")
     asked = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
+    if asked.command not in COMMANDS:
+        meant = did_you_mean(asked.command, COMMANDS)
+        parser.error(f"there is no command {asked.command!r}{meant} There are {', '.join(COMMANDS)}")
     if asked.command == "info":
-        argparse.ArgumentParser(prog=f"{parser.prog} info", description=COMMANDS["info"]).parse_args(asked.arguments)
-        print(info())
-        return
-    if asked.command in TRAINING:
+        Parser(prog=f"{parser.prog} info", description=COMMANDS["info"]).parse_args(asked.arguments)
+        with one_line(f"{parser.prog} info"):
+            print(info())
+    elif asked.command in TRAINING:
         sys.exit(importlib.import_module("ltsam_fast.train.cli").main([asked.command, *asked.arguments]))
-    try:
+    else:
         importlib.import_module("ltsam_fast.demo").main(asked.arguments)
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "sklearn", "rich"):
-            raise
-        sys.exit(f"{parser.prog} demo needs {error.name}: pip install 'ltsam_fast[demo]'")
 
 
 def info() -> str:

@@ -146,6 +146,15 @@ def why_not(name: str) -> str | None:
     return _why_not_triton() if name == "triton" else _why_not_loaded(name)
 
 
+def check_variable() -> None:
+    """Raises ValueError if the environment names a backend that is not to be had."""
+    name = os.environ.get(VARIABLE)
+    if name and name not in NAMES:
+        raise ValueError(f"{VARIABLE}={name} names no backend: choose one of {', '.join(NAMES)}")
+    if name and (reason := why_not(name)) is not None:
+        raise ValueError(f"{VARIABLE}={name} cannot be had: {reason}. {_remedy()}")
+
+
 def report() -> str:
     """Returns one line per backend: ``name: reason``, or ``name: available``."""
     return "\n".join(f"{name}: {why_not(name) or 'available'}" for name in NAMES)

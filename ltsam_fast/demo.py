@@ -7,7 +7,6 @@ import importlib
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,13 @@ from torch import Tensor, nn
 
 import ltsam_fast as lf
 from ltsam_fast import plain
+from ltsam_fast.backend import backend_for
+from ltsam_fast.command_line import Parser, one_line
 from ltsam_fast.data import LongTailed, digits, shot_split
 from ltsam_fast.diagnostics.plots import SHOT_COLORS
 from ltsam_fast.extras import progress_bars
 from ltsam_fast.models import create
+from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.optim.registry import method_named
 
 BATCH, LR, MOMENTUM, WEIGHT_DECAY = 64, 0.05, 0.9, 5e-4
@@ -200,7 +202,7 @@ def _draw(path: Path, accuracy: dict[str, dict[str, dict[str, float]]], times: d
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ltsam demo", description=__doc__)
+    parser = Parser(prog="ltsam demo", description=__doc__)
     parser.add_argument("--seeds", type=int, help="networks per method (default 5; 3 for all methods)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs per network (default 40)")
     parser.add_argument("--imbalance", type=float, default=50, help="largest class over smallest (default 50)")
@@ -216,7 +218,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         options.seeds = 3 if options.methods == "all" else 5
     options.methods = list(METHODS) if options.methods == "all" else options.methods.split(",")
     if unknown := [name for name in options.methods if name not in METHODS]:
-        parser.error(f"--methods: unknown {', '.join(unknown)}; choose from {', '.join(METHODS)} or 'all'")
+        meant = did_you_mean(unknown[0], METHODS)
+        parser.error(f"--methods: there is no method {unknown[0]!r}{meant} Choose from {', '.join(METHODS)} or 'all'")
     if options.quick:
         options.seeds, options.epochs = 2, 3
     for name in ("seeds", "epochs", "imbalance"):
@@ -226,19 +229,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit code: 0, or 2 if a package is missing or an argument is wrong."""
+    """Runs the demo and returns 0; exits with 2 if a package is missing or an argument is wrong."""
     options = _parse(argv)
-    try:
+    with one_line("ltsam demo"):
         for package in ("matplotlib", "rich"):
             importlib.import_module(package)
+        backend_for(torch.device("cpu"))
         first = digits(options.imbalance)
         options.out.mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-        print(f"ltsam_fast demo: {error}: pip install 'ltsam_fast[demo]'", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"ltsam_fast demo: {error}", file=sys.stderr)
-        return 2
     torch.set_num_threads(1)  # a second thread slows a network of 24 k parameters down
     print(f"long-tailed digits, training images per class: {first.class_counts}")
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.methods}

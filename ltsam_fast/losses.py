@@ -49,7 +49,7 @@ from torch.compiler import is_dynamo_compiling
 
 from ltsam_fast.backend import is_chosen
 from ltsam_fast.launch_args import Numbers
-from ltsam_fast.ops.checks import check_counts, check_logits, check_reduction
+from ltsam_fast.ops.checks import check_counts, check_logits, check_reduction, shown
 from ltsam_fast.ops.cross_entropy import focal_cross_entropy, prepared
 from ltsam_fast.ops.differentiable import SMALL, Small, Vectors, adjusted_cross_entropy, are_transformed, is_watched
 
@@ -70,10 +70,19 @@ __all__ = [
 _CONSTANTS = ("scale", "shift", "margin", "spread", "weight")
 
 
-def _check_number(name: str, value: Any, low: float = 0.0, below: float = math.inf) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value < below:
-        wanted = f"a finite number >= {low:g}" if below == math.inf else f"a number in [{low:g}, {below:g})"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+def _check_number(name: str, value: Any, accepts: str = "a finite number >= 0") -> None:
+    low, last = _ENDS[accepts]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= last:
+        raise ValueError(f"{name} must be {accepts}, got {shown(value)}")
+
+
+_LEAST, _MOST = math.nextafter(0.0, 1.0), math.nextafter(math.inf, 0.0)
+_ENDS = {
+    "a finite number >= 0": (0.0, _MOST),
+    "a finite number > 0": (_LEAST, _MOST),
+    "a number in [0, 1]": (0.0, 1.0),
+    "a number in [0, 1)": (0.0, math.nextafter(1.0, 0.0)),
+}
 
 
 def _sampled(class_counts: Any, why: str) -> Tensor:
@@ -156,7 +165,7 @@ class Loss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        _check_number("label_smoothing", label_smoothing, below=math.nextafter(1.0, 2.0))
+        _check_number("label_smoothing", label_smoothing, "a number in [0, 1]")
         _check_number("gamma", gamma)
         self.classes = None if class_counts is None else len(check_counts(class_counts))
         self.reduction, self.label_smoothing, self.gamma = reduction, label_smoothing, gamma
@@ -180,9 +189,9 @@ class Loss(nn.Module):
         try:
             values = torch.as_tensor(weight, dtype=torch.float64).detach().clone()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"weight must be numbers, one per class, got {weight!r}") from error
+            raise ValueError(f"weight must be numbers, one per class, got {shown(weight)}") from error
         if values.dim() != 1 or not len(values) or not bool((values.isfinite() & (values >= 0)).all()):
-            raise ValueError(f"weight must be a list of finite numbers >= 0, one per class, got {weight!r}")
+            raise ValueError(f"weight must be a list of finite numbers >= 0, one per class, got {shown(weight)}")
         if self.classes not in (None, len(values)):
             raise ValueError(
                 f"weight has {len(values)} numbers, but class_counts has {self.classes}: give one per class"
@@ -441,7 +450,7 @@ class LDAM(Loss):
         reduction: str = "mean",
     ) -> None:
         _check_number("max_m", max_m)
-        _check_number("s", s, math.nextafter(0.0, 1.0))
+        _check_number("s", s, "a finite number > 0")
         counts = _sampled(class_counts, "an infinite margin")
         margin = max_m * (counts.min() / counts) ** 0.25
         scale = torch.full_like(counts, s)
@@ -602,10 +611,10 @@ class GCL(Loss):
         reduction: str = "mean",
     ) -> None:
         _check_number("m", m)
-        _check_number("s", s, math.nextafter(0.0, 1.0))
+        _check_number("s", s, "a finite number > 0")
         _check_number("noise_mul", noise_mul)
         if not isinstance(seed, int) or not 0 <= seed < 2**53:
-            raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+            raise ValueError(f"seed must be an integer in [0, 2^53), got {shown(seed)}")
         logs = _sampled(class_counts, "an infinite margin").log()
         rarity = logs.max() - logs
         spread = (
@@ -644,7 +653,7 @@ class GCL(Loss):
 
 def _balancing(class_counts: Any, beta: float) -> Tensor:
     """Returns weights by the effective number of samples; their sum is C."""
-    _check_number("beta", beta, below=1.0)
+    _check_number("beta", beta, "a number in [0, 1)")
     counts = _sampled(class_counts, "an infinite weight")
     # 1 - beta^n without cancellation; for beta = 0 the logarithm is -inf, which gives the right result.
     effective = -torch.expm1(counts * torch.tensor(beta, dtype=torch.float64).log())

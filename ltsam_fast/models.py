@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ltsam_fast.ops.checks import plain, shown
+from ltsam_fast.optim.options import did_you_mean
 
 
 class NormedLinear(nn.Module):
@@ -331,12 +334,17 @@ def create(name: str, num_classes: int, image_shape: tuple[int, int, int], *, co
     >>> create("small_cnn", 10, (1, 8, 8))(torch.zeros(1, 1, 8, 8)).shape
     torch.Size([1, 10])
     """
+    if not plain(num_classes) >= 1:
+        raise ValueError(f"num_classes must be a whole number >= 1, got {shown(num_classes)}")
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+        raise ValueError(f"image_shape must be channels, height and width, got {shown(image_shape)}")
     if name in _OWN:
         return _OWN[name](num_classes, image_shape, cosine_head)
-    package, _, inner = name.partition("/")
+    package, _, inner = str(name).partition("/")
     if package not in _OTHERS or not inner:
         raise ValueError(
-            f"name must be one of {', '.join(_OWN)}, or 'timm/<name>' or 'torchvision/<name>', got {name!r}"
+            f"there is no model {name!r}{did_you_mean(name, _OWN)} There are {', '.join(_OWN)}, 'timm/<name>' and "
+            "'torchvision/<name>'"
         )
     if cosine_head:
         raise ValueError(f"cosine_head must be False for {name!r}: only {', '.join(_OWN)} have one")

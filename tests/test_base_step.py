@@ -140,7 +140,7 @@ def test_what_a_base_refuses_is_said_before_anything_changes():
     groups = [{"params": list(model.parameters()), "rho": 0.2}]
     for base, options, error, message in (
         (optim.Muon, {}, ValueError, "Muon only supports 2D parameters"),
-        (optim.SGD, {"lr": -1.0}, ValueError, "Invalid learning rate"),
+        (optim.SGD, {"lr": -1.0}, ValueError, "lr must be a finite number >= 0"),
         (optim.SGD, {"colour": 1}, TypeError, "colour"),
         (optim.SGD, {"lr": 0.1, "rho": -1.0}, None, ""),
         (optim.SGD, {"lr": 0.1, "max_grad_norm": -1.0}, ValueError, "max_grad_norm"),

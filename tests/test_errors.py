@@ -23,7 +23,7 @@ CONSTRUCTORS = [
     *[("SAM", {"max_grad_norm": n}, ValueError, f"max_grad_norm {NUMBER}.*{n}") for n in (-1.0, NAN, INF, None, "1")],
     *[(name, {"model": 3}, TypeError, r"model must be a torch\.nn\.Module or None, got 3") for name in EVERY],
     *[(name, {"class_counts": [-1, 2]}, ValueError, "class_counts must be") for name in EVERY],
-    ("SAM", {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+    ("SAM", {"lr": -1.0}, ValueError, f"lr {NUMBER}, got -1.0"),
     *[
         ("FocalSAM", {"class_counts": counts}, ValueError, "class_counts must be")
         for counts in ([], [-1, 2], [0, 0], [NAN, 1], [INF, 1], "abc", ["a", "b"], [[1, 2]], 3, {"a": 1}, object())
@@ -111,7 +111,7 @@ PARAMETERS = [
     ([{"params": [torch.zeros(2)], "rho": -INF}], ValueError, "rho must be a finite number.*, got -inf"),
     ([{"params": [torch.zeros(2)], "eta": NAN}], ValueError, f"eta {NUMBER}, got nan"),
     ([{"params": [torch.zeros(2)], "norm_eps": -1e-12}], ValueError, f"norm_eps {NUMBER}, got -1e-12"),
-    ([{"params": [torch.zeros(2)]}, {"rho": 0.1}], KeyError, "params"),
+    ([{"params": [torch.zeros(2)]}, {"rho": 0.1}], ValueError, r"params\[1\] must have 'params'"),
 ]
 
 
@@ -172,7 +172,7 @@ CALLS = {
     "int": (("SAM",), given(of=lambda found: 3), SHAPE + "int"),
     "None": (EVERYBODY, given(of=lambda found: None), SHAPE + "NoneType"),
     "tuple": (("SAM",), given(of=lambda found: (found, found)), SHAPE + "tuple"),
-    "no samples": (("SAM", "FocalSAM"), given(lambda y: y[:0], of=lambda found: found[:0]), SHAPE + r"\(0,\)"),
+    "no samples": (("SAM", "FocalSAM"), given(lambda y: y[:0], of=lambda found: found[:0]), "skip it, or"),
     "detached": (EVERYBODY, given(of=torch.detach), "got a detached tensor"),
     "fewer losses": (
         tuple(name for name, row in EVERY.items() if not row.once),
@@ -382,7 +382,9 @@ def test_weights_that_share_memory(name):
 def test_counts_for_the_wrong_number_of_classes():
     model, (x, y) = network(), batches(steps=1)[0]
     opt = lf.FocalSAM(model.parameters(), SGD, class_counts=COUNTS[:2], lr=0.1)
-    with pytest.raises(ValueError, match=r"targets must lie in \[0, 2\), got 0\.\.\.3: give one class count per class"):
+    with pytest.raises(
+        ValueError, match=r"targets must lie in \[0, 2\), got 0\.\.\.3: give one class count, and one output"
+    ):
         opt.step(lambda: losses(model, x, y), targets=y)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ltsam_fast.ops.checks import plain, shown
 
 
 def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "exp") -> list[int]:
@@ -38,7 +41,7 @@ def longtail_counts(n_max: int, classes: int, imbalance: float, profile: str = "
     """
     n_max = check_integer("n_max", n_max, low=1)
     classes = check_integer("classes", classes, low=2)
-    if not 1 <= imbalance <= n_max:
+    if not 1 <= plain(imbalance) <= n_max:
         raise ValueError(
             f"imbalance must be from 1 to n_max = {n_max}, which leaves a sample to every class, got {imbalance!r}"
         )
@@ -74,6 +77,7 @@ def longtail_subset(
     >>> longtail_subset([0, 1, 0, 1, 0], [2, 1]).shape
     torch.Size([3])
     """
+    seed = check_integer("seed", seed, low=0, below=2**32)
     y = _integers("labels", labels)
     wanted = _class_counts("counts", counts)
     if len(y) and not 0 <= y.min() <= y.max() < len(wanted):
@@ -109,7 +113,7 @@ def shot_split(class_counts: Sequence[int] | Tensor, many: int = 100, few: int =
     >>> shot_split([500, 100, 20, 19])
     {'many': tensor([0]), 'medium': tensor([1, 2]), 'few': tensor([3])}
     """
-    if not 0 <= few <= many:
+    if not 0 <= plain(few) <= plain(many):
         raise ValueError(f"few must be from 0 to many = {many!r}, got {few!r}")
     counts = torch.tensor(_class_counts("class_counts", class_counts))
     groups = {"many": counts > many, "medium": (counts <= many) & (counts >= few), "few": counts < few}
@@ -129,14 +133,15 @@ def shot_limits(class_counts: Sequence[int] | Tensor) -> tuple[int, int] | None:
     return (sizes[-1 - third], sizes[third]) if third else None
 
 
-def check_integer(name: str, value: Any, low: int) -> int:
-    """Returns ``value`` as an int; raises ValueError unless it is an integer >= ``low``."""
+def check_integer(name: str, value: Any, low: int, below: float = math.inf) -> int:
+    """Returns ``value`` as an int; raises ValueError unless it is an integer >= ``low`` and less than ``below``."""
     try:
         number = operator.index(value)
     except TypeError:
         number = low - 1
-    if number < low:
-        raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+    if not low <= number < below:
+        wanted = f">= {low}" if below == math.inf else f"in [{low}, {below})"
+        raise ValueError(f"{name} must be a whole number {wanted}, got {shown(value)}")
     return number
 
 

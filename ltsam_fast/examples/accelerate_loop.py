@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltsam_fast.command_line import one_line
 from ltsam_fast.examples.common import arguments, loader, method_of, report
 from ltsam_fast.models import small_cnn
 
@@ -55,4 +56,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("accelerate_loop"):
+        main()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from ltsam_fast.command_line import Parser
 from ltsam_fast.data import LongTailed, digits
 from ltsam_fast.demo import METHODS, Setting, accuracies, options_of
 from ltsam_fast.optim import SharpnessAware, list_methods
@@ -21,8 +22,9 @@ BATCH = 64
 
 def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: float) -> argparse.Namespace:
     """Parses the command line, loads the data into ``data`` and seeds torch's random numbers."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--method", default="focal_sam", choices=list_methods(), help="default %(default)s")
+    parser = Parser(description=(description or "").splitlines()[0])
+    names = ", ".join(list_methods())
+    parser.add_argument("--method", default="focal_sam", metavar="NAME", help=f"{names} (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=epochs, help="default %(default)s")
     parser.add_argument("--lr", type=float, default=lr, help="learning rate (default %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step (default %(default)s)")
@@ -35,6 +37,11 @@ def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: 
     for name in ("epochs", "accumulate"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: must be at least 1, got {getattr(options, name)}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed: must be a whole number in [0, 2^32), got {options.seed}")
+    if options.accumulate > BATCH:
+        parser.error(f"--accumulate: must be at most {BATCH}, got {options.accumulate}")
+    method_named(options.method)
     torch.set_num_threads(1)  # a second thread slows such small networks down
     torch.manual_seed(options.seed)
     options.data = digits(seed=options.seed)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltsam_fast.command_line import one_line
 from ltsam_fast.data import LongTailed
 from ltsam_fast.examples.common import BATCH, arguments, method_of, report
 
@@ -85,4 +86,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("hugging_face_lora"):
+        main()

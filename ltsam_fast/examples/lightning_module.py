@@ -6,6 +6,7 @@ Has a schedule, gradient accumulation, clipping and mixed precision, by the Trai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltsam_fast.command_line import one_line
 from ltsam_fast.examples.common import arguments, loader, method_of, report
 from ltsam_fast.models import small_cnn
-from ltsam_fast.trainers.lightning import SharpnessAwareModule
+
+with one_line("lightning_module") if __name__ == "__main__" else contextlib.nullcontext():
+    from ltsam_fast.trainers.lightning import SharpnessAwareModule
 
 
 class Classifier(SharpnessAwareModule):
@@ -69,4 +73,5 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("lightning_module"):
+        main()

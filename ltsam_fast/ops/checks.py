@@ -30,6 +30,12 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
+def shown(value: Any) -> str:
+    """A value in a message: on one line, however many it takes by itself."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def number(value: Any) -> float:
     """An option's value, which may be a tensor, as a number; live numbers stay live."""
     return value if isinstance(value, float) else float(value)
@@ -40,14 +46,14 @@ def check_factor(name: str, value: Any, below: float = math.inf) -> float:
     found = plain(value)
     if not 0 <= found < below:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     return found  # type: ignore[no-any-return]
 
 
 def check_model(model: Any) -> None:
     """Raises TypeError unless ``model`` is a module or None, ValueError if DDP has an option that is for one pass a step."""
     if model is not None and not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module or None, got {model!r}")
+        raise TypeError(f"model must be a torch.nn.Module or None, got {shown(model)}")
     ddp = getattr(model, "_orig_mod", model)  # torch.compile's module holds it there
     if not isinstance(ddp, DistributedDataParallel):
         return
@@ -73,7 +79,7 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     """
     found = plain(eta)
     if not 0 <= found < math.inf:
-        raise ValueError(f"eta must be a finite number of samples >= 0, got {eta!r}")
+        raise ValueError(f"eta must be a finite number of samples >= 0, got {shown(eta)}")
     if class_counts is None and tail_classes is None:
         return None
     classes = None
@@ -85,7 +91,9 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
     last = int(chosen.max()) if len(chosen) else -1
     if len(chosen) and (int(chosen.min()) < 0 or (classes is not None and last >= classes)):
-        raise ValueError(f"tail_classes must lie in [0, {'C' if classes is None else classes}), got {tail_classes!r}")
+        raise ValueError(
+            f"tail_classes must lie in [0, {'C' if classes is None else classes}), got {shown(tail_classes)}"
+        )
     return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
 
 
@@ -94,10 +102,17 @@ def check_tail_classes(name: str, value: Any) -> list[int]:
     try:
         return torch.as_tensor(value, dtype=torch.long).reshape(-1).tolist()  # type: ignore[no-any-return]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be numbers of classes, got {value!r}") from error
+        raise ValueError(f"{name} must be numbers of classes, got {shown(value)}") from error
 
 
-_ENDS = {"beta1": 1.0, "beta2": 1.0, "probability": np.nextafter(1.0, 2.0), "seed": 2.0**53, "step": 2.0**32}
+_ENDS = {
+    "momentum": 1.0,
+    "beta1": 1.0,
+    "beta2": 1.0,
+    "probability": np.nextafter(1.0, 2.0),
+    "seed": 2.0**53,
+    "step": 2.0**32,
+}
 
 
 @functools.cache
@@ -115,7 +130,7 @@ def checked_rows(op: Op, columns: list[Any]) -> NDArray[np.float64]:
             raise ValueError(f"{name} has {len(value)} values, but there are {count} groups: give one per group")
         for one in value if isinstance(value, Sequence) else (value,):
             if not isinstance(one, Real):  # a tensor's value could change and would still be found in the cache of rows
-                raise TypeError(f"{name} must be a number, or a sequence with one per group, got {value!r}")
+                raise TypeError(f"{name} must be a number, or a sequence with one per group, got {shown(value)}")
     rows = np.array([[v[row] if isinstance(v, Sequence) else v for v in columns] for row in range(count)], np.float64)
     low, below = _ranges(op.hyper)
     good = (rows >= low) & (rows < below) & (rows > -np.inf)
@@ -181,10 +196,12 @@ def check_counts(class_counts: Any) -> Tensor:
     try:
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"class_counts must be numbers of samples, one per class, got {class_counts!r}") from error
+        raise ValueError(
+            f"class_counts must be numbers of samples, one per class, got {shown(class_counts)}"
+        ) from error
     if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
         raise ValueError(
-            f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {class_counts!r}"
+            f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {shown(class_counts)}"
         )
     return counts
 
@@ -261,11 +278,11 @@ def check_loss_numbers(label_smoothing: Any, gamma: Any, seed: Any) -> None:
     for name, value, last in (("label_smoothing", label_smoothing, 1.0), ("gamma", gamma, float("inf"))):
         if not isinstance(value, (int, float)) or not 0 <= value <= last or value == float("inf"):
             wanted = "in [0, 1]" if last == 1 else ">= 0"
-            raise ValueError(f"{name} must be a finite number {wanted}, got {value!r}")
+            raise ValueError(f"{name} must be a finite number {wanted}, got {shown(value)}")
     if gamma and label_smoothing:
         raise ValueError(f"label_smoothing is {label_smoothing} and gamma {gamma}: the focal loss has no smoothed form")
     if not isinstance(seed, int) or not 0 <= seed < 2**53:
-        raise ValueError(f"seed must be an integer in [0, 2^53), got {seed!r}")
+        raise ValueError(f"seed must be an integer in [0, 2^53), got {shown(seed)}")
 
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -274,7 +291,7 @@ REDUCTIONS = ("none", "mean", "sum")
 def check_reduction(reduction: Any) -> None:
     """Raises ValueError unless this is the name of a reduction."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {shown(reduction)}")
 
 
 def class_vector(name: str, vector: Any, logits: Tensor) -> Tensor | None:
@@ -304,17 +321,34 @@ def check_logits(logits: Any, targets: Any) -> tuple[Tensor, Tensor]:
     return logits, targets.contiguous()
 
 
+SKIP = "skip it, or give the loader drop_last=True"
+"""What to do with a batch that has no samples."""
+
+
 def check_labels(targets: Any, rows: int) -> None:
     """Raises ValueError unless ``targets`` are ``rows`` integers."""
-    integers = isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+    check_is_tensor(targets)
+    integers = not targets.is_floating_point() and not targets.is_complex() and targets.dtype != torch.bool
     if not integers or targets.shape != (rows,):
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
-        raise ValueError(f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {shape}")
+        remedy = "" if integers else ": give targets.long()"
+        raise ValueError(
+            f"targets must be a 1-D integer tensor of {rows} labels, one per sample, got {tuple(targets.shape)}, "
+            f"{targets.dtype}{remedy}"
+        )
 
 
-def check_targets(targets: Tensor, rows: int, classes: int) -> None:
-    """Raises ValueError unless ``targets`` are ``rows`` labels in [0, classes). On a GPU the range is not looked at."""
-    check_labels(targets, rows)
+def check_is_tensor(targets: Any) -> None:
+    """Raises ValueError for a list or an array of labels, and for what is none."""
+    if not isinstance(targets, Tensor):
+        raise ValueError(
+            f"targets must be a tensor of the samples' classes, shape (B,), integer, got {type(targets).__name__} "
+            f"{shown(targets)}: give torch.as_tensor(targets)"
+        )
+
+
+def check_targets(targets: Tensor, classes: int) -> None:
+    """Raises ValueError unless ``targets`` are labels in [0, classes). On a GPU the range is not looked at."""
+    check_labels(targets, len(targets) if targets.dim() else 0)
     check_range(targets, classes)
 
 
@@ -330,4 +364,10 @@ def check_range(targets: Tensor, classes: int) -> None:
         return
     low, high = map(int, targets.aminmax())
     if not 0 <= low <= high < classes:
-        raise ValueError(f"targets must lie in [0, {classes}), got {low}...{high}: give one class count per class")
+        if low < 0:
+            remedy = (
+                "drop these samples, or, in methods that take weights=(u, v), give them a label in range and weight 0"
+            )
+        else:
+            remedy = "give one class count, and one output of the model, per class"
+        raise ValueError(f"targets must lie in [0, {classes}), got {low}...{high}: {remedy}")

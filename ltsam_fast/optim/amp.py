@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import shown
 
 
 class LossScale:
@@ -21,6 +22,8 @@ class LossScale:
     """
 
     def __init__(self, scaler: Any = None, params: list[Tensor] | None = None) -> None:
+        if scaler is not None and not hasattr(scaler, "is_enabled"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {shown(scaler)}")
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.set_signals(None, None)
         if self._scaler is not None and params:

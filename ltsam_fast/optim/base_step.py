@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from ltsam_fast import ops
 from ltsam_fast.lists import entries, has_none, values_of
-from ltsam_fast.ops.checks import number
+from ltsam_fast.ops.checks import number, plain, shown
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.gradients import check_all_dense
@@ -147,7 +148,7 @@ def sign_of(group: Group) -> int:
 def check_base(kind: type) -> None:
     """Raises TypeError for what is no optimizer, ValueError for one that can't step with the gradients of a method."""
     if not issubclass(kind, Optimizer):
-        raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {kind!r}")
+        raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {shown(kind)}")
     if issubclass(kind, torch.optim.SparseAdam):
         raise ValueError("base_optimizer must not be SparseAdam, which needs sparse gradients: use torch.optim.Adam")
     try:
@@ -156,6 +157,31 @@ def check_base(kind: type) -> None:
         raise ValueError(
             f"base_optimizer must step without a closure, which {kind.__name__} needs: use torch.optim.SGD or AdamW"
         ) from None
+
+
+def check_base_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of a base optimizer that are out of range; torch accepts some of these."""
+    for name, (low, below) in _RANGES.items():
+        value = options.get(name)
+        if value is None or isinstance(value, (Tensor, tuple, list)):
+            continue
+        if not low <= plain(value) < below or plain(value) == -math.inf:
+            wanted = "a finite number" if below == math.inf else "a number"
+            ends = "" if low == -math.inf else f" >= {low:g}" if below == math.inf else f" in [{low:g}, {below:g})"
+            raise ValueError(f"{name} must be {wanted}{ends}, got {shown(value)}")
+    betas = options.get("betas", (0.0, 0.0))
+    good = isinstance(betas, (tuple, list)) and len(betas) > 1
+    if not good or not all(isinstance(one, Tensor) or 0 <= plain(one) < 1 for one in betas):
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {shown(betas)}")
+
+
+_RANGES = {
+    "lr": (0.0, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "momentum": (0.0, 1.0),
+    "dampening": (-math.inf, math.inf),
+    "eps": (0.0, math.inf),
+}
 
 
 def _summed(update: Update, groups: list[Group], scaling: LossScale) -> tuple[list[Tensor], list[Tensor]]:

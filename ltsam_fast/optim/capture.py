@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.backend import backend_for
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim.base_step import FUSED, is_fused, step_without_hooks
 from ltsam_fast.optim.closures import parts_of
 from ltsam_fast.optim.dry_run import Outline, outline
@@ -368,6 +369,8 @@ def _check(model: torch.nn.Module, optimizer: SharpnessAware, warmup: int) -> to
     """Refuses what cannot be captured; returns the device."""
     if not isinstance(optimizer, SharpnessAware):
         raise TypeError(f"optimizer must be a method of ltsam_fast, got {type(optimizer).__name__}")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     if not isinstance(warmup, int) or warmup < 1:
         raise ValueError(f"warmup must be a whole number >= 1, got {warmup!r}")
     name = type(optimizer).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,9 +29,11 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
     Raises:
         ValueError: It does not fit.
     """
-    if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
+    there = state_dict if isinstance(state_dict, Mapping) else {}
+    if missing := [name for name in ("state", "param_groups") if name not in there]:
         raise ValueError(
-            f"state_dict must have state and param_groups, as state_dict() returns them, but lacks {missing}"
+            f"state_dict must have state and param_groups, as state_dict() returns them, but this {type(state_dict).__name__} "
+            f"lacks {missing}"
         )
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ltsam_fast.ops.checks import SKIP
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.gradients import swap_gradients
 
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 Closure = Callable[..., Tensor]
 
 _PUBLISHED = "a closure that calls backward() itself, as in scripts for the published SAM, is for ltsam_fast.compat.SAM"
+_LIGHTNING = (
+    "for Lightning derive from ltsam_fast.trainers.lightning.SharpnessAwareModule, and write training_losses() in place of "
+    "training_step()"
+)
+_NO_GRAPH = (
+    "closure must return losses of a forward pass of its own, without calling backward(), got some whose graph was used up: "
+    f"return the per-sample losses alone, with reduction='none'; {_PUBLISHED}"
+)
+
+
+def explained(error: RuntimeError) -> Exception:
+    """An error of a step, or one that says what is wrong if the closure ran the backward pass itself."""
+    return ValueError(_NO_GRAPH) if "backward through the graph a second time" in str(error) else error
 
 
 class Part:
@@ -88,6 +102,7 @@ class Part:
                 losses = self.closure() if index is None else self.closure(index)
                 if self.criterion is not None:
                     logits, labels = losses, self.labels
+                    self.criterion.check_logits(logits)
                     labels = labels if index is None else labels[index.to(labels.device)]  # type: ignore[index, union-attr]
                     if weighted is not None and (both := weighted(logits, labels)) is not None:
                         losses, gradients = both
@@ -97,20 +112,22 @@ class Part:
         except RuntimeError as error:
             if graph or "does not require grad" not in str(error):
                 raise
-            raise ValueError(f"closure must run without gradients too: {_PUBLISHED}") from error
+            raise ValueError(f"closure must run without gradients too: {self._instead()}") from error
         finally:
             _restore_gradients(self._params, stash)
             if not graph:
                 clear_weight_caches()  # autocast keeps casts that have no gradients, too
-        if not isinstance(losses, Tensor) or losses.dim() != 1 or not len(losses):
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             if self.criterion is not None:
                 raise ValueError(
                     f"loss must return the per-sample losses, shape (B,), got {shape}: use reduction='none'"
                 )
             raise ValueError(
-                f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'; {_PUBLISHED}"
+                f"closure must return the per-sample losses, shape (B,), got {shape}: use reduction='none'; {self._instead()}"
             )
+        if not len(losses):
+            raise ValueError(f"closure returned losses of shape (0,), of a batch without samples: {SKIP}")
         if graph and not (losses if self.logit_gradients is None else logits).requires_grad:
             raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
         if index is not None:
@@ -119,7 +136,7 @@ class Part:
         elif self.size < 0:
             self.size = len(losses)
         elif len(losses) != self.size:
-            if at_w:
+            if at_w or self.losses is None:
                 raise ValueError(
                     f"{self._sized_by} has {self.size} entries, but closure returned {len(losses)} losses: give one each"
                 )
@@ -177,6 +194,11 @@ class Part:
             index = (~mask if others else mask).nonzero().flatten()
             self._indices[weights, others] = index.to(self.weighed_by.device, non_blocking=True)  # type: ignore[union-attr]
         return self._indices[weights, others]
+
+    def _instead(self) -> str:
+        """What a caller does whose closure is made for other optimizers."""
+        module = getattr(getattr(self.closure, "func", self.closure), "__module__", None)
+        return _LIGHTNING if "lightning" in str(module) else _PUBLISHED
 
     def modules(self) -> list[torch.nn.Module]:
         """The modules that a pass calls, as far as that can be seen."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltsam_fast.losses import Loss
+from ltsam_fast.ops.checks import check_labels, check_range, shown
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 _MEANS_BY_WEIGHT = (nn.CrossEntropyLoss, nn.NLLLoss)
 """Losses of torch whose mean divides by the weights of the labels."""
+_BY_CLASS = (nn.functional.cross_entropy, nn.functional.nll_loss)
+"""Functions of torch that take logits (B, C)."""
 
 
 class Criterion:
@@ -26,15 +29,21 @@ class Criterion:
         loss: One of :mod:`ltsam_fast.losses`, a loss of torch, or any function of logits and targets that returns the losses of
             the samples, (B,). ``reduction`` does not matter: an attribute or keyword of that name is "none" for the call.
         labels: The targets of the step's parts.
+        classes: For how many classes the method has weights; None: it has none.
 
     Raises:
-        ValueError: ``loss`` is no function.
+        ValueError: ``loss`` is no function, or ``labels`` are not the kind of targets that it takes.
     """
 
-    def __init__(self, loss: Callable[..., Any], labels: Sequence[Tensor]) -> None:
-        if not callable(loss):
-            raise ValueError(f"loss must be a function of logits and targets, got {loss!r}")
-        self.loss, self._labels = loss, labels
+    def __init__(self, loss: Callable[..., Any], labels: Sequence[Tensor], classes: int | None = None) -> None:
+        if not callable(loss) or isinstance(loss, type):
+            raise ValueError(f"loss must be a function of logits and targets, or a loss's instance, got {shown(loss)}")
+        self.loss, self._labels, self._classes = loss, labels, classes
+        self._by_class = isinstance(loss, (Loss, *_MEANS_BY_WEIGHT)) or loss in _BY_CLASS
+        if self._by_class:
+            for one in labels:
+                if one.dim() == 1:  # else they may be probabilities, or labels of pixels
+                    check_labels(one, len(one))
         self._known = False
         self._mean_weight: Tensor | None = None
 
@@ -43,6 +52,25 @@ class Criterion:
         losses = self._each(logits, targets)
         weight = self.mean_weight()
         return losses if weight is None else losses / weight.to(losses, non_blocking=True)
+
+    def check_logits(self, logits: Any) -> None:
+        """Raises ValueError unless these can be logits of the targets, and the method has weights for all their classes."""
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+        if shape == () or (self._by_class and (shape is None or len(shape) < 2)):
+            got = type(logits).__name__ if shape is None else shape
+            raise ValueError(
+                f"closure must return logits, shape (B, C), where step() is given loss=, got {got}: leave the loss to step()"
+            )
+        if self._classes is not None and shape and len(shape) == 2 and shape[1] > self._classes:
+            raise ValueError(
+                f"class_counts, or class_weights, has {self._classes} entries, but the model's outputs have {shape[1]} "
+                "classes: give one per class"
+            )
+        if shape and len(shape) == 2 and self._by_class:
+            ignored = getattr(self.loss, "ignore_index", None)  # a function has a mean of its own over the others
+            for one in self._labels:
+                if one.dim() == 1:
+                    check_range(one if ignored is None else one[one != ignored], shape[1])
 
     def weighted(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,12 +15,20 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from ltsam_fast.lists import clear_gradients, same_items
-from ltsam_fast.ops.checks import check_model, check_sample_weights, check_targets, number
+from ltsam_fast.ops.checks import (
+    SKIP,
+    check_is_tensor,
+    check_model,
+    check_sample_weights,
+    check_targets,
+    number,
+    shown,
+)
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
-from ltsam_fast.optim.base_step import base_step_of, check_base
+from ltsam_fast.optim.base_step import base_step_of, check_base, check_base_options
 from ltsam_fast.optim.checkpoints import completed, restore_numbers
-from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
+from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index, explained
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.network import Network
@@ -197,9 +205,11 @@ class SharpnessAware(Configurable, Optimizer):
         if base_optimizer is None:
             example = f"{type(self).__name__}(params, torch.optim.SGD, lr=0.1)"
             raise TypeError(f"base_optimizer must be given, the class that takes the step: {example}")
-        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
-            got = type(base_optimizer).__name__ if isinstance(base_optimizer, Optimizer) else repr(base_optimizer)
-            raise TypeError(f"base_optimizer must be a class such as torch.optim.SGD, got {got}")
+        if isinstance(base_optimizer, (Optimizer, torch.nn.Module)) or not callable(base_optimizer):
+            raise TypeError(
+                f"base_optimizer must be a class such as torch.optim.SGD, got {type(base_optimizer).__name__} "
+                f"{shown(base_optimizer)}"
+            )
         if isinstance(base_optimizer, type):
             check_base(base_optimizer)
         given = {"rho": rho, "adaptive": adaptive, **base_kwargs}
@@ -208,6 +218,7 @@ class SharpnessAware(Configurable, Optimizer):
             for name, one in self.options.items()
         }
         self._check_names(base_optimizer, given)
+        check_base_options(given)
         # Those of a group are checked with the group, which may have its own.
         own |= {name: one.check(name, own[name]) for name, one in self.options.items() if not one.per_group}
         self._sharded = False
@@ -332,8 +343,9 @@ class SharpnessAware(Configurable, Optimizer):
         labels: list[Any] = [None] * len(closures)
         if targets is not None or loss is not None or classes is not None:
             labels = self._check_targets(targets, len(closures), classes)
-        criterion = None if loss is None else Criterion(loss, labels)
+        criterion = None if loss is None else Criterion(loss, labels, classes)
         self._clear_gradients()
+        buffers = self._buffers_at_first_step()
         step = self._begin(scaler)
         passes = Passes(self, step, closures, labels, criterion, given)
         if self.needs_index:
@@ -350,9 +362,13 @@ class SharpnessAware(Configurable, Optimizer):
             if scaler is not None:
                 step.scaling.report(self)
             return mean
-        except BaseException:
+        except BaseException as error:
             self._abandon(step)
             self._clear_gradients()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            if isinstance(error, RuntimeError) and (better := explained(error)) is not error:
+                raise better from error
             raise
         finally:
             self._stepping = False
@@ -683,6 +699,11 @@ class SharpnessAware(Configurable, Optimizer):
         name = type(self).__name__
         self._workers.check_join({name: self.own_reductions, "ascent_sync=True": self.ascent_sync, "scaler": scaled})
 
+    def _buffers_at_first_step(self) -> list[tuple[Tensor, Tensor]]:
+        """The network's buffers with copies: a closure that turns out to be wrong has updated running statistics."""
+        first = self._model is not None and not self.param_groups[0]["steps"]
+        return [(buffer, buffer.clone()) for buffer in self._model.buffers()] if first else []  # type: ignore[union-attr]
+
     def checked_weights(self, weights: Any, closures: int) -> list[Tensor]:
         """The caller's weights of the samples: a tensor (2, B) for each closure; raises ValueError if they do not fit."""
         if not self.takes_weights:
@@ -696,12 +717,18 @@ class SharpnessAware(Configurable, Optimizer):
         if targets is None:
             raise ValueError("targets must be given: step(closure, targets=y) with the samples' classes, shape (B,)")
         labels: list[Any] = list(targets) if isinstance(targets, (list, tuple)) else [targets]
+        if labels and not any(isinstance(label, Tensor) for label in labels):
+            check_is_tensor(labels[0] if len(labels) == closures else targets)
         if len(labels) != closures:
             raise ValueError(f"targets has {len(labels)} entries, but there are {closures} closures: give one each")
-        if classes is not None:
-            for label in labels:
-                rows = len(label) if isinstance(label, Tensor) and label.dim() else 0
-                check_targets(label, rows, classes)
+        for label in labels:
+            check_is_tensor(label)
+            if not label.dim():
+                raise ValueError(f"targets must have shape (B,), one label per sample, got {label!r} of shape ()")
+            if not len(label):
+                raise ValueError(f"targets have shape {tuple(label.shape)}, of a batch without samples: {SKIP}")
+            if classes is not None:
+                check_targets(label, classes)
         return labels
 
     @contextlib.contextmanager
@@ -736,6 +763,8 @@ class SharpnessAware(Configurable, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be {{'params': ..., option: value}}, got {shown(param_group)}")
         first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
         for name in (*_COUNTS, *(name for name, one in self.options.items() if not one.per_group)):
             if name in first:
@@ -760,6 +789,7 @@ class SharpnessAware(Configurable, Optimizer):
     def check_group_options(self, group: dict[str, Any]) -> None:
         """Makes a group's options plain numbers; raises ValueError if one will not do."""
         group |= {name: one.check(name, group[name]) for name, one in self.options.items()}
+        check_base_options(group)
         if group.get("maximize") and "maximize" not in self.base_optimizer.defaults:
             raise ValueError(f"maximize must be left out: {type(self.base_optimizer).__name__} only minimizes")
         self.check_options(group)
@@ -886,7 +916,14 @@ def _with_options(params: Any, own: dict[str, Any]) -> Any:
     """The parameters in groups, each with the options ``own`` unless it has its own; what is no such thing is left to torch."""
     if isinstance(params, Tensor):
         return params
+    if isinstance(params, torch.nn.Module) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"params must be parameters, or groups of them, such as model.parameters(), got {shown(params)}"
+        )
     params = list(params)
     if params and not isinstance(params[0], dict):
         params = [{"params": params}]
+    for place, group in enumerate(params):
+        if isinstance(group, dict) and "params" not in group:
+            raise ValueError(f"params[{place}] must have 'params', the group's parameters, got {shown(group)}")
     return [{**own, **group} if isinstance(group, dict) else group for group in params]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ltsam_fast.ops.checks import check_counts, plain
+from ltsam_fast.ops.checks import check_counts, plain, shown
 
 
 class Option:
@@ -129,13 +129,13 @@ def check_class_counts(name: str, value: Any) -> list[float]:
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)) or plain(value) in (0, 1):
         return bool(value)
-    raise ValueError(f"{name} must be True or False, got {value!r}")
+    raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
 def _choice(choices: Sequence[Any]) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor) or value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
         return value
 
     return check
@@ -166,7 +166,7 @@ def _number(
             and (lt is None or number < lt)
         )
         if not inside or (integer and not isinstance(number, int)):
-            raise ValueError(f"{name} must be {accepts}, got {value!r}")
+            raise ValueError(f"{name} must be {accepts}, got {shown(value)}")
         return number
 
     return check

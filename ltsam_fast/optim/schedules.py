@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ltsam_fast.ops.checks import plain
+from ltsam_fast.ops.checks import plain, shown
 
 ACTIVE = '"all", a share of total_steps in [0, 1], ("every", k), a range of steps, or a function of the step'
 
@@ -30,7 +30,7 @@ def check_active(name: str, value: Any) -> Any:
             return ("range", *counts, *([] if counts[2:] else [1]))
     elif not isinstance(value, (str, bool)) and 0 <= (share := plain(value)) <= 1:
         return share
-    raise ValueError(f"{name} must be {ACTIVE}, got {value!r}")
+    raise ValueError(f"{name} must be {ACTIVE}, got {shown(value)}")
 
 
 def is_active(active: Any, number: int, total_steps: int | None) -> bool:
@@ -58,7 +58,7 @@ def check_schedule(name: str, value: Any) -> Any:
     """Raises ValueError unless it is one of ``SCHEDULES`` or a function."""
     if not callable(value) and value not in SCHEDULES:
         raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, SCHEDULES))} or a function of the step, got {value!r}"
+            f"{name} must be one of {', '.join(map(repr, SCHEDULES))} or a function of the step, got {shown(value)}"
         )
     return value
 

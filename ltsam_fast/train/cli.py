@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ltsam_fast import command_line
 from ltsam_fast.train.config import FIELDS, ConfigError, build, parsed, read_file
 from ltsam_fast.train.recipes import RECIPES
 
-OK, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, WRONG, INTERRUPTED = 0, 1, command_line.WRONG, 130
 """Exit codes: success; training failed (the loss is not finite); wrong input; Ctrl-C."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(command_line.Parser):
     """The parser of a command. It raises its errors as ConfigError; its ``--help`` tells what applies with the other arguments.
 
     Flags are accepted with underscores as well, as they stand in config files.
@@ -101,8 +102,8 @@ def main(argv: Sequence[str]) -> int:
         message, code = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), WRONG
     except ModuleNotFoundError as error:
         message, code = str(error), WRONG
-        if error.name in ("rich", "yaml", "tomli", "matplotlib"):
-            message = f"needs {error.name}: pip install 'ltsam_fast[train]'"
+        if (package := str(error.name).partition(".")[0]) in command_line.EXTRAS:
+            message = f"needs {package}: pip install 'ltsam_fast[train]'"
     finally:
         log.removeHandler(warnings)
     print(f"ltsam_fast {command}{process}: {' '.join(message.split())}", file=sys.stderr)

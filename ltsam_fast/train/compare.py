@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ltsam_fast.data import DataError, Images
+from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import FIELDS, Config, ConfigError, build, parsed
 from ltsam_fast.train.distributed import device_of, is_rank_zero, machine, rank_and_world_size
@@ -124,7 +125,8 @@ def grid(
     for key, owners in known.items():
         for name in (name for layer in layers for name in layer.get(key, {})):
             if "." not in name and not any(name in options for options in owners.values()):
-                raise ConfigError(f"none of {', '.join(owners)} has an option {name!r}")
+                meant = did_you_mean(name, {option for options in owners.values() for option in options})
+                raise ConfigError(f"none of {', '.join(owners)} has an option {name!r}{meant}".rstrip("."))
     for seed, loss, (name, (method, settings)) in itertools.product(dict.fromkeys(seeds), losses, variants.items()):
         own = {"options": known["options"][method], "loss_options": known["loss_options"][loss]}
         filtered = [

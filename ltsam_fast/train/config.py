@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.train.recipes import RECIPES
 
 
@@ -144,6 +146,21 @@ class Config:
             raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
         if self.drw_start is not None and self.drw_start < 0:
             raise ConfigError(f"drw_start must be an epoch >= 0, got {self.drw_start}")
+        if not self.drw_beta < 1:
+            raise ConfigError(f"drw_beta must be a number in (0, 1), got {self.drw_beta!r}")
+        if self.drw_start is None and self.drw_beta != FIELDS["drw_beta"].default:
+            raise ConfigError(f"drw_beta must be given with drw_start, its first epoch, got {self.drw_beta!r} alone")
+        if not self.momentum < 1:
+            raise ConfigError(f"momentum must be a number in [0, 1), got {self.momentum!r}")
+        if self.warmup > self.epochs:
+            raise ConfigError(f"warmup must be at most epochs = {self.epochs}, got {self.warmup}")
+        if self.schedule == "step":
+            ends = (-1, *self.milestones, self.epochs)
+            if any(before >= after for before, after in itertools.pairwise(ends)):
+                raise ConfigError(
+                    f"milestones must increase from 0 or more to less than epochs = {self.epochs}, got "
+                    f"{','.join(map(str, self.milestones))}"
+                )
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ConfigError("nesterov needs optimizer sgd and a momentum > 0")
 
@@ -343,7 +360,9 @@ def build(*layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         for name, value in layer.items():
             if name != "recipe" and name not in FIELDS:
-                raise ConfigError(f"unknown setting {name!r}; known are recipe, {', '.join(FIELDS)}")
+                raise ConfigError(
+                    f"there is no setting {name!r}{did_you_mean(name, FIELDS)} There are recipe, {', '.join(FIELDS)}"
+                )
             merges = name in ("options", "loss_options") and isinstance(value, Mapping)
             given[name] = {**given.get(name, {}), **value} if merges else value
     recipe = given.pop("recipe", None)
@@ -380,7 +399,8 @@ def _of(options: Any, owner: str) -> dict[str, Any]:
     for name in options:
         prefix, dot, _ = str(name).partition(".")
         if dot and prefix not in METHODS and prefix not in LOSSES:
-            raise ConfigError(f"option {name!r}: there is no method or loss {prefix!r}")
+            meant = did_you_mean(prefix, [*METHODS, *LOSSES])
+            raise ConfigError(f"option {name!r}: there is no method or loss {prefix!r}{meant}".rstrip("."))
     common = {name: value for name, value in options.items() if "." not in name}
     return common | {name.split(".", 1)[1]: value for name, value in options.items() if name.startswith(f"{owner}.")}
 

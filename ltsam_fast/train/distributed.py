@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ltsam_fast.backend import backend_for
 from ltsam_fast.train.config import ConfigError
 
 
@@ -116,6 +117,10 @@ def device_of(name: str, local_rank: int | None = None) -> torch.device:
             device = torch.device("cuda", number)
     elif device.type != "cpu":
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
+    try:
+        backend_for(device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return device
 
 

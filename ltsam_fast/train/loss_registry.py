@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ltsam_fast import losses
+from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.train.config import Config, ConfigError
 
 LOSSES: dict[str, tuple[str, type[losses.Loss]]] = {
@@ -47,7 +48,7 @@ def options_of(loss: str) -> dict[str, Any]:
     {'max_m': 0.5, 's': 30.0, 'label_smoothing': 0.0}
     """
     if loss not in LOSSES:
-        raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        raise ConfigError(f"there is no loss {loss!r}{did_you_mean(loss, LOSSES)} There are {', '.join(LOSSES)}")
     parameters = inspect.signature(LOSSES[loss][1]).parameters
     return {name: parameter.default for name, parameter in parameters.items() if name not in _SUPPLIED}
 
@@ -56,7 +57,9 @@ def check_options(config: Config) -> None:
     """Raises ConfigError unless the loss exists and has all options of the config."""
     known = options_of(config.loss)
     if unknown := [name for name in config.loss_options if name not in known]:
-        raise ConfigError(f"{config.loss} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
+        raise ConfigError(
+            f"{config.loss} has no option {unknown[0]!r}{did_you_mean(unknown[0], known)} It takes {', '.join(known)}"
+        )
 
 
 def criterion(config: Config, counts: Sequence[int], rank: int = 0) -> losses.Loss:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ltsam_fast as lf
+from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.optim.registry import method_named
 from ltsam_fast.train.config import Config, ConfigError, active_steps
 
@@ -52,7 +53,9 @@ def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     ['rho', 'gamma', 'lam']
     """
     if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ConfigError(
+            f"there is no method {method!r}{did_you_mean(method, METHODS)} There are {', '.join(METHODS)}"
+        )
     classes: list[Any] = [_BASE_OPTIMIZERS[optimizer]]
     without = {*_SUPPLIED}
     if method != "sgd":
@@ -70,7 +73,9 @@ def check_options(config: Config) -> None:
     """Raises ConfigError unless the method exists and has all options of the config."""
     known = options_of(config.method, config.optimizer)
     if unknown := [name for name in config.options if name not in known]:
-        raise ConfigError(f"{config.method} has no option {', '.join(map(repr, unknown))}; it takes {', '.join(known)}")
+        raise ConfigError(
+            f"{config.method} has no option {unknown[0]!r}{did_you_mean(unknown[0], known)} It takes {', '.join(known)}"
+        )
 
 
 def supplied(config: Config) -> dict[str, Any]:

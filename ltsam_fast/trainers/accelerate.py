@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.accelerate needs Accelerate: pip install 'ltsam_fast[accelerate]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.trainers.micro_batches import MicroBatches, check_per_sample, labels_of
 
@@ -73,6 +74,10 @@ class AcceleratedStep:
                 "optimizer must be one of ltsam_fast's, as accelerator.prepare() returned it, got "
                 f"{type(getattr(optimizer, 'optimizer', optimizer)).__name__}"
             )
+        if not isinstance(accelerator, Accelerator):
+            raise TypeError(f"accelerator must be an Accelerator, got {shown(accelerator)}")
+        if not callable(losses):
+            raise TypeError(f"losses must be a function of the batch, got {shown(losses)}")
         if accelerator.distributed_type not in _SUPPORTED:
             raise ValueError(f"distributed_type must be NO, MULTI_CPU or MULTI_GPU, got {accelerator.distributed_type}")
         self.accelerator, self.optimizer = accelerator, optimizer
@@ -84,8 +89,8 @@ class AcceleratedStep:
         """Stores the batch, and takes the step with the last micro-batch.
 
         Returns:
-            The mean loss at the unperturbed weights (GNM and Momentum-SAM: at the perturbed ones) over the micro-batches of the step, 0-d, detached;
-            ``None`` without a step.
+            The mean loss at the unperturbed weights (GNM, MomentumSAM: the perturbed ones) over the step's micro-batches, 0-d,
+            detached; ``None`` without a step.
 
         Raises:
             TypeError: A batch that must be copied can't be.

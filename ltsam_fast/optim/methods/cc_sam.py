@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ltsam_fast.models import classifier
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
 from ltsam_fast.optim.registry import registered
 from ltsam_fast.optim.step import AtClassPerturbed, ByClass, Step
+
+
+def _kept_head(name: str, value: Any) -> Any:
+    """A list of what is no module, which may be read once only."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, torch.nn.Module) else value
 
 
 @registered("cc_sam", "CC-SAM")
@@ -71,7 +78,7 @@ class CCSAM(SharpnessAware):
         None,
         "The classifier's parameters or module. None: those of the last parameter group; of a single group, given ``model``, "
         "those of its last linear layer. Kept are their places in the groups.",
-        check=lambda name, value: value if isinstance(value, torch.nn.Module) else list(value),
+        check=_kept_head,
         accepts="a module, or parameters, of those given as params",
         optional=True,
     )
@@ -104,7 +111,9 @@ class CCSAM(SharpnessAware):
 
     def _places(self, head: Any) -> list[list[int]]:
         """The head's parameters by group and position, which copies and checkpoints keep."""
-        wanted = list(head.parameters()) if isinstance(head, torch.nn.Module) else list(head)
+        wanted = list(head.parameters()) if isinstance(head, torch.nn.Module) else head
+        if not isinstance(wanted, list) or not all(isinstance(one, torch.Tensor) for one in wanted):
+            raise TypeError(f"head must be a module, or parameters, of those given as params, got {shown(head)}")
         places = {id(p): [g, i] for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
         missing = [tuple(p.shape) for p in wanted if id(p) not in places]
         if missing or not wanted:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast.ops.checks import plain
+from ltsam_fast.ops.checks import plain, shown
 from ltsam_fast.optim.optimizer import Rule, SharpnessAware
 from ltsam_fast.optim.options import option
 from ltsam_fast.optim.registry import registered
@@ -21,7 +21,7 @@ _LAMBDA = "a number in [0, 1], '1/t' or '1-1/t'"
 def _check_lambda(name: str, value: Any) -> float | str:
     if value in ("1/t", "1-1/t") or 0 <= plain(value) <= 1:
         return value if isinstance(value, str) else plain(value)  # type: ignore[no-any-return]
-    raise ValueError(f"{name} must be {_LAMBDA}, got {value!r}")
+    raise ValueError(f"{name} must be {_LAMBDA}, got {shown(value)}")
 
 
 @registered("sam", "SAM")

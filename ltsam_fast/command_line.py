@@ -1,0 +1,67 @@
+"""What all commands and examples share: wrong input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from ltsam_fast.backend import check_variable
+from ltsam_fast.optim.options import did_you_mean
+
+WRONG = 2
+"""The exit code."""
+EXTRAS = {
+    "sklearn": "demo",
+    "matplotlib": "demo",
+    "lightning": "lightning",
+    "accelerate": "accelerate",
+    "transformers": "hugging-face",
+    "peft": "hugging-face",
+    "rich": "train",
+    "yaml": "train",
+    "tomli": "train",
+}
+"""Optional packages -> the extra of this package that has them."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which says what a misspelt flag may have been."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits."""
+        self.exit(WRONG, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            meant = did_you_mean(name, self._option_string_actions) if name.startswith("-") else "."
+            self.error(f"there is no argument {name!r}{meant} --help lists all")
+        return options
+
+
+@contextlib.contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """A context that ends the program with one line where a package is missing or an argument is wrong.
+
+    Args:
+        name: What the line begins with.
+    """
+    try:
+        check_variable()
+        yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        message = f"needs {package}: pip install 'ltsam_fast[{EXTRAS[package]}]'"
+    except OSError as error:
+        message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+    except (ValueError, TypeError) as error:
+        message = str(error)
+    else:
+        return
+    argparse.ArgumentParser(prog=name).exit(WRONG, f"{name}: {' '.join(message.split())}\n")
