@@ -37,9 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in COMMANDS.items()),
     )
     parser.add_argument("--version", action="version", version=f"ltsam_fast {ltsam_fast.__version__}")
-    parser.add_argument("command", metavar="COMMAND", help=f"one of {', '.join(COMMANDS)}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=f"one of {', '.join(COMMANDS)}")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the command; try COMMAND --help")
     asked = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["--help"])
+    if asked.command is None:
+        parser.error("a command must be given: --help lists them")
     if asked.command not in COMMANDS:
         meant = did_you_mean(asked.command, COMMANDS)
         parser.error(f"there is no command {asked.command!r}{meant} There are {', '.join(COMMANDS)}")

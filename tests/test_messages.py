@@ -366,7 +366,6 @@ def test_wrong_arguments_of_accelerate():
 
 # The command line: what the line on stderr says.
 COMMANDS = {
-    "": "a command must be given. There are info, demo",
     "trian": "there is no command 'trian': did you mean 'train'?",
     "--versoin": "there is no argument '--versoin'",
     "info --fast": "there is no argument '--fast'",
@@ -503,7 +502,7 @@ def test_a_backend_that_is_not_to_be_had(line, value, monkeypatch, tmp_path, cap
 
 # The program: the package that is missing, and its extra.
 MISSING = {
-    "demo": ("tqdm", "demo"),
+    "demo": ("matplotlib", "demo"),
     "examples.plain_loop": ("sklearn", "demo"),
     "examples.accelerate_loop": ("accelerate", "accelerate"),
     "examples.lightning_module": ("lightning", "lightning"),

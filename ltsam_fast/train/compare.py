@@ -30,7 +30,7 @@ from ltsam_fast.train.loop import Diverged, check_folder, finished, train, train
 from ltsam_fast.train.loss_registry import check_options as check_loss
 from ltsam_fast.train.loss_registry import label as loss_label
 from ltsam_fast.train.loss_registry import options_of as loss_options_of
-from ltsam_fast.train.method_registry import METHODS, check_options
+from ltsam_fast.train.method_registry import METHODS, check_method, check_options
 from ltsam_fast.train.method_registry import options_of as method_options_of
 from ltsam_fast.train.run import check, list_images, subset
 
@@ -83,8 +83,7 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
     ('sam', {'active': '0.3', 'options': {'sam.rho': 0.1}})
     """
     method, *pairs = text.split("+")
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_method(method)
     settings: dict[str, Any] = {"options": {}}
     for name, sign, value in (pair.partition("=") for pair in pairs):
         if not name or not sign:

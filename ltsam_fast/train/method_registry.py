@@ -41,6 +41,14 @@ class RunInfo:
     steps: int
 
 
+def check_method(method: str) -> None:
+    """Raises ConfigError if there is no such method."""
+    if method not in METHODS:
+        raise ConfigError(
+            f"there is no method {method!r}{did_you_mean(method, METHODS)} There are {', '.join(METHODS)}"
+        )
+
+
 def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     """Returns the options of a method with their defaults: every keyword of its class, then those of the base optimizer.
 
@@ -52,10 +60,7 @@ def options_of(method: str, optimizer: str = "sgd") -> dict[str, Any]:
     >>> [name for name in options_of("focal_sam") if name in ("rho", "gamma", "lam", "class_counts")]
     ['rho', 'gamma', 'lam']
     """
-    if method not in METHODS:
-        raise ConfigError(
-            f"there is no method {method!r}{did_you_mean(method, METHODS)} There are {', '.join(METHODS)}"
-        )
+    check_method(method)
     classes: list[Any] = [_BASE_OPTIMIZERS[optimizer]]
     without = {*_SUPPLIED}
     if method != "sgd":
