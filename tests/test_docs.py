@@ -55,6 +55,10 @@ def a_folder(tmp_path, monkeypatch):
     yield tmp_path
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    if "accelerate" in sys.modules:  # which keeps what it found in the environment
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
 
 
 @pytest.mark.slow
