@@ -510,7 +510,7 @@ def _bars(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
         shown = [row.accuracies[group] or (0.0, None) for row in rows]
         axes.bar(x, [mean for mean, _ in shown], width, yerr=[std or 0 for _, std in shown], capsize=2, label=group)
     _name_rows(axes, rows)
-    axes.set_ylim(0, 100)
+    axes.set_ylim(bottom=0)
 
 
 def _name_rows(axes: Any, rows: Sequence[Row]) -> None:
@@ -538,4 +538,5 @@ def _curves(axes: Any, rows: Sequence[Row], groups: Sequence[str]) -> None:
         (line,) = axes.plot(epochs, means, label=label(row.method), linewidth=1.2)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
