@@ -19,6 +19,7 @@ from ltsam_fast.optim.base_step import FUSED, is_fused, step_without_hooks
 from ltsam_fast.optim.closures import parts_of
 from ltsam_fast.optim.dry_run import Outline, outline
 from ltsam_fast.optim.optimizer import SharpnessAware
+from ltsam_fast.optim.options import COUNTS
 from ltsam_fast.optim.parallel import Single, workers_of
 from ltsam_fast.optim.trace import Trace
 
@@ -262,7 +263,7 @@ class GraphStep:
             bool(value) if name not in options or options[name].per_group else value
             for group in optimizer.param_groups
             for name, value in group.items()
-            if name not in ("params", "steps", "base_steps", "skipped_steps")
+            if name not in ("params", *COUNTS)
         ]
         return (
             tuple(module.training for module in self.model.modules()),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ltsam_fast.optim.base_step import call_step
+from ltsam_fast.optim.options import COUNTS
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
@@ -91,7 +92,7 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
     What a base saved under one of the method's names is the base's own: see ``SharpnessAware.base_alone``.
     """
     if "steps" in saved and "perturb" in saved:
-        group = {**{name: now[name] for name in optimizer.options}, "base_steps": 0, **saved}
+        group = {**{name: now[name] for name in optimizer.options}, **COUNTS, **saved}
         if group["class_counts"] is None:  # of a method that ignores them
             group["class_counts"] = now["class_counts"]
         optimizer.check_group_options(group)
@@ -108,7 +109,7 @@ def _group(optimizer: SharpnessAware, saved: dict[str, Any], now: dict[str, Any]
         kept = {*own}
     theirs = {name: saved[name] for name in optimizer._base_only if name in saved and name not in kept}
     optimizer._base_only = {**optimizer._base_only, **theirs}
-    names = {*optimizer.options, "steps", "base_steps", "skipped_steps"}
+    names = {*optimizer.options, *COUNTS}
     rest = {name: value for name, value in saved.items() if name not in {*_OLD, *names} or name == "params"}
     also: dict[str, Any] = {name: saved[name] for name in ("lr_max", "lr_seen") if name in saved and name in kept}
     group = {**rest, **{name: now[name] for name in names}, **also, **own}

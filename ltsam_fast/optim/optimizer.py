@@ -32,7 +32,7 @@ from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.network import Network
-from ltsam_fast.optim.options import Configurable, check_class_counts, did_you_mean, option
+from ltsam_fast.optim.options import COUNTS, Configurable, check_class_counts, did_you_mean, option
 from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
@@ -52,7 +52,6 @@ Rule = Generator[Request, Any, None]
 
 _NOTHING = contextlib.nullcontext()
 _CONSTANTS = 64
-_COUNTS = {"steps": 0, "base_steps": 0, "skipped_steps": 0}
 _NAMES = ("first_step", "second_step", "third_step", "fourth_step")
 
 
@@ -224,7 +223,7 @@ class SharpnessAware(Configurable, Optimizer):
         self._sharded = False
         self.model = model
         self.check_options(own)
-        own |= _COUNTS
+        own |= COUNTS
         self.base_optimizer = base_optimizer(_with_options(params, own), **given)
         check_base(type(self.base_optimizer))
         # Where the base has an option of the same name (Adadelta's rho), it gets its own value back while it steps.
@@ -766,7 +765,7 @@ class SharpnessAware(Configurable, Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be {{'params': ..., option: value}}, got {shown(param_group)}")
         first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
-        for name in (*_COUNTS, *(name for name, one in self.options.items() if not one.per_group)):
+        for name in (*COUNTS, *(name for name, one in self.options.items() if not one.per_group)):
             if name in first:
                 param_group.setdefault(name, first[name])
         super().add_param_group(param_group)

@@ -14,6 +14,9 @@ import torch
 
 from ltsam_fast.ops.checks import check_counts, plain, shown
 
+COUNTS = {"steps": 0, "base_steps": 0, "skipped_steps": 0}
+"""What every group counts besides its options, see :class:`ltsam_fast.optim.SharpnessAware`."""
+
 
 class Option:
     """One option of a method: an entry of every group of ``param_groups``, and an attribute of the optimizer.

@@ -96,12 +96,10 @@ class SAM(SharpnessAware):
     @property
     def host_only(self) -> str:  # type: ignore[override]
         """Why no CUDA graph can hold the step, if so."""
+        if self.loss_budget is None and not isinstance(self.unified_lambda, str):
+            return ""
         changes = "loss_budget" if self.loss_budget is not None else f"unified_lambda={self.unified_lambda!r}"
-        return (
-            f"with {changes} every step is another"
-            if self.loss_budget is not None or isinstance(self.unified_lambda, str)
-            else ""
-        )
+        return f"with {changes} every step is another"
 
     def rule(self, step: Step) -> Rule:
         g = yield AtWeights(averaged=self.renormalize)
