@@ -176,6 +176,26 @@ def step_in_phases(opt, evaluate, y=None, scaler=None, until=None):
         opt.zero_grad()
 
 
+ETA = 10
+"""Classes with fewer of the ``COUNTS`` are tail."""
+
+
+def tail_of(y):
+    """Which samples are of tail classes."""
+    return torch.tensor(COUNTS)[y] < ETA
+
+
+def imb_sam_step(optimizer, model, x, y, factor=1):
+    """One step as scripts for the authors' ImbSAM take it; ``factor`` is the tail's weight."""
+    loss, tail = losses(model, x, y), tail_of(y)
+    (loss[~tail].sum() / len(y)).backward(retain_graph=True)
+    optimizer.first_step()
+    (factor * loss[tail].sum() / len(y)).backward()
+    optimizer.second_step()
+    (factor * losses(model, x, y)[tail].sum() / len(y)).backward()
+    optimizer.third_step()
+
+
 _CC = {"class_counts": [50, 20, 2, 1], "scope": "all", "noise_ratio": 1e-2}
 
 EVERY = {

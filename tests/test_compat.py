@@ -22,19 +22,15 @@ import ltsam_fast as lf
 from ltsam_fast import compat, plain, reference
 
 from . import oracles
-from .method_rows import BASES, SOME, on_cpu
+from .method_rows import BASES, ETA, SOME, imb_sam_step, on_cpu, tail_of
 from .oracles import COUNTS, batches, flat, losses, network, relative_error
 
-RHO, ETA = 0.1, 10
+RHO = 0.1
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 def groups(model, **more):
     return [{"params": list(model.parameters()), "rho": RHO, "norm_eps": 1e-16, **more}]
-
-
-def tail_of(y):
-    return torch.tensor(COUNTS)[y] < ETA
 
 
 def script_with(optimizer, model, form, rho_of=None):
@@ -73,14 +69,7 @@ def test_imb_sam(factor):
     model = network()
     optimizer = compat.ImbSAM(SGD(model.parameters(), **BASE), model, rho=RHO)
     for x, y in batches():
-        loss, tail = losses(model, x, y), tail_of(y)
-        (loss[~tail].sum() / len(y)).backward(retain_graph=True)
-        optimizer.first_step()
-        (factor * loss[tail].sum() / len(y)).backward()
-        optimizer.second_step()
-        loss = losses(model, x, y)[tail]
-        (factor * loss.sum() / len(y)).backward()
-        optimizer.third_step()
+        imb_sam_step(optimizer, model, x, y, factor)
     own = {"class_counts": COUNTS, "eta": ETA, "tail_weight": factor}
     twin = network()
     expected, _ = oracles.imb_sam(twin, groups(twin), batches(), SGD, BASE, **own)
@@ -321,13 +310,7 @@ def test_imb_sam_whose_radius_is_set():
     optimizer = compat.ImbSAM(SGD(model.parameters(), **BASE), model, rho=3.0)
     for step, (x, y) in enumerate(batches()):
         optimizer.rho = 0.01 * step
-        loss, tail = losses(model, x, y), tail_of(y)
-        (loss[~tail].sum() / len(y)).backward(retain_graph=True)
-        optimizer.first_step()
-        (loss[tail].sum() / len(y)).backward()
-        optimizer.second_step()
-        (losses(model, x, y)[tail].sum() / len(y)).backward()
-        optimizer.third_step()
+        imb_sam_step(optimizer, model, x, y)
 
     @oracles.method
     def oracle(p):

@@ -20,17 +20,13 @@ from torch.optim import SGD, AdamW
 import ltsam_fast as lf
 from ltsam_fast import compat, reference
 
-from .method_rows import EVERY
+from .method_rows import EVERY, imb_sam_step, tail_of
 from .oracles import COUNTS, batches, flat, losses, network, relative_error
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "equality.md"
 BASE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 BASES = {"SGD": (SGD, BASE), "AdamW": (AdamW, {"lr": 0.01, "weight_decay": 0.1})}
-
-
-def tail_of(y):
-    return torch.tensor(COUNTS)[y] < 10
 
 
 def sam(found, kind, options, model):
@@ -69,13 +65,7 @@ def focal_sam(found, kind, options, model):
 def imb_sam(found, kind, options, model):
     optimizer = (found or compat).ImbSAM(kind(model.parameters(), **options), model, rho=0.1)
     for x, y in batches():
-        loss, tail = losses(model, x, y), tail_of(y)
-        (loss[~tail].sum() / len(y)).backward(retain_graph=True)
-        optimizer.first_step()
-        (loss[tail].sum() / len(y)).backward()
-        optimizer.second_step()
-        (losses(model, x, y)[tail].sum() / len(y)).backward()
-        optimizer.third_step()
+        imb_sam_step(optimizer, model, x, y)
 
 
 def sse_sam(found, kind, options, model):
