@@ -1,6 +1,7 @@
 """Which steps perturb the weights, ``active``, and how far, ``rho_schedule``: over all methods."""
 
 import copy
+import functools
 import io
 import math
 
@@ -11,7 +12,7 @@ import ltsam_fast as lf
 from ltsam_fast.optim.schedules import check_active, is_active
 
 from .method_rows import EVERY, PHASED, every, phased, step_in_phases
-from .oracles import batches, flat, losses, network
+from .oracles import FEATURES, batches, flat, losses, network
 
 STEPS = 10
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
@@ -24,6 +25,23 @@ ACTIVE = {
     "none": (0.0, []),
     "whole": (1.0, list(range(10))),
 }
+
+
+class Normed(torch.nn.Module):
+    """With batch norm, and parameters in several groups, one of them empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network(dtype=torch.float32)
+        self.norm = torch.nn.BatchNorm1d(FEATURES)
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+    def groups(self):
+        params = list(self.net.parameters())
+        norm = {"params": list(self.norm.parameters()), "rho": 0.02}
+        return [{"params": params[:2], "rho": 0.3}, {"params": []}, norm, {"params": params[2:], "lr": 0.02}]
 
 
 def alternated(row, active, dtype=torch.float32, base=torch.optim.SGD, options=SGD):
@@ -59,6 +77,28 @@ def test_steps_equal_an_alternation_by_hand_bit_for_bit(name, kind):
     assert torch.equal(flat(model), alternated(row, steps))
     group = opt.param_groups[0]
     assert (group["steps"], group["base_steps"]) == (STEPS, STEPS - len(steps))
+
+
+@every
+def test_batch_norm_groups_and_autocast(name):
+    """All in one autocast context of the caller's; by hand in one for each step, for it keeps casts of weights that move."""
+    row, (active, steps) = EVERY[name], ACTIVE["every"]
+    row = row.having(m=4) if name == "MicroBatchSAM" else row  # batch norm makes nothing of one sample
+    data, autocast = batches(dtype=torch.float32, steps=STEPS), functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    model, other = Normed(), Normed()
+    opt = row.make(model, torch.optim.SGD, model.groups(), model=model, active=active, **SGD)
+    with autocast():
+        row.drive("closure", opt, model, data)
+    by_hand = row.make(other, torch.optim.SGD, other.groups(), model=other, **SGD)
+    for number, (x, y) in enumerate(data):
+        with autocast():
+            if number in steps:
+                row.step("closure", by_hand, other, x, y)
+            else:
+                losses(other, x, y).mean().backward()
+                by_hand.base_optimizer.step()
+                by_hand.zero_grad()
+    assert torch.equal(flat(model), flat(other)) and torch.equal(model.norm.running_mean, other.norm.running_mean)
 
 
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.NAdam])
