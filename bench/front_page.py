@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, EVIDENCE = RESULTS / "2026-11-26-h200-whole-steps", RESULTS / "2026-11-26-digits-lt-evidence"
+STEPS, EVIDENCE = RESULTS / "2026-11-26-h200-whole-steps", RESULTS / "2026-11-26-h100-cifar10-lt"
 SHOWN = ("SAM", "Focal-SAM", "ImbSAM", "GNM", "MomentumSAM")
 NAMES = {
     "sam": "SAM",
@@ -59,7 +59,7 @@ def few_shot(axes: Any) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(NAMES)), NAMES.values())
     axes.set_ylabel("few-shot classes: points over SGD, 95 %")
-    axes.set_title("long-tailed digits, 20 seeds")
+    axes.set_title("CIFAR-10-LT, 500 to 5 images of 16 x 16, ResNet-20, 5 seeds")
     axes.legend(frameon=False)
 
 
