@@ -244,3 +244,18 @@ def test_class_counts_may_be_changed_in_place():
 
 def test_editors_know_the_constructors():
     assert STUB.read_text() == stub(), "python -m tests.stubs"
+
+
+@every
+def test_a_misspelt_key_of_a_group_is_answered(name):
+    """Torch's groups take any key, so that an option with a wrong letter would be without effect."""
+    model = network()
+    opt = EVERY[name].make(model, SGD, lr=0.1)
+    for option in {*opt.options, "momentum", "weight_decay"}:
+        if len(option) > 2:
+            group = {"params": [nn.Parameter(torch.zeros(2))], f"{option}s": 0.5}
+            with pytest.raises(ValueError, match=f"^a group has no option '{option}s': did you mean '{option}'"):
+                opt.add_param_group(group)
+    assert len(opt.param_groups) == len(EVERY[name].make(network(), SGD, lr=0.1).param_groups)
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "name": "more", "lr_scale": 0.5, "max_momentum": 0.9})
+    assert opt.param_groups[-1]["lr_scale"] == 0.5

@@ -32,7 +32,7 @@ from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.network import Network
-from ltsam_fast.optim.options import COUNTS, Configurable, check_class_counts, did_you_mean, option
+from ltsam_fast.optim.options import COUNTS, Configurable, check_class_counts, check_spelling, did_you_mean, option
 from ltsam_fast.optim.parallel import Single, is_sharded, local_shards, workers_of
 from ltsam_fast.optim.perturbation import Perturbation
 from ltsam_fast.optim.phases import PhaseRun, count_phases
@@ -768,6 +768,7 @@ class SharpnessAware(Configurable, Optimizer):
         for name in (*COUNTS, *(name for name, one in self.options.items() if not one.per_group)):
             if name in first:
                 param_group.setdefault(name, first[name])
+        check_spelling(param_group, {*self.options, *self.base_optimizer.defaults})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

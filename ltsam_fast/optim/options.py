@@ -196,6 +196,14 @@ def did_you_mean(name: Any, known: Collection[str]) -> str:
     return f": did you mean {found[0]!r}?" if found else "."
 
 
+def check_spelling(group: dict[str, Any], known: Collection[str]) -> None:
+    """Raises ValueError if a key of a group is nearly an option's name. Others may be the script's own, as in torch's groups."""
+    for name in group:
+        near = [] if name in known else difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.8)
+        if near and abs(len(near[0]) - len(name)) <= 1 and name not in COUNTS:
+            raise ValueError(f"a group has no option {name!r}: did you mean {near[0]!r}? A key of your own needs another name")
+
+
 class Configurable:
     """A class with options: collects them, and shows them in its signature and docstring."""
 
