@@ -46,12 +46,14 @@ def mlp():
 
 
 CIFAR = data.longtail_counts(500, 100, imbalance=100)
+FEW = data.longtail_counts(500, 10, imbalance=100)
 DIGITS = data.longtail_counts(134, 10, imbalance=50)
 SMALL, LARGE = {"patch": 4, "dim": 192, "depth": 6, "heads": 3}, {"patch": 16, "dim": 768, "depth": 12, "heads": 12}
 NETWORKS = {
     "small ViT": Network(lambda: models.small_vit(100, 32, **SMALL), (64, 3, 32, 32), CIFAR, 20),
     "ResNet-32": Network(lambda: models.resnet32(100), (64, 3, 32, 32), CIFAR, 20),
     "MLP": Network(mlp, (64, 1, 8, 8), DIGITS, 10),
+    "CNN": Network(lambda: models.small_cnn(10, 3, 16), (64, 3, 16, 16), FEW, 20),
     "ViT-B/16": Network(lambda: models.small_vit(100, 224, **LARGE), (64, 3, 224, 224), CIFAR, 20, torch.bfloat16),
 }
 
@@ -121,6 +123,7 @@ CASES = [
     ("ResNet-32", "all", ("SGD", "SAM", "ImbSAM", SSE_1, SSE_2, "Focal-SAM", "GNM", "Friendly SAM", "GSAM"), 7),
     ("ResNet-32", "all", ("SGD", "SAM", LATE, "MomentumSAM"), 7),
     ("MLP", "all", ("SGD", "SAM", "ImbSAM", SSE_1, SSE_2, "Focal-SAM", "GNM"), 100),
+    ("CNN", "all", ("SGD", "SAM", "ImbSAM", SSE_1, SSE_2, "Focal-SAM"), 100),
     ("ViT-B/16", "all", ("SGD", "SAM", "ImbSAM", "Focal-SAM"), 0),
     ("ViT-B/16", "LoRA", ("SGD", "SAM", "ImbSAM", "Focal-SAM"), 0),
 ]
