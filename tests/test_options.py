@@ -257,5 +257,7 @@ def test_a_misspelt_key_of_a_group_is_answered(name):
             with pytest.raises(ValueError, match=f"^a group has no option '{option}s': did you mean '{option}'"):
                 opt.add_param_group(group)
     assert len(opt.param_groups) == len(EVERY[name].make(network(), SGD, lr=0.1).param_groups)
-    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "name": "more", "lr_scale": 0.5, "max_momentum": 0.9})
+    opt.add_param_group(
+        {"params": [nn.Parameter(torch.zeros(2))], "name": "more", "lr_scale": 0.5, "max_momentum": 0.9}
+    )
     assert opt.param_groups[-1]["lr_scale"] == 0.5

@@ -1,6 +1,6 @@
 """``python -m bench.evidence.against_time DIR``: accuracy against training time, DIR/time.png and time.md.
 
-``DIR`` has ``log.csv`` of :mod:`bench.evidence.collect`, and ``bench.json`` with the rows of ``bench/test_whole_steps.py`` for
+``DIR`` has ``log.csv`` of :mod:`bench.evidence.collect`, and ``steps.json`` with the rows of ``bench/test_whole_steps.py`` for
 the protocol's network. A run's time is its steps times what a step was measured to take, the published way and ours. The
 weights of both ways, and so the accuracies, are equal to rounding, which ``tests/test_plans.py`` asserts.
 """
@@ -39,7 +39,7 @@ class Curve(NamedTuple):
 
 def curves(folder: Path) -> dict[str, Curve]:
     """Returns the curve of each variant that was tested."""
-    measured = json.loads((folder / "bench.json").read_text())["benchmarks"]
+    measured = json.loads((folder / "steps.json").read_text())["benchmarks"]
     steps = {row["method"]: row for one in measured for row in one["extra_info"].get("rows", ())}
     found: dict[str, dict[int, list[dict[str, str]]]] = {}
     with (folder / "log.csv").open() as file:
@@ -65,6 +65,11 @@ def _time(variant: str, epoch: int, last: int, steps: dict[str, Any], way: str) 
     return early * first + (epoch - early) * sum(second)
 
 
+def _label(variant: str, curve: Curve) -> str:
+    method, _, more = variant.partition("+")
+    return ", ".join([NAMES[method], *(more.split("+") if method != "sgd" else [f"{curve.epochs[-1]} epochs"])])
+
+
 def draw(found: dict[str, Curve], path: Path) -> None:
     """Draws two charts, all classes and few-shot classes."""
     from matplotlib.figure import Figure
@@ -76,9 +81,8 @@ def draw(found: dict[str, Curve], path: Path) -> None:
         for variant, curve in found.items():
             method, _, more = variant.partition("+")
             color = f"C{list(NAMES).index(method)}"
-            label = f"{NAMES[method]}, {curve.epochs[-1]} epochs" if method == "sgd" else f"{NAMES[method]}, {more}"
             style = ":" if method == "sgd" and more else "-"
-            axes.plot(curve.ours, getattr(curve, group), style, color=color, label=label.replace("+", ", "))
+            axes.plot(curve.ours, getattr(curve, group), style, color=color, label=_label(variant, curve))
             if method != "sgd":
                 axes.plot(curve.published, getattr(curve, group), "--", color=color, linewidth=1, alpha=0.6)
         axes.set_xlabel("training time, in epochs of SGD (dashed: the published way)")
@@ -95,7 +99,7 @@ def table(found: dict[str, Curve]) -> str:
         "| method | all | few | time, published way | time, ours |",
         "| --- | ---: | ---: | ---: | ---: |",
         *(
-            f"| {variant.replace('+', ', ')} | "
+            f"| {_label(variant, one)} | "
             + " | ".join(f"{column[-1]:.{digits}f}" for column, digits in zip(one[1:], (1, 1, 0, 0), strict=True))
             + " |"
             for variant, one in found.items()

@@ -197,7 +197,7 @@ def did_you_mean(name: Any, known: Collection[str]) -> str:
 
 
 def check_spelling(group: dict[str, Any], known: Collection[str]) -> None:
-    """Raises ValueError if a key of a group is nearly an option's name. Others may be the script's own, as in torch's groups."""
+    """Raises ValueError if a key of a group is nearly an option's name. Others may be the script's, as in torch."""
     for name in group:
         near = [] if name in known else difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.8)
         if near and abs(len(near[0]) - len(name)) <= 1 and name not in COUNTS:
