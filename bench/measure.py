@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import statistics
 import time
 import unittest.mock
@@ -133,10 +134,15 @@ class WholeStep:
 
 
 def interleaved(steps: list[Callable[[], float]], rounds: int, warmup: int = 3) -> list[list[float]]:
-    """Times the steps in turns, so that other load affects all of them, after some rounds to warm up. Returns seconds."""
+    """Times the steps in turns, so that other load affects all of them, after some rounds to warm up. Returns seconds.
+
+    Their order is another in every round: each leaves the caches, and freed memory, to the next.
+    """
     times: list[list[float]] = [[] for _ in steps]
+    pairs, shuffle = list(zip(steps, times, strict=True)), random.Random(0).shuffle
     for index in range(rounds + warmup):
-        for step, column in zip(steps, times, strict=True):
+        shuffle(pairs)
+        for step, column in pairs:
             seconds = step()
             if index >= warmup:
                 column.append(seconds)

@@ -51,7 +51,7 @@ from ltsam_fast.backend import is_chosen
 from ltsam_fast.launch_args import Numbers
 from ltsam_fast.ops.checks import check_counts, check_logits, check_reduction, shown
 from ltsam_fast.ops.cross_entropy import focal_cross_entropy, prepared
-from ltsam_fast.ops.differentiable import SMALL, Small, Vectors, adjusted_cross_entropy, are_transformed, is_watched
+from ltsam_fast.ops.differentiable import Small, Vectors, adjusted_cross_entropy, are_transformed, is_watched
 
 __all__ = [
     "GCL",
@@ -239,7 +239,7 @@ class Loss(nn.Module):
                     type(logits) is Tensor
                     and targets.dtype is torch.int64
                     and ready.fits(logits, self._buffers)
-                    and logits.numel() <= SMALL
+                    and logits.numel() <= ready.small.up_to
                     and logits.is_cpu
                     and not is_chosen()
                     and not are_transformed()

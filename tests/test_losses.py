@@ -328,6 +328,22 @@ def test_small_batches_on_a_cpu_are_torchs(name, dtype, reduction, generator, mo
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_up_to_where_batches_are_small(name, generator, monkeypatch):
+    """As documented: twice as large where logits are at most shifted."""
+    if reason := lf.backend.why_not("cpu"):
+        pytest.skip(f"cpu: {reason}")
+    monkeypatch.delenv(lf.backend.VARIABLE, raising=False)
+    few = name in ("CrossEntropy", "LogitAdjusted", "BalancedSoftmax", "ClassBalanced")
+    for dtype, limit in ((F32, 262144 if few else 131072), (BF16, 131072)):
+        for rows, fused in ((limit // 1024, False), (limit // 1024 + 1, True)):
+            z = torch.zeros(rows, 1024, dtype=dtype, requires_grad=True)
+            criterion = getattr(losses, name)(torch.arange(1, 1025), reduction="none")
+            y = torch.arange(rows)
+            for _ in range(2):
+                assert ("Direct" in type(criterion(z, y).grad_fn).__name__) is fused
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_torch_takes_otherwise(name, generator):
     """By the checks that begin once torch has refused it, or where it would not."""
     z, y, n = draw(generator, name, 4, 4)

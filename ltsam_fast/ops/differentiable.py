@@ -213,15 +213,19 @@ def adjusted_cross_entropy(
         run: Any = forward if is_traced(logits) else _Transformed.apply
         losses = run(logits, targets, *vectors, numbers.floats())[0]
         return reduced(losses, targets, vectors[_WEIGHT], reduction)[0]
-    if logits.numel() <= SMALL and logits.is_cpu and not is_chosen():
+    if logits.is_cpu and logits.numel() <= small_up_to(vectors, numbers, logits) and not is_chosen():
         check_range(targets, logits.shape[1])
         return Small(vectors, numbers, logits)(logits, targets, reduction, vectors[_DRAW])
     result: Tensor = _Direct.apply(logits, targets, vectors, numbers, reduction)
     return result
 
 
-SMALL = 1 << 17
-"""Logits of a batch on a CPU up to which torch's own functions are faster, by measurement: see :class:`Small`."""
+def small_up_to(vectors: Vectors, numbers: Numbers, like: Tensor) -> int:
+    """Logits of a batch on a CPU up to which torch's own functions are faster, by measurement: see :class:`Small`."""
+    scale, _, margin, _, spread, _ = vectors
+    few = scale is margin is spread is None and not numbers.gamma and like.dtype == accumulator(like)
+    return 1 << (18 if few else 17)  # more where it takes few of them
+
 
 _NO_LABEL = -(2**62) - int.from_bytes(os.urandom(7), "big")
 """torch ignores one label, which thus is not refused: one that nobody comes to."""
@@ -243,6 +247,7 @@ class Small:
         self.margin = None if margin is None or not margin.any() else -margin[:, None]
         self.spread = None if spread is None else -spread if scale is None else -scale * spread
         self.minus = torch.full(like.shape[1:], -1.0, dtype=accumulator(like)) if self.gamma else None
+        self.up_to = small_up_to(vectors, numbers, like)
         self.narrow = like.dtype != accumulator(like)
         self.adds = not self.narrow and scale is None and self.margin is None and spread is None  # a shift, or nothing
 
