@@ -476,9 +476,9 @@ NEEDS = {
     "examples.accelerate_loop": ("sklearn", "accelerate"),
     "examples.lightning_module": ("sklearn", "lightning"),
     "examples.hugging_face_lora": ("transformers", "peft"),
-    "train": ("sklearn", "rich", "PIL", "yaml"),
-    "compare": ("sklearn", "rich", "PIL", "yaml", "matplotlib"),
-    "diagnose": ("rich",),
+    "train": ("sklearn", "rich", "PIL", "pydantic_settings"),
+    "compare": ("sklearn", "rich", "PIL", "pydantic_settings", "matplotlib"),
+    "diagnose": ("rich", "pydantic_settings"),
 }
 
 

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from ruamel.yaml import YAML, YAMLError
 
 from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.train.recipes import RECIPES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class ConfigError(ValueError):
     """A wrong setting; the message is one line with its name, its value and what is accepted."""
 
 
-def _setting(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-def _options(text: str, flag: str) -> Any:
-    return field(default_factory=dict, metadata={"help": text, "flag": flag})
-
-
-@dataclass(frozen=True)
-class Config:
+class Config(BaseModel):
     """The settings of a run; each is a flag of ``python -m ltsam_fast train`` and a key of a config file.
 
     Raises:
@@ -38,120 +50,137 @@ class Config:
     >>> Config(lr=-1)
     Traceback (most recent call last):
         ...
-    ltsam_fast.train.config.ConfigError: lr must be a number > 0, got -1
+    ltsam_fast.train.config.ConfigError: lr must be greater than 0, got -1
     """
 
-    data: str = _setting(
-        "digits", "'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'"
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, loc_by_alias=False, use_attribute_docstrings=True
     )
-    test_data: str | None = _setting(None, "the test images, if they are not the test split of --data")
-    format: str = _setting("auto", "how --data is stored; auto: detect it")
-    images: str | None = _setting(None, "folder that the paths in a list are relative to")
-    size: int | None = _setting(None, "height and width of the images in pixels; default: as stored")
-    classes: int | None = _setting(None, "number of classes, to be checked")
-    cache: str | None = _setting(None, "folder for decoded images, for data sets that do not fit into memory")
-    skip_broken: bool = _setting(False, "leave images out that can't be read; the run folder's skipped.txt lists them")
-    imbalance: float | None = _setting(
-        None, "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"
-    )
-    n_max: int | None = _setting(
-        None, "images of the subset's largest class; default: as many as the smallest class of all images has"
-    )
-    profile: str = _setting("exp", "shape of the subset", choices=("exp", "step", "none"))
-    data_seed: int = _setting(0, "seed of the subset; 0: the published CIFAR-LT")
-    resample: bool = _setting(False, "draw another subset, and other images to hold out, for each seed")
-    val: int | None = _setting(
-        None,
-        "hold out so many training images of each class and test on them, to choose options without the test images",
-    )
-    val_share: float | None = _setting(
-        None,
-        "hold out this share of the training images, of each class, and take the best epoch on them; its weights, best.pt, are "
-        "tested once at the end",
-    )
-    test_per_class: int | None = _setting(
-        None, "test on so many images of each class, the same in all runs; default: all"
-    )
-    many: int = _setting(100, "classes with more training images than this are 'many'")
-    few: int = _setting(20, "classes with fewer training images than this are 'few'")
-    augment: bool = _setting(True, "augment training images: crop and flip for colour images")
-    model: str = _setting("resnet32", "network by name")
-    method: str = _setting("sgd", "sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam")
-    options: dict[str, Any] = _options(
-        "option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only", "set"
-    )
-    active: str = _setting(
-        "all", "steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%%:"
-    )
-    cosine_head: bool | None = _setting(None, "a cosine classifier; default: for the losses ldam and gcl")
-    loss: str = _setting("ce", "loss by name, e.g. ce or la")
-    loss_options: dict[str, Any] = _options(
-        "option of the loss, e.g. tau=0.75; LOSS.name=value is for one only", "loss-set"
-    )
-    drw_start: int | None = _setting(
-        None, "epoch from which classes are reweighted (deferred reweighting); default: never"
-    )
-    drw_beta: float = _setting(0.9999, "beta of deferred reweighting")
-    optimizer: str = _setting("sgd", "base optimizer", choices=("sgd", "adam", "adamw"))
-    lr: float = _setting(0.1, "learning rate")
-    momentum: float = _setting(0.9, "momentum of SGD")
-    nesterov: bool = _setting(False, "Nesterov's momentum")
-    weight_decay: float = _setting(2e-4, "weight decay of the base optimizer")
-    schedule: str = _setting("cosine", "learning rate over the epochs", choices=("cosine", "step", "constant"))
-    warmup: int = _setting(0, "epochs of linear warm-up")
-    milestones: tuple[int, ...] = _setting(
-        (160, 180), "epochs at which the step schedule multiplies the rate by --decay"
-    )
-    decay: float = _setting(0.01, "factor of the step schedule")
-    epochs: int = _setting(200, "passes over the training images")
-    batch_size: int = _setting(64, "images per step, over all processes")
-    eval_every: int = _setting(1, "epochs between two tests and checkpoints; the last epoch always has both")
-    keep_weights: bool = _setting(True, "keep weights and the optimizer's state in the checkpoint of a finished run")
-    seed: int = _setting(0, "seed of weights, sampling order and augmentation")
-    device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    threads: int | None = _setting(None, "CPU threads; default: as torch chooses")
-    amp: str = _setting("off", "mixed precision; fp16 with a GradScaler", choices=("off", "bf16", "fp16"))
-    channels_last: bool = _setting(False, "memory format of images and weights")
-    compile: bool = _setting(False, "compile the network with torch.compile")
-    graph: bool = _setting(False, "capture whole training steps in CUDA graphs; GPU only")
-    deterministic: bool = _setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
-    tensorboard: bool | None = _setting(None, "TensorBoard logs; default: if it is installed")
 
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
-        for name in ("lr", "drw_beta", "decay"):
-            _range(name, getattr(self, name), 0, exclusive=True)
-        for name in ("momentum", "weight_decay", "warmup", "many", "few"):
-            _range(name, getattr(self, name), 0)
-        for name in ("epochs", "batch_size", "eval_every", *_AT_LEAST_ONE):
-            if getattr(self, name) is not None:
-                _range(name, getattr(self, name), 1)
-        for name in ("seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ConfigError(f"{name} must be a whole number in [0, 2^32), got {getattr(self, name)}")
+    data: str = "digits"
+    """'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'"""
+    test_data: str | None = None
+    """the test images, if they are not the test split of --data"""
+    format: str = "auto"
+    """how --data is stored; auto: detect it"""
+    images: str | None = None
+    """folder that the paths in a list are relative to"""
+    size: PositiveInt | None = None
+    """height and width of the images in pixels; default: as stored"""
+    classes: int | None = None
+    """number of classes, to be checked"""
+    cache: str | None = None
+    """folder for decoded images, for data sets that do not fit into memory"""
+    skip_broken: bool = False
+    """leave images out that can't be read; the run folder's skipped.txt lists them"""
+    imbalance: Annotated[float, Field(ge=1)] | None = None
+    """take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"""
+    n_max: PositiveInt | None = None
+    """images of the subset's largest class; default: as many as the smallest class of all images has"""
+    profile: Literal["exp", "step", "none"] = "exp"
+    """shape of the subset"""
+    data_seed: _Seed = 0
+    """seed of the subset; 0: the published CIFAR-LT"""
+    resample: bool = False
+    """draw another subset, and other images to hold out, for each seed"""
+    val: PositiveInt | None = None
+    """hold out so many training images of each class and test on them, to choose options without the test images"""
+    val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """hold out this share of the training images, of each class, and take the best epoch on them; its weights, best.pt, are
+    tested once at the end"""
+    test_per_class: PositiveInt | None = None
+    """test on so many images of each class, the same in all runs; default: all"""
+    many: NonNegativeInt = 100
+    """classes with more training images than this are 'many'"""
+    few: NonNegativeInt = 20
+    """classes with fewer training images than this are 'few'"""
+    augment: bool = True
+    """augment training images: crop and flip for colour images"""
+    model: str = "resnet32"
+    """network by name"""
+    method: str = "sgd"
+    """sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam"""
+    options: dict[str, Any] = Field({}, validation_alias=AliasChoices("set", "options"))
+    """option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only"""
+    active: str = "all"
+    """steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%:"""
+    cosine_head: bool | None = None
+    """a cosine classifier; default: for the losses ldam and gcl"""
+    loss: str = "ce"
+    """loss by name, e.g. ce or la"""
+    loss_options: dict[str, Any] = Field({}, validation_alias=AliasChoices("loss-set", "loss_options"))
+    """option of the loss, e.g. tau=0.75; LOSS.name=value is for one only"""
+    drw_start: NonNegativeInt | None = None
+    """epoch from which classes are reweighted (deferred reweighting); default: never"""
+    drw_beta: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    """beta of deferred reweighting"""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """base optimizer"""
+    lr: PositiveFloat = 0.1
+    """learning rate"""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """momentum of SGD"""
+    nesterov: bool = False
+    """Nesterov's momentum"""
+    weight_decay: NonNegativeFloat = 2e-4
+    """weight decay of the base optimizer"""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """learning rate over the epochs"""
+    warmup: NonNegativeInt = 0
+    """epochs of linear warm-up"""
+    milestones: Annotated[tuple[int, ...], Field(strict=False)] = (160, 180)
+    """epochs at which the step schedule multiplies the rate by --decay"""
+    decay: PositiveFloat = 0.01
+    """factor of the step schedule"""
+    epochs: PositiveInt = 200
+    """passes over the training images"""
+    batch_size: PositiveInt = 64
+    """images per step, over all processes"""
+    eval_every: PositiveInt = 1
+    """epochs between two tests and checkpoints; the last epoch always has both"""
+    keep_weights: bool = True
+    """keep weights and the optimizer's state in the checkpoint of a finished run"""
+    seed: _Seed = 0
+    """seed of weights, sampling order and augmentation"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
+    threads: PositiveInt | None = None
+    """CPU threads; default: as torch chooses"""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """mixed precision; fp16 with a GradScaler"""
+    channels_last: bool = False
+    """memory format of images and weights"""
+    compile: bool = False
+    """compile the network with torch.compile"""
+    graph: bool = False
+    """capture whole training steps in CUDA graphs; GPU only"""
+    deterministic: bool = False
+    """deterministic kernels only, so that a resumed run is exact on a GPU, too"""
+    tensorboard: bool | None = None
+    """TensorBoard logs; default: if it is installed"""
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(in_words(error)) from error
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        """Checks what several settings must fulfil together."""
+        active_steps(self.active, 1, 100)
         if self.few > self.many:
             raise ConfigError(f"few must be at most many = {self.many}, got {self.few}")
         if self.profile == "none" and self.imbalance is not None:
             raise ConfigError(f"imbalance must not be given with profile 'none', got {self.imbalance!r}")
         if self.n_max is not None and self.imbalance is None:
             raise ConfigError(f"n_max needs imbalance: it is the size of the subset's largest class, got {self.n_max}")
-        if self.val_share is not None:
-            if not 0 < self.val_share < 1:
-                raise ConfigError(f"val_share must be a number in (0, 1), got {self.val_share}")
-            if self.val is not None or not self.keep_weights:
-                raise ConfigError("val_share must not be given with val, nor without keep_weights")
-        active_steps(self.active, 1, 100)
+        if self.val_share is not None and (self.val is not None or not self.keep_weights):
+            raise ConfigError("val_share must not be given with val, nor without keep_weights")
         if self.graph and (self.compile or self.loss == "gcl"):
             raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
-        if self.drw_start is not None and self.drw_start < 0:
-            raise ConfigError(f"drw_start must be an epoch >= 0, got {self.drw_start}")
-        if not self.drw_beta < 1:
-            raise ConfigError(f"drw_beta must be a number in (0, 1), got {self.drw_beta!r}")
         if self.drw_start is None and self.drw_beta != FIELDS["drw_beta"].default:
             raise ConfigError(f"drw_beta must be given with drw_start, its first epoch, got {self.drw_beta!r} alone")
-        if not self.momentum < 1:
-            raise ConfigError(f"momentum must be a number in [0, 1), got {self.momentum!r}")
         if self.warmup > self.epochs:
             raise ConfigError(f"warmup must be at most epochs = {self.epochs}, got {self.warmup}")
         if self.schedule == "step":
@@ -163,6 +192,7 @@ class Config:
                 )
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ConfigError("nesterov needs optimizer sgd and a momentum > 0")
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON-serializable values."""
@@ -220,24 +250,26 @@ def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
     return int(text)
 
 
-_AT_LEAST_ONE = ("threads", "size", "imbalance", "n_max", "val", "test_per_class")
-FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+FIELDS = Config.model_fields
+
+
+def in_words(error: ValidationError) -> str:
+    """Returns the first of the errors in one line."""
+    first = error.errors()[0]
+    name, value, text = ".".join(map(str, first["loc"])), first["input"], first["msg"]
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}{did_you_mean(name, FIELDS)} There are recipe, {', '.join(FIELDS)}"
+    if first["type"] == "missing":
+        return f"{name} must be given"
+    if first["type"] == "value_error":  # of a check of ours
+        return str(first["ctx"]["error"])
+    return f"{name} must {re.sub('^(Input|Value|String|List) should |, (unable|got) .*', '', text)}, got {value!r}"
+
+
 DATA_SETTINGS = (
-    *(
-        "data",
-        "test_data",
-        "format",
-        "images",
-        "size",
-        "classes",
-        "skip_broken",
-        "imbalance",
-        "n_max",
-        "profile",
-        "data_seed",
-    ),
-    *("resample", "val", "val_share", "test_per_class"),
-)
+    "data test_data format images size classes skip_broken imbalance n_max profile data_seed resample val val_share "
+    "test_per_class"
+).split()
 """Settings that determine the images."""
 RESUMABLE = ("device", "threads", "tensorboard", "cache", "eval_every", "keep_weights")
 """Settings that may change when a run is resumed."""
@@ -251,29 +283,8 @@ def parsed(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
-    """Returns the value in its setting's type; raises ConfigError for other types and choices."""
-    kind, _, optional = str(item.type).partition(" | ")
-    if value is None and optional:
-        return None
-    if kind.startswith("dict") and isinstance(value, Mapping):
-        return dict(value)
-    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(type(one) is int for one in value):
-        return tuple(value)
-    wanted: Any = {"bool": bool, "int": int, "float": (int, float), "str": str}.get(kind, ())
-    if isinstance(value, wanted) and isinstance(value, bool) == (kind == "bool"):
-        choices = item.metadata.get("choices")
-        if choices and value not in choices:
-            raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-        return value
-    names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
-    wanted = names.get(kind, "a table" if kind.startswith("dict") else "a list of whole numbers")
-    raise ConfigError(f"{item.name} must be {wanted}, got {value!r}")
-
-
-def _range(name: str, value: float, low: float, exclusive: bool = False) -> None:
-    if not low <= value < math.inf or (exclusive and value == low):
-        raise ConfigError(f"{name} must be a number {'>' if exclusive else '>='} {low}, got {value!r}")
+_READERS = {".toml": tomllib.loads, ".yaml": YAML(typ="safe", pure=True).load, ".json": json.loads}
+_READERS[".yml"] = _READERS[".yaml"]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -284,29 +295,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".toml":
-            try:
-                import tomllib
-            except ModuleNotFoundError:  # Python 3.10
-                import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-            values = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = _from_yaml(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            raise ValueError("its name must end in .toml, .yaml, .yml or .json")
+        if path.suffix not in _READERS:
+            raise ConfigError(f"its name must end in {', '.join(_READERS)}")
+        values = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"must be a table of settings, got {type(values).__name__}")
+        return by_field(values)
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {path}: must be a table of settings, got {type(values).__name__}")
-    try:
-        return by_field(values)
-    except ValueError as error:
-        raise ConfigError(f"config {path}: {error}") from error
+    except (ValueError, YAMLError) as error:
+        raise ConfigError(f"config {path}: {' '.join(str(error).split())}") from error
 
 
 def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -318,7 +316,7 @@ def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
     >>> by_field({"batch-size": 32, "set": {"rho": 0.1}})
     {'batch_size': 32, 'options': {'rho': 0.1}}
     """
-    flags = {item.metadata["flag"].replace("-", "_"): name for name, item in FIELDS.items() if "flag" in item.metadata}
+    flags = {"set": "options", "loss_set": "loss_options"}
     found: dict[str, Any] = {}
     for name, value in values.items():
         field_name = str(name).replace("-", "_")
@@ -327,21 +325,6 @@ def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name} is given twice, also as {field_name}")
         found[field_name] = value
     return found
-
-
-def _from_yaml(text: str) -> Any:
-    """Returns what YAML 1.2 reads in a text; PyYAML, which is of YAML 1.1, takes ``1e-2`` for a text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
-
-    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
@@ -359,12 +342,8 @@ def build(*layers: Mapping[str, Any]) -> Config:
     given: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
-            if name != "recipe" and name not in FIELDS:
-                raise ConfigError(
-                    f"there is no setting {name!r}{did_you_mean(name, FIELDS)} There are recipe, {', '.join(FIELDS)}"
-                )
-            merges = name in ("options", "loss_options") and isinstance(value, Mapping)
-            given[name] = {**given.get(name, {}), **value} if merges else value
+            merges = isinstance(value, Mapping) and isinstance(given.get(name), Mapping)
+            given[name] = {**given[name], **value} if merges else value
     recipe = given.pop("recipe", None)
     if recipe is None:
         base: Mapping[str, Any] = {} if "data" in given else RECIPES["digits-lt"]
