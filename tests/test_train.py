@@ -471,7 +471,7 @@ WRONG = {
     "an option that the method lacks": (("--method", "sam", "--set", "gamma=3"), "rho"),
     "an option out of its range": (("--method", "sam", "--set", "rho=-1"), "rho must be"),
     "steps that are none": (("--method", "sse_sam", "--set", "switch_step=later"), "70%"),
-    "no number": (("--lr", "abc"), "--lr"),
+    "no number": (("--lr", "abc"), "lr must be a valid number"),
     "a number out of its range": (("--lr", "0"), "lr must be"),
     "a choice that is not there": (("--schedule", "steep"), "cosine"),
     "a flag that is not there": (("--learning-rate", "1"), "--learning-rate"),
@@ -702,9 +702,12 @@ def test_settings_from_a_file_and_flags_before_them(suffix, tmp_path):
         ("a.json", "[1]", "table"),
         ("a.ini", "", ".toml"),
         ("b.json", '{"lrr": 1}', "lrr"),
-        ("b.json", '{"lr": "1"}', "lr must be a number"),
-        ("b.json", '{"epochs": 1.5}', "epochs must be a whole number"),
-        ("b.json", '{"nesterov": 1}', "nesterov must be true or false"),
+        ("b.json", '{"lr": "1"}', "lr must be a valid number"),
+        ("b.json", '{"epochs": 1.5}', "epochs must be a valid integer"),
+        ("b.json", '{"epochs": true}', "epochs must be a valid integer, got True"),
+        ("b.json", '{"nesterov": 1}', "nesterov must be a valid boolean"),
+        ("b.json", '{"data": 1}', "data must be a valid string"),
+        ("b.json", '{"milestones": [1, "2"]}', "milestones.1 must be a valid integer"),
         ("b.json", '{"options": 1}', "options"),
     ],
 )
@@ -722,7 +725,7 @@ def test_numbers_of_yaml(text, tmp_path):
 
 
 def test_flags_and_files_take_the_same_names(tmp_path):
-    names = [item.metadata.get("flag", name) for name, item in FIELDS.items()]
+    names = [item.validation_alias.choices[0] if item.validation_alias else name for name, item in FIELDS.items()]
     for spelling in (lambda name: name.replace("_", "-"), lambda name: name.replace("-", "_")):
         values = {spelling(name): name for name in names}
         (tmp_path / "run.json").write_text(json.dumps(values))

@@ -9,13 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 
 from ltsam_fast import command_line
-from ltsam_fast.train.config import FIELDS, ConfigError, build, read_file
+from ltsam_fast.train.config import FIELDS, ConfigError, build, read_file, setting
 from ltsam_fast.train.flags import Flags, FlagsAndFiles, Layers, parse
 
 OK, FAILED, WRONG, INTERRUPTED = 0, 1, command_line.WRONG, 130
@@ -56,14 +55,10 @@ class Train(FlagsAndFiles):
     """
 
     settings = tuple(FIELDS)
-    out: Path | None = None
-    """run folder; default: runs/METHOD-LOSS-seedSEED"""
-    resume: CliToggleFlag[bool] = False
-    """resume from the run folder's checkpoint, with its settings"""
-    overwrite: CliToggleFlag[bool] = False
-    """replace the run in the run folder, if it has one"""
-    quiet: CliToggleFlag[bool] = False
-    """print nothing but errors"""
+    out: Path | None = setting(None, "run folder; default: runs/METHOD-LOSS-seedSEED")
+    resume: CliToggleFlag[bool] = setting(False, "resume from the run folder's checkpoint, with its settings")
+    overwrite: CliToggleFlag[bool] = setting(False, "replace the run in the run folder, if it has one")
+    quiet: CliToggleFlag[bool] = setting(False, "print nothing but errors")
 
     def run(self, layers: Layers) -> int:
         """Trains; returns the exit code."""
@@ -104,14 +99,10 @@ class Pace(Flags):
     """How a grid of runs is trained."""
 
     settings = tuple(name for name in FIELDS if name not in ("method", "loss", "seed"))
-    jobs: PositiveInt = 1
-    """processes that train side by side"""
-    together: PositiveInt = 1
-    """runs that each process trains in turns on its GPU"""
-    limit: NonNegativeFloat = math.inf
-    """seconds after which no further run begins"""
-    quiet: CliToggleFlag[bool] = False
-    """print the table only"""
+    jobs: int = setting(1, "processes that train side by side", ge=1)
+    together: int = setting(1, "runs that each process trains in turns on its GPU", ge=1)
+    limit: float = setting(math.inf, "seconds after which no further run begins", ge=0)
+    quiet: CliToggleFlag[bool] = setting(False, "print the table only")
 
     def train(self, layers: Layers, **pace: Any) -> list[str]:
         """Trains the grid; returns a line for each run that failed."""
@@ -135,14 +126,12 @@ class Compare(Pace, FlagsAndFiles):
     Finished cells are not trained again. An option without a prefix applies to all methods that have it.
     """
 
-    methods: list[str] = ["sgd", "sam", "focal_sam"]
-    """methods, or all, or variants such as sam+rho=0.1+active=0.3"""
-    losses: list[str] = ["ce"]
-    """losses, or all"""
-    seeds: list[int] = [0, 1, 2]
-    """seeds"""
-    out: Path = Path("compare-out")
-    """output folder"""
+    methods: list[str] = setting(
+        ["sgd", "sam", "focal_sam"], "methods, or all, or variants such as sam+rho=0.1+active=0.3"
+    )
+    losses: list[str] = setting(["ce"], "losses, or all")
+    seeds: list[int] = setting([0, 1, 2], "seeds")
+    out: Path = setting(Path("compare-out"), "output folder")
 
     def train(self, layers: Layers, **pace: Any) -> list[str]:
         """Trains the grid and shows the table."""
@@ -174,10 +163,8 @@ class Evidence(Pace):
     The chosen ones are trained with other seeds and tested once. What is finished is not trained again.
     """
 
-    protocol: CliPositionalArg[Path]
-    """a TOML, YAML or JSON file, such as bench/evidence/digits-lt.toml"""
-    out: Path = Path("evidence-out")
-    """output folder"""
+    protocol: CliPositionalArg[Path] = setting(..., "a TOML, YAML or JSON file, such as bench/evidence/digits-lt.toml")
+    out: Path = setting(Path("evidence-out"), "output folder")
 
     def train(self, layers: Layers, **pace: Any) -> list[str]:
         """Runs the protocol and shows the table."""
@@ -236,18 +223,14 @@ class Diagnose(Flags):
     """
 
     settings = ("data", "test_data", "images", "cache", "loss", "device", "threads")
-    checkpoint: CliPositionalArg[Path]
-    """a checkpoint or a run folder"""
-    out: Path | None = None
-    """output folder; default: diagnostics beside the checkpoint"""
-    split: Literal["train", "test"] = "train"
-    """images to evaluate"""
-    rho: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] | None = None
-    """radius of the sharpness; default: the run's, else 0.05"""
-    per_class: PositiveInt = 200
-    """maximum number of images per class"""
-    iterations: PositiveInt = 50
-    """maximum number of Hessian-vector products"""
+    checkpoint: CliPositionalArg[Path] = setting(..., "a checkpoint or a run folder")
+    out: Path | None = setting(None, "output folder; default: diagnostics beside the checkpoint")
+    split: Literal["train", "test"] = setting("train", "images to evaluate")
+    rho: float | None = setting(
+        None, "radius of the sharpness; default: the run's, else 0.05", ge=0, allow_inf_nan=False
+    )
+    per_class: int = setting(200, "maximum number of images per class", ge=1)
+    iterations: int = setting(50, "maximum number of Hessian-vector products", ge=1)
 
     def run(self, layers: Layers) -> int:
         """Evaluates the checkpoint; returns the exit code."""

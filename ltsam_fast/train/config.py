@@ -7,23 +7,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
-from ruamel.yaml import YAML, YAMLError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.train.recipes import RECIPES
@@ -38,7 +28,9 @@ class ConfigError(ValueError):
     """A wrong setting; the message is one line with its name, its value and what is accepted."""
 
 
-_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+def setting(default: Any, text: str, **more: Any) -> Any:
+    """Returns a field with its text in ``--help``, and bounds such as ``gt=0``."""
+    return Field(default, description=text, **more)
 
 
 class Config(BaseModel):
@@ -53,111 +45,90 @@ class Config(BaseModel):
     ltsam_fast.train.config.ConfigError: lr must be greater than 0, got -1
     """
 
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, loc_by_alias=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, loc_by_alias=False)
 
-    data: str = "digits"
-    """'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'"""
-    test_data: str | None = None
-    """the test images, if they are not the test split of --data"""
-    format: str = "auto"
-    """how --data is stored; auto: detect it"""
-    images: str | None = None
-    """folder that the paths in a list are relative to"""
-    size: PositiveInt | None = None
-    """height and width of the images in pixels; default: as stored"""
-    classes: int | None = None
-    """number of classes, to be checked"""
-    cache: str | None = None
-    """folder for decoded images, for data sets that do not fit into memory"""
-    skip_broken: bool = False
-    """leave images out that can't be read; the run folder's skipped.txt lists them"""
-    imbalance: Annotated[float, Field(ge=1)] | None = None
-    """take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"""
-    n_max: PositiveInt | None = None
-    """images of the subset's largest class; default: as many as the smallest class of all images has"""
-    profile: Literal["exp", "step", "none"] = "exp"
-    """shape of the subset"""
-    data_seed: _Seed = 0
-    """seed of the subset; 0: the published CIFAR-LT"""
-    resample: bool = False
-    """draw another subset, and other images to hold out, for each seed"""
-    val: PositiveInt | None = None
-    """hold out so many training images of each class and test on them, to choose options without the test images"""
-    val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """hold out this share of the training images, of each class, and take the best epoch on them; its weights, best.pt, are
-    tested once at the end"""
-    test_per_class: PositiveInt | None = None
-    """test on so many images of each class, the same in all runs; default: all"""
-    many: NonNegativeInt = 100
-    """classes with more training images than this are 'many'"""
-    few: NonNegativeInt = 20
-    """classes with fewer training images than this are 'few'"""
-    augment: bool = True
-    """augment training images: crop and flip for colour images"""
-    model: str = "resnet32"
-    """network by name"""
-    method: str = "sgd"
-    """sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam"""
-    options: dict[str, Any] = Field({}, validation_alias=AliasChoices("set", "options"))
-    """option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only"""
-    active: str = "all"
-    """steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%:"""
-    cosine_head: bool | None = None
-    """a cosine classifier; default: for the losses ldam and gcl"""
-    loss: str = "ce"
-    """loss by name, e.g. ce or la"""
-    loss_options: dict[str, Any] = Field({}, validation_alias=AliasChoices("loss-set", "loss_options"))
-    """option of the loss, e.g. tau=0.75; LOSS.name=value is for one only"""
-    drw_start: NonNegativeInt | None = None
-    """epoch from which classes are reweighted (deferred reweighting); default: never"""
-    drw_beta: Annotated[float, Field(gt=0, lt=1)] = 0.9999
-    """beta of deferred reweighting"""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """base optimizer"""
-    lr: PositiveFloat = 0.1
-    """learning rate"""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """momentum of SGD"""
-    nesterov: bool = False
-    """Nesterov's momentum"""
-    weight_decay: NonNegativeFloat = 2e-4
-    """weight decay of the base optimizer"""
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """learning rate over the epochs"""
-    warmup: NonNegativeInt = 0
-    """epochs of linear warm-up"""
-    milestones: Annotated[tuple[int, ...], Field(strict=False)] = (160, 180)
-    """epochs at which the step schedule multiplies the rate by --decay"""
-    decay: PositiveFloat = 0.01
-    """factor of the step schedule"""
-    epochs: PositiveInt = 200
-    """passes over the training images"""
-    batch_size: PositiveInt = 64
-    """images per step, over all processes"""
-    eval_every: PositiveInt = 1
-    """epochs between two tests and checkpoints; the last epoch always has both"""
-    keep_weights: bool = True
-    """keep weights and the optimizer's state in the checkpoint of a finished run"""
-    seed: _Seed = 0
-    """seed of weights, sampling order and augmentation"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: cuda where there is one"""
-    threads: PositiveInt | None = None
-    """CPU threads; default: as torch chooses"""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """mixed precision; fp16 with a GradScaler"""
-    channels_last: bool = False
-    """memory format of images and weights"""
-    compile: bool = False
-    """compile the network with torch.compile"""
-    graph: bool = False
-    """capture whole training steps in CUDA graphs; GPU only"""
-    deterministic: bool = False
-    """deterministic kernels only, so that a resumed run is exact on a GPU, too"""
-    tensorboard: bool | None = None
-    """TensorBoard logs; default: if it is installed"""
+    data: str = setting("digits", "'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'")
+    test_data: str | None = setting(None, "the test images, if they are not the test split of --data")
+    format: str = setting("auto", "how --data is stored; auto: detect it")
+    images: str | None = setting(None, "folder that the paths in a list are relative to")
+    size: int | None = setting(None, "height and width of the images in pixels; default: as stored", ge=1)
+    classes: int | None = setting(None, "number of classes, to be checked")
+    cache: str | None = setting(None, "folder for decoded images, for data sets that do not fit into memory")
+    skip_broken: bool = setting(False, "leave images out that can't be read; the run folder's skipped.txt lists them")
+    imbalance: float | None = setting(
+        None,
+        "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images",
+        ge=1,
+    )
+    n_max: int | None = setting(
+        None, "images of the subset's largest class; default: as many as the smallest class of all images has", ge=1
+    )
+    profile: Literal["exp", "step", "none"] = setting("exp", "shape of the subset")
+    data_seed: int = setting(0, "seed of the subset; 0: the published CIFAR-LT", ge=0, lt=2**32)
+    resample: bool = setting(False, "draw another subset, and other images to hold out, for each seed")
+    val: int | None = setting(
+        None,
+        "hold out so many training images of each class and test on them, to choose options without the test images",
+        ge=1,
+    )
+    val_share: float | None = setting(
+        None,
+        "hold out this share of the training images, of each class, and take the best epoch on them; its weights, "
+        "best.pt, are tested once at the end",
+        gt=0,
+        lt=1,
+    )
+    test_per_class: int | None = setting(
+        None, "test on so many images of each class, the same in all runs; default: all", ge=1
+    )
+    many: int = setting(100, "classes with more training images than this are 'many'", ge=0)
+    few: int = setting(20, "classes with fewer training images than this are 'few'", ge=0)
+    augment: bool = setting(True, "augment training images: crop and flip for colour images")
+    model: str = setting("resnet32", "network by name")
+    method: str = setting("sgd", "sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam")
+    options: dict[str, Any] = setting(
+        {},
+        "option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only",
+        validation_alias=AliasChoices("set", "options"),
+    )
+    active: str = setting(
+        "all", "steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%:"
+    )
+    cosine_head: bool | None = setting(None, "a cosine classifier; default: for the losses ldam and gcl")
+    loss: str = setting("ce", "loss by name, e.g. ce or la")
+    loss_options: dict[str, Any] = setting(
+        {},
+        "option of the loss, e.g. tau=0.75; LOSS.name=value is for one only",
+        validation_alias=AliasChoices("loss-set", "loss_options"),
+    )
+    drw_start: int | None = setting(
+        None, "epoch from which classes are reweighted (deferred reweighting); default: never", ge=0
+    )
+    drw_beta: float = setting(0.9999, "beta of deferred reweighting", gt=0, lt=1)
+    optimizer: Literal["sgd", "adam", "adamw"] = setting("sgd", "base optimizer")
+    lr: float = setting(0.1, "learning rate", gt=0)
+    momentum: float = setting(0.9, "momentum of SGD", ge=0, lt=1)
+    nesterov: bool = setting(False, "Nesterov's momentum")
+    weight_decay: float = setting(2e-4, "weight decay of the base optimizer", ge=0)
+    schedule: Literal["cosine", "step", "constant"] = setting("cosine", "learning rate over the epochs")
+    warmup: int = setting(0, "epochs of linear warm-up", ge=0)
+    milestones: tuple[int, ...] = setting(
+        (160, 180), "epochs at which the step schedule multiplies the rate by --decay", strict=False
+    )
+    decay: float = setting(0.01, "factor of the step schedule", gt=0)
+    epochs: int = setting(200, "passes over the training images", ge=1)
+    batch_size: int = setting(64, "images per step, over all processes", ge=1)
+    eval_every: int = setting(1, "epochs between two tests and checkpoints; the last epoch always has both", ge=1)
+    keep_weights: bool = setting(True, "keep weights and the optimizer's state in the checkpoint of a finished run")
+    seed: int = setting(0, "seed of weights, sampling order and augmentation", ge=0, lt=2**32)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    threads: int | None = setting(None, "CPU threads; default: as torch chooses", ge=1)
+    amp: Literal["off", "bf16", "fp16"] = setting("off", "mixed precision; fp16 with a GradScaler")
+    channels_last: bool = setting(False, "memory format of images and weights")
+    compile: bool = setting(False, "compile the network with torch.compile")
+    graph: bool = setting(False, "capture whole training steps in CUDA graphs; GPU only")
+    deterministic: bool = setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
+    tensorboard: bool | None = setting(None, "TensorBoard logs; default: if it is installed")
 
     def __init__(self, **settings: Any) -> None:
         try:
@@ -283,7 +254,11 @@ def parsed(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-_READERS = {".toml": tomllib.loads, ".yaml": YAML(typ="safe", pure=True).load, ".json": json.loads}
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": YAML(typ="safe", pure=True).load,
+    ".json": json.loads,
+}
 _READERS[".yml"] = _READERS[".yaml"]
 
 

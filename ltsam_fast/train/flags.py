@@ -7,13 +7,13 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import ValidationError, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from ltsam_fast import command_line
-from ltsam_fast.train.config import FIELDS, ConfigError, build, in_words, parsed, read_file
+from ltsam_fast.train.config import FIELDS, ConfigError, build, in_words, parsed, read_file, setting
 from ltsam_fast.train.recipes import RECIPES
 
 Layers = list[dict[str, Any]]
@@ -23,11 +23,7 @@ Layers = list[dict[str, Any]]
 class Flags(BaseSettings):
     """The arguments of a command that are no settings of runs. The docstring is its description."""
 
-    model_config = SettingsConfigDict(
-        **{"extra": "forbid", "loc_by_alias": False, "use_attribute_docstrings": True, "validate_default": False},
-        **{"case_sensitive": True, "cli_kebab_case": True, "cli_implicit_flags": True},
-        **{"cli_hide_none_type": True, "cli_avoid_json": True},
-    )
+    model_config = SettingsConfigDict(extra="forbid", loc_by_alias=False, validate_default=False, case_sensitive=True)
     settings: ClassVar[Sequence[str]] = ()
     """The settings of runs that are flags of the command, too."""
 
@@ -44,10 +40,8 @@ class Flags(BaseSettings):
 class FlagsAndFiles(Flags):
     """Those of a command with recipes and files of settings."""
 
-    config: Path | None = None
-    """settings from a TOML, YAML or JSON file; flags override it"""
-    recipe: Literal[tuple(RECIPES)] | None = None  # type: ignore[valid-type]
-    """published settings; default without --data: digits-lt"""
+    config: Path | None = setting(None, "settings from a TOML, YAML or JSON file; flags override it")
+    recipe: str | None = setting(None, f"published settings, {', '.join(RECIPES)}; default without --data: digits-lt")
 
 
 _Command = TypeVar("_Command", bound=Flags)
@@ -93,13 +87,13 @@ def _with_settings(command: type[_Command], defaults: Mapping[str, Any]) -> type
 
 
 def _print_help(command: type[Flags], name: str, layers: Layers) -> NoReturn:
-    from ltsam_fast.train.describe import everything
+    from ltsam_fast.train.describe import print_everything
 
     if any("recipe" in layer for layer in layers):
         layers.insert(0, {"data": "DIR"})
     parser = _source(_with_settings(command, build(*layers).as_dict()), name).root_parser
     parser.print_help()
-    print(f"\n{everything(lambda **changes: build(*layers, changes), chosen='method' in command.settings)}")
+    print_everything(lambda **changes: build(*layers, changes), chosen="method" in command.settings)
     parser.exit()
 
 
@@ -108,6 +102,10 @@ def _source(model: type[Flags], name: str, arguments: list[str] | None = None) -
     return CliSettingsSource(
         model,
         cli_parse_args=arguments,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_parse_none_str="None",
         root_parser=parser,
         parse_args_method=_Parser.parse_args,
         add_argument_method=_add_argument,
