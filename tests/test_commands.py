@@ -27,7 +27,7 @@ from PIL import Image
 from ltsam_fast.train import Config, ConfigError, build, cli, read_file, train
 from ltsam_fast.train import compare as comparison
 from ltsam_fast.train.diagnose import diagnose
-from ltsam_fast.train.evidence import check_protocol, variants
+from ltsam_fast.train.evidence import Protocol, variants
 from ltsam_fast.train.loss_registry import LOSSES, criterion
 from ltsam_fast.train.run import network_of
 
@@ -546,8 +546,12 @@ def test_evidence_chooses_on_held_out_images_and_tests_once(tmp_path, capsys):
     ("changes", "named"),
     [
         ({"val_seeds": [1]}, "val_seeds must be others"),
-        ({"seed": [1]}, "a protocol must have"),
-        ({"settings": {"rho": 1}}, "unknown setting 'rho'"),
+        ({"seed": [1]}, "there is no setting 'seed': did you mean 'seeds'? There are losses, seeds, val, val_seeds,"),
+        ({"seeds": 1}, "seeds must be a valid list, got 1"),
+        ({"val": "20"}, "val must be a valid integer, got '20'"),
+        ({"grids": {"sam": {"rho": 0.1}}}, "grids.sam.rho must be a valid list, got 0.1"),
+        ({"grids": None}, "grids must be a valid dictionary, got None"),
+        ({"settings": {"rho": 1}}, "there is no setting 'rho'"),
         ({"grids": {"nix": {}}}, "nix"),
     ],
 )
@@ -571,12 +575,11 @@ PROTOCOLS = sorted((Path(__file__).parents[1] / "bench" / "evidence").glob("*.to
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.name)
 def test_protocols_name_what_is_there(path):
-    protocol = read_file(path)
-    check_protocol(protocol)
-    layers = [protocol["settings"], {"val": protocol["val"]}]
-    names = [name for names in variants(protocol["grids"]).values() for name in names]
-    cells = comparison.grid(layers, names, protocol["losses"], protocol["val_seeds"], Path("out"))
-    assert len(cells) == len(names) * len(protocol["losses"]) * len(protocol["val_seeds"])
+    protocol = Protocol(**read_file(path))
+    layers = [protocol.settings, {"val": protocol.val}]
+    names = [name for names in variants(protocol.grids).values() for name in names]
+    cells = comparison.grid(layers, names, protocol.losses, protocol.val_seeds, Path("out"))
+    assert len(cells) == len(names) * len(protocol.losses) * len(protocol.val_seeds)
 
 
 # --- diagnose

@@ -699,9 +699,10 @@ def test_settings_from_a_file_and_flags_before_them(suffix, tmp_path):
     [
         ("a.toml", "lr = ", "a.toml"),
         ("a.yaml", "lr: [", "a.yaml"),
+        ("a.yaml", "lr: 1\nlr: 2", "duplicate key"),
         ("a.json", "[1]", "table"),
         ("a.ini", "", ".toml"),
-        ("b.json", '{"lrr": 1}', "lrr"),
+        ("b.json", '{"lrr": 1}', "there is no setting 'lrr': did you mean 'lr'?"),
         ("b.json", '{"lr": "1"}', "lr must be a valid number"),
         ("b.json", '{"epochs": 1.5}', "epochs must be a valid integer"),
         ("b.json", '{"epochs": true}', "epochs must be a valid integer, got True"),
@@ -747,12 +748,37 @@ def test_a_grid_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("set: {}\noptions: {}", "twice"), ("nix: 1", "nix"), ("config: a.yaml", "config")]
+    ("text", "named"),
+    [
+        ("set: {}\noptions: {}", "twice"),
+        ("nix: 1", "there is no setting 'nix'"),
+        ("quite: true", "did you mean 'quiet'?"),
+        ("recpe: digits-lt", "did you mean 'recipe'?"),
+        ("config: a.yaml", "config must be a flag"),
+        ("resume: 3", "resume must be a valid boolean"),
+        ("threads: true", "threads must be a valid integer, got True"),
+        ("lr: yes", "lr must be a valid number, got 'yes'"),
+    ],
 )
 def test_names_in_a_file_that_are_wrong(text, named, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text)
     assert run("--config", tmp_path / "run.yaml", "--out", tmp_path / "run") == 2
     assert named in capsys.readouterr().err
+
+
+def test_no_variable_of_the_environment_is_a_setting(tmp_path, monkeypatch):
+    for name in ("LR", "lr", "OUT", "out", "RECIPE"):
+        monkeypatch.setenv(name, "nix")
+    assert run("--epochs", 1, "--no-tensorboard", "--quiet", "--out", tmp_path / "run") == 0
+    assert last(tmp_path / "run")["config"]["lr"] == 0.05
+
+
+def test_none_takes_back_what_a_recipe_sets(tmp_path):
+    arguments = ("--epochs", 1, "--no-tensorboard", "--quiet", "--out", tmp_path)
+    assert run(*arguments, "--imbalance", "None", "--test-per-class", 3) == 0
+    config = last(tmp_path)["config"]
+    assert (config["imbalance"], config["test_per_class"], config["model"]) == (None, 3, "small_cnn")
+    assert run("--lr", "None") == 2
 
 
 def helped(capsys, *arguments, command="train"):
@@ -772,8 +798,11 @@ def test_help_lists_what_there_is(capsys):
         for name, (label, _) in LOSSES.items():
             assert f" {name} {label}: " in text
         assert ", ".join(models.names()) in text
-    assert "--protocol" not in helped(capsys, "--help", command="evidence")
-    assert "--iterations" in helped(capsys, "--help", command="diagnose")
+    text = helped(capsys, "--help", command="evidence")
+    assert "--protocol" not in text and "largest to the smallest class; default: all images --n-max" in text
+    assert "(default: 0.1)" not in text and "side by side (default: 1)" in text
+    text = helped(capsys, "--help", command="diagnose")
+    assert "Hessian-vector products (default: 50)" in text and "(default: digits)" not in text
 
 
 def test_help_tells_the_defaults_that_apply(capsys):

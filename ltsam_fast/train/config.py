@@ -33,7 +33,19 @@ def setting(default: Any, text: str, **more: Any) -> Any:
     return Field(default, description=text, **more)
 
 
-class Config(BaseModel):
+class Settings(BaseModel):
+    """Typed settings. What is wrong with them is a ConfigError."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, loc_by_alias=False)
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(in_words(error, type(self).model_fields)) from error
+
+
+class Config(Settings):
     """The settings of a run; each is a flag of ``python -m ltsam_fast train`` and a key of a config file.
 
     Raises:
@@ -44,8 +56,6 @@ class Config(BaseModel):
         ...
     ltsam_fast.train.config.ConfigError: lr must be greater than 0, got -1
     """
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, loc_by_alias=False)
 
     data: str = setting("digits", "'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'")
     test_data: str | None = setting(None, "the test images, if they are not the test split of --data")
@@ -129,12 +139,6 @@ class Config(BaseModel):
     graph: bool = setting(False, "capture whole training steps in CUDA graphs; GPU only")
     deterministic: bool = setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
     tensorboard: bool | None = setting(None, "TensorBoard logs; default: if it is installed")
-
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise ConfigError(in_words(error)) from error
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -224,12 +228,12 @@ def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
 FIELDS = Config.model_fields
 
 
-def in_words(error: ValidationError) -> str:
-    """Returns the first of the errors in one line."""
+def in_words(error: ValidationError, names: Iterable[str]) -> str:
+    """Returns the first of the errors in one line; ``names`` are those that there are."""
     first = error.errors()[0]
     name, value, text = ".".join(map(str, first["loc"])), first["input"], first["msg"]
     if first["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}{did_you_mean(name, FIELDS)} There are recipe, {', '.join(FIELDS)}"
+        return f"there is no setting {name!r}{did_you_mean(name, [*names])} There are {', '.join(names)}"
     if first["type"] == "missing":
         return f"{name} must be given"
     if first["type"] == "value_error":  # of a check of ours
@@ -319,16 +323,13 @@ def build(*layers: Mapping[str, Any]) -> Config:
         for name, value in layer.items():
             merges = isinstance(value, Mapping) and isinstance(given.get(name), Mapping)
             given[name] = {**given[name], **value} if merges else value
-    recipe = given.pop("recipe", None)
-    if recipe is None:
-        base: Mapping[str, Any] = {} if "data" in given else RECIPES["digits-lt"]
-    elif recipe not in RECIPES:
+    recipe = given.pop("recipe", None if "data" in given else "digits-lt")
+    if recipe not in (None, *RECIPES):
         raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    else:
-        base = RECIPES[recipe]
-        if "data" not in base and "data" not in given:
-            raise ConfigError(f"recipe {recipe} needs data: where the images are")
-    settings = {**base, **given}
+    base = RECIPES[recipe] if recipe else {}
+    settings = base | given
+    if recipe and "data" not in settings:
+        raise ConfigError(f"recipe {recipe} needs data: where the images are")
     for name, owner in (("options", "method"), ("loss_options", "loss")):
         chosen = settings.get(owner, FIELDS[owner].default)
         from_recipe = _of(base.get(name, {}), chosen)

@@ -69,7 +69,7 @@ def parse(command: type[_Command], name: str, arguments: Sequence[str]) -> tuple
         others = {key: value for key, value in file.items() if key not in FIELDS and key != "recipe"}
         options = model(_cli_settings_source=flags, **others)  # type: ignore[call-arg]
     except ValidationError as error:
-        raise ConfigError(in_words(error)) from error
+        raise ConfigError(in_words(error, model.model_fields)) from error
     except SettingsError as error:
         raise ConfigError(str(error)) from error
     given = options.model_dump(include={*FIELDS, "recipe"}, exclude_unset=True)
