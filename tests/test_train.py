@@ -741,8 +741,11 @@ def test_flags_and_files_take_the_same_names(tmp_path):
     assert same_weights(folder, tmp_path / "by_flags")
 
 
-def test_a_grid_in_a_file(tmp_path):
-    (tmp_path / "grid.toml").write_text('methods = ["sgd", "sam"]\nseeds = [4]\nepochs = 1\ntensorboard = false\n')
+@pytest.mark.parametrize(
+    "grid", ['methods = ["sgd", "sam"]\nseeds = [4]', 'methods = "sgd,sam"\nseeds = 4\nlosses = "ce"\njobs = 1']
+)
+def test_a_grid_in_a_file(grid, tmp_path):
+    (tmp_path / "grid.toml").write_text(f"{grid}\nepochs = 1\ntensorboard = false\n")
     assert run("--config", tmp_path / "grid.toml", "--out", tmp_path / "out", "--quiet", command="compare") == 0
     assert {path.parent.parent.name for path in tmp_path.glob("out/*/seed4/last.pt")} == {"sgd-ce", "sam-ce"}
 

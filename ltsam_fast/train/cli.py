@@ -9,8 +9,9 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from pydantic_settings import CliPositionalArg, CliToggleFlag
 
 from ltsam_fast import command_line
@@ -120,17 +121,21 @@ class Pace(Flags):
         return FAILED if failures else OK
 
 
+_LISTED = BeforeValidator(lambda value: value if isinstance(value, list) else str(value).split(","))
+"""A file may have "a,b" for a list, as flags do."""
+
+
 class Compare(Pace, FlagsAndFiles):
     """Trains a grid of methods, losses and seeds, one run folder per cell, and writes a table and charts.
 
     Finished cells are not trained again. An option without a prefix applies to all methods that have it.
     """
 
-    methods: list[str] = setting(
+    methods: Annotated[list[str], _LISTED] = setting(
         ["sgd", "sam", "focal_sam"], "methods, or all, or variants such as sam+rho=0.1+active=0.3"
     )
-    losses: list[str] = setting(["ce"], "losses, or all")
-    seeds: list[int] = setting([0, 1, 2], "seeds")
+    losses: Annotated[list[str], _LISTED] = setting(["ce"], "losses, or all")
+    seeds: Annotated[list[int], _LISTED] = setting([0, 1, 2], "seeds")
     out: Path = setting(Path("compare-out"), "output folder")
 
     def train(self, layers: Layers, **pace: Any) -> list[str]:

@@ -83,7 +83,7 @@ def _with_settings(command: type[_Command], defaults: Mapping[str, Any]) -> type
         field = copy.copy(FIELDS[name])
         field.default = defaults.get(name)
         fields[name] = (field.annotation, field)
-    return create_model(command.__name__, __base__=command, __doc__=command.__doc__, **fields)  # type: ignore
+    return create_model(command.__name__, __base__=command, __doc__=command.__doc__, **fields)  # type: ignore[call-overload, no-any-return]
 
 
 def _print_help(command: type[Flags], name: str, layers: Layers) -> NoReturn:
