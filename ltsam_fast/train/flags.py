@@ -127,7 +127,7 @@ def _add_argument(parser: argparse.ArgumentParser, *flags: str, **more: Any) -> 
     if kind == "dict":
         more |= {"metavar": "NAME=VALUE", "type": _pair}
     elif kind in ("list", "tuple"):
-        more["metavar"] = "A,B"
+        more |= {"metavar": "A,B", "type": lambda text: json.dumps(text.split(","))}
     text, _, default = more.pop("help").partition(" (default: ")
     if default not in ("", "None)", "{})"):
         text = f"{text.partition('; default:')[0]} (default: {default.translate(_BRACKETS)}"
