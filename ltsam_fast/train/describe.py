@@ -32,7 +32,7 @@ def print_everything(build: Callable[..., Config], chosen: bool) -> None:
         (f"options of {config.method} (--set NAME=VALUE)", _of_method(config) if chosen else {}),
         ("methods, with what --set may change; ltsam train --method NAME --help tells more", _methods(build)),
         ("losses, with what --loss-set may change", _losses(build)),
-        ("models (--model)", {"": ", ".join((*models.names(), "timm/NAME", "torchvision/NAME"))}),
+        ("models (--model)", {", ".join((*models.names(), "timm/NAME", "torchvision/NAME")): ""}),
     ]
     console = Console()
     for title, rows in wholes:
