@@ -390,6 +390,8 @@ COMMANDS = {
     "train --method asam --set adaptive=false": "asam has no option 'adaptive'",
     "train --method focal_sam --set momentum=0.1": "focal_sam has no option 'momentum'",
     "train --method sse_sam --set switch_step=x%": "switch_step must be a whole number, or as in",
+    "train --method sse_sam --set switch_step=inf%": "switch_step must be a whole number, or as in",
+    "train --method sam --active inf%:": "active must be all, 0.3,",
     "train --optimizer adam --method sam --set betas=[2,3]": "betas must be a pair of numbers in [0, 1), got [2, 3]",
     "train --loss la --loss-set tua=1": "la has no option 'tua': did you mean 'tau'?",
     "train --loss ldam --loss-set s=0": "s must be a finite number > 0, got 0",

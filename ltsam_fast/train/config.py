@@ -212,15 +212,16 @@ def active_steps(text: str, steps_per_epoch: int, steps: int) -> Any:
         elif first == "every" and int(last) > 0:
             return ("every", int(last))
         else:
-            start, stop = (_steps(end, steps_per_epoch, steps) for end in (first or "0", last or str(steps)))
+            start, stop = (number_of_steps(end, steps_per_epoch, steps) for end in (first or "0", last or str(steps)))
             if min(start, stop) >= 0:
                 return ("range", start, stop)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise ConfigError(f"active must be all, 0.3, every:5, 100:2000, or a range such as 140ep: or 70%:, got {text!r}")
 
 
-def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
+def number_of_steps(text: str, steps_per_epoch: int, steps: int) -> int:
+    """Returns how many steps "140ep" (epochs), "70%" (of the run) or "100" are; raises ValueError or, for "inf%", OverflowError."""
     for suffix, unit in (("ep", steps_per_epoch), ("%", steps / 100)):
         if text.endswith(suffix):
             return round(float(text.removesuffix(suffix)) * unit)
