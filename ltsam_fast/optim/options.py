@@ -201,7 +201,9 @@ def check_spelling(group: dict[str, Any], known: Collection[str]) -> None:
     for name in group:
         near = [] if name in known else difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.8)
         if near and abs(len(near[0]) - len(name)) <= 1 and name not in COUNTS:
-            raise ValueError(f"a group has no option {name!r}: did you mean {near[0]!r}? A key of your own needs another name")
+            raise ValueError(
+                f"a group has no option {name!r}: did you mean {near[0]!r}? A key of your own needs another name"
+            )
 
 
 class Configurable:
