@@ -221,7 +221,7 @@ def active_steps(text: str, steps_per_epoch: int, steps: int) -> Any:
 
 
 def number_of_steps(text: str, steps_per_epoch: int, steps: int) -> int:
-    """Returns how many steps "140ep" (epochs), "70%" (of the run) or "100" are; other texts raise ValueError or OverflowError."""
+    """Returns how many steps "140ep" (epochs), "70%" (of the run) or "100" are; others raise ValueError or OverflowError."""
     for suffix, unit in (("ep", steps_per_epoch), ("%", steps / 100)):
         if text.endswith(suffix):
             return round(float(text.removesuffix(suffix)) * unit)
