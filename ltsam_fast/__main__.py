@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with one_line(f"{parser.prog} info"):
             print(info())
     elif asked.command in TRAINING:
-        sys.exit(importlib.import_module("ltsam_fast.train.cli").main([asked.command, *asked.arguments]))
+        with one_line(f"ltsam_fast {asked.command}"):
+            commands = importlib.import_module("ltsam_fast.train.cli")
+        sys.exit(commands.main([asked.command, *asked.arguments]))
     else:
         importlib.import_module("ltsam_fast.demo").main(asked.arguments)
 

@@ -20,7 +20,9 @@ EXTRAS = {
     "transformers": "hugging-face",
     "peft": "hugging-face",
     "rich": "train",
-    "yaml": "train",
+    "pydantic": "train",
+    "pydantic_settings": "train",
+    "ruamel": "train",
     "tomli": "train",
 }
 """Optional packages -> the extra of this package that has them."""
@@ -43,6 +45,15 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
+def in_words(error: Exception, extra: str | None = None) -> str:
+    """Returns what an error says: of a missing package the extra that has it, ``extra`` or by ``EXTRAS``."""
+    if isinstance(error, ModuleNotFoundError) and (package := str(error.name).partition(".")[0]) in EXTRAS:
+        return f"needs {package}: pip install 'ltsam_fast[{extra or EXTRAS[package]}]'"
+    if isinstance(error, OSError):
+        return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+    return str(error)
+
+
 @contextlib.contextmanager
 def one_line(name: str) -> Iterator[None]:
     """A context that ends the program with one line where a package is missing or an argument is wrong.
@@ -53,15 +64,10 @@ def one_line(name: str) -> Iterator[None]:
     try:
         check_variable()
         yield
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package not in EXTRAS:
+    except (ModuleNotFoundError, OSError, ValueError, TypeError) as error:
+        message = in_words(error)
+        if isinstance(error, ModuleNotFoundError) and message == str(error):
             raise
-        message = f"needs {package}: pip install 'ltsam_fast[{EXTRAS[package]}]'"
-    except OSError as error:
-        message = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
-    except (ValueError, TypeError) as error:
-        message = str(error)
     else:
         return
     argparse.ArgumentParser(prog=name).exit(WRONG, f"{name}: {' '.join(message.split())}\n")

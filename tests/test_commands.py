@@ -27,7 +27,7 @@ from PIL import Image
 from ltsam_fast.train import Config, ConfigError, build, cli, read_file, train
 from ltsam_fast.train import compare as comparison
 from ltsam_fast.train.diagnose import diagnose
-from ltsam_fast.train.evidence import check_protocol, variants
+from ltsam_fast.train.evidence import Protocol, variants
 from ltsam_fast.train.loss_registry import LOSSES, criterion
 from ltsam_fast.train.run import network_of
 
@@ -402,7 +402,7 @@ def test_a_cell_that_fails_does_not_take_the_others_with_it(tmp_path, capsys, mo
     [
         (("--methods", "sgd,nix"), "nix"),
         (("--losses", "nix"), "nix"),
-        (("--seeds", "0,x"), "--seeds"),
+        (("--seeds", "0,x"), "seeds.1 must be a valid integer"),
         (("--methods", "sgd,sam", "--set", "rho=-1"), "rho must be"),
         (("--methods", "sgd,sam", "--set", "lam=1"), "lam"),
         (("--losses", "la,vs", "--loss-set", "tau=-1"), "tau must be"),
@@ -481,8 +481,8 @@ def test_after_a_time_no_further_run_begins(tmp_path, capsys, monkeypatch):
         (("--methods", "sgd+rho=1"), "sgd has no option 'rho'"),
         (("--methods", "sam+rho"), "METHOD+NAME=VALUE"),
         (("--methods", "sam+active=9"), "active must be"),
-        (("--methods", "sam+lr=x"), "lr must be a number"),
-        (("--jobs", 0), "--jobs"),
+        (("--methods", "sam+lr=x"), "lr must be a valid number"),
+        (("--jobs", 0), "jobs"),
         (("--n-max", 5), "n_max"),
         (("--n-max", 5000), "counts[0]"),
         (("--val", 150), "no such subset"),
@@ -546,8 +546,12 @@ def test_evidence_chooses_on_held_out_images_and_tests_once(tmp_path, capsys):
     ("changes", "named"),
     [
         ({"val_seeds": [1]}, "val_seeds must be others"),
-        ({"seed": [1]}, "a protocol must have"),
-        ({"settings": {"rho": 1}}, "unknown setting 'rho'"),
+        ({"seed": [1]}, "there is no setting 'seed': did you mean 'seeds'? There are losses, seeds, val, val_seeds,"),
+        ({"seeds": 1}, "seeds must be a valid list, got 1"),
+        ({"val": "20"}, "val must be a valid integer, got '20'"),
+        ({"grids": {"sam": {"rho": 0.1}}}, "grids.sam.rho must be a valid list, got 0.1"),
+        ({"grids": None}, "grids must be a valid dictionary, got None"),
+        ({"settings": {"rho": 1}}, "there is no setting 'rho'"),
         ({"grids": {"nix": {}}}, "nix"),
     ],
 )
@@ -571,12 +575,11 @@ PROTOCOLS = sorted((Path(__file__).parents[1] / "bench" / "evidence").glob("*.to
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.name)
 def test_protocols_name_what_is_there(path):
-    protocol = read_file(path)
-    check_protocol(protocol)
-    layers = [protocol["settings"], {"val": protocol["val"]}]
-    names = [name for names in variants(protocol["grids"]).values() for name in names]
-    cells = comparison.grid(layers, names, protocol["losses"], protocol["val_seeds"], Path("out"))
-    assert len(cells) == len(names) * len(protocol["losses"]) * len(protocol["val_seeds"])
+    protocol = Protocol(**read_file(path))
+    layers = [protocol.settings, {"val": protocol.val}]
+    names = [name for names in variants(protocol.grids).values() for name in names]
+    cells = comparison.grid(layers, names, protocol.losses, protocol.val_seeds, Path("out"))
+    assert len(cells) == len(names) * len(protocol.losses) * len(protocol.val_seeds)
 
 
 # --- diagnose
@@ -662,9 +665,9 @@ def test_diagnose_with_another_loss_split_and_radius(trained, tmp_path):
         (("nowhere",), "nowhere: no such file"),
         (("damaged.pt",), "damaged"),
         (("other.pt",), "version"),
-        (("run", "--rho", "nan"), "--rho"),
-        (("run", "--per-class", 0), "--per-class"),
-        (("run", "--split", "val"), "--split"),
+        (("run", "--rho", "nan"), "rho must be"),
+        (("run", "--per-class", 0), "per_class must be"),
+        (("run", "--split", "val"), "split must be"),
         (("run", "--loss", "nix"), "nix"),
         (("run", "--data", "nowhere"), "nowhere"),
         (("run", "--data", "tree"), "n_max"),
@@ -729,8 +732,10 @@ def test_tensorboard_that_is_asked_for_and_not_there_is_an_error(tmp_path, monke
 
 def test_seeds_out_of_range():
     for name in ("seed", "data_seed"):
-        with pytest.raises(ConfigError, match=rf"{name} must be a whole number in \[0, 2\^32\), got -1"):
+        with pytest.raises(ConfigError, match=rf"{name} must be greater than or equal to 0, got -1"):
             Config(**{name: -1})
+        with pytest.raises(ConfigError, match=rf"{name} must be less than 4294967296, got 4294967296"):
+            Config(**{name: 2**32})
 
 
 def test_a_table_of_finished_runs_needs_no_images(sources, tmp_path, monkeypatch, capsys):

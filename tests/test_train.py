@@ -471,7 +471,7 @@ WRONG = {
     "an option that the method lacks": (("--method", "sam", "--set", "gamma=3"), "rho"),
     "an option out of its range": (("--method", "sam", "--set", "rho=-1"), "rho must be"),
     "steps that are none": (("--method", "sse_sam", "--set", "switch_step=later"), "70%"),
-    "no number": (("--lr", "abc"), "--lr"),
+    "no number": (("--lr", "abc"), "lr must be a valid number"),
     "a number out of its range": (("--lr", "0"), "lr must be"),
     "a choice that is not there": (("--schedule", "steep"), "cosine"),
     "a flag that is not there": (("--learning-rate", "1"), "--learning-rate"),
@@ -699,12 +699,16 @@ def test_settings_from_a_file_and_flags_before_them(suffix, tmp_path):
     [
         ("a.toml", "lr = ", "a.toml"),
         ("a.yaml", "lr: [", "a.yaml"),
+        ("a.yaml", "lr: 1\nlr: 2", "duplicate key"),
         ("a.json", "[1]", "table"),
         ("a.ini", "", ".toml"),
-        ("b.json", '{"lrr": 1}', "lrr"),
-        ("b.json", '{"lr": "1"}', "lr must be a number"),
-        ("b.json", '{"epochs": 1.5}', "epochs must be a whole number"),
-        ("b.json", '{"nesterov": 1}', "nesterov must be true or false"),
+        ("b.json", '{"lrr": 1}', "there is no setting 'lrr': did you mean 'lr'?"),
+        ("b.json", '{"lr": "1"}', "lr must be a valid number"),
+        ("b.json", '{"epochs": 1.5}', "epochs must be a valid integer"),
+        ("b.json", '{"epochs": true}', "epochs must be a valid integer, got True"),
+        ("b.json", '{"nesterov": 1}', "nesterov must be a valid boolean"),
+        ("b.json", '{"data": 1}', "data must be a valid string"),
+        ("b.json", '{"milestones": [1, "2"]}', "milestones.1 must be a valid integer"),
         ("b.json", '{"options": 1}', "options"),
     ],
 )
@@ -722,7 +726,7 @@ def test_numbers_of_yaml(text, tmp_path):
 
 
 def test_flags_and_files_take_the_same_names(tmp_path):
-    names = [item.metadata.get("flag", name) for name, item in FIELDS.items()]
+    names = [item.validation_alias.choices[0] if item.validation_alias else name for name, item in FIELDS.items()]
     for spelling in (lambda name: name.replace("_", "-"), lambda name: name.replace("-", "_")):
         values = {spelling(name): name for name in names}
         (tmp_path / "run.json").write_text(json.dumps(values))
@@ -737,19 +741,47 @@ def test_flags_and_files_take_the_same_names(tmp_path):
     assert same_weights(folder, tmp_path / "by_flags")
 
 
-def test_a_grid_in_a_file(tmp_path):
-    (tmp_path / "grid.toml").write_text('methods = ["sgd", "sam"]\nseeds = [4]\nepochs = 1\ntensorboard = false\n')
+@pytest.mark.parametrize(
+    "grid", ['methods = ["sgd", "sam"]\nseeds = [4]', 'methods = "sgd,sam"\nseeds = 4\nlosses = "ce"\njobs = 1']
+)
+def test_a_grid_in_a_file(grid, tmp_path):
+    (tmp_path / "grid.toml").write_text(f"{grid}\nepochs = 1\ntensorboard = false\n")
     assert run("--config", tmp_path / "grid.toml", "--out", tmp_path / "out", "--quiet", command="compare") == 0
     assert {path.parent.parent.name for path in tmp_path.glob("out/*/seed4/last.pt")} == {"sgd-ce", "sam-ce"}
 
 
 @pytest.mark.parametrize(
-    ("text", "named"), [("set: {}\noptions: {}", "twice"), ("nix: 1", "nix"), ("config: a.yaml", "config")]
+    ("text", "named"),
+    [
+        ("set: {}\noptions: {}", "twice"),
+        ("nix: 1", "there is no setting 'nix'"),
+        ("quite: true", "did you mean 'quiet'?"),
+        ("recpe: digits-lt", "did you mean 'recipe'?"),
+        ("config: a.yaml", "config must be a flag"),
+        ("resume: 3", "resume must be a valid boolean"),
+        ("threads: true", "threads must be a valid integer, got True"),
+        ("lr: yes", "lr must be a valid number, got 'yes'"),
+    ],
 )
 def test_names_in_a_file_that_are_wrong(text, named, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text)
     assert run("--config", tmp_path / "run.yaml", "--out", tmp_path / "run") == 2
     assert named in capsys.readouterr().err
+
+
+def test_no_variable_of_the_environment_is_a_setting(tmp_path, monkeypatch):
+    for name in ("LR", "lr", "OUT", "out", "RECIPE"):
+        monkeypatch.setenv(name, "nix")
+    assert run("--epochs", 1, "--no-tensorboard", "--quiet", "--out", tmp_path / "run") == 0
+    assert last(tmp_path / "run")["config"]["lr"] == 0.05
+
+
+def test_none_takes_back_what_a_recipe_sets(tmp_path):
+    arguments = ("--epochs", 1, "--no-tensorboard", "--quiet", "--out", tmp_path)
+    assert run(*arguments, "--imbalance", "None", "--test-per-class", 3) == 0
+    config = last(tmp_path)["config"]
+    assert (config["imbalance"], config["test_per_class"], config["model"]) == (None, 3, "small_cnn")
+    assert run("--lr", "None") == 2
 
 
 def helped(capsys, *arguments, command="train"):
@@ -769,8 +801,11 @@ def test_help_lists_what_there_is(capsys):
         for name, (label, _) in LOSSES.items():
             assert f" {name} {label}: " in text
         assert ", ".join(models.names()) in text
-    assert "--protocol" not in helped(capsys, "--help", command="evidence")
-    assert "--iterations" in helped(capsys, "--help", command="diagnose")
+    text = helped(capsys, "--help", command="evidence")
+    assert "--protocol" not in text and "largest to the smallest class; default: all images --n-max" in text
+    assert "(default: 0.1)" not in text and "side by side (default: 1)" in text
+    text = helped(capsys, "--help", command="diagnose")
+    assert "Hessian-vector products (default: 50)" in text and "(default: digits)" not in text
 
 
 def test_help_tells_the_defaults_that_apply(capsys):

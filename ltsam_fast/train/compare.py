@@ -89,7 +89,8 @@ def variant(text: str) -> tuple[str, dict[str, Any]]:
         if not name or not sign:
             raise ConfigError(f"a variant must be METHOD+NAME=VALUE+..., got {text!r}")
         if name in FIELDS:
-            settings = {name: value if str(FIELDS[name].type).startswith("str") else parsed(value), **settings}
+            is_text = FIELDS[name].annotation in (str, str | None)
+            settings = {name: value if is_text else parsed(value), **settings}
         else:
             settings["options"][f"{method}.{name}"] = parsed(value)
     return method, settings

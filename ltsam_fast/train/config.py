@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.train.recipes import RECIPES
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 class ConfigError(ValueError):
     """A wrong setting; the message is one line with its name, its value and what is accepted."""
 
 
-def _setting(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+def setting(default: Any, text: str, **more: Any) -> Any:
+    """Returns a field with its text in ``--help``, and bounds such as ``gt=0``."""
+    return Field(default, description=text, **more)
 
 
-def _options(text: str, flag: str) -> Any:
-    return field(default_factory=dict, metadata={"help": text, "flag": flag})
+class Settings(BaseModel):
+    """Typed settings. What is wrong with them is a ConfigError."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, loc_by_alias=False)
+
+    if not TYPE_CHECKING:  # type checkers know the fields
+
+        def __init__(self, **settings: Any) -> None:
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise ConfigError(in_words(error, type(self).model_fields)) from error
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """The settings of a run; each is a flag of ``python -m ltsam_fast train`` and a key of a config file.
 
     Raises:
@@ -38,120 +56,108 @@ class Config:
     >>> Config(lr=-1)
     Traceback (most recent call last):
         ...
-    ltsam_fast.train.config.ConfigError: lr must be a number > 0, got -1
+    ltsam_fast.train.config.ConfigError: lr must be greater than 0, got -1
     """
 
-    data: str = _setting(
-        "digits", "'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'"
+    data: str = setting("digits", "'digits', a folder of CIFAR pickles, an ImageFolder tree, or a list of 'path label'")
+    test_data: str | None = setting(None, "the test images, if they are not the test split of --data")
+    format: str = setting("auto", "how --data is stored; auto: detect it")
+    images: str | None = setting(None, "folder that the paths in a list are relative to")
+    size: int | None = setting(None, "height and width of the images in pixels; default: as stored", ge=1)
+    classes: int | None = setting(None, "number of classes, to be checked")
+    cache: str | None = setting(None, "folder for decoded images, for data sets that do not fit into memory")
+    skip_broken: bool = setting(False, "leave images out that can't be read; the run folder's skipped.txt lists them")
+    imbalance: float | None = setting(
+        None,
+        "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images",
+        ge=1,
     )
-    test_data: str | None = _setting(None, "the test images, if they are not the test split of --data")
-    format: str = _setting("auto", "how --data is stored; auto: detect it")
-    images: str | None = _setting(None, "folder that the paths in a list are relative to")
-    size: int | None = _setting(None, "height and width of the images in pixels; default: as stored")
-    classes: int | None = _setting(None, "number of classes, to be checked")
-    cache: str | None = _setting(None, "folder for decoded images, for data sets that do not fit into memory")
-    skip_broken: bool = _setting(False, "leave images out that can't be read; the run folder's skipped.txt lists them")
-    imbalance: float | None = _setting(
-        None, "take a long-tailed subset with this ratio of the largest to the smallest class; default: all images"
+    n_max: int | None = setting(
+        None, "images of the subset's largest class; default: as many as the smallest class of all images has", ge=1
     )
-    n_max: int | None = _setting(
-        None, "images of the subset's largest class; default: as many as the smallest class of all images has"
-    )
-    profile: str = _setting("exp", "shape of the subset", choices=("exp", "step", "none"))
-    data_seed: int = _setting(0, "seed of the subset; 0: the published CIFAR-LT")
-    resample: bool = _setting(False, "draw another subset, and other images to hold out, for each seed")
-    val: int | None = _setting(
+    profile: Literal["exp", "step", "none"] = setting("exp", "shape of the subset")
+    data_seed: int = setting(0, "seed of the subset; 0: the published CIFAR-LT", ge=0, lt=2**32)
+    resample: bool = setting(False, "draw another subset, and other images to hold out, for each seed")
+    val: int | None = setting(
         None,
         "hold out so many training images of each class and test on them, to choose options without the test images",
+        ge=1,
     )
-    val_share: float | None = _setting(
+    val_share: float | None = setting(
         None,
-        "hold out this share of the training images, of each class, and take the best epoch on them; its weights, best.pt, are "
-        "tested once at the end",
+        "hold out this share of the training images, of each class, and take the best epoch on them; its weights, "
+        "best.pt, are tested once at the end",
+        gt=0,
+        lt=1,
     )
-    test_per_class: int | None = _setting(
-        None, "test on so many images of each class, the same in all runs; default: all"
+    test_per_class: int | None = setting(
+        None, "test on so many images of each class, the same in all runs; default: all", ge=1
     )
-    many: int = _setting(100, "classes with more training images than this are 'many'")
-    few: int = _setting(20, "classes with fewer training images than this are 'few'")
-    augment: bool = _setting(True, "augment training images: crop and flip for colour images")
-    model: str = _setting("resnet32", "network by name")
-    method: str = _setting("sgd", "sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam")
-    options: dict[str, Any] = _options(
-        "option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only", "set"
+    many: int = setting(100, "classes with more training images than this are 'many'", ge=0)
+    few: int = setting(20, "classes with fewer training images than this are 'few'", ge=0)
+    augment: bool = setting(True, "augment training images: crop and flip for colour images")
+    model: str = setting("resnet32", "network by name")
+    method: str = setting("sgd", "sgd (the base optimizer alone) or a method of ltsam_fast.optim, e.g. focal_sam")
+    options: dict[str, Any] = setting(
+        {},
+        "option of the method, any keyword of its class, e.g. rho=0.2; METHOD.name=value is for one method only",
+        validation_alias=AliasChoices("set", "options"),
     )
-    active: str = _setting(
-        "all", "steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%%:"
+    active: str = setting(
+        "all", "steps in which the method perturbs: all, 0.3 (a share at the end), every:5, 100:2000, 140ep:, 70%:"
     )
-    cosine_head: bool | None = _setting(None, "a cosine classifier; default: for the losses ldam and gcl")
-    loss: str = _setting("ce", "loss by name, e.g. ce or la")
-    loss_options: dict[str, Any] = _options(
-        "option of the loss, e.g. tau=0.75; LOSS.name=value is for one only", "loss-set"
+    cosine_head: bool | None = setting(None, "a cosine classifier; default: for the losses ldam and gcl")
+    loss: str = setting("ce", "loss by name, e.g. ce or la")
+    loss_options: dict[str, Any] = setting(
+        {},
+        "option of the loss, e.g. tau=0.75; LOSS.name=value is for one only",
+        validation_alias=AliasChoices("loss-set", "loss_options"),
     )
-    drw_start: int | None = _setting(
-        None, "epoch from which classes are reweighted (deferred reweighting); default: never"
+    drw_start: int | None = setting(
+        None, "epoch from which classes are reweighted (deferred reweighting); default: never", ge=0
     )
-    drw_beta: float = _setting(0.9999, "beta of deferred reweighting")
-    optimizer: str = _setting("sgd", "base optimizer", choices=("sgd", "adam", "adamw"))
-    lr: float = _setting(0.1, "learning rate")
-    momentum: float = _setting(0.9, "momentum of SGD")
-    nesterov: bool = _setting(False, "Nesterov's momentum")
-    weight_decay: float = _setting(2e-4, "weight decay of the base optimizer")
-    schedule: str = _setting("cosine", "learning rate over the epochs", choices=("cosine", "step", "constant"))
-    warmup: int = _setting(0, "epochs of linear warm-up")
-    milestones: tuple[int, ...] = _setting(
-        (160, 180), "epochs at which the step schedule multiplies the rate by --decay"
+    drw_beta: float = setting(0.9999, "beta of deferred reweighting", gt=0, lt=1)
+    optimizer: Literal["sgd", "adam", "adamw"] = setting("sgd", "base optimizer")
+    lr: float = setting(0.1, "learning rate", gt=0)
+    momentum: float = setting(0.9, "momentum of SGD", ge=0, lt=1)
+    nesterov: bool = setting(False, "Nesterov's momentum")
+    weight_decay: float = setting(2e-4, "weight decay of the base optimizer", ge=0)
+    schedule: Literal["cosine", "step", "constant"] = setting("cosine", "learning rate over the epochs")
+    warmup: int = setting(0, "epochs of linear warm-up", ge=0)
+    milestones: tuple[int, ...] = setting(
+        (160, 180), "epochs at which the step schedule multiplies the rate by --decay", strict=False
     )
-    decay: float = _setting(0.01, "factor of the step schedule")
-    epochs: int = _setting(200, "passes over the training images")
-    batch_size: int = _setting(64, "images per step, over all processes")
-    eval_every: int = _setting(1, "epochs between two tests and checkpoints; the last epoch always has both")
-    keep_weights: bool = _setting(True, "keep weights and the optimizer's state in the checkpoint of a finished run")
-    seed: int = _setting(0, "seed of weights, sampling order and augmentation")
-    device: str = _setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    threads: int | None = _setting(None, "CPU threads; default: as torch chooses")
-    amp: str = _setting("off", "mixed precision; fp16 with a GradScaler", choices=("off", "bf16", "fp16"))
-    channels_last: bool = _setting(False, "memory format of images and weights")
-    compile: bool = _setting(False, "compile the network with torch.compile")
-    graph: bool = _setting(False, "capture whole training steps in CUDA graphs; GPU only")
-    deterministic: bool = _setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
-    tensorboard: bool | None = _setting(None, "TensorBoard logs; default: if it is installed")
+    decay: float = setting(0.01, "factor of the step schedule", gt=0)
+    epochs: int = setting(200, "passes over the training images", ge=1)
+    batch_size: int = setting(64, "images per step, over all processes", ge=1)
+    eval_every: int = setting(1, "epochs between two tests and checkpoints; the last epoch always has both", ge=1)
+    keep_weights: bool = setting(True, "keep weights and the optimizer's state in the checkpoint of a finished run")
+    seed: int = setting(0, "seed of weights, sampling order and augmentation", ge=0, lt=2**32)
+    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    threads: int | None = setting(None, "CPU threads; default: as torch chooses", ge=1)
+    amp: Literal["off", "bf16", "fp16"] = setting("off", "mixed precision; fp16 with a GradScaler")
+    channels_last: bool = setting(False, "memory format of images and weights")
+    compile: bool = setting(False, "compile the network with torch.compile")
+    graph: bool = setting(False, "capture whole training steps in CUDA graphs; GPU only")
+    deterministic: bool = setting(False, "deterministic kernels only, so that a resumed run is exact on a GPU, too")
+    tensorboard: bool | None = setting(None, "TensorBoard logs; default: if it is installed")
 
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            object.__setattr__(self, item.name, _checked(item, getattr(self, item.name)))
-        for name in ("lr", "drw_beta", "decay"):
-            _range(name, getattr(self, name), 0, exclusive=True)
-        for name in ("momentum", "weight_decay", "warmup", "many", "few"):
-            _range(name, getattr(self, name), 0)
-        for name in ("epochs", "batch_size", "eval_every", *_AT_LEAST_ONE):
-            if getattr(self, name) is not None:
-                _range(name, getattr(self, name), 1)
-        for name in ("seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ConfigError(f"{name} must be a whole number in [0, 2^32), got {getattr(self, name)}")
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        """Checks what several settings must fulfil together."""
+        active_steps(self.active, 1, 100)
         if self.few > self.many:
             raise ConfigError(f"few must be at most many = {self.many}, got {self.few}")
         if self.profile == "none" and self.imbalance is not None:
             raise ConfigError(f"imbalance must not be given with profile 'none', got {self.imbalance!r}")
         if self.n_max is not None and self.imbalance is None:
             raise ConfigError(f"n_max needs imbalance: it is the size of the subset's largest class, got {self.n_max}")
-        if self.val_share is not None:
-            if not 0 < self.val_share < 1:
-                raise ConfigError(f"val_share must be a number in (0, 1), got {self.val_share}")
-            if self.val is not None or not self.keep_weights:
-                raise ConfigError("val_share must not be given with val, nor without keep_weights")
-        active_steps(self.active, 1, 100)
+        if self.val_share is not None and (self.val is not None or not self.keep_weights):
+            raise ConfigError("val_share must not be given with val, nor without keep_weights")
         if self.graph and (self.compile or self.loss == "gcl"):
             raise ConfigError("graph must be false with compile, and with gcl, whose noise is drawn outside the graph")
-        if self.drw_start is not None and self.drw_start < 0:
-            raise ConfigError(f"drw_start must be an epoch >= 0, got {self.drw_start}")
-        if not self.drw_beta < 1:
-            raise ConfigError(f"drw_beta must be a number in (0, 1), got {self.drw_beta!r}")
         if self.drw_start is None and self.drw_beta != FIELDS["drw_beta"].default:
             raise ConfigError(f"drw_beta must be given with drw_start, its first epoch, got {self.drw_beta!r} alone")
-        if not self.momentum < 1:
-            raise ConfigError(f"momentum must be a number in [0, 1), got {self.momentum!r}")
         if self.warmup > self.epochs:
             raise ConfigError(f"warmup must be at most epochs = {self.epochs}, got {self.warmup}")
         if self.schedule == "step":
@@ -163,6 +169,7 @@ class Config:
                 )
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise ConfigError("nesterov needs optimizer sgd and a momentum > 0")
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the settings as JSON-serializable values."""
@@ -205,39 +212,42 @@ def active_steps(text: str, steps_per_epoch: int, steps: int) -> Any:
         elif first == "every" and int(last) > 0:
             return ("every", int(last))
         else:
-            start, stop = (_steps(end, steps_per_epoch, steps) for end in (first or "0", last or str(steps)))
+            start, stop = (number_of_steps(end, steps_per_epoch, steps) for end in (first or "0", last or str(steps)))
             if min(start, stop) >= 0:
                 return ("range", start, stop)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     raise ConfigError(f"active must be all, 0.3, every:5, 100:2000, or a range such as 140ep: or 70%:, got {text!r}")
 
 
-def _steps(text: str, steps_per_epoch: int, steps: int) -> int:
+def number_of_steps(text: str, steps_per_epoch: int, steps: int) -> int:
+    """Returns how many steps "140ep" (epochs), "70%" (of the run) or "100" are; others raise ValueError or OverflowError."""
     for suffix, unit in (("ep", steps_per_epoch), ("%", steps / 100)):
         if text.endswith(suffix):
             return round(float(text.removesuffix(suffix)) * unit)
     return int(text)
 
 
-_AT_LEAST_ONE = ("threads", "size", "imbalance", "n_max", "val", "test_per_class")
-FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+FIELDS = Config.model_fields
+
+
+def in_words(error: ValidationError, names: Iterable[str]) -> str:
+    """Returns the first of the errors in one line; ``names`` are those that there are."""
+    first = error.errors()[0]
+    name, value, text = ".".join(map(str, first["loc"])), first["input"], first["msg"]
+    if first["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}{did_you_mean(name, [*names])} There are {', '.join(names)}"
+    if first["type"] == "missing":
+        return f"{name} must be given"
+    if first["type"] == "value_error":  # of a check of ours
+        return str(first["ctx"]["error"])
+    return f"{name} must {re.sub('^(Input|Value|String|List) should |, (unable|got) .*', '', text)}, got {value!r}"
+
+
 DATA_SETTINGS = (
-    *(
-        "data",
-        "test_data",
-        "format",
-        "images",
-        "size",
-        "classes",
-        "skip_broken",
-        "imbalance",
-        "n_max",
-        "profile",
-        "data_seed",
-    ),
-    *("resample", "val", "val_share", "test_per_class"),
-)
+    "data test_data format images size classes skip_broken imbalance n_max profile data_seed resample val val_share "
+    "test_per_class"
+).split()
 """Settings that determine the images."""
 RESUMABLE = ("device", "threads", "tensorboard", "cache", "eval_every", "keep_weights")
 """Settings that may change when a run is resumed."""
@@ -251,29 +261,12 @@ def parsed(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
-    """Returns the value in its setting's type; raises ConfigError for other types and choices."""
-    kind, _, optional = str(item.type).partition(" | ")
-    if value is None and optional:
-        return None
-    if kind.startswith("dict") and isinstance(value, Mapping):
-        return dict(value)
-    if kind.startswith("tuple") and isinstance(value, list | tuple) and all(type(one) is int for one in value):
-        return tuple(value)
-    wanted: Any = {"bool": bool, "int": int, "float": (int, float), "str": str}.get(kind, ())
-    if isinstance(value, wanted) and isinstance(value, bool) == (kind == "bool"):
-        choices = item.metadata.get("choices")
-        if choices and value not in choices:
-            raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
-        return value
-    names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
-    wanted = names.get(kind, "a table" if kind.startswith("dict") else "a list of whole numbers")
-    raise ConfigError(f"{item.name} must be {wanted}, got {value!r}")
-
-
-def _range(name: str, value: float, low: float, exclusive: bool = False) -> None:
-    if not low <= value < math.inf or (exclusive and value == low):
-        raise ConfigError(f"{name} must be a number {'>' if exclusive else '>='} {low}, got {value!r}")
+_READERS: dict[str, Callable[[str], Any]] = {
+    ".toml": tomllib.loads,
+    ".yaml": YAML(typ="safe", pure=True).load,
+    ".json": json.loads,
+}
+_READERS[".yml"] = _READERS[".yaml"]
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
@@ -284,29 +277,16 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".toml":
-            try:
-                import tomllib
-            except ModuleNotFoundError:  # Python 3.10
-                import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-            values = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = _from_yaml(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            raise ValueError("its name must end in .toml, .yaml, .yml or .json")
+        if path.suffix not in _READERS:
+            raise ConfigError(f"its name must end in {', '.join(_READERS)}")
+        values = _READERS[path.suffix](path.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ConfigError(f"must be a table of settings, got {type(values).__name__}")
+        return by_field(values)
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {path}: must be a table of settings, got {type(values).__name__}")
-    try:
-        return by_field(values)
-    except ValueError as error:
-        raise ConfigError(f"config {path}: {error}") from error
+    except (ValueError, YAMLError) as error:
+        raise ConfigError(f"config {path}: {' '.join(str(error).split())}") from error
 
 
 def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -318,7 +298,7 @@ def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
     >>> by_field({"batch-size": 32, "set": {"rho": 0.1}})
     {'batch_size': 32, 'options': {'rho': 0.1}}
     """
-    flags = {item.metadata["flag"].replace("-", "_"): name for name, item in FIELDS.items() if "flag" in item.metadata}
+    flags = {"set": "options", "loss_set": "loss_options"}
     found: dict[str, Any] = {}
     for name, value in values.items():
         field_name = str(name).replace("-", "_")
@@ -327,21 +307,6 @@ def by_field(values: Mapping[Any, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name} is given twice, also as {field_name}")
         found[field_name] = value
     return found
-
-
-def _from_yaml(text: str) -> Any:
-    """Returns what YAML 1.2 reads in a text; PyYAML, which is of YAML 1.1, takes ``1e-2`` for a text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
-
-    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def build(*layers: Mapping[str, Any]) -> Config:
@@ -359,22 +324,15 @@ def build(*layers: Mapping[str, Any]) -> Config:
     given: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
-            if name != "recipe" and name not in FIELDS:
-                raise ConfigError(
-                    f"there is no setting {name!r}{did_you_mean(name, FIELDS)} There are recipe, {', '.join(FIELDS)}"
-                )
-            merges = name in ("options", "loss_options") and isinstance(value, Mapping)
-            given[name] = {**given.get(name, {}), **value} if merges else value
-    recipe = given.pop("recipe", None)
-    if recipe is None:
-        base: Mapping[str, Any] = {} if "data" in given else RECIPES["digits-lt"]
-    elif recipe not in RECIPES:
+            merges = isinstance(value, Mapping) and isinstance(given.get(name), Mapping)
+            given[name] = {**given[name], **value} if merges else value
+    recipe = given.pop("recipe", None if "data" in given else "digits-lt")
+    if recipe not in (None, *RECIPES):
         raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    else:
-        base = RECIPES[recipe]
-        if "data" not in base and "data" not in given:
-            raise ConfigError(f"recipe {recipe} needs data: where the images are")
-    settings = {**base, **given}
+    base = RECIPES[recipe] if recipe else {}
+    settings = base | given
+    if recipe and "data" not in settings:
+        raise ConfigError(f"recipe {recipe} needs data: where the images are")
     for name, owner in (("options", "method"), ("loss_options", "loss")):
         chosen = settings.get(owner, FIELDS[owner].default)
         from_recipe = _of(base.get(name, {}), chosen)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-import shutil
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from ltsam_fast import models
 from ltsam_fast.optim.registry import method_named
@@ -16,11 +19,9 @@ from ltsam_fast.train.config import Config
 from ltsam_fast.train.loss_registry import LOSSES
 from ltsam_fast.train.method_registry import METHODS
 
-_INDENT = 18
 
-
-def everything(build: Callable[..., Config], chosen: bool) -> str:
-    """Returns the text for the settings that ``build(method=..., loss=...)`` gives: by default those of the command line.
+def print_everything(build: Callable[..., Config], chosen: bool) -> None:
+    """Prints what there is for the settings that ``build(method=..., loss=...)`` gives: by default those of the command line.
 
     Args:
         build: Returns the settings.
@@ -31,9 +32,15 @@ def everything(build: Callable[..., Config], chosen: bool) -> str:
         (f"options of {config.method} (--set NAME=VALUE)", _of_method(config) if chosen else {}),
         ("methods, with what --set may change; ltsam train --method NAME --help tells more", _methods(build)),
         ("losses, with what --loss-set may change", _losses(build)),
-        ("models (--model)", {"": ", ".join((*models.names(), "timm/NAME", "torchvision/NAME"))}),
+        ("models (--model)", {", ".join((*models.names(), "timm/NAME", "torchvision/NAME")): ""}),
     ]
-    return "\n\n".join(f"{title}:\n{_table(rows)}" for title, rows in wholes if rows)
+    console = Console()
+    for title, rows in wholes:
+        if rows:
+            table = Table.grid(padding=(0, 2, 0, 0))
+            for row in rows.items():
+                table.add_row(*map(Text, row))
+            console.print(Text(f"\n{title}:"), Padding(table, (0, 0, 0, 2)), sep="\n")
 
 
 def _of_method(config: Config) -> dict[str, str]:
@@ -83,18 +90,3 @@ def _shown(value: Any) -> str:
 def _plain(doc: str) -> str:
     """Returns a docstring's text without its marks."""
     return re.sub(r"(?::\w+:)?(`+)~?(.*?)\1", r"\2", doc)
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    width = min(shutil.get_terminal_size().columns, 120) - 2
-    lines = []
-    for name, text in rows.items():
-        indent = " " * _INDENT
-        first = f"  {name}".ljust(_INDENT)
-        if len(first) > _INDENT or not first.endswith(" "):
-            lines.append(first)
-            first = indent
-        if not name:
-            first = indent = "  "
-        lines.append(textwrap.fill(text, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False))
-    return "\n".join(lines)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import model_validator
+
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.compare import Cell, Row, compare, grid
-from ltsam_fast.train.config import FIELDS, ConfigError, by_field
+from ltsam_fast.train.config import ConfigError, Settings, by_field
 
 CHOSEN = "chosen.json"
 _LOG = logging.getLogger("ltsam_fast")
-_KEYS = ("losses", "seeds", "val", "val_seeds", "settings", "grids")
 
 
 def variants(grids: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[str]]:
@@ -36,14 +37,25 @@ def _pairs(options: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     return [[f"{option}={value}" for value in values] for option, values in options.items()]
 
 
-def check_protocol(protocol: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless the protocol has all its keys, and no others."""
-    if set(protocol) != set(_KEYS):
-        raise ConfigError(f"a protocol must have {', '.join(_KEYS)}, got {', '.join(map(str, protocol))}")
-    if set(protocol["seeds"]) & set(protocol["val_seeds"]):
-        raise ConfigError("val_seeds must be others than seeds")
-    if unknown := [name for name in by_field(protocol["settings"]) if name not in FIELDS and name != "recipe"]:
-        raise ConfigError(f"unknown setting {unknown[0]!r} in the protocol")
+class Protocol(Settings):
+    """What is compared, and how.
+
+    Raises:
+        ConfigError: A key is missing, unknown or of the wrong type, or a seed is in both lists.
+    """
+
+    losses: list[str]
+    seeds: list[int]
+    val: int
+    val_seeds: list[int]
+    settings: dict[str, Any]
+    grids: dict[str, dict[str, list[Any]]]
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Protocol:
+        if set(self.seeds) & set(self.val_seeds):
+            raise ConfigError("val_seeds must be others than seeds")
+        return self
 
 
 def evidence(
@@ -82,17 +94,16 @@ def evidence(
         ConfigError: The protocol is wrong, or a folder has runs with other settings.
         DataError: Something is wrong with the data.
     """
-    check_protocol(protocol)
-    out, losses, start = Path(out), list(protocol["losses"]), time.monotonic()
-    layers = [by_field(protocol["settings"]), dict(changes or {})]
-    tried = variants(protocol["grids"])
+    asked, out, start = Protocol(**protocol), Path(out), time.monotonic()
+    losses, layers = asked.losses, [by_field(asked.settings), dict(changes or {})]
+    tried = variants(asked.grids)
     every = [name for names in tried.values() if len(names) > 1 for name in names]
     chosen = {loss: {method: names[0] for method, names in tried.items()} for loss in losses}
     if every:
         folder = out / "validation"
-        cells = grid([*layers, {"val": protocol["val"]}], every, losses, protocol["val_seeds"], folder)
+        cells = grid([*layers, {"val": asked.val}], every, losses, asked.val_seeds, folder)
         rows, failures = compare(cells, folder, report=report(cells), limit=limit, **pace)
-        complete = [row for row in rows if len(row.finals) == len(set(protocol["val_seeds"]))]  # others failed
+        complete = [row for row in rows if len(row.finals) == len(set(asked.val_seeds))]  # others failed
         if len(complete) < len(every) * len(losses) and time.monotonic() - start >= limit:
             return [], failures
         for line in failures:
@@ -107,7 +118,7 @@ def evidence(
     folder = out / "test"
     cells = [
         cell
-        for seed, loss in itertools.product(protocol["seeds"], losses)
+        for seed, loss in itertools.product(asked.seeds, losses)
         for cell in grid(layers, list(chosen[loss].values()), [loss], [seed], folder)
     ]
     left = limit - (time.monotonic() - start)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 import ltsam_fast as lf
 from ltsam_fast.optim.options import did_you_mean
 from ltsam_fast.optim.registry import method_named
-from ltsam_fast.train.config import Config, ConfigError, active_steps
+from ltsam_fast.train.config import Config, ConfigError, active_steps, number_of_steps
 
 METHODS = {"sgd": "SGD"} | {name: method_named(name).title for name in lf.list_methods()}
 """Name on the command line -> name in print; ``sgd`` is the base optimizer alone."""
@@ -126,10 +126,7 @@ def _number_of_steps(name: str, value: Any, run: RunInfo) -> Any:
     """Converts "140ep" or "70%" for an option that counts steps; returns anything else as it is."""
     if not isinstance(value, str) or not name.endswith(_STEP_COUNTS):
         return value
-    for suffix, unit in (("ep", run.steps_per_epoch), ("%", run.steps / 100)):
-        if value.endswith(suffix):
-            try:
-                return round(float(value.removesuffix(suffix)) * unit)
-            except ValueError:
-                break
-    raise ConfigError(f"{name} must be a whole number, or as in '140ep' or '70%', got {value!r}")
+    try:
+        return number_of_steps(value, run.steps_per_epoch, run.steps)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name} must be a whole number, or as in '140ep' or '70%', got {value!r}") from None

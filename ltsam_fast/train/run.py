@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -202,7 +202,7 @@ def prepare(
 def _optimizer(config: Config, info: RunInfo) -> Optimizer:
     """Returns the optimizer. In a graph the base optimizer alone is a method that is never active."""
     if config.graph and config.method == "sgd":
-        config = replace(config, method="sam", options={**config.options, "active": 0.0})
+        config = config.model_copy(update={"method": "sam", "options": {**config.options, "active": 0.0}})
     return create(config, info)
 
 
