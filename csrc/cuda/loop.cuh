@@ -398,17 +398,18 @@ struct Constants {
 };
 
 /// True in the block that comes here last; it sees what all others wrote. The ticket is zero again afterwards, for the
-/// next launch or the next replay of a graph.
+/// next launch or the next replay of a graph. The fences are those of the thread that counts, between the barriers that
+/// order it with the others: a fence says nothing of what other threads do.
 __device__ inline bool last_block(unsigned* ticket) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
     if (last) *ticket = 0;
   }
   __syncthreads();
-  __threadfence();
   return last;
 }
 
@@ -611,6 +612,7 @@ struct CudaLoop {
     for (bool all = false; !all; packer.clear()) {
       all = packer.fill();
       if (packer.slice.tensors) launch_slice<kernel>(F::name, packer.slice, stream);
+      args.launched = packer.next;
     }
   }
 
