@@ -26,7 +26,6 @@ from ltsam_fast.ops import differentiable, dispatch
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests/cuda_on_host"
 HEADERS = sorted(file for file in (ROOT / "csrc").rglob("*.*") if file.parent.name != "cpu")
-SOURCES = [*HEADERS, *sorted(EMULATION.iterdir())]
 INCLUDES = [f"-I{folder}" for folder in (ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
 CXX = shutil.which("g++") or shutil.which("c++")
 FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -35,9 +34,9 @@ TRACED = [] if "-fsanitize" in " ".join(FLAGS) else ["-fsanitize=thread"]
 STREAM = 0x57
 
 
-def made(config, name, *command):
-    """Runs a compiler on the CUDA core unless it has done so for these very sources; returns the result and its output."""
-    key = hashlib.sha256(repr(command).encode() + b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+def made(config, name, sources, *command):
+    """Runs a compiler unless it has done so for what the sources are now; returns the result and its output."""
+    key = hashlib.sha256(repr(command).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = config.cache.mkdir("cuda_source")
     made, log = folder / f"{key}-{name}", folder / f"{key}-{name}.log"
     if not (made.exists() and log.exists()):
@@ -68,13 +67,15 @@ class Core:
         ]  # fmt: skip
         # A GPU traps at misaligned vectors. GCC would link the sanitizer, in place of which the runtime is.
         checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+        header, source = EMULATION / "cuda_runtime.h", EMULATION / "runtime.cpp"
         module, _ = made(
-            config, f"module_{argument_bytes}.o",
+            config, f"module_{argument_bytes}.o", [*HEADERS, header],
             *compiler, *checks, *TRACED, "-c", "-xc++", ROOT / "csrc/cuda/module.cu",
         )  # fmt: skip
-        runtime, _ = made(config, f"runtime_{argument_bytes}.o", *compiler, "-c", EMULATION / "runtime.cpp")
+        runtime, _ = made(config, f"runtime_{argument_bytes}.o", [header, source], *compiler, "-c", source)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        path, _ = made(config, f"_cuda_{argument_bytes}{suffix}", CXX, "-shared", "-pthread", *FLAGS, module, runtime)
+        linker = [CXX, "-shared", "-pthread", *FLAGS]
+        path, _ = made(config, f"_cuda_{argument_bytes}{suffix}", [], *linker, module, runtime)
         name = f"arguments{argument_bytes}._cuda"  # by name, pybind11 would return the module it made first
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))

@@ -17,7 +17,7 @@ from ltsam_fast.launch_args import CHUNK
 from ltsam_fast.ops import cross_entropy, differentiable, dispatch
 from ltsam_fast.table import TensorTable
 
-from .on_host import INCLUDES, ROOT, Core, made
+from .on_host import HEADERS, INCLUDES, ROOT, Core, made
 
 ARCHS = ("80", "90", "100")
 NVCC = shutil.which("nvcc")
@@ -438,7 +438,7 @@ def compiled(request):
         pytest.skip("no nvcc on PATH")
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     return made(
-        request.config, "module.o",
+        request.config, "module.o", HEADERS,
         NVCC, "-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "--threads=0", "-Xptxas=-v", *code,
         "-Xcompiler=-fPIC", *INCLUDES, "-c", ROOT / "csrc/cuda/module.cu",
     )  # fmt: skip

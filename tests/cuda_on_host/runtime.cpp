@@ -11,6 +11,7 @@
 #include "cuda_runtime.h"
 
 #include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -188,15 +189,10 @@ class Block {
     known_ = nullptr;
     in_shared_.clear();
     for (Fiber& fiber : fibers_) {
-      const size_t t = size_t(&fiber - fibers_.data());
+      fiber.begins = fiber.state != kEnded;  // in the middle of a kernel, if there was a fault
       fiber.state = kReady;
       fiber.known = fiber.pending = fiber.fenced = nullptr;
       fiber.fences = 0;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks_.get() + t * kStack;
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, &Block::enter, 0);
     }
     std::vector<unsigned> ready;
     for (;;) {
@@ -207,9 +203,8 @@ class Block {
       if (shuffles_) std::shuffle(ready.begin(), ready.end(), random_);
       for (unsigned t : ready) {
         thread_ = t;
-        fibers_[t].state = kEnded;  // unless it comes back by yield()
         in_kernel_ = true;
-        swapcontext(&scheduler_, &fibers_[t].context);
+        go_on(fibers_[t]);
         in_kernel_ = false;
         if (std::exchange(hands_over_, false)) baton_.pass(worker_);
       }
@@ -262,10 +257,12 @@ class Block {
 
  private:
   static constexpr size_t kStack = 64 << 10;
-  enum State { kReady, kWaiting, kEnded };
+  enum State { kReady, kWaiting, kStopped, kEnded };
   struct Fiber {
     ucontext_t context;
-    State state;
+    jmp_buf place;
+    State state = kReady;
+    bool begins;
     int line;
     uint32_t fences;
     Shared known, pending, fenced;  ///< pending: of atomics, until a fence comes
@@ -305,20 +302,43 @@ class Block {
   }
 
   static void enter() {
-    const Launch& launch = current->launch_;
-    launch.call(launch.kernel, launch.argument.get());
+    for (;;) {
+      const Launch& launch = current->launch_;
+      launch.call(launch.kernel, launch.argument.get());
+      current->yield(kEnded);
+    }
   }
-  static bool left_out(const char* file, int line) {
-    const char* without = std::getenv("LTSAM_HOST_WITHOUT");
-    if (!without) return false;
-    const char* name = std::strrchr(file, '/');
-    return (name ? name + 1 : file) + (":" + std::to_string(line)) == without;
+  void go_on(Fiber& fiber) {
+    const bool begins = std::exchange(fiber.begins, false);
+    if (begins) {
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = stacks_.get() + size_t(&fiber - fibers_.data()) * kStack;
+      fiber.context.uc_stack.ss_size = kStack;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+#ifdef __SANITIZE_ADDRESS__  // follows swapcontext() from stack to stack, and nothing else
+    swapcontext(&scheduler_, &fiber.context);
   }
-
   void yield(State state) {
     Fiber& fiber = fibers_[thread_];
     fiber.state = state;
     swapcontext(&fiber.context, &scheduler_);
+  }
+#else  // without its system calls
+    if (_setjmp(back_)) return;
+    if (begins) setcontext(&fiber.context);
+    _longjmp(fiber.place, 1);
+  }
+  void yield(State state) {
+    Fiber& fiber = fibers_[thread_];
+    fiber.state = state;
+    if (!_setjmp(fiber.place)) _longjmp(back_, 1);
+  }
+#endif
+  bool left_out(const char* file, int line) const {
+    if (!without_) return false;
+    const char* name = std::strrchr(file, '/');
+    return (name ? name + 1 : file) + (":" + std::to_string(line)) == without_;
   }
   void pause() {
     hands_over_ = shuffles_;
@@ -330,7 +350,7 @@ class Block {
     const auto waits = [&](const Fiber& fiber) { return fiber.state == kWaiting && fiber.line == fibers_[0].line; };
     const size_t waiting = size_t(std::count_if(fibers_.begin(), fibers_.end(), waits));
     if (waiting != fibers_.size()) {
-      const auto ended = [](const Fiber& fiber) { return fiber.state == kEnded; };
+      const auto ended = [](const Fiber& fiber) { return fiber.state >= kStopped; };
       if (!std::all_of(fibers_.begin(), fibers_.end(), ended))
         device.fail(kIllegalAddress, "threads of a block do not all come to the same barrier");
       return false;
@@ -395,17 +415,19 @@ class Block {
     text << what << ": " << kNames[kind] << " of " << bytes << " bytes at 0x" << std::hex << address << std::dec
          << " by thread " << thread_ << " of block " << index_;
     device.fail(kIllegalAddress, text.str());
-    yield(kEnded);
+    yield(kStopped);
   }
 
   const Launch& launch_;
   Baton& baton_;
   const unsigned worker_;
   const bool shuffles_;
+  const char* const without_ = std::getenv("LTSAM_HOST_WITHOUT");
   std::vector<Fiber> fibers_;
   std::unique_ptr<char[]> stacks_;
   std::mt19937 random_;
   ucontext_t scheduler_;
+  jmp_buf back_;
   unsigned index_ = 0, thread_ = 0;
   uint32_t barriers_ = 0;
   bool hands_over_ = false, in_kernel_ = false;
