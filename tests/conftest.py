@@ -50,19 +50,19 @@ def poison(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def core(request):
+def core():
     """The CUDA core on the host."""
     from .on_host import Core
 
-    return Core(request.config, 32764)
+    return Core(32764)
 
 
 @pytest.fixture(scope="session")
-def narrow_core(request):
+def narrow_core():
     """What CUDA before 12.1 gets: an eighth of the tensors in a launch."""
     from .on_host import Core
 
-    return Core(request.config, 4096)
+    return Core(4096)
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from ltsam_fast import launch_args, ops
+from ltsam_fast import backend, launch_args, losses, ops
 from ltsam_fast.ops import differentiable, dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -34,15 +35,17 @@ TRACED = [] if "-fsanitize" in " ".join(FLAGS) else ["-fsanitize=thread"]
 STREAM = 0x57
 
 
-def made(config, name, sources, *command):
+def made(name, sources, *command):
     """Runs a compiler unless it has done so for what the sources are now; returns the result and its output."""
     key = hashlib.sha256(repr(command).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    folder = config.cache.mkdir("cuda_source")
+    folder = ROOT / "build/cuda_source"
     made, log = folder / f"{key}-{name}", folder / f"{key}-{name}.log"
     if not (made.exists() and log.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob(f"*-{name}*"):
-            old.unlink()
-        new = made.with_name(f"{made.name}.new")
+            if not old.name.startswith(key):  # else another process is at it
+                old.unlink(missing_ok=True)
+        new = made.with_name(f"{made.name}.{os.getpid()}")
         process = subprocess.run([*map(str, command), "-o", new], text=True, capture_output=True)
         assert process.returncode == 0, process.stdout + process.stderr
         log.write_text(process.stdout + process.stderr)
@@ -58,7 +61,7 @@ class Core:
 
     CAPTURABLE = True
 
-    def __init__(self, config, argument_bytes):
+    def __init__(self, argument_bytes):
         if CXX is None or not sys.platform.startswith("linux"):
             pytest.skip("needs a C++ compiler and ucontext")
         compiler = [
@@ -69,13 +72,13 @@ class Core:
         checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
         header, source = EMULATION / "cuda_runtime.h", EMULATION / "runtime.cpp"
         module, _ = made(
-            config, f"module_{argument_bytes}.o", [*HEADERS, header],
+            f"module_{argument_bytes}.o", [*HEADERS, header],
             *compiler, *checks, *TRACED, "-c", "-xc++", ROOT / "csrc/cuda/module.cu",
         )  # fmt: skip
-        runtime, _ = made(config, f"runtime_{argument_bytes}.o", [header, source], *compiler, "-c", source)
+        runtime, _ = made(f"runtime_{argument_bytes}.o", [header, source], *compiler, "-c", source)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         linker = [CXX, "-shared", "-pthread", *FLAGS]
-        path, _ = made(config, f"_cuda_{argument_bytes}{suffix}", [], *linker, module, runtime)
+        path, _ = made(f"_cuda_{argument_bytes}{suffix}", [], *linker, module, runtime)
         name = f"arguments{argument_bytes}._cuda"  # by name, pybind11 would return the module it made first
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
@@ -83,7 +86,9 @@ class Core:
         self.library = library = ctypes.CDLL(str(path))
         library.on_host_memory.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
         library.on_host_set_stream.argtypes = [ctypes.c_void_p]
-        library.on_host_replay.restype = library.on_host_synchronize.restype = ctypes.c_char_p
+        library.on_host_try.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t]
+        for name in ("try", "replay", "synchronize"):
+            getattr(library, f"on_host_{name}").restype = ctypes.c_char_p
         self.launches, self.blocks = library.on_host_launches, library.on_host_blocks
         self.stream, self.live = STREAM, False
         for op in (*ops.OPS, "cross_entropy"):
@@ -103,10 +108,43 @@ class Core:
         """Runs an op on what its arguments name."""
         if self.live and op != "cross_entropy":
             args.hyper = torch.from_numpy(args.hyper.copy())
-        self.library.on_host_forget()
-        for tensor in tensors_of(args):
-            self.library.on_host_memory(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        self.named = [(tensor, tensor.numel() * tensor.element_size()) for tensor in tensors_of(args)]
+        self.name_memory((tensor.data_ptr(), size) for tensor, size in self.named)
         getattr(self.module, op)(args)
+
+    def name_memory(self, memory):
+        """Names what kernels may touch: pairs of an address and a number of bytes."""
+        self.library.on_host_forget()
+        for address, size in memory:
+            self.library.on_host_memory(address, size)
+
+    def captured(self, call, args):
+        """A call captured as a CUDA graph; returns a function that replays it, on those of its tensors that are still there."""
+        number = self.library.on_host_begin_capture()
+        try:
+            call(args)
+        finally:
+            self.library.on_host_end_capture()
+        memory = [(StorageWeakRef(one.untyped_storage()), one.data_ptr(), size) for one, size in self.named]
+
+        def replay():
+            self.name_memory((address, size) for storage, address, size in memory if not storage.expired())
+            self.check(self.library.on_host_replay(number))
+
+        return replay
+
+    @contextlib.contextmanager
+    def deferring(self):
+        """Launches run at the end, as on a GPU that is busy until then."""
+        self.library.on_host_defer()
+        yield
+        self.check(self.library.on_host_synchronize())
+
+    @staticmethod
+    def check(error):
+        """Raises what went wrong."""
+        if error:
+            raise RuntimeError(error.decode())
 
     @contextlib.contextmanager
     def serving(self, monkeypatch, live=False):
@@ -115,12 +153,21 @@ class Core:
         ``live``: with hyperparameters where a CUDA graph would have them, on the device, read when a kernel runs.
         """
         self.live = live
-        with monkeypatch.context() as patch:
-            for caller in (dispatch, differentiable):
-                patch.setattr(caller, "backend_for", lambda _: self)
+        with chosen(monkeypatch, self) as patch:
             for caller in (dispatch, launch_args):
                 patch.setattr(caller, "stream_or_threads", lambda _: self.stream)
             yield self
+
+
+@contextlib.contextmanager
+def chosen(monkeypatch, module):
+    """Has this module run all ops on CPU tensors."""
+    key = (backend.wish(), backend._environment.get(backend._variable), torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setitem(backend._resolved, key, module)
+        for caller in (differentiable, losses):  # small losses too
+            patch.setattr(caller, "is_chosen", lambda: True)
+        yield patch
 
 
 def tensors_of(args):

@@ -397,12 +397,11 @@ struct Constants {
   }
 };
 
-/// True in the block that comes here last; it sees what all others wrote. The ticket is zero again afterwards, for the
-/// next launch or the next replay of a graph. The fences are those of the thread that counts, between the barriers that
-/// order it with the others: a fence says nothing of what other threads do.
+/// True in the block that comes here last; it sees what the first threads of all others wrote, and may write over what
+/// these have read. The ticket is zero again afterwards, for the next launch or the next replay of a graph. The thread
+/// that counts has both fences to itself: another's would say nothing of what this one does.
 __device__ inline bool last_block(unsigned* ticket) {
   __shared__ bool last;
-  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(ticket, 1u) == gridDim.x - 1;

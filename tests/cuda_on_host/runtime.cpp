@@ -544,6 +544,10 @@ EXPORTED void on_host_end_capture() { device.capturing = nullptr; }
 EXPORTED void on_host_defer() { device.deferring = true; }
 
 /// Return what is wrong, or null.
+EXPORTED const char* on_host_try(unsigned blocks, unsigned threads, size_t bytes) {
+  on_host::submit({blocks, threads, device.current, nullptr, bytes, nullptr, nullptr});
+  return std::exchange(device.error, 0) ? device.message.c_str() : nullptr;
+}
 EXPORTED const char* on_host_replay(int graph) {
   for (const on_host::Launch& launch : device.graphs[size_t(graph)]) on_host::run(launch);
   return std::exchange(device.error, 0) ? device.message.c_str() : nullptr;
