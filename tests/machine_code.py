@@ -32,11 +32,11 @@ No kernel has a stack frame or spills a register.
 | registers | of a thread, for sm_80, sm_90, sm_100 |
 | blocks | of {threads} threads that a multiprocessor holds at a time, for each of these; 8 would be all of its threads |
 | shared | bytes of shared memory of a block |
-| loops | bytes that a thread moves in a round of each loop over whole aligned tensors, 16 at a time, masks one |
+| loops | bytes that a thread moves in a round of each loop over whole aligned tensors, 16 or 32 at a time, masks one |
 | bytes an instruction | the fewest among these loops |
 
 A multiprocessor starts 128 instructions of threads in a cycle. To keep up with its memory an A100 or H100 has to move 0.11
-bytes with each, an H200 0.16, a B200 0.23, by their peak figures: below that the arithmetic takes longer than the memory.
+bytes with each, an H200 0.16, a B200 0.2, by their peak figures: below that the arithmetic takes longer than the memory.
 That is so for the Gaussian noise alone.
 
 | kernel | registers | blocks | shared | loops | bytes an instruction |
@@ -68,7 +68,7 @@ class Kernel(NamedTuple):
     @property
     def plain(self) -> list[Loop]:
         """The loops over whole aligned tensors."""
-        return [loop for loop in self.loops if 16 in loop.widths and not loop.widths & {2, 4}]
+        return [loop for loop in self.loops if loop.widths & {16, 32} and not loop.widths & {2, 4}]
 
 
 class Loop(NamedTuple):
@@ -95,7 +95,7 @@ def nvcc_version() -> str:
 
 def width(access: str) -> int:
     """Bytes of an access by the rest of its mnemonic."""
-    found = re.search(r"\.(?:[US]?(8|16)|64|128)\b", access)
+    found = re.search(r"\.(?:[US]?(8|16)|64|128|256)\b", access)
     return 4 if found is None else int(found[0].lstrip(".US")) // 8
 
 
@@ -109,9 +109,9 @@ def compiled() -> dict[tuple[str, str], Kernel]:
         "-Xcompiler=-fPIC", *INCLUDES, "-c", ROOT / "csrc/cuda/module.cu",
     )  # fmt: skip
     said = re.findall(
-        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?\n"
-        r".*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
-        r".*?Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*\n"
+        r" *(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*Used (\d+) registers(?:.*?(\d+) bytes smem)?",
         log,
     )
     texts = {}

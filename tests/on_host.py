@@ -137,8 +137,11 @@ class Core:
     def deferring(self):
         """Launches run at the end, as on a GPU that is busy until then."""
         self.library.on_host_defer()
-        yield
-        self.check(self.library.on_host_synchronize())
+        try:
+            yield
+        finally:
+            error = self.library.on_host_synchronize()
+        self.check(error)
 
     @staticmethod
     def check(error):

@@ -1,6 +1,6 @@
 """The CUDA core without a GPU: its kernels run on the host (see cuda_on_host), and what nvcc makes of them.
 
-Left to a real GPU: the memory model, streams, graph capture and speed.
+How they are launched: test_cuda_launch.py. Left to a real GPU: its driver, and speed.
 """
 
 import pytest
@@ -456,7 +456,7 @@ def test_enough_blocks_fit_a_multiprocessor(kernels):
         assert kernel.blocks(arch) >= least and kernel.shared <= 48 << 10, (name, arch)
 
 
-def test_whole_aligned_tensors_are_accessed_16_bytes_at_a_time(kernels):
+def test_whole_aligned_tensors_are_accessed_16_bytes_or_more_at_a_time(kernels):
     """In a loop of its own for each set of roles, whose arithmetic leaves the memory time, but for the random noise."""
     for (name, arch), kernel in kernels.items():
         functor = name.partition("<")[0]
@@ -469,7 +469,8 @@ def test_whole_aligned_tensors_are_accessed_16_bytes_at_a_time(kernels):
 
 
 @pytest.mark.parametrize(
-    ("access", "size"), [(".E.128", 16), (".E.64.CONSTANT", 8), (".E", 4), (".E.U16", 2), (".E.S8", 1)]
+    ("access", "size"),
+    [(".E.ENL2.256", 32), (".E.128", 16), (".E.64.CONSTANT", 8), (".E", 4), (".E.U16", 2), (".E.S8", 1)],
 )
 def test_widths_are_read_off(access, size):
     assert machine_code.width(access) == size

@@ -1,7 +1,7 @@
 // A stand-in for CUDA that runs the kernels of csrc/cuda on the host: what they compute, when they synchronize and how
-// their launches divide the work is theirs; speed is not. runtime.cpp says what it checks. What is not declared here does
-// not compile: of CUDA's functions only some that are legal while a stream is captured, of the ways in which threads
-// meet only these.
+// their launches divide the work is theirs; speed is not. runtime.cpp says what it checks. What is not declared here
+// does not compile: of CUDA's functions only some that are legal while a stream is captured, of the ways in which
+// threads meet only these.
 //
 // LTSAM_HOST_DEVICE: the current device, d, has d + 1 multiprocessors with two blocks each; -1: there is none
 // LTSAM_HOST_SEED: order of blocks and of threads; 0: one after the other

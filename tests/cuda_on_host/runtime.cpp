@@ -3,13 +3,12 @@
 // * launches: the grid, the size of the argument, the stream, which must be the current one;
 // * accesses, if the kernels are compiled with -fsanitize=thread, whose calls come here: to nothing but the argument,
 //   the block's shared memory once that is written, and tensors that a test has named, each within a single one;
-// * races: two threads touch a byte, one writes it, and neither barriers nor fences with an atomic between them order the
+// * races: two threads touch a byte, one writes it, and neither barriers nor fences with an atomic between them order
+// the
 //   two, by the rules of PTX's memory model.
 //
 // Threads take turns at barriers, fences, atomics and some accesses; up to three blocks are under way at a time, on a
 // system thread each, of which one runs. All is drawn from the seed, so a failure can be repeated.
-#include "cuda_runtime.h"
-
 #include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -29,6 +28,8 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "cuda_runtime.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -70,9 +71,9 @@ Shared joined(const Shared& a, const Shared& b) {
 bool covers(const Shared& known, const Moment& then) {
   if (known)
     for (const auto& [key, fence] : *known)
-      if (key.first == then.block && (fence.barriers > then.barriers || (key.second == then.thread &&
-                                                                         fence.barriers == then.barriers &&
-                                                                         fence.fences >= then.fences)))
+      if (key.first == then.block &&
+          (fence.barriers > then.barriers ||
+           (key.second == then.thread && fence.barriers == then.barriers && fence.fences >= then.fences)))
         return true;
   return false;
 }
@@ -122,7 +123,9 @@ struct Device {
 /// Lets one system thread run at a time.
 class Baton {
  public:
-  Baton(unsigned count, unsigned seed) : active_(count), random_(seed) { std::iota(active_.begin(), active_.end(), 0u); }
+  Baton(unsigned count, unsigned seed) : active_(count), random_(seed) {
+    std::iota(active_.begin(), active_.end(), 0u);
+  }
   void wait(unsigned me) {
     std::unique_lock<std::mutex> lock(mutex_);
     turned_.wait(lock, [&] { return holder_ == me; });
@@ -267,7 +270,8 @@ class Block {
     uint32_t fences;
     Shared known, pending, fenced;  ///< pending: of atomics, until a fence comes
   };
-  /// While the runtime is busy: the linker may give it the kernels' copies of the library's functions, which are traced.
+  /// While the runtime is busy: the linker may give it the kernels' copies of the library's functions, which are
+  /// traced.
   struct Aside {
     Block& block;
     explicit Aside(Block& block) : block(block) { block.in_kernel_ = false; }
@@ -296,7 +300,8 @@ class Block {
     if (found == device.memory.begin() || (--found, address + bytes > found->second.end))
       return stop("in no tensor of the call", address, bytes, kind);
     Memory& memory = found->second;
-    const size_t first = (address - memory.begin) / kCellBytes, last = (address + bytes - 1 - memory.begin) / kCellBytes;
+    const size_t first = (address - memory.begin) / kCellBytes,
+                 last = (address + bytes - 1 - memory.begin) / kCellBytes;
     if (!memory.cells) memory.cells.reset(new Cell[(memory.end - memory.begin) / kCellBytes + 1]);
     for (size_t at = first; at <= last; ++at) note(memory.cells[at], address, bytes, kind);
   }
@@ -563,10 +568,10 @@ EXPORTED const char* on_host_synchronize() {
 static void seen(const void* address, size_t bytes, on_host::Kind kind) {
   if (on_host::current) on_host::current->access(reinterpret_cast<uintptr_t>(address), bytes, kind);
 }
-#define SEEN(bytes)                                                                              \
-  extern "C" void __tsan_read##bytes(void* p) { seen(p, bytes, on_host::kRead); }                \
-  extern "C" void __tsan_write##bytes(void* p) { seen(p, bytes, on_host::kWrite); }              \
-  extern "C" void __tsan_unaligned_read##bytes(void* p) { seen(p, bytes, on_host::kRead); }      \
+#define SEEN(bytes)                                                                         \
+  extern "C" void __tsan_read##bytes(void* p) { seen(p, bytes, on_host::kRead); }           \
+  extern "C" void __tsan_write##bytes(void* p) { seen(p, bytes, on_host::kWrite); }         \
+  extern "C" void __tsan_unaligned_read##bytes(void* p) { seen(p, bytes, on_host::kRead); } \
   extern "C" void __tsan_unaligned_write##bytes(void* p) { seen(p, bytes, on_host::kWrite); }
 SEEN(1)
 SEEN(2)
