@@ -37,7 +37,7 @@ namespace on_host {
 namespace {
 
 enum : int { kNoDevice = 100, kInvalidConfiguration = 9, kIllegalAddress = 700, kOutOfResources = 701 };
-constexpr unsigned kResident = 3;
+constexpr unsigned kResident = 3;  // blocks at a time
 
 int setting(const char* name) {
   const char* value = std::getenv(name);
@@ -106,7 +106,7 @@ struct Device {
   std::string message;
   int launches = 0, blocks = 0, fail_after = -1;
   cudaStream_t current = nullptr, capturing = nullptr;
-  bool deferring = false, traced = false;
+  bool deferring = false;
   std::vector<Launch> queue;
   std::vector<std::vector<Launch>> graphs;
   std::map<uintptr_t, Memory> memory;
@@ -281,7 +281,6 @@ class Block {
   void look(uintptr_t address, size_t bytes, Kind kind) {
     const uintptr_t stack = reinterpret_cast<uintptr_t>(stacks_.get()) + thread_ * kStack;
     if (address - stack < kStack) return;
-    device.traced = true;
     if (address - reinterpret_cast<uintptr_t>(launch_.argument.get()) < launch_.bytes) {
       if (kind == kWrite) stop("writes its argument", address, bytes, kind);
       return;
@@ -527,8 +526,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int index) {
 /// Launches, or blocks, since the last call.
 EXPORTED int on_host_launches() { return std::exchange(device.launches, 0); }
 EXPORTED int on_host_blocks() { return std::exchange(device.blocks, 0); }
-/// Whether accesses have been seen, since the last call.
-EXPORTED bool on_host_traced() { return std::exchange(device.traced, false); }
 /// The only memory that kernels may touch, besides what was named before.
 EXPORTED void on_host_memory(uintptr_t address, size_t bytes) {
   if (bytes) device.memory[address] = {address, address + bytes, nullptr};
