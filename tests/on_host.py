@@ -70,15 +70,16 @@ class Core:
         ]  # fmt: skip
         # A GPU traps at misaligned vectors. GCC would link the sanitizer, in place of which the runtime is.
         checks = ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+        name = f"{argument_bytes}{hashlib.sha256(repr(FLAGS).encode()).hexdigest()[:6] if FLAGS else ''}"
         header, source = EMULATION / "cuda_runtime.h", EMULATION / "runtime.cpp"
         module, _ = made(
-            f"module_{argument_bytes}.o", [*HEADERS, header],
+            f"module_{name}.o", [*HEADERS, header],
             *compiler, *checks, *TRACED, "-c", "-xc++", ROOT / "csrc/cuda/module.cu",
         )  # fmt: skip
-        runtime, _ = made(f"runtime_{argument_bytes}.o", [header, source], *compiler, "-c", source)
+        runtime, _ = made(f"runtime_{name}.o", [header, source], *compiler, "-c", source)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         linker = [CXX, "-shared", "-pthread", *FLAGS]
-        path, _ = made(f"_cuda_{argument_bytes}{suffix}", [], *linker, module, runtime)
+        path, _ = made(f"_cuda_{name}{suffix}", [], *linker, module, runtime)
         name = f"arguments{argument_bytes}._cuda"  # by name, pybind11 would return the module it made first
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))

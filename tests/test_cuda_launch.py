@@ -322,7 +322,7 @@ def test_a_table_knows_which_launches_came_before_one_that_failed(name, narrow_c
         _, op, (after, *rest), keywords = inputs(name, MANY)
         getattr(ops, op)(after, *rest, **keywords)
         total = core.launches()
-        for fails in range(total):
+        for fails in sorted({0, 1, total - 1}):
             _, op, positional, keywords = inputs(name, MANY)
             before = [x.clone() for x in positional[0]]
             table = TensorTable(ops.OPS[name_of(op, keywords)])
