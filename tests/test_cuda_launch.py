@@ -120,26 +120,39 @@ MEETINGS = [
 ]
 
 
+WORK = [
+    lambda: run("grad_norm", [40000, 16385, 5]),
+    lambda: run("sgd all", [40000, 5, 4097]),
+    lambda: run("perturb", [9000, 5, 4097]),
+    loss_and_gradient,
+]
+"""All ways in which threads meet."""
+
+
 @traced
 @pytest.mark.parametrize("place", MEETINGS)
 def test_every_barrier_and_fence_is_needed(place, here, monkeypatch):
     """Without any one of them a race is found."""
-    work = [
-        lambda: run("grad_norm", [40000, 16385, 5]),
-        lambda: run("sgd all", [40000, 5, 4097]),
-        lambda: run("perturb", [9000, 5, 4097], (F32,)),
-        loss_and_gradient,
-    ]
     monkeypatch.setenv("LTSAM_HOST_WITHOUT", place)
     found = []
-    for seed in range(1, 4):
-        monkeypatch.setenv("LTSAM_HOST_SEED", str(seed))
-        for one in work:
+    for number in range(1, 4):
+        monkeypatch.setenv("LTSAM_HOST_SEED", str(number))
+        for one in WORK:
             try:
                 one()
             except RuntimeError as error:
                 found.append(str(error))
     assert found and all(re.search(": race with|without a value|same barrier", error) for error in found)
+
+
+def test_any_order_of_blocks_and_threads_leaves_the_same(seed, here, monkeypatch):
+    """A new one each time. That there is no race is seen on the way."""
+    for one in WORK:
+        results = []
+        for number in (0, seed, seed // 2 + 1):
+            monkeypatch.setenv("LTSAM_HOST_SEED", str(number))
+            results.append(one())
+        assert same(results[0], results[1]) and same(results[0], results[2])
 
 
 @pytest.mark.parametrize(
