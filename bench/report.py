@@ -5,6 +5,7 @@ It does not import the package, which the repository root on the path would hide
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -264,6 +265,9 @@ def main(arguments: list[str]) -> int:
         folder = Path(arguments[1])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(text)
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no charts: matplotlib is not installed")
+            return 0
         draw(results, folder / "report.png")
         draw_steps(results, folder / "steps.png")
     return 0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # bench/run_gpu.sh OUTDIR [steps|tests|bench|checks]...: runs tests and benchmarks on a GPU, each part within 8 minutes; without a
-# part all four, in this order. Each starts with the build. Needs torch, pytest, pytest-benchmark, pybind11 and ninja (with
-# pytest-xdist the tests take less time); no network.
+# part all four, in this order. Each starts with the build. Needs torch, pytest, pytest-benchmark, pybind11, ninja and setuptools
+# from 77 on (with pytest-xdist the tests take less time, with matplotlib there are charts); no network.
 #
 #   steps   whole training steps, eager and as CUDA graphs         OUTDIR/steps/bench.json, report.md, steps.png
 #   tests   the GPU's tests                                        OUTDIR/tests.txt
@@ -99,6 +99,22 @@ run_checks() {
             python3 -m bench.sanitize large
     fi
 }
+
+# pip says of what is missing here that metadata could not be made, and pytest that it knows no --benchmark-json.
+python3 - <<'END' || exit 2
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+missing = []
+for name, least in {"torch": 2, "numpy": 1, "setuptools": 77, "pybind11": 2, "ninja": 1, "pytest": 8, "pytest-benchmark": 4}.items():
+    try:
+        if int(version(name).split(".")[0]) < least:
+            missing.append(f"{name}>={least} (there is {version(name)})")
+    except PackageNotFoundError:
+        missing.append(f"{name}>={least}")
+if missing:
+    sys.exit(f"{sys.executable} lacks {', '.join(missing)}: pip install {' '.join(one.split(' ')[0] for one in missing)}")
+END
 
 step build 150 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e . || finish
 rm "$out/build.txt"

@@ -59,7 +59,8 @@ struct BoundArgs {
                       buckets.data(),
                       first_chunk.data(),
                       reinterpret_cast<double*>(given.attr(key.scratch).cast<intptr_t>()),
-                      given.attr(key.wide).cast<bool>()};
+                      given.attr(key.wide).cast<bool>(),
+                      0};
   }
 };
 
@@ -130,9 +131,16 @@ void bind_op(py::module_& m, py::dict& signatures, const Run& run) {
     const BoundHyper rows(args.attr(key.hyper));
     const Signals signals = signals_from(args.attr(key.addresses));
     const auto stream_or_threads = args.attr(key.stream_or_threads).cast<intptr_t>();
-    {
+    try {
       py::gil_scoped_release release;
       run(bound.args, rows.hyper, signals, stream_or_threads);
+    } catch (...) {
+      args.attr(key.launched) = py::cpp_function([tensors = bound.args.tensors, launched = bound.args.launched] {
+        py::array_t<bool> written(tensors);
+        for (int64_t t = 0; t < tensors; ++t) written.mutable_at(t) = t < launched;
+        return written;
+      });
+      throw;
     }
     args.attr(key.launched) = true;  // in here no Python, and so no signal handler, can have come in between
   });

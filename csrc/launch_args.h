@@ -15,6 +15,7 @@ struct LaunchArgs {
   const int64_t* first_chunk;  ///< [tensors + 1]
   double* scratch;             ///< the CUDA block counter in the first, then one slot for each chunk and sum
   bool wide;                   ///< accumulate in double
+  mutable int64_t launched;    ///< tensors, from the first on, whose launches have succeeded
 
   static constexpr int kFirstSlot = 1;
   double* slots() const { return scratch + kFirstSlot; }

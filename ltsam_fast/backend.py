@@ -50,9 +50,9 @@ class Backend(Protocol):
     * changes nothing but the roles it writes, signals, ``args.scratch``, ``args.cache`` and ``args.launched``;
     * as a reduction fills ``args.signals["norm"]``, which has ``bucket_count`` times ``sums`` numbers;
     * leaves evidence in ``args.launched`` for a ``KeyboardInterrupt``, which Python may raise before and after any line of
-      Python: ``True``, set in native code once all has been written (or will be, by a kernel that is under way), or before it
-      begins a function that returns for each of the T tensors whether it has been written, for use after the interrupt. What an
-      op writes for a tensor, its backup too, is written when the tensor itself is.
+      Python, and for a launch that fails after others: ``True``, set in native code once all has been written (or will be, by a
+      kernel that is under way), or, before it begins or when it fails, a function that returns for each of the T tensors
+      whether it has been written. What an op writes for a tensor, its backup too, is written when the tensor itself is.
     """
 
     CAPTURABLE: bool

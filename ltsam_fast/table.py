@@ -168,7 +168,7 @@ class TensorTable:
         self._lists = ()
 
     def launched(self) -> list[int]:
-        """Says how far the latest call had come when an interrupt (``KeyboardInterrupt``) ended it.
+        """Says how far the latest call had come when an interrupt (``KeyboardInterrupt``) or an error ended it.
 
         Returns:
             Positions, in the caller's lists, of the tensors that were written, weights above all; what else the call writes

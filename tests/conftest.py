@@ -49,6 +49,22 @@ def poison(monkeypatch):
         monkeypatch.setattr(torch, name, poisoned)
 
 
+@pytest.fixture(scope="session")
+def core():
+    """The CUDA core on the host."""
+    from .on_host import Core
+
+    return Core(32764)
+
+
+@pytest.fixture(scope="session")
+def narrow_core():
+    """What CUDA before 12.1 gets: an eighth of the tensors in a launch."""
+    from .on_host import Core
+
+    return Core(4096)
+
+
 @pytest.fixture
 def seed():
     """Another one each time, shown when the test fails; LTSAM_TEST_SEED repeats it."""

@@ -99,23 +99,12 @@ class Tape:
         core = backend.backend_for(torch.device("cpu"))
         originals = {name: getattr(core, name) for name in ops.OPS}
 
-        def native(name, args):
-            args = copy.copy(args)
-            args.pointers = args.pointers.copy()
-            assert isinstance(args.hyper, torch.Tensor), "a graph would hold these numbers for ever"
-            args.hyper = args.hyper.numpy()  # the same memory: what lies there when it is replayed
-            tape.append((originals[name], (args,), {}, None))
-            originals[name](args)
-
         originals["cross_entropy"] = core.cross_entropy
-
-        def loss(*arguments):
-            tape.append((originals["cross_entropy"], arguments, {}, None))
-            originals["cross_entropy"](*arguments)
+        native = {name: functools.partial(self.native, tape, call) for name, call in originals.items()}
 
         try:
             for name in originals:
-                setattr(core, name, loss if name == "cross_entropy" else functools.partial(native, name))
+                setattr(core, name, native[name])
             with Recorder(tape) as recorder, mock.patch.object(unchanged, "_is_captured", lambda device: True):
                 result = work()
         finally:
@@ -125,6 +114,17 @@ class Tape:
                 for tensor, old in before:
                     tensor.copy_(old)
         return functools.partial(self.replay, tape, recorder.pool), result
+
+    @staticmethod
+    def native(tape, call, args):
+        """Notes what native code does, and does it."""
+        if isinstance(args, LaunchArgs):
+            args = copy.copy(args)
+            args.pointers = args.pointers.copy()
+            assert isinstance(args.hyper, torch.Tensor), "a graph would hold these numbers for ever"
+            args.hyper = args.hyper.numpy()  # the same memory: what lies there when it is replayed
+        tape.append((call, (args,), {}, None))
+        call(args)
 
     @staticmethod
     @torch.no_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
+import importlib.metadata
 import os
 import stat
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ PYTHON = """#!/usr/bin/env bash
 case "$*" in
     *is_available*) exit $((1 - ${GPU:-0})) ;;
     *capability*) echo 90; exit ;;
+    -) exit ${NEEDS:-0} ;;
     *"-m pip"*) echo "pip says so"; exit ${BUILD:-0} ;;
 esac
 for last; do :; done
@@ -75,6 +78,37 @@ def test_after_a_failed_build_nothing_is_run(script):
     done, files = script(BUILD="3")
     assert done.returncode == 1 and "failed: build (exit 3" in done.stdout and "pip says so" in done.stdout
     assert files == {"build.txt"}
+
+
+def test_what_is_missing_is_said_before_anything_is_run(script, tmp_path):
+    done, files = script(NEEDS="1")
+    assert done.returncode == 2 and not files and "== build" not in done.stdout
+    text = (ROOT / "bench/run_gpu.sh").read_text()
+    needs = text.split("python3 - <<'END' || exit 2\n")[1].split("\nEND\n")[0]
+    for have, ends in (
+        (dict.fromkeys(NEEDED, "99.1"), None),
+        ({**dict.fromkeys(NEEDED, "99.1"), "setuptools": "68.2.0"}, "pip install setuptools>=77"),
+        (
+            {name: "99.1" for name in NEEDED if name not in ("ninja", "pytest-benchmark")},
+            "ninja>=1 pytest-benchmark>=4",
+        ),
+    ):
+        with mock.patch.object(importlib.metadata, "version", functools.partial(installed, have)):
+            if ends is None:
+                exec(needs, {})
+                continue
+            with pytest.raises(SystemExit, match=f"lacks .*: .*{ends}$"):
+                exec(needs, {})
+
+
+NEEDED = ("torch", "numpy", "setuptools", "pybind11", "ninja", "pytest", "pytest-benchmark")
+
+
+def installed(have, name):
+    """The version that there is."""
+    if name not in have:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return have[name]
 
 
 def test_logs_of_what_went_well_go(script):

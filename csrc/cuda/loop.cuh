@@ -397,18 +397,18 @@ struct Constants {
   }
 };
 
-/// True in the block that comes here last; it sees what all others wrote. The ticket is zero again afterwards, for the
-/// next launch or the next replay of a graph.
+/// True in the block that comes here last; it sees what the first threads of all others wrote, and may write over what
+/// these have read. The ticket is zero again afterwards, for the next launch or the next replay of a graph. The thread
+/// that counts has both fences to itself: another's would say nothing of what this one does.
 __device__ inline bool last_block(unsigned* ticket) {
   __shared__ bool last;
-  __threadfence();
-  __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();
     last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    __threadfence();
     if (last) *ticket = 0;
   }
   __syncthreads();
-  __threadfence();
   return last;
 }
 
@@ -611,6 +611,7 @@ struct CudaLoop {
     for (bool all = false; !all; packer.clear()) {
       all = packer.fill();
       if (packer.slice.tensors) launch_slice<kernel>(F::name, packer.slice, stream);
+      args.launched = packer.next;
     }
   }
 

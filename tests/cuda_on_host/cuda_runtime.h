@@ -1,21 +1,14 @@
 // A stand-in for CUDA that runs the kernels of csrc/cuda on the host: what they compute, when they synchronize and how
-// their launches divide the work is theirs; speed and the memory model are not. Threads of a block are fibers that take
-// turns at barriers, blocks run at the same time on a few system threads; who comes first is drawn from a seed.
+// their launches divide the work is theirs; speed is not. runtime.cpp says what it checks. What is not declared here
+// does not compile: of CUDA's functions only some that are legal while a stream is captured, of the ways in which
+// threads meet only these.
 //
 // LTSAM_HOST_DEVICE: the current device, d, has d + 1 multiprocessors with two blocks each; -1: there is none
-// LTSAM_HOST_SEED: order of blocks and, between barriers, of threads
+// LTSAM_HOST_SEED: order of blocks and of threads; 0: one after the other
+// LTSAM_HOST_WITHOUT=FILE:LINE: the barrier or fence there is left out
 #pragma once
-#include <ucontext.h>
-
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <cstdlib>
+#include <cstddef>
 #include <memory>
-#include <numeric>
-#include <random>
-#include <thread>
-#include <vector>
 
 #define CUDART_VERSION 13000
 #define __global__
@@ -31,141 +24,62 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 } __attribute__((aligned(16)));
-struct OnHostIndex {
-  unsigned x;
-};
-inline thread_local OnHostIndex threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess, cudaErrorNoDevice = 100, cudaErrorLaunchFailure = 719 };
+enum cudaError_t : int;
+constexpr cudaError_t cudaSuccess{};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 
-namespace on_host {
-
-inline int setting(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? std::atoi(value) : 0;
-}
-
-/// One block at a time: its threads as fibers of the calling system thread.
-class Block {
- public:
-  explicit Block(unsigned threads)
-      : fibers_(threads), stacks_(new char[size_t(threads) * kStack]), order_(threads), random_(0) {
-    std::iota(order_.begin(), order_.end(), 0u);
-  }
-
-  /// Returns false if some threads ended while others waited at a barrier.
-  template <class Kernel>
-  bool run(const Kernel& kernel, unsigned seed) {
-    random_.seed(seed);
-    body_ = [](void* k) { (*static_cast<const Kernel*>(k))(); };
-    kernel_ = const_cast<Kernel*>(&kernel);
-    current_ = this;
-    for (unsigned t = 0; t < fibers_.size(); ++t) {
-      getcontext(&fibers_[t]);
-      fibers_[t].uc_stack.ss_sp = stacks_.get() + size_t(t) * kStack;
-      fibers_[t].uc_stack.ss_size = kStack;
-      fibers_[t].uc_link = &scheduler_;
-      makecontext(&fibers_[t], &Block::enter, 0);
-    }
-    for (size_t waiting = fibers_.size(); waiting;) {
-      std::shuffle(order_.begin(), order_.end(), random_);
-      waiting_ = 0;
-      for (unsigned t : order_) {
-        threadIdx.x = running_ = t;
-        swapcontext(&scheduler_, &fibers_[t]);
-      }
-      waiting = waiting_;
-      if (waiting && waiting != fibers_.size()) return false;
-    }
-    return true;
-  }
-
-  static void barrier() {
-    Block& block = *current_;
-    const unsigned thread = block.running_;
-    ++block.waiting_;
-    swapcontext(&block.fibers_[thread], &block.scheduler_);
-  }
-
- private:
-  static constexpr size_t kStack = 64 << 10;
-  static void enter() { current_->body_(current_->kernel_); }
-
-  static inline thread_local Block* current_ = nullptr;
-  std::vector<ucontext_t> fibers_;
-  std::unique_ptr<char[]> stacks_;
-  std::vector<unsigned> order_;
-  std::mt19937 random_;
-  ucontext_t scheduler_;
-  void (*body_)(void*) = nullptr;
-  void* kernel_ = nullptr;
-  unsigned running_ = 0;
-  size_t waiting_ = 0;
-};
-
-inline std::atomic<cudaError_t> last_error{cudaSuccess};
-inline std::atomic<int> launches{0}, blocks_launched{0};
-
-template <class Kernel>
-void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
-  const int device = setting("LTSAM_HOST_DEVICE"), seed = setting("LTSAM_HOST_SEED");
-  if (device < 0) {
-    last_error = cudaErrorNoDevice;
-    return;
-  }
-  ++launches;
-  blocks_launched += int(blocks);
-  std::vector<unsigned> order(blocks);
-  std::iota(order.begin(), order.end(), 0u);
-  if (seed) std::shuffle(order.begin(), order.end(), std::mt19937(unsigned(seed)));
-  std::atomic<unsigned> next{0};
-  const auto work = [&] {
-    Block block(threads);
-    blockDim.x = threads;
-    gridDim.x = blocks;
-    for (unsigned i; (i = next++) < blocks;) {
-      blockIdx.x = order[i];
-      if (!block.run(kernel, unsigned(seed) + order[i])) last_error = cudaErrorLaunchFailure;
-    }
-  };
-  std::vector<std::thread> workers(std::min(blocks, 3u) - 1);
-  for (std::thread& worker : workers) worker = std::thread(work);
-  work();
-  for (std::thread& worker : workers) worker.join();
-}
-
-}  // namespace on_host
-
-/// Numbers since the last call, for tests.
-extern "C" __attribute__((visibility("default"))) int on_host_launches() { return on_host::launches.exchange(0); }
-extern "C" __attribute__((visibility("default"))) int on_host_blocks() { return on_host::blocks_launched.exchange(0); }
-
-#define LT_LAUNCH(kernel, blocks, threads, stream, argument) \
-  ((void)(stream), on_host::launch(blocks, threads, [&] { kernel(argument); }))
-#define LT_ARGUMENT(Type) const Type&
-
-inline void __syncthreads() { on_host::Block::barrier(); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
-}
-
-inline cudaError_t cudaGetLastError() { return on_host::last_error.exchange(cudaSuccess); }
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorNoDevice ? "no CUDA-capable device is detected" : "unspecified launch failure";
-}
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = on_host::setting("LTSAM_HOST_DEVICE");
-  return *device < 0 ? cudaErrorNoDevice : cudaSuccess;
-}
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-  *value = device + 1;
-  return cudaSuccess;
-}
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   *blocks = 2;
   return cudaSuccess;
 }
+
+namespace on_host {
+
+struct Index {
+  unsigned x;
+};
+Index thread_index(), block_index(), block_size(), grid_size();
+void barrier(const char* file, int line);
+void fence(const char* file, int line);
+unsigned atomic_add(unsigned* address, unsigned value);
+
+/// A kernel with its argument, which the launch copies as CUDA does: nothing of the caller's is read when it runs.
+struct Launch {
+  unsigned blocks, threads;
+  cudaStream_t stream;
+  std::shared_ptr<const void> argument;
+  size_t bytes;
+  void (*kernel)();
+  void (*call)(void (*kernel)(), const void* argument);
+};
+void submit(const Launch& launch);
+
+template <class Argument>
+void launch(void (*kernel)(const Argument&), unsigned blocks, unsigned threads, cudaStream_t stream,
+            const Argument& argument) {
+  submit({blocks, threads, stream, std::make_shared<const Argument>(argument), sizeof argument,
+          reinterpret_cast<void (*)()>(kernel), [](void (*kernel)(), const void* argument) {
+            reinterpret_cast<void (*)(const Argument&)>(kernel)(*static_cast<const Argument*>(argument));
+          }});
+}
+
+}  // namespace on_host
+
+#define LT_LAUNCH(kernel, blocks, threads, stream, argument) \
+  on_host::launch(kernel, blocks, unsigned(threads), stream, argument)
+#define LT_ARGUMENT(Type) const Type&
+
+#define threadIdx (on_host::thread_index())
+#define blockIdx (on_host::block_index())
+#define blockDim (on_host::block_size())
+#define gridDim (on_host::grid_size())
+#define __syncthreads() on_host::barrier(__FILE__, __LINE__)
+#define __threadfence() on_host::fence(__FILE__, __LINE__)
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return on_host::atomic_add(address, value); }
