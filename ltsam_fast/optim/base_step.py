@@ -267,7 +267,7 @@ def _steps_of_sgd(state: Group, param: Tensor) -> Tensor:
 def _adam(
     groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any], decoupled: bool = False
 ) -> dict[str, Any]:
-    """State and options of torch.optim.Adam and AdamW; before torch 2.7 their groups do not say whether the decay is decoupled."""
+    """State and options of torch.optim.Adam and AdamW, whose groups do not say in torch 2.6 whether the decay is decoupled."""
     everywhere = [True] * len(groups)
     state: dict[str, Any] = {
         "steps": [_step_count(state, param) for state, param in zip(states, params, strict=True)],
