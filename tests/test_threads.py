@@ -395,7 +395,7 @@ def test_leaks_are_seen(what, leaves_nothing):
     places = iter(range(len(kept)))
     leaks = {
         "an object": object,
-        "memory": lambda: ctypes.CDLL(None).malloc(32) and None,
+        "memory": lambda: ctypes.CDLL(None).malloc(128) and None,
         "a tensor": lambda: torch.zeros(10_000),
     }
 
