@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 OUT ?= bench-out
+PYTHONS ?= $(PYTHON)
+TORCHES ?= 2.6.0 2.13.0 2.14.1
+TESTS ?= $(foreach name,lists ops ops_calls oracles methods optimizer base_step checkpoints capture shared_backward,tests/test_$(name).py)
 
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo evidence test lint bench docs wheels clean
+.PHONY: demo evidence test lint bench docs wheels versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -37,6 +40,10 @@ lint: $(VENV)/lint.stamp
 
 wheels:
 	PYTHON=$(PYTHON) CONSTRAINTS=$(CONSTRAINTS) .ci/wheels
+
+# One wheel for each Python, and each torch beside it: make versions PYTHONS="python3.11 python3.14" TORCHES="2.6.0 2.14.1"
+versions:
+	PYTHONS="$(PYTHONS)" TORCHES="$(TORCHES)" TESTS="$(TESTS)" .ci/versions
 
 # One stamp for each extra. The install is an editable one, and ninja compiles only what changed.
 $(VENV)/%.stamp: pyproject.toml setup.py $(CONSTRAINTS) $(CSRC)

@@ -7,11 +7,13 @@ roles are there are compile-time constants of a launch, so tensors are grouped b
 import functools
 import inspect
 import itertools
+import threading
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from ltsam_fast.launch_args import CHUNK
 from ltsam_fast.ops import dispatch
@@ -36,7 +38,24 @@ def launched(function):
     compiled during a capture ends it. Tensors' addresses are read from memory, so nothing is lost.
     """
     values = [one.name for one in inspect.signature(function).parameters.values() if one.annotation is not tl.constexpr]
-    return triton.jit(do_not_specialize=values)(function)
+    kernel = triton.jit(do_not_specialize=values)(function)
+    return _OneByOne(kernel) if isinstance(kernel, InterpretedFunction) else kernel
+
+
+class _OneByOne:
+    """A kernel in Triton's interpreter, which patches its language and knows one place in one grid: one thread at a time."""
+
+    _LOCK = threading.Lock()
+
+    def __init__(self, kernel):
+        self._kernel = kernel
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            with self._LOCK:
+                self._kernel[grid](*args, **constants)
+
+        return run
 
 
 @triton.jit
@@ -166,8 +185,8 @@ def on_device(args, name, make, key=None):
 
     While a step is traced nothing is kept: each launch in a graph reads memory of its own, which nobody else lets go of.
     """
-    if dispatch.tracer is not None:
-        return _upload(args, dispatch.tracer.place(np.array(make(), order="C")))
+    if (tracer := dispatch.tracer.get()) is not None:
+        return _upload(args, tracer.place(np.array(make(), order="C")))
     kept = args.cache.get(name)
     if kept is None or kept[0] != key:
         kept = args.cache[name] = (key, _upload(args, np.array(make(), order="C")))
@@ -221,7 +240,7 @@ def _written(args, call):
 
 def launch(kernel, args, signals, array_roles, **constants):
     """Runs ``kernel`` over all chunks, once for each set of element types."""
-    if args.device.type == "cuda" and dispatch.tracer is None and torch.cuda.is_current_stream_capturing():
+    if args.device.type == "cuda" and dispatch.tracer.get() is None and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend must not be 'triton' in a CUDA graph of your own, which would read tables that are gone: "
             "use lf.graph_step(), or backend 'cuda'"

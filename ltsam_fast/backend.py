@@ -78,6 +78,8 @@ def backends() -> list[str]:
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which every op runs on this backend; a loss's backward runs where its forward did.
 
+    It counts in this thread: others start with the process's own choice.
+
     But for one that ``torch.compile`` has made, on a GPU: it runs in a thread of autograd's, on the process's own backend.
 
     Args:

@@ -44,7 +44,9 @@ def poison(monkeypatch):
 
         def poisoned(*args, plain=plain, **kwargs):
             made = plain(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
+            if made.is_floating_point():
+                made.detach().fill_(float("nan"))
+            return made
 
         monkeypatch.setattr(torch, name, poisoned)
 

@@ -406,6 +406,8 @@ def test_the_radius_follows_the_schedules_range(name, base, tensor):
     run = Radius([start, start / 2], base, tensor)
     tops = [TOP, TOP] if name == "OneCycleLR" else [TOP, TOP / 2]
     schedule = SCHEDULES[name](run.opt)
+    if any(isinstance(g["lr"], torch.Tensor) and g["lr"] is g["initial_lr"] for g in run.opt.param_groups):
+        pytest.skip("this torch's SequentialLR changes the first rate with the present one")
     found = []
     for n in range(SCHEDULED):
         if n == 5:  # a resumed run goes on in the same way

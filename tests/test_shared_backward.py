@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ltsam_fast as lf
 from ltsam_fast.diagnostics import per_class
-from ltsam_fast.shared import NotShared, SharedBackward, Weighting
+from ltsam_fast.shared import NotShared, SharedBackward, Weighting, qualify
 from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
 
 from .networks import BATCH, CLASSES, NETWORKS, Encoder, Residual, ResNet, Tied, images
@@ -461,3 +461,36 @@ def test_what_has_no_gradient_is_looked_at_again_and_named(caplog):
     for _ in range(12):
         opt.step(lambda: losses_of(model, (x,), y, 0), targets=y)
     assert len(opt.network._shared._plans) == 1
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_running_checkpoint_is_known_in_old_versions_of_torch_too(reentrant, monkeypatch):
+    """Where torch does not tell, by the calls that are under way; a nested one is another."""
+
+    def both():
+        new = qualify.current_checkpoint()
+        with monkeypatch.context() as patch:
+            patch.setattr(qualify, "_top_hooks", None)
+            return new, qualify.current_checkpoint()
+
+    def inner(x):
+        found.append(both())
+        return x.sin()
+
+    def outer(x):
+        found.append(both())
+        y = checkpoint(inner, x, use_reentrant=reentrant)
+        found.append(both())
+        return y + checkpoint(inner, x, use_reentrant=reentrant)
+
+    found = [both()]
+    y = checkpoint(outer, torch.ones(3, requires_grad=True), use_reentrant=reentrant)
+    found.append(both())
+    for kind in (0, 1):
+        none, first, second, again, third, after = (one[kind] for one in found)
+        assert none is after is None
+        if reentrant:
+            assert first is second is again is third is None
+        else:
+            assert first is again and len({first, second, third}) == 3 and None not in (first, second, third)
+    assert y.requires_grad

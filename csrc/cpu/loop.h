@@ -2,9 +2,11 @@
 // chunk is walked in tiles that stay in L1, where 16-bit floats are widened and narrowed and from where streaming
 // stores leave.
 #pragma once
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <utility>
 
@@ -44,6 +46,16 @@ inline Chunk chunk_at(const LaunchArgs& args, int64_t index) {
   return {tensor, begin, std::min(kChunk, args.numels[tensor] - begin)};
 }
 
+/// How many of `threads` there can be. GNU's OpenMP keeps its threads and, in a process forked after they began, would
+/// wait for ever for those that stayed behind: there one does all.
+inline int team(int threads) {
+  static std::atomic<bool> began{false}, lost{false};
+  if (threads < 2 || lost) return 1;
+  [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, [] { lost = began.load(); });
+  began = true;
+  return threads;
+}
+
 /// Calls body(chunk) for every chunk. Threads take runs of chunks as they get free: a stalled core costs one run, not
 /// half the pass. Results must not depend on who runs what. A thread is worth its start (some 5 us, far more on a busy
 /// machine) from about 256 KiB of work on.
@@ -53,7 +65,7 @@ void for_each_chunk(int64_t chunks, int64_t bytes, int threads, const Body& body
   const int64_t run = std::max<int64_t>(1, chunks / (int64_t(threads) * 32));
   (void)run;
 #ifdef _OPENMP
-  threads = int(std::min<int64_t>(threads, chunks));
+  threads = team(int(std::min<int64_t>(threads, chunks)));
 #pragma omp parallel for schedule(dynamic, run) num_threads(threads) if (threads > 1)
 #endif
   for (int64_t index = 0; index < chunks; ++index) body(index);

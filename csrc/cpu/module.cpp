@@ -4,7 +4,8 @@
 #include "cpu/loop.h"
 #include "cpu/row_loop.h"
 
-PYBIND11_MODULE(_cpu, m) {
+// What the functions share is made once, under C++'s own lock, and never changed: they need no GIL.
+PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   lt::bind<lt::CpuLoop>(m);
   lt::bind_lists(m);
   m.def("snapshot", lt::snapshot);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import math
 import threading
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ class Tracer(Protocol):
         """An array of 8-byte numbers on the device, where a captured kernel reads it; else the array itself."""
 
 
-tracer: Tracer | None = None
+tracer: contextvars.ContextVar[Tracer | None] = contextvars.ContextVar("ltsam_fast.tracer", default=None)
+"""Of this thread: what others launch meanwhile is none of the traced step's."""
 
 _ROWS: dict[tuple[Any, ...], NDArray[np.float64]] = {}
 _KEPT = 64
@@ -117,7 +119,8 @@ def hyper_rows(op: Op, values: dict[str, Hyper]) -> NDArray[np.float64]:
         if len(_ROWS) >= _KEPT:
             _ROWS.clear()
         _ROWS[(op.name, *columns)] = rows
-    return rows if tracer is None else tracer.rows(op, rows)
+    asking = tracer.get()
+    return rows if asking is None else asking.rows(op, rows)
 
 
 _TABLES: dict[tuple[Any, ...], TensorTable] = {}
@@ -129,7 +132,7 @@ def table_for(op: Op, lists: tuple[Role, ...], given: TensorTable | None = None)
     lead = first[0] if len(first) else None
     on_gpu = isinstance(lead, Tensor) and lead.is_cuda
     # A graph goes on with the scratch memory that it saw: these tables, and a caller's, may let go of theirs before.
-    if on_gpu and (given is None or tracer is None) and torch.cuda.is_current_stream_capturing():
+    if on_gpu and (given is None or tracer.get() is None) and torch.cuda.is_current_stream_capturing():
         return TensorTable(op)
     if given is not None:
         return given
@@ -168,7 +171,7 @@ def launch(
     """
     parts = table.bind(roles, groups, buckets, bucket_count, offsets, len(hyper))
     calls = [(part, backend_for(part.device)) for part in parts]
-    found = []
+    found, asking = [], tracer.get()
     for args, backend in calls:
         seen: dict[str, Tensor] = {}
         addresses = [0] * 5
@@ -187,7 +190,7 @@ def launch(
                 value = value.detach().to(args.device, dtype).contiguous()
             seen[name] = value
             addresses[_SLOTS[name]] = value.data_ptr()
-        args.hyper = hyper if tracer is None else tracer.place(hyper)
+        args.hyper = hyper if asking is None else asking.place(hyper)
         args.signals, args.addresses = seen, tuple(addresses)
         args.stream_or_threads = stream_or_threads(args.device)
         if args.device.type == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -263,8 +264,10 @@ def _steps_of_sgd(state: Group, param: Tensor) -> Tensor:
     return count
 
 
-def _adam(groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any]) -> dict[str, Any]:
-    """State and options of torch.optim.Adam and AdamW."""
+def _adam(
+    groups: list[Group], group_of: list[int], params: list[Tensor], states: list[Any], decoupled: bool = False
+) -> dict[str, Any]:
+    """State and options of torch.optim.Adam and AdamW, whose groups do not say in torch 2.6 whether the decay is decoupled."""
     everywhere = [True] * len(groups)
     state: dict[str, Any] = {
         "steps": [_step_count(state, param) for state, param in zip(states, params, strict=True)],
@@ -276,12 +279,12 @@ def _adam(groups: list[Group], group_of: list[int], params: list[Tensor], states
         state["max_exp_avg_sqs"] = _buffers("max_exp_avg_sq", states, params, group_of, amsgrad)
     for i in (0, 1):
         state[f"beta{i + 1}"] = [number(group["betas"][i]) for group in groups]
-    state["decoupled"] = [float(group.get("decoupled_weight_decay", False)) for group in groups]
+    state["decoupled"] = [float(group.get("decoupled_weight_decay", decoupled)) for group in groups]
     return state | _options(groups, "lr", "eps", "weight_decay", "maximize")
 
 
 FUSED = {
     torch.optim.SGD: FusedStep("sgd_step_", _sgd),
     torch.optim.Adam: FusedStep("adam_step_", _adam),
-    torch.optim.AdamW: FusedStep("adam_step_", _adam),
+    torch.optim.AdamW: FusedStep("adam_step_", functools.partial(_adam, decoupled=True)),
 }

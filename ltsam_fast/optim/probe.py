@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -192,23 +193,29 @@ class _LeftBehind:
             self._numpy.random.set_state(self._states[1])
 
 
+_LOCK = threading.RLock()
+"""Settings of the process's are changed and put back by one thread at a time."""
+
+
 @contextlib.contextmanager
 def _restored(modules: Sequence[nn.Module], device: torch.device) -> Iterator[_LeftBehind]:
     """Around forward passes, in full precision: leaves generators, buffers and gradients as they were."""
-    left = _LeftBehind(modules)
     params: list[Tensor] = [param for module in modules for param in module.parameters()]
-    grads = swap_gradients(params, [None] * len(params))
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        # Compiled modules run as they were written: torch.compile would give up on what it first sees in another mode.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.compiler.set_stance("force_eager"):
-            yield left
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-        swap_gradients(params, grads)
-        with torch.no_grad():
-            left.restore()
+    with _LOCK:
+        left = _LeftBehind(modules)
+        grads = swap_gradients(params, [None] * len(params))
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        try:
+            # Compiled modules run as they were written: torch.compile would give up on what it first sees in another mode.
+            forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with forked, torch.compiler.set_stance("force_eager"):
+                yield left
+        finally:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+            swap_gradients(params, grads)
+            with torch.no_grad():
+                left.restore()
 
 
 _FILLED: dict[str, Callable[..., Any]] = {

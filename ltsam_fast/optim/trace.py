@@ -86,11 +86,11 @@ class Trace:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Has the ops ask this trace."""
-        before, dispatch.tracer = dispatch.tracer, self
+        token = dispatch.tracer.set(self)
         try:
             yield
         finally:
-            dispatch.tracer = before
+            dispatch.tracer.reset(token)
 
 
 def _copy(array: NDArray[Any], place: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import checkpoint
 
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.shared.layout import Layout, SampledElements, distinct_seeds
@@ -74,8 +78,8 @@ class OutputRecorder:
             for node in nodes:
                 self.outputs.setdefault(node, f"{name or 'model'} ({type(module).__name__})")
             self._calls.append((module, nodes))
-            if checkpoint := current_checkpoint():
-                self._checkpoints.setdefault(checkpoint, set()).add(module)
+            if running := current_checkpoint():
+                self._checkpoints.setdefault(running, set()).add(module)
 
         return record
 
@@ -122,8 +126,22 @@ def _is_activation(value: Any) -> bool:
 
 def current_checkpoint() -> Any:
     """Returns an object that identifies the activation checkpoint that is running, or None."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if _top_hooks is None:
+        return _running_call_of(_CHECKPOINT)
+    hooks = _top_hooks(True)
     return hooks[0] if hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "") else None
+
+
+_top_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6 and 2.7
+_CHECKPOINT = inspect.unwrap(checkpoint.checkpoint).__code__
+
+
+def _running_call_of(code: types.CodeType) -> types.FrameType | None:
+    """The innermost call of torch's checkpoint function that is under way and not of the reentrant kind."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and (frame.f_code is not code or frame.f_locals["use_reentrant"]):
+        frame = frame.f_back
+    return frame
 
 
 def check_batch_norm(model: nn.Module) -> None:
