@@ -83,6 +83,7 @@ def _as_flag(flag: str, value: Any) -> str:
 def main(argv: Sequence[str]) -> int:
     """Runs a command, ``argv[0]``; returns the exit code."""
     from ltsam_fast.data import DataError
+    from ltsam_fast.train.compare import Killed
     from ltsam_fast.train.distributed import rank_and_world_size
     from ltsam_fast.train.loop import Diverged
 
@@ -96,8 +97,8 @@ def main(argv: Sequence[str]) -> int:
         return COMMANDS[command](arguments)
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
-    except (ConfigError, DataError, Diverged) as error:
-        message, code = str(error), FAILED if isinstance(error, Diverged) else WRONG
+    except (ConfigError, DataError, Diverged, Killed) as error:
+        message, code = str(error), FAILED if isinstance(error, (Diverged, Killed)) else WRONG
     except OSError as error:
         message, code = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), WRONG
     except ModuleNotFoundError as error:
@@ -190,7 +191,7 @@ def train_command(arguments: Sequence[str]) -> int:
     from ltsam_fast.train.distributed import is_rank_zero
     from ltsam_fast.train.log import Console
     from ltsam_fast.train.loop import stored_config, train
-    from ltsam_fast.train.run_checkpoint import BEST, LEFT_OUT, NAME, TEST
+    from ltsam_fast.train.run_checkpoint import BEST, LEFT_OUT, NAME, TEST, exists
 
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
@@ -200,7 +201,7 @@ def train_command(arguments: Sequence[str]) -> int:
         layers.insert(0, stored.as_dict())
     config = build(*layers)
     out = options.out or Path("runs") / f"{config.method}-{config.loss}-seed{config.seed}"
-    if options.resume and not (out / NAME).exists():
+    if options.resume and not exists(out):
         raise ConfigError(f"--resume: no checkpoint {out / NAME}; leave --resume out to start a run")
     report = None if options.quiet else Console()
     try:

@@ -1,0 +1,567 @@
+"""Injects faults into training, and checks what is left: ``make faults``, or ``python -m tests.faults [KIND ...] -n 50``.
+
+A process is forked for each run, so that a run needs no start-up and may be killed at any moment of it. What a run must come to
+after all faults is what an undisturbed one does, bit for bit. ``--seed`` repeats a choice of faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ltsam_fast as lf
+
+Program = Callable[[Path], Any]
+KINDS: dict[str, Callable[[Faults], None]] = {}
+
+
+def kind(function: Callable[[Faults], None]) -> Callable[[Faults], None]:
+    KINDS[function.__name__] = function
+    return function
+
+
+class Finding(AssertionError):
+    """A fault that was not survived."""
+
+
+class Faults:
+    """A choice of faults, and how many there were."""
+
+    def __init__(self, times: int, seed: int, folder: Path) -> None:
+        self.times, self.folder, self.random = times, folder, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.known: dict[Any, Any] = {}
+
+    def new(self) -> Path:
+        """A folder that is not there yet."""
+        return Path(tempfile.mkdtemp(dir=self.folder)) / "run"
+
+    def undisturbed(self, key: Any, program: Program) -> tuple[Any, float]:
+        """What a run comes to, and how long it takes."""
+        if key not in self.known:
+            folder, start = self.new(), time.monotonic()
+            with Child(program, folder) as child:
+                child.ends(0)
+            self.known[key] = outcome(folder), time.monotonic() - start
+        return self.known[key]
+
+    def check(self, holds: Any, *said: Any) -> None:
+        if not holds:
+            raise Finding(" ".join(map(str, said)))
+
+
+class Child:
+    """A forked process that runs a program in a folder; its output is in a file."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self.folder, self.output = folder, folder.parent / f"{folder.name}.output"
+        self.began = time.monotonic()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(program)
+        self.status: int | None = None
+
+    def _run(self, program: Program) -> None:
+        code = 70
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            number = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(number, stream)
+            sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+            code = program(self.folder)
+            code = code if isinstance(code, int) else 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.poll() is None:
+            self.send(signal.SIGKILL)
+            self.wait(60)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status
+
+    def wait(self, seconds: float) -> int | None:
+        """Waits for the end, but not longer."""
+        end = time.monotonic() + seconds
+        while self.poll() is None and time.monotonic() < end:
+            time.sleep(0.001)
+        return self.poll()
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def said(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def ends(self, *codes: int, within: float = 300) -> int:
+        """Waits for the end, with one of these exit codes."""
+        code = self.wait(within)
+        if code not in codes:
+            raise Finding(f"{'hangs' if code is None else f'exit code {code}'}, not {codes}: {self.said()[-3000:]}")
+        return code
+
+
+# --- what a run comes to
+
+PASSING = {"seconds", "eval_seconds", "machine", "callbacks"}
+"""Entries that differ between equal runs."""
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """A digest of each file with tensors or results in a folder, without times; of an example's checkpoints the last."""
+    found = {}
+    last = max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=None)
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if name.startswith("unfinished") or (name.startswith("checkpoint-") and not name.startswith(f"checkpoint-{last}/")):
+            continue
+        if path.suffix in (".pt", ".ckpt", ".bin") and path.name != "training_args.bin":
+            found[name] = digest(torch.load(path, weights_only=True))
+        elif path.suffix == ".safetensors":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        elif path.name in ("log.jsonl", "test.json", "chosen.json"):
+            found[name] = digest([json.loads(line) for line in path.read_text().splitlines()])
+    return found
+
+
+def digest(value: Any) -> str:
+    """A digest of all bits of tensors and numbers in a value."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, one in value.items():
+                if key not in PASSING:
+                    found.update(repr(key).encode())
+                    add(one)
+        elif isinstance(value, (list, tuple)):
+            found.update(f"{len(value)}".encode())
+            for one in value:
+                add(one)
+        elif isinstance(value, torch.Tensor):
+            found.update(f"{value.dtype} {value.shape}".encode())
+            found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(value).encode())
+
+    add(value)
+    return found.hexdigest()
+
+
+# --- programs
+
+QUICK = ["--imbalance", "20", "--n-max", "60", "--test-per-class", "10", "--batch-size", "16", "--no-tensorboard"]
+
+
+def train(*arguments: str) -> Program:
+    """The command, as it is typed again after each fault."""
+
+    def run(folder: Path) -> int:
+        from ltsam_fast.train import cli, run_checkpoint
+
+        resume = ["--resume"] if run_checkpoint.exists(folder) else []
+        return cli.main(["train", *QUICK, *arguments, *resume, "--out", str(folder)])
+
+    return run
+
+
+def compare(*arguments: str) -> Program:
+    def run(folder: Path) -> int:
+        from ltsam_fast.train import cli
+
+        return cli.main(["compare", *QUICK, *arguments, "--out", str(folder)])
+
+    return run
+
+
+def example(name: str, *arguments: str) -> Program:
+    def run(folder: Path) -> None:
+        importlib.import_module(f"ltsam_fast.examples.{name}").main([*arguments, "--out", str(folder)])
+
+    return run
+
+
+def some_train(draw: random.Random) -> tuple[str, ...]:
+    """Arguments of a run of 4 epochs."""
+    method = draw.choice(["sgd", *lf.list_methods()])
+    loss = draw.choice(["ce", "la", "gcl", "ldam"])
+    more = draw.choice(
+        [(), ("--val-share", "0.2"), ("--amp", "fp16"), ("--eval-every", "3"), ("--optimizer", "adamw", "--lr", "0.001")]
+    )
+    return ("--quiet", "--method", method, "--loss", loss, "--epochs", "4", *more)
+
+
+def some_compare(draw: random.Random) -> tuple[str, ...]:
+    method = draw.choice(lf.list_methods())
+    return ("--quiet", "--methods", f"sgd,{method}", "--seeds", "0,1", "--epochs", "2")
+
+
+def some_example(draw: random.Random) -> tuple[str, ...]:
+    method = draw.choice(lf.list_methods())
+    return ("--epochs", "3", "--method", method, "--accumulate", draw.choice(["1", "2"]))
+
+
+NEEDS = {
+    "plain_loop": (),
+    "accelerate_loop": ("accelerate",),
+    "lightning_module": ("lightning",),
+    "hugging_face_lora": ("transformers", "peft"),
+}
+PROGRAMS: dict[str, tuple[Callable[..., Program], Callable[[random.Random], tuple[str, ...]]]] = {
+    "train": (train, some_train),
+    "compare": (compare, some_compare),
+    **{name: (functools.partial(example, name), some_example) for name in NEEDS},
+}
+LATE = ("ltsam_fast.train.compare", "ltsam_fast.train.describe", "sklearn.datasets", "matplotlib.backends.backend_agg")
+
+
+def programs() -> list[str]:
+    """Those whose packages are installed; they are imported, for all processes."""
+    found = []
+    for name in PROGRAMS:
+        with contextlib.suppress(ModuleNotFoundError):
+            for module in (*NEEDS.get(name, ()), *LATE):
+                importlib.import_module(module)
+            importlib.import_module(f"ltsam_fast.examples.{name}" if name in NEEDS else "ltsam_fast.train.cli")
+            found.append(name)
+    return found
+
+
+# --- kinds of faults
+
+
+@kind
+def kills(faults: Faults) -> None:
+    """``kill -9`` at random moments of the commands and the examples: run again they end alike."""
+    for name in programs():
+        while faults.counts[f"kills, {name}"] < faults.times:
+            _disturbed(faults, name, signal.SIGKILL)
+
+
+@kind
+def interrupts(faults: Faults) -> None:
+    """Ctrl-C and SIGTERM at random moments of the commands: the former is told in a line, and both may be resumed."""
+    for name in ("train", "compare"):
+        while faults.counts[f"Ctrl-C, {name}"] < faults.times:
+            _disturbed(faults, name, signal.SIGINT)
+        while faults.counts[f"SIGTERM, {name}"] < faults.times / 4:
+            _disturbed(faults, name, signal.SIGTERM)
+
+
+NAMES = {signal.SIGKILL: "kills", signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+def _disturbed(faults: Faults, name: str, number: int) -> None:
+    """A run with up to three signals, then undisturbed."""
+    make, some = PROGRAMS[name]
+    arguments = some(faults.random)
+    program, folder = make(*arguments), faults.new()
+    wanted, seconds = faults.undisturbed((name, arguments), program)
+    for attempt in range(4):
+        with Child(program, folder) as child:
+            if attempt < 3 and child.wait(faults.random.uniform(0.0, 1.1 * seconds)) is None:
+                child.send(number)
+                code = child.ends(0, -number, *([130] if number == signal.SIGINT else []))
+                faults.counts[f"{NAMES[number]}, {name}"] += 1
+                said = child.said()
+                faults.check("Traceback" not in said, name, arguments, said[-3000:])
+                faults.check(code != 130 or said.count("interrupted") == 1, name, arguments, said)
+                if code:
+                    continue
+            child.ends(0)
+            break
+    faults.check(outcome(folder) == wanted, name, arguments, "ends otherwise than undisturbed", folder)
+    shutil.rmtree(folder.parent)
+
+
+WRITES = ("train", "compare")
+FAULTS_OF_FILES = {
+    "disk full": errno.ENOSPC,
+    "read-only": errno.EROFS,
+    "forbidden": errno.EACCES,
+    "input/output error": errno.EIO,
+    "killed": None,
+}
+
+
+@kind
+def files(faults: Faults) -> None:
+    """Each call for a file of a run fails, or is the last: one line names the file, and the run can be resumed."""
+    arguments = ("--quiet", "--method", "focal_sam", "--epochs", "2", "--val-share", "0.2")
+    wanted, _ = faults.undisturbed("files", train(*arguments))
+    places = [(call, number) for call in ("open", "fsync", "replace") for number in range(40)]
+    faults.random.shuffle(places)
+    for call, number in places[: faults.times]:
+        for what, error in FAULTS_OF_FILES.items():
+            folder = faults.new()
+            with Child(functools.partial(_failing, train(*arguments), call, number, error), folder) as child:
+                code = child.ends(*((0, 2) if error else (0, -signal.SIGKILL)))
+            said = child.said()
+            if code == 0:  # there are not so many calls
+                faults.check(outcome(folder) == wanted, what, call, number, "a failure was not noticed", said)
+                break
+            faults.counts[what] += 1
+            if error:
+                line = said.splitlines()[-1]
+                faults.check("Traceback" not in said and os.strerror(error) in line, what, call, number, said[-3000:])
+                faults.check(str(folder) in line, what, call, number, "no file is named:", line)
+            faults.check(error is None or not list(folder.glob("*.part")), what, call, number, "leaves a partial file")
+            with Child(train(*arguments), folder) as child:
+                child.ends(0)
+            faults.check(outcome(folder) == wanted, what, call, number, "ends otherwise than undisturbed", folder)
+            shutil.rmtree(folder.parent)
+
+
+def _failing(program: Program, name: str, number: int, error: int | None, folder: Path) -> Any:
+    """Runs a program in which the given call for a file in the folder fails."""
+    from ltsam_fast.train import run_checkpoint
+
+    calls = [0]
+
+    def counted(function: Callable[..., Any], about: Callable[..., bool]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            if about(*args):
+                calls[0] += 1
+                if calls[0] == number + 1:
+                    if error is None:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise OSError(error, os.strerror(error), str(args[0]))
+            return function(*args, **named)
+
+        return call
+
+    if name == "open":
+        Path.open = counted(Path.open, lambda path, mode="r", *_: "w" in mode and folder in path.parents)  # type: ignore
+    elif name == "replace":
+        os.replace = counted(os.replace, lambda path, *_: folder in Path(path).parents)
+    else:
+        inside = lambda number: folder in Path(os.readlink(f"/proc/self/fd/{number}")).parents  # noqa: E731
+        os.fsync = counted(os.fsync, inside)
+    assert run_checkpoint.os is os
+    return program(folder)
+
+
+@kind
+def disk(faults: Faults) -> None:
+    """A disk that fills up, or turns read-only, in a run: a real one, in memory, where a user may mount that."""
+    if os.environ.get("LTSAM_MOUNTS") is None:
+        again = [sys.executable, "-m", "tests.faults", "disk", "-n", str(faults.times), "--seed", str(faults.random.random())]
+        if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+            print("disk: left out, since unshare -Urm is not allowed here")
+            return
+        done = subprocess.run(["unshare", "-Urm", *again], env={**os.environ, "LTSAM_MOUNTS": "1"})
+        faults.check(done.returncode == 0, "the disk's faults were not survived")
+        return
+    for _ in range(faults.times):
+        arguments = some_train(faults.random)
+        program, folder = train(*arguments), faults.new()
+        wanted, seconds = faults.undisturbed(("train", arguments), program)
+        needed = sum(path.stat().st_size for path in Path(faults.folder).rglob("*") if path.is_file()) // 1024
+        folder.mkdir()
+        mount = functools.partial(subprocess.run, check=True, capture_output=True)
+        mount(["mount", "-t", "tmpfs", "-o", f"size={faults.random.randrange(8, 700)}k", "none", str(folder)])
+        with Child(program, folder) as child:
+            if child.wait(faults.random.uniform(0, seconds)) is None and faults.random.random() < 0.5:
+                with contextlib.suppress(subprocess.CalledProcessError):  # a file is being written
+                    mount(["mount", "-o", "remount,ro", str(folder)])
+            if child.ends(0, 2) == 2:
+                said = child.said()
+                faults.counts["disk, in a line"] += 1
+                faults.check("Traceback" not in said and str(folder) in said.splitlines()[-1], arguments, said[-3000:])
+        mount(["mount", "-o", "remount,rw,size=64m", str(folder)])
+        with Child(program, folder) as child:
+            child.ends(0)
+        faults.check(outcome(folder) == wanted, arguments, "ends otherwise than undisturbed", needed)
+        faults.counts["disk"] += 1
+        mount(["umount", str(folder)])
+
+
+@kind
+def damage(faults: Faults) -> None:
+    """A file of a run that is cut, changed, lost or malicious: the run ends alike, or a line names the file."""
+    arguments = ("--quiet", "--method", "friendly_sam", "--epochs", "3", "--val-share", "0.2")
+    program = train(*arguments)
+    wanted, _ = faults.undisturbed("damage", program)
+    template = faults.new()
+    with Child(functools.partial(_stopped_after, program, 2), template) as child:
+        child.ends(130)
+    names = sorted(path.name for path in template.iterdir() if path.is_file() and path.name != ".lock")
+    for _ in range(faults.times):
+        folder, name = faults.new(), faults.random.choice([*names, "last.pt"])
+        shutil.copytree(template, folder)
+        how = faults.random.choice(list(DAMAGES))
+        mark = folder.parent / "executed"
+        DAMAGES[how](folder / name, faults.random, mark)
+        with Child(program, folder) as child:
+            code = child.ends(0, 2)
+        said = child.said()
+        faults.counts[f"damage: {how}"] += 1
+        faults.check(not mark.exists(), how, name, "was executed")
+        faults.check("Traceback" not in said, how, name, said[-3000:])
+        if code:
+            faults.check(said.count("\n") <= 2 and name in said.splitlines()[-1], how, name, said)
+            faults.check(name == "best.pt", how, name, "a run could not go on:", said)
+        else:
+            faults.check(outcome(folder) == wanted, how, name, "ends otherwise than undisturbed", said)
+        if name == "last.pt" and how != "a bit":
+            faults.check("previous.pt, of epoch 1, is used" in said, how, name, "without a word", said)
+        shutil.rmtree(folder.parent)
+
+
+def _stopped_after(program: Program, epochs: int, folder: Path) -> Any:
+    from ltsam_fast.train import loop
+
+    save, saved = loop._save, []
+
+    def stopping(run: Any, out: Path) -> None:
+        save(run, out)
+        saved.append(run.epoch)
+        if run.epoch == epochs:
+            raise KeyboardInterrupt
+
+    loop._save = stopping
+    return program(folder)
+
+
+class Malicious:
+    """What executes code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.mark,)
+
+
+def _cut(path: Path, draw: random.Random, mark: Path) -> None:
+    os.truncate(path, draw.randrange(path.stat().st_size))
+
+
+def _bit(path: Path, draw: random.Random, mark: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def _zeros(path: Path, draw: random.Random, mark: Path) -> None:
+    content = bytearray(path.read_bytes())
+    begin = draw.randrange(len(content))
+    content[begin : begin + 512] = bytes(len(content[begin : begin + 512]))
+    path.write_bytes(content)
+
+
+def _malicious(path: Path, draw: random.Random, mark: Path) -> None:
+    if draw.random() < 0.5:
+        torch.save({"version": 1, "epoch": Malicious(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Malicious(mark)))
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random, Path], None]] = {
+    "cut": _cut,
+    "a bit": _bit,
+    "zeros": _zeros,
+    "malicious": _malicious,
+    "lost": lambda path, *_: path.unlink(),
+    "empty": lambda path, *_: path.write_bytes(b""),
+}
+
+
+@kind
+def clock(faults: Faults) -> None:
+    """A clock that goes back all the time."""
+    for _ in range(max(1, faults.times // 10)):
+        arguments = (*some_train(faults.random), "--tensorboard")
+        program = functools.partial(_with_clock_going_back, train(*arguments))
+        wanted, seconds = faults.undisturbed(("train", arguments), train(*arguments))
+        folder = faults.new()
+        with Child(program, folder) as child:
+            if child.wait(faults.random.uniform(0.3, 1) * seconds) is None:
+                child.send(signal.SIGKILL)
+        with Child(program, folder) as child:
+            child.ends(0)
+        faults.check(outcome(folder) == wanted, arguments, "ends otherwise than undisturbed")
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        faults.check(all(row["seconds"] >= 0 and row["eval_seconds"] >= 0 for row in rows), arguments, rows)
+        faults.counts["clock"] += 1
+
+
+def _with_clock_going_back(program: Program, folder: Path) -> Any:
+    begin, now = time.time(), time.monotonic
+    time.time = lambda: begin - 1000 * now()
+    return program(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
+    parser.add_argument("-n", "--times", type=int, default=50, help="how often each fault is injected (default 50)")
+    parser.add_argument("--seed", default=str(random.SystemRandom().randrange(2**31)), help="of the choice of faults")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.kinds if name not in KINDS]:
+        parser.error(f"there is no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+    torch.set_num_threads(1)
+    failed = 0
+    for name in options.kinds or KINDS:
+        counts, finding, seconds = inject(name, options.times, options.seed)
+        said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+        print(f"{name}: {said or 'none'}, in {seconds:.0f} s" + (f"\nFOUND: {finding}" if finding else ""), flush=True)
+        if finding:
+            print(f"to repeat it: python -m tests.faults {name} -n {options.times} --seed {options.seed}", flush=True)
+            failed = 1
+    return failed
+
+
+def inject(name: str, times: int, seed: Any) -> tuple[Counter[str], str, float]:
+    """Injects one kind of faults; returns their counts, the first finding, and the time."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        faults = Faults(times, hash_of(f"{seed} {name}"), Path(folder))
+        try:
+            KINDS[name](faults)
+        except Finding as finding:
+            return faults.counts, str(finding), time.monotonic() - start
+    return faults.counts, "", time.monotonic() - start
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
