@@ -18,6 +18,7 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,9 @@ from typing import Any
 import torch
 
 import ltsam_fast as lf
+from ltsam_fast.data import embedded
 
+embedded._pixels_and_labels = functools.cache(embedded._pixels_and_labels)  # once for all processes
 Program = Callable[[Path], Any]
 KINDS: dict[str, Callable[[Faults], None]] = {}
 
@@ -51,6 +54,13 @@ class Faults:
         self.times, self.folder, self.random = times, folder, random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.known: dict[Any, Any] = {}
+        self.chosen: dict[str, list[tuple[str, ...]]] = {}
+
+    def arguments(self, name: str) -> tuple[str, ...]:
+        """Some for a program, of a few that are drawn once."""
+        if name not in self.chosen:
+            self.chosen[name] = [PROGRAMS[name][1](self.random) for _ in range(4)]
+        return self.random.choice(self.chosen[name])
 
     def new(self) -> Path:
         """A folder that is not there yet."""
@@ -74,7 +84,7 @@ class Child:
     """A forked process that runs a program in a folder; its output is in a file."""
 
     def __init__(self, program: Program, folder: Path) -> None:
-        self.folder, self.output = folder, folder.parent / f"{folder.name}.output"
+        self.folder, self.output = folder, Path(tempfile.mkstemp(".output", dir=folder.parent)[1])
         self.began = time.monotonic()
         self.pid = os.fork()
         if not self.pid:
@@ -233,7 +243,7 @@ def some_compare(draw: random.Random) -> tuple[str, ...]:
 
 def some_example(draw: random.Random) -> tuple[str, ...]:
     method = draw.choice(lf.list_methods())
-    return ("--epochs", "3", "--method", method, "--accumulate", draw.choice(["1", "2"]))
+    return ("--epochs", "2", "--method", method, "--accumulate", draw.choice(["1", "2"]))
 
 
 NEEDS = {
@@ -259,6 +269,7 @@ def programs() -> list[str]:
                 importlib.import_module(module)
             importlib.import_module(f"ltsam_fast.examples.{name}" if name in NEEDS else "ltsam_fast.train.cli")
             found.append(name)
+    embedded._pixels_and_labels()
     return found
 
 
@@ -287,14 +298,13 @@ NAMES = {signal.SIGKILL: "kills", signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGT
 
 
 def _disturbed(faults: Faults, name: str, number: int) -> None:
-    """A run with up to three signals, then undisturbed."""
-    make, some = PROGRAMS[name]
-    arguments = some(faults.random)
-    program, folder = make(*arguments), faults.new()
+    """A run with up to eight signals, then undisturbed."""
+    arguments = faults.arguments(name)
+    program, folder = PROGRAMS[name][0](*arguments), faults.new()
     wanted, seconds = faults.undisturbed((name, arguments), program)
-    for attempt in range(4):
+    for attempt in range(9):
         with Child(program, folder) as child:
-            if attempt < 3 and child.wait(faults.random.uniform(0.0, 1.1 * seconds)) is None:
+            if attempt < 8 and child.wait(faults.random.uniform(0.0, 1.1 * seconds)) is None:
                 child.send(number)
                 code = child.ends(0, -number, *([130] if number == signal.SIGINT else []))
                 faults.counts[f"{NAMES[number]}, {name}"] += 1
@@ -388,7 +398,7 @@ def disk(faults: Faults) -> None:
         faults.check(done.returncode == 0, "the disk's faults were not survived")
         return
     for _ in range(faults.times):
-        arguments = some_train(faults.random)
+        arguments = faults.arguments("train")
         program, folder = train(*arguments), faults.new()
         wanted, seconds = faults.undisturbed(("train", arguments), program)
         needed = sum(path.stat().st_size for path in Path(faults.folder).rglob("*") if path.is_file()) // 1024
@@ -506,7 +516,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random, Path], None]] = {
 def clock(faults: Faults) -> None:
     """A clock that goes back all the time."""
     for _ in range(max(1, faults.times // 10)):
-        arguments = (*some_train(faults.random), "--tensorboard")
+        arguments = (*faults.arguments("train"), "--tensorboard")
         program = functools.partial(_with_clock_going_back, train(*arguments))
         wanted, seconds = faults.undisturbed(("train", arguments), train(*arguments))
         folder = faults.new()
@@ -525,6 +535,166 @@ def _with_clock_going_back(program: Program, folder: Path) -> Any:
     begin, now = time.time(), time.monotonic
     time.time = lambda: begin - 1000 * now()
     return program(folder)
+
+
+@kind
+def steps(faults: Faults) -> None:
+    """Ctrl-C at random moments of every method's step: the weights are those after a whole number of steps."""
+    from .test_perturbation import DRIVEN, EVERY, INTERRUPTED
+
+    for interface in ("closure", "phases"):
+        names = [name for name, way in DRIVEN if way == interface and not EVERY[name].averages]
+        rounds = -(-faults.times // (20 * len(names)))
+        done = subprocess.run([sys.executable, "-c", INTERRUPTED, interface, *names * rounds], capture_output=True, text=True)
+        faults.check(done.returncode == 0, interface, done.stderr[-3000:])
+        for line in done.stdout.splitlines():
+            faults.counts[f"Ctrl-C, {interface}"] += int(line.split()[1])
+
+
+TIMEOUT = 4.0
+"""Seconds after which a collective call fails."""
+OF_WORKERS = ("dies", "stops", "hangs", "raises", "overflows")
+
+
+@kind
+def workers(faults: Faults) -> None:
+    """One of two workers fails in a pass of a step: the other has an error before long, and both their weights of before."""
+    from .workers import EVERY
+
+    for _ in range(faults.times):
+        name, what, number = faults.random.choice(list(EVERY)), faults.random.choice(OF_WORKERS), faults.random.choice((1, 2))
+        wrap = "DDP" if name in ("CCSAM", "SparseSAM") else faults.random.choice(("DDP", "FSDP2"))
+        case = (name, what, number, wrap)
+        folder = faults.new()
+        folder.mkdir()
+        with contextlib.ExitStack() as opened:
+            pair = [
+                opened.enter_context(Child(functools.partial(_works, *case, rank, folder), folder / str(rank)))
+                for rank in range(2)
+            ]
+            pair[0].ends(0, within=60)
+            if what in ("raises", "overflows"):
+                pair[1].ends(0, within=60)
+        notes = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.notes"))]
+        if not notes[0]["reached"]:
+            continue  # a method of one pass
+        faults.counts[f"a worker {what}, {wrap}"] += 1
+        for note in notes:
+            if note["reached"]:
+                faults.check(note["unperturbed"], *case, note)
+                faults.check(note["said"] or what == "overflows", *case, "no error", note)
+                faults.check(note["seconds"] < TIMEOUT + 10, *case, note)
+        if what == "overflows":
+            faults.check(notes[0]["weights"] == notes[1]["weights"], *case, "the workers part")
+            faults.check(notes[0]["moved"] and not notes[0]["said"], *case, notes)
+        shutil.rmtree(folder.parent)
+
+
+def _works(name: str, what: str, number: int, wrap: str, rank: int, folder: Path, _: Path) -> None:
+    import datetime
+
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch.nn.parallel import DistributedDataParallel
+
+    from . import workers as jobs
+
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=TIMEOUT)
+    )
+    model = DistributedDataParallel(jobs.network()) if wrap == "DDP" else jobs.shard(jobs.network())
+    opt, data = jobs.make(name, model, "sgd", model=model), jobs.share(jobs.batches(steps=3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=what == "overflows")
+    passes = [0]
+
+    def step(x: torch.Tensor, y: torch.Tensor, fails: bool) -> None:
+        passes[0] = 0
+
+        def closure(index: Any = slice(None)) -> torch.Tensor:
+            losses = F.cross_entropy(model(x[index]), y[index], reduction="none")
+            passes[0] += 1
+            if fails and passes[0] == number and rank == 1:
+                if what == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if what == "stops":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                if what == "hangs":
+                    time.sleep(1000)
+                if what == "raises":
+                    raise MemoryError("of a worker")
+                losses = losses * torch.inf
+            return losses
+
+        opt.step(closure, targets=y, scaler=scaler)
+        scaler.update(8.0) if what == "overflows" else None
+
+    def bits() -> str:
+        return digest([getattr(param, "_local_tensor", param) for param in model.parameters()])
+
+    step(*data[0], fails=False)
+    before, start, said = bits(), time.monotonic(), ""
+    try:
+        step(*data[1], fails=True)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    note = {"said": said, "seconds": time.monotonic() - start, "unperturbed": bits() == before and not opt.is_perturbed}
+    note |= {"reached": passes[0] >= number or bool(said)}
+    if what == "overflows" and not said:
+        step(*data[2], fails=False)
+        note |= {"moved": bits() != before, "weights": digest(jobs.whole(model))}
+    torch.save(note, folder / f"{rank}.notes")
+
+
+@kind
+def processes(faults: Faults) -> None:
+    """One of two processes of ``train`` is killed or stands still: the other says so before long, and both can be resumed."""
+    arguments = ("--quiet", "--method", "focal_sam", "--epochs", "4", "--val-share", "0.2")
+
+    def together(folder: Path) -> list[Child]:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+        return [
+            Child(functools.partial(_as_process, {**address, "RANK": str(rank)}, train(*arguments)), folder) for rank in (0, 1)
+        ]
+
+    def finished(folder: Path) -> None:
+        for child in together(folder):
+            with child:
+                child.ends(0)
+
+    whole, start = faults.new(), time.monotonic()
+    finished(whole)
+    wanted, seconds = outcome(whole), time.monotonic() - start
+    for _ in range(max(1, faults.times // 5)):
+        folder, number = faults.new(), faults.random.choice((signal.SIGKILL, signal.SIGSTOP))
+        with contextlib.ExitStack() as opened:
+            pair = [opened.enter_context(child) for child in together(folder)]
+            victim = faults.random.randrange(2)
+            if pair[victim].wait(faults.random.uniform(0.2, 1) * seconds) is None:
+                pair[victim].send(number)
+                code = pair[1 - victim].ends(0, 1, within=TIMEOUT + 30)
+                said = pair[1 - victim].said()
+                faults.check(code == 0 or "another process" in said.splitlines()[-1], number, said[-3000:])
+                faults.counts[f"a process {'killed' if number == signal.SIGKILL else 'stopped'}"] += 1
+        finished(folder)
+        faults.check(outcome(folder) == wanted, number, "ends otherwise than undisturbed")
+        shutil.rmtree(folder.parent)
+
+
+def _as_process(environment: dict[str, str], program: Program, folder: Path) -> Any:
+    import datetime
+
+    import torch.distributed as dist
+
+    os.environ.update(environment)
+    dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=TIMEOUT))
+    return program(folder)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     options = arguments(__doc__, argv, epochs=20, lr=6e-3)
     model = vit_with_lora()
-    method, own = method_of(options, head=model.base_model.model.classifier)
+    method, own = method_of(options, head=model.base_model.model.classifier.modules_to_save["default"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = SharpnessAwareTrainer(
             model=model,

@@ -591,6 +591,7 @@ class SharpnessAware(Configurable, Optimizer):
                     step.finish()
                 if step is not None:
                     step.passes = None
+                    self._workers.abandon()
                 self._running = None
                 self.skipped.abandon_step()
                 for name in ("grad_scale", "found_inf"):  # which torch's GradScaler leaves there after an exception
