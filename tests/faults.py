@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import faulthandler
 import functools
 import hashlib
 import importlib
@@ -75,6 +76,12 @@ class Faults:
             self.known[key] = outcome(folder), time.monotonic() - start
         return self.known[key]
 
+    def same(self, folder: Path, wanted: dict[str, str], *said: Any) -> None:
+        """Raises unless the folder has what an undisturbed run leaves."""
+        found = outcome(folder)
+        different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        self.check(not different, *said, "ends otherwise than undisturbed:", different)
+
     def check(self, holds: Any, *said: Any) -> None:
         if not holds:
             raise Finding(" ".join(map(str, said)))
@@ -99,6 +106,7 @@ class Child:
             for stream in (1, 2):
                 os.dup2(number, stream)
             sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+            faulthandler.enable()
             code = program(self.folder)
             code = code if isinstance(code, int) else 0
         except SystemExit as end:
@@ -136,11 +144,15 @@ class Child:
         os.kill(self.pid, number)
 
     def said(self) -> str:
-        return self.output.read_text() if self.output.exists() else ""
+        """Its output, without faulthandler's list of modules."""
+        return self.output.read_text().partition("\nExtension modules")[0]
 
-    def ends(self, *codes: int, within: float = 300) -> int:
+    def ends(self, *codes: int, within: float = 120) -> int:
         """Waits for the end, with one of these exit codes."""
         code = self.wait(within)
+        if code is None:
+            self.send(signal.SIGABRT)  # it says where it hangs
+            self.wait(10)
         if code not in codes:
             raise Finding(f"{'hangs' if code is None else f'exit code {code}'}, not {codes}: {self.said()[-3000:]}")
         return code
@@ -287,6 +299,7 @@ def kills(faults: Faults) -> None:
 @kind
 def interrupts(faults: Faults) -> None:
     """Ctrl-C and SIGTERM at random moments of the commands: the former is told in a line, and both may be resumed."""
+    programs()
     for name in ("train", "compare"):
         while faults.counts[f"Ctrl-C, {name}"] < faults.times:
             _disturbed(faults, name, signal.SIGINT)
@@ -315,11 +328,10 @@ def _disturbed(faults: Faults, name: str, number: int) -> None:
                     continue
             child.ends(0)
             break
-    faults.check(outcome(folder) == wanted, name, arguments, "ends otherwise than undisturbed", folder)
+    faults.same(folder, wanted, name, arguments)
     shutil.rmtree(folder.parent)
 
 
-WRITES = ("train", "compare")
 FAULTS_OF_FILES = {
     "disk full": errno.ENOSPC,
     "read-only": errno.EROFS,
@@ -353,7 +365,7 @@ def files(faults: Faults) -> None:
             faults.check(error is None or not list(folder.glob("*.part")), what, call, number, "leaves a partial file")
             with Child(train(*arguments), folder) as child:
                 child.ends(0)
-            faults.check(outcome(folder) == wanted, what, call, number, "ends otherwise than undisturbed", folder)
+            faults.same(folder, wanted, what, call, number)
             shutil.rmtree(folder.parent)
 
 
@@ -396,12 +408,12 @@ def disk(faults: Faults) -> None:
             return
         done = subprocess.run(["unshare", "-Urm", *again], env={**os.environ, "LTSAM_MOUNTS": "1"})
         faults.check(done.returncode == 0, "the disk's faults were not survived")
+        faults.counts["as above"] = faults.times
         return
     for _ in range(faults.times):
         arguments = faults.arguments("train")
         program, folder = train(*arguments), faults.new()
         wanted, seconds = faults.undisturbed(("train", arguments), program)
-        needed = sum(path.stat().st_size for path in Path(faults.folder).rglob("*") if path.is_file()) // 1024
         folder.mkdir()
         mount = functools.partial(subprocess.run, check=True, capture_output=True)
         mount(["mount", "-t", "tmpfs", "-o", f"size={faults.random.randrange(8, 700)}k", "none", str(folder)])
@@ -416,7 +428,7 @@ def disk(faults: Faults) -> None:
         mount(["mount", "-o", "remount,rw,size=64m", str(folder)])
         with Child(program, folder) as child:
             child.ends(0)
-        faults.check(outcome(folder) == wanted, arguments, "ends otherwise than undisturbed", needed)
+        faults.same(folder, wanted, arguments)
         faults.counts["disk"] += 1
         mount(["umount", str(folder)])
 
@@ -447,7 +459,7 @@ def damage(faults: Faults) -> None:
             faults.check(said.count("\n") <= 2 and name in said.splitlines()[-1], how, name, said)
             faults.check(name == "best.pt", how, name, "a run could not go on:", said)
         else:
-            faults.check(outcome(folder) == wanted, how, name, "ends otherwise than undisturbed", said)
+            faults.same(folder, wanted, how, name)
         if name == "last.pt" and how != "a bit":
             faults.check("previous.pt, of epoch 1, is used" in said, how, name, "without a word", said)
         shutil.rmtree(folder.parent)
@@ -525,7 +537,7 @@ def clock(faults: Faults) -> None:
                 child.send(signal.SIGKILL)
         with Child(program, folder) as child:
             child.ends(0)
-        faults.check(outcome(folder) == wanted, arguments, "ends otherwise than undisturbed")
+        faults.same(folder, wanted, arguments)
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         faults.check(all(row["seconds"] >= 0 and row["eval_seconds"] >= 0 for row in rows), arguments, rows)
         faults.counts["clock"] += 1
@@ -652,7 +664,8 @@ def processes(faults: Faults) -> None:
     arguments = ("--quiet", "--method", "focal_sam", "--epochs", "4", "--val-share", "0.2")
 
     def together(folder: Path) -> list[Child]:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        address |= {"WORLD_SIZE": "2", "LTSAM_TIMEOUT": str(TIMEOUT)}
         return [
             Child(functools.partial(_as_process, {**address, "RANK": str(rank)}, train(*arguments)), folder) for rank in (0, 1)
         ]
@@ -662,6 +675,7 @@ def processes(faults: Faults) -> None:
             with child:
                 child.ends(0)
 
+    programs()
     whole, start = faults.new(), time.monotonic()
     finished(whole)
     wanted, seconds = outcome(whole), time.monotonic() - start
@@ -670,24 +684,19 @@ def processes(faults: Faults) -> None:
         with contextlib.ExitStack() as opened:
             pair = [opened.enter_context(child) for child in together(folder)]
             victim = faults.random.randrange(2)
-            if pair[victim].wait(faults.random.uniform(0.2, 1) * seconds) is None:
+            if pair[victim].wait(faults.random.uniform(0.05, 0.9) * seconds) is None:
                 pair[victim].send(number)
                 code = pair[1 - victim].ends(0, 1, within=TIMEOUT + 30)
                 said = pair[1 - victim].said()
                 faults.check(code == 0 or "another process" in said.splitlines()[-1], number, said[-3000:])
                 faults.counts[f"a process {'killed' if number == signal.SIGKILL else 'stopped'}"] += 1
         finished(folder)
-        faults.check(outcome(folder) == wanted, number, "ends otherwise than undisturbed")
+        faults.same(folder, wanted, number)
         shutil.rmtree(folder.parent)
 
 
 def _as_process(environment: dict[str, str], program: Program, folder: Path) -> Any:
-    import datetime
-
-    import torch.distributed as dist
-
     os.environ.update(environment)
-    dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=TIMEOUT))
     return program(folder)
 
 

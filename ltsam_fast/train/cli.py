@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -99,6 +100,11 @@ def main(argv: Sequence[str]) -> int:
         message, code = "interrupted", INTERRUPTED
     except (ConfigError, DataError, Diverged, Killed) as error:
         message, code = str(error), FAILED if isinstance(error, (Diverged, Killed)) else WRONG
+    except RuntimeError as error:
+        if world_size == 1:
+            raise
+        traceback.print_exc()
+        message, code = f"{error}; another process may have failed or hang: see what it says, then resume", FAILED
     except OSError as error:
         message, code = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "), WRONG
     except ModuleNotFoundError as error:

@@ -323,9 +323,9 @@ class _Course:
         }
         run.history.append(row)
         if due:
-            _save(run, self.out)
-            if self.logs:
+            if self.logs:  # first: what is killed here writes them anew, and a finished run is not looked at again
                 self.logs.write(run.history)
+            _save(run, self.out)
         return row
 
     def test_best(self) -> None:
@@ -380,7 +380,7 @@ def check_folder(out: Path) -> None:
 
 
 def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None) -> dict[str, Any] | None:
-    """Returns the checkpoint in a folder if all epochs of its run are finished, else None; errors are those of :func:`train`.
+    """Returns the checkpoint in a folder if its run is finished, else None; errors are those of :func:`train`.
 
     Without ``images`` they are not compared with the run's.
     """
@@ -388,6 +388,8 @@ def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Im
     if state is None:
         return None
     done = state["epoch"] >= config.epochs
+    if config.val_share is not None:
+        done &= (Path(out) / run_checkpoint.TEST).exists()
     if images is not None and (done or "data" in state):  # train() warns for a run that it resumes
         run_checkpoint.check_images(state, images, out)
     return state if done else None
