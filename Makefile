@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 OUT ?= bench-out
+N ?= 50
 
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo evidence test lint bench docs wheels clean
+.PHONY: demo evidence test faults lint bench docs wheels clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -20,6 +21,9 @@ evidence: $(VENV)/train.stamp
 
 test: $(VENV)/triton.stamp
 	$(RUN) -m pytest $(ARGS)
+
+faults: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m tests.faults -n $(N) $(ARGS)
 
 bench: $(VENV)/bench.stamp
 	mkdir -p $(OUT)

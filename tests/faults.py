@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -25,10 +26,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import ltsam_fast as lf
@@ -51,8 +53,8 @@ class Finding(AssertionError):
 class Faults:
     """A choice of faults, and how many there were."""
 
-    def __init__(self, times: int, seed: int, folder: Path) -> None:
-        self.times, self.folder, self.random = times, folder, random.Random(seed)
+    def __init__(self, times: int, seed: int, folder: Path, programs: Iterable[str]) -> None:
+        self.times, self.folder, self.programs, self.random = times, folder, programs, random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.known: dict[Any, Any] = {}
         self.chosen: dict[str, list[tuple[str, ...]]] = {}
@@ -93,15 +95,18 @@ class Child:
     def __init__(self, program: Program, folder: Path) -> None:
         self.folder, self.output = folder, Path(tempfile.mkstemp(".output", dir=folder.parent)[1])
         self.began = time.monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         self.pid = os.fork()
         if not self.pid:
             self._run(program)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         self.status: int | None = None
 
     def _run(self, program: Program) -> None:
         code = 70
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program runs
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             number = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(number, stream)
@@ -210,23 +215,26 @@ def digest(value: Any) -> str:
 QUICK = ["--imbalance", "20", "--n-max", "60", "--test-per-class", "10", "--batch-size", "16", "--no-tensorboard"]
 
 
+def command(*arguments: str) -> int:
+    main = importlib.import_module("ltsam_fast.train.cli").main
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return main(arguments)
+
+
 def train(*arguments: str) -> Program:
     """The command, as it is typed again after each fault."""
 
     def run(folder: Path) -> int:
-        from ltsam_fast.train import cli, run_checkpoint
+        from ltsam_fast.train import run_checkpoint
 
-        resume = ["--resume"] if run_checkpoint.exists(folder) else []
-        return cli.main(["train", *QUICK, *arguments, *resume, "--out", str(folder)])
+        return command("train", *QUICK, *arguments, *["--resume"] * run_checkpoint.exists(folder), "--out", str(folder))
 
     return run
 
 
 def compare(*arguments: str) -> Program:
     def run(folder: Path) -> int:
-        from ltsam_fast.train import cli
-
-        return cli.main(["compare", *QUICK, *arguments, "--out", str(folder)])
+        return command("compare", *QUICK, *arguments, "--out", str(folder))
 
     return run
 
@@ -269,13 +277,14 @@ PROGRAMS: dict[str, tuple[Callable[..., Program], Callable[[random.Random], tupl
     "compare": (compare, some_compare),
     **{name: (functools.partial(example, name), some_example) for name in NEEDS},
 }
+COMMANDS = ("train", "compare")
 LATE = ("ltsam_fast.train.compare", "ltsam_fast.train.describe", "sklearn.datasets", "matplotlib.backends.backend_agg")
 
 
-def programs() -> list[str]:
+def there(names: Iterable[str]) -> list[str]:
     """Those whose packages are installed; they are imported, for all processes."""
     found = []
-    for name in PROGRAMS:
+    for name in names:
         with contextlib.suppress(ModuleNotFoundError):
             for module in (*NEEDS.get(name, ()), *LATE):
                 importlib.import_module(module)
@@ -291,7 +300,7 @@ def programs() -> list[str]:
 @kind
 def kills(faults: Faults) -> None:
     """``kill -9`` at random moments of the commands and the examples: run again they end alike."""
-    for name in programs():
+    for name in there(faults.programs):
         while faults.counts[f"kills, {name}"] < faults.times:
             _disturbed(faults, name, signal.SIGKILL)
 
@@ -299,8 +308,7 @@ def kills(faults: Faults) -> None:
 @kind
 def interrupts(faults: Faults) -> None:
     """Ctrl-C and SIGTERM at random moments of the commands: the former is told in a line, and both may be resumed."""
-    programs()
-    for name in ("train", "compare"):
+    for name in there(COMMANDS):
         while faults.counts[f"Ctrl-C, {name}"] < faults.times:
             _disturbed(faults, name, signal.SIGINT)
         while faults.counts[f"SIGTERM, {name}"] < faults.times / 4:
@@ -525,6 +533,55 @@ DAMAGES: dict[str, Callable[[Path, random.Random, Path], None]] = {
 
 
 @kind
+def data(faults: Faults) -> None:
+    """CIFAR's pickles, images, lists and the cache of decoded images, damaged or malicious: read as before, or named in a line."""
+    from .test_readers import dump, write_cifar
+
+    draw = np.random.default_rng(faults.random.randrange(2**31))
+    folder = faults.new()
+    write_cifar(folder / "cifar", "cifar10", draw, each=2)
+    for number in range(6):
+        path = folder / "tree" / "train" / "ab"[number % 2] / f"{number}.{'png' if number % 3 else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = importlib.import_module("PIL.Image").fromarray(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        image.save(path)
+    sources = {"cifar": {}, "tree": {"cache": folder / "cache"}}
+    wanted = {name: data_of(folder / name, more) for name, more in sources.items()}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+
+    def damaged(_: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+        for _ in range(20 * faults.times):
+            shutil.rmtree(folder)
+            shutil.copytree(kept, folder)
+            path, how, mark = faults.random.choice(files), faults.random.choice(list(DAMAGES)), folder / "executed"
+            if how == "malicious" and "cifar" in path.parts:
+                dump(path, {b"data": Malicious(mark), b"labels": [Malicious(mark)], b"label_names": Malicious(mark)})
+            else:
+                DAMAGES[how](path, faults.random, mark)
+            for name, more in sources.items():
+                try:
+                    found = data_of(folder / name, more)
+                except lf.data.DataError as error:
+                    faults.check("\n" not in str(error) and str(folder) in str(error), how, path, error)
+                    faults.check("cache" not in path.parts, how, path, "the cache was not built anew", error)
+                else:
+                    alike = "cifar" in path.parts or path.suffix in (".png", ".jpg")  # where other pixels may be meant
+                    faults.check(alike or found == wanted[name], how, path, "other images without a word")
+            faults.check(not mark.exists(), how, path, "was executed")
+
+    kept = shutil.copytree(folder, folder.with_name("kept"))
+    with Child(damaged, folder) as child:
+        child.ends(0, within=600)
+    faults.counts["data"] += 20 * faults.times
+
+
+def data_of(source: Path, more: dict[str, Any]) -> str:
+    images = lf.data.load(source, **more)
+    return digest([images.pixels, images.labels, images.classes])
+
+
+@kind
 def clock(faults: Faults) -> None:
     """A clock that goes back all the time."""
     for _ in range(max(1, faults.times // 10)):
@@ -675,7 +732,7 @@ def processes(faults: Faults) -> None:
             with child:
                 child.ends(0)
 
-    programs()
+    there(["train"])
     whole, start = faults.new(), time.monotonic()
     finished(whole)
     wanted, seconds = outcome(whole), time.monotonic() - start
@@ -710,6 +767,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)} (default: all)")
     parser.add_argument("-n", "--times", type=int, default=50, help="how often each fault is injected (default 50)")
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="which are killed (default: %(default)s)")
     parser.add_argument("--seed", default=str(random.SystemRandom().randrange(2**31)), help="of the choice of faults")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.kinds if name not in KINDS]:
@@ -717,7 +775,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     failed = 0
     for name in options.kinds or KINDS:
-        counts, finding, seconds = inject(name, options.times, options.seed)
+        counts, finding, seconds = inject(name, options.times, options.seed, options.programs.split(","))
         said = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
         print(f"{name}: {said or 'none'}, in {seconds:.0f} s" + (f"\nFOUND: {finding}" if finding else ""), flush=True)
         if finding:
@@ -726,11 +784,11 @@ def main(arguments: list[str] | None = None) -> int:
     return failed
 
 
-def inject(name: str, times: int, seed: Any) -> tuple[Counter[str], str, float]:
+def inject(name: str, times: int, seed: Any, programs: Iterable[str] = PROGRAMS) -> tuple[Counter[str], str, float]:
     """Injects one kind of faults; returns their counts, the first finding, and the time."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        faults = Faults(times, hash_of(f"{seed} {name}"), Path(folder))
+        faults = Faults(times, hash_of(f"{seed} {name}"), Path(folder), programs)
         try:
             KINDS[name](faults)
         except Finding as finding:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import gzip
 import io
 import math
 import pathlib
+import re
 import warnings
 
 import pytest
@@ -18,6 +20,7 @@ from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
 import ltsam_fast as lf
 from ltsam_fast import compat
+from ltsam_fast.optim import checkpoints
 
 from .method_rows import BASES, EVERY, RHO, every
 from .oracles import batches, flat, losses, network, relative_error
@@ -395,6 +398,54 @@ def test_adadeltas_own_rho_is_loaded():
         losses(twin, x, y).mean().backward()
         plain.step()
     assert torch.allclose(flat(model), flat(twin), rtol=0, atol=1e-12)
+
+
+# --- versions
+
+
+@every
+def test_a_checkpoint_of_a_later_version_is_refused(name):
+    model = network()
+    opt = EVERY[name].make(model, SGD, lr=0.1, momentum=0.9)
+    drive(opt, model, batches(steps=2))
+    saved, before = opt.state_dict(), everything(opt)
+    assert saved["version"] == checkpoints.VERSION
+    with pytest.raises(ValueError, match=r"of format 9, of a later version of ltsam_fast; this one reads \d+: update"):
+        opt.load_state_dict({**saved, "version": 9})
+    assert same(everything(opt), before)
+    del saved["version"]  # none had one at first
+    opt.load_state_dict(saved)
+    assert same(everything(opt), before)
+
+
+@every
+def test_the_base_optimizer_alone_takes_the_checkpoint(name):
+    model = network()
+    opt = EVERY[name].make(model, SGD, lr=0.1, momentum=0.9)
+    drive(opt, model, batches(steps=2))
+    plain = SGD(model.parameters(), lr=3.0)
+    plain.load_state_dict(opt.state_dict())
+    assert plain.param_groups[0]["lr"] == 0.1 and [*plain.state_dict()] == ["state", "param_groups"]
+    for param in model.parameters():
+        assert same(plain.state[param]["momentum_buffer"], opt.state[param]["momentum_buffer"])
+
+
+def test_files_are_read_without_running_code_in_them():
+    """Wherever the package, its benchmarks and its guides load a file; ruff looks for pickle, marshal, eval and YAML."""
+    root = pathlib.Path(lf.__file__).parents[1]
+    sources = [(path, path.read_text()) for folder in ("ltsam_fast", "bench") for path in (root / folder).rglob("*.py")]
+    sources += [
+        (path, "\n".join(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)))
+        for path in (root / "docs").rglob("*.md")
+    ]
+    found = []
+    for path, text in sources:
+        for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) in ("torch.load", "np.load", "numpy.load"):
+                found.append(path)
+                arguments = {one.arg: ast.unparse(one.value) for one in call.keywords}
+                assert arguments.get("weights_only") == "True" and "allow_pickle" not in arguments, (path, call.lineno)
+    assert {"run_checkpoint.py", "plain_loop.py", "start.md"} <= {path.name for path in found}
 
 
 # --- version 0.1.0

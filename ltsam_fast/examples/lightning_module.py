@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import logging
 from typing import Any
 
@@ -79,7 +80,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         enable_progress_bar=False,
     )
     last = options.out and options.out / "last.ckpt"
-    trainer.fit(module, loader(options.data, options.accumulate), ckpt_path=last if last and last.exists() else None)
+    found = last if last and last.exists() else None
+    safely = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}  # Lightning 2.6
+    trainer.fit(module, loader(options.data, options.accumulate), ckpt_path=found, **safely)
     return report(options, module.net.cpu())
 
 

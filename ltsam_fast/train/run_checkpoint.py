@@ -117,7 +117,10 @@ def read(path: str | Path) -> dict[str, Any]:
     except Unreadable as error:
         if not (path / BEFORE).exists():
             raise
-        state = _read(path / BEFORE)
+        try:
+            state = _read(path / BEFORE)
+        except Unreadable:
+            raise Unreadable(f"{error}; nor can {BEFORE}") from error
         _LOG.warning("%s; the one before it, %s, of epoch %d, is used", error, BEFORE, state["epoch"])
         return state
 
