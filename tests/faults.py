@@ -175,7 +175,9 @@ def outcome(folder: Path) -> dict[str, str]:
     last = max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=None)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if name.startswith("unfinished") or (name.startswith("checkpoint-") and not name.startswith(f"checkpoint-{last}/")):
+        if name.startswith("unfinished") or (
+            name.startswith("checkpoint-") and not name.startswith(f"checkpoint-{last}/")
+        ):
             continue
         if path.suffix in (".pt", ".ckpt", ".bin") and path.name != "training_args.bin":
             found[name] = digest(torch.load(path, weights_only=True))
@@ -251,7 +253,13 @@ def some_train(draw: random.Random) -> tuple[str, ...]:
     method = draw.choice(["sgd", *lf.list_methods()])
     loss = draw.choice(["ce", "la", "gcl", "ldam"])
     more = draw.choice(
-        [(), ("--val-share", "0.2"), ("--amp", "fp16"), ("--eval-every", "3"), ("--optimizer", "adamw", "--lr", "0.001")]
+        [
+            (),
+            ("--val-share", "0.2"),
+            ("--amp", "fp16"),
+            ("--eval-every", "3"),
+            ("--optimizer", "adamw", "--lr", "0.001"),
+        ]
     )
     return ("--quiet", "--method", method, "--loss", loss, "--epochs", "4", *more)
 
@@ -410,8 +418,20 @@ def _failing(program: Program, name: str, number: int, error: int | None, folder
 def disk(faults: Faults) -> None:
     """A disk that fills up, or turns read-only, in a run: a real one, in memory, where a user may mount that."""
     if os.environ.get("LTSAM_MOUNTS") is None:
-        again = [sys.executable, "-m", "tests.faults", "disk", "-n", str(faults.times), "--seed", str(faults.random.random())]
-        if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        again = [
+            sys.executable,
+            "-m",
+            "tests.faults",
+            "disk",
+            "-n",
+            str(faults.times),
+            "--seed",
+            str(faults.random.random()),
+        ]
+        if (
+            shutil.which("unshare") is None
+            or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode
+        ):
             print("disk: left out, since unshare -Urm is not allowed here")
             return
         done = subprocess.run(["unshare", "-Urm", *again], env={**os.environ, "LTSAM_MOUNTS": "1"})
@@ -534,7 +554,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random, Path], None]] = {
 
 @kind
 def data(faults: Faults) -> None:
-    """CIFAR's pickles, images, lists and the cache of decoded images, damaged or malicious: read as before, or named in a line."""
+    """CIFAR's pickles, images and their cache, damaged or malicious: read as before, or named in a line."""
     from .test_readers import dump, write_cifar
 
     draw = np.random.default_rng(faults.random.randrange(2**31))
@@ -614,7 +634,9 @@ def steps(faults: Faults) -> None:
     for interface in ("closure", "phases"):
         names = [name for name, way in DRIVEN if way == interface and not EVERY[name].averages]
         rounds = -(-faults.times // (20 * len(names)))
-        done = subprocess.run([sys.executable, "-c", INTERRUPTED, interface, *names * rounds], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, interface, *names * rounds], capture_output=True, text=True
+        )
         faults.check(done.returncode == 0, interface, done.stderr[-3000:])
         for line in done.stdout.splitlines():
             faults.counts[f"Ctrl-C, {interface}"] += int(line.split()[1])
@@ -631,7 +653,11 @@ def workers(faults: Faults) -> None:
     from .workers import EVERY
 
     for _ in range(faults.times):
-        name, what, number = faults.random.choice(list(EVERY)), faults.random.choice(OF_WORKERS), faults.random.choice((1, 2))
+        name, what, number = (
+            faults.random.choice(list(EVERY)),
+            faults.random.choice(OF_WORKERS),
+            faults.random.choice((1, 2)),
+        )
         wrap = "DDP" if name in ("CCSAM", "SparseSAM") else faults.random.choice(("DDP", "FSDP2"))
         case = (name, what, number, wrap)
         folder = faults.new()
@@ -669,9 +695,7 @@ def _works(name: str, what: str, number: int, wrap: str, rank: int, folder: Path
     from . import workers as jobs
 
     store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=TIMEOUT)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=TIMEOUT))
     model = DistributedDataParallel(jobs.network()) if wrap == "DDP" else jobs.shard(jobs.network())
     opt, data = jobs.make(name, model, "sgd", model=model), jobs.share(jobs.batches(steps=3))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=what == "overflows")
@@ -724,7 +748,8 @@ def processes(faults: Faults) -> None:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         address |= {"WORLD_SIZE": "2", "LTSAM_TIMEOUT": str(TIMEOUT)}
         return [
-            Child(functools.partial(_as_process, {**address, "RANK": str(rank)}, train(*arguments)), folder) for rank in (0, 1)
+            Child(functools.partial(_as_process, {**address, "RANK": str(rank)}, train(*arguments)), folder)
+            for rank in (0, 1)
         ]
 
     def finished(folder: Path) -> None:

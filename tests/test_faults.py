@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -64,7 +65,9 @@ def test_what_is_wrong_is_found(what):
     pytest.importorskip("sklearn")
     kind, change = WRONG[what]
     done = inject(kind, "-n", 8, "--seed", 3, before=PREPARED + change)
-    assert done.returncode == 1 and "FOUND: " in done.stdout and f"faults {kind} -n 8 --seed 3" in done.stdout, done.stderr
+    assert done.returncode == 1 and "FOUND: " in done.stdout and f"faults {kind} -n 8 --seed 3" in done.stdout, (
+        done.stderr
+    )
 
 
 def command(name, *arguments):
@@ -119,7 +122,9 @@ def test_a_checkpoint_of_a_later_format_is_refused(run, capsys):
     torch.save({**torch.load(run / "last.pt", weights_only=True), "version": 7}, run / "last.pt")
     for arguments in (("train", "--resume", "--quiet", "--out", run), ("diagnose", run)):
         assert command(*arguments) == 2
-        assert "is of format 7, of a later version of ltsam_fast; this one reads 1: update it" in capsys.readouterr().err
+        assert (
+            "is of format 7, of a later version of ltsam_fast; this one reads 1: update it" in capsys.readouterr().err
+        )
 
 
 def test_without_weights_nothing_is_kept_of_the_epoch_before(tmp_path):
@@ -128,7 +133,9 @@ def test_without_weights_nothing_is_kept_of_the_epoch_before(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["in torch's format", "plain"])
-@pytest.mark.parametrize("command_line", [("train", "--resume", "--quiet", "--out"), ("diagnose",)], ids=lambda one: one[0])
+@pytest.mark.parametrize(
+    "command_line", [("train", "--resume", "--quiet", "--out"), ("diagnose",)], ids=lambda one: one[0]
+)
 def test_a_malicious_checkpoint_runs_nothing(command_line, where, run, tmp_path, capsys):
     mark = tmp_path / "executed"
     for name in ("last.pt", "previous.pt"):
@@ -138,7 +145,9 @@ def test_a_malicious_checkpoint_runs_nothing(command_line, where, run, tmp_path,
             torch.save({"version": 1, "epoch": Malicious(mark), "config": {}}, run / name)
     assert command(*command_line, run) == 2
     assert "last.pt can't be read" in capsys.readouterr().err and not mark.exists()
-    torch.load(run / "last.pt", weights_only=False) if where != "plain" else pickle.loads((run / "last.pt").read_bytes())
+    torch.load(run / "last.pt", weights_only=False) if where != "plain" else pickle.loads(
+        (run / "last.pt").read_bytes()
+    )
     assert mark.exists()  # it would have
 
 
@@ -170,6 +179,17 @@ def test_one_process_at_a_time_trains_a_run(run, capsys):
     assert command("train", "--resume", "--quiet", "--out", run) == 0
     for _ in range(2):  # nor is it kept by a run that failed
         assert command("train", *QUICK, "--overwrite", "--out", run, "--method", "sam", "--set", "rho=1e30") == 1
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.EOPNOTSUPP, "no"), OSError(errno.ENOSPC, "full")])
+def test_a_file_system_without_locks_is_told(error, tmp_path, monkeypatch, capsys):
+    def failing(self, *args, **named):
+        raise error
+
+    monkeypatch.setattr(pytest.importorskip("filelock").FileLock, "acquire", failing)
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    assert command("train", *QUICK, "--out", tmp_path) == (2 if full else 0)
+    assert ("full" if full else "has no locks: let no other process train") in capsys.readouterr().err
 
 
 def lines_of(path):
@@ -206,7 +226,11 @@ def test_no_process_goes_on_without_compare(number, tmp_path):
     """A signal that reaches the first process only."""
     program = [sys.executable, "-m", "ltsam_fast", "compare", *COMPARE, "--out", str(tmp_path)]
     process = subprocess.Popen(
-        program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True, stderr=subprocess.PIPE
+        program,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
     )
     try:
         while len(list(tmp_path.glob("*/*/last.pt"))) < 2:

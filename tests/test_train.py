@@ -302,6 +302,7 @@ def test_killed_in_mid_epoch_and_resumed_the_weights_are_those_of_an_undisturbed
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
+FILES = {"last.pt", "previous.pt", "config.json", "log.csv", "log.jsonl", ".lock"}
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from ltsam_fast.train import cli, run_checkpoint
@@ -329,12 +330,12 @@ def test_killed_while_the_checkpoint_is_written(tmp_path):
     assert run("--resume", "--out", tmp_path / "killed", "--quiet") == 0
     assert run(*arguments, "--out", tmp_path / "whole", "--quiet") == 0
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl"}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == FILES
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     process = command_line("train", "--epochs", 5000, "--no-tensorboard", "--out", tmp_path / "run")
-    while not (tmp_path / "run" / "log.csv").exists():
+    while not (tmp_path / "run" / "previous.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -512,7 +513,7 @@ def test_a_run_is_replaced_only_if_that_is_asked_for(tmp_path, capsys):
     assert run(*arguments, "--overwrite", "--model", "nix") == 2
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(*arguments, "--overwrite", "--method", "sam", "--no-tensorboard") == 0
-    assert {path.name for path in out.iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == {*FILES, "notes.txt"}
     assert run(*arguments[:2], "--out", tmp_path / "other", "--quiet", "--method", "sam", "--no-tensorboard") == 0
     assert same_weights(out, tmp_path / "other")
     (out / "last.pt").write_bytes(b"nix")

@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     last = options.out and options.out / "last.ckpt"
     found = last if last and last.exists() else None
-    safely = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}  # Lightning 2.6
+    safely = (
+        {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    )  # Lightning 2.6
     trainer.fit(module, loader(options.data, options.accumulate), ckpt_path=found, **safely)
     return report(options, module.net.cpu())
 

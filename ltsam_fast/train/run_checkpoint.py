@@ -80,6 +80,11 @@ def lock(folder: Path) -> Any:
         raise ConfigError(
             f"out {folder}: another process trains the run there: wait for its end, or choose another folder"
         ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        _LOG.warning("out %s: its file system has no locks: let no other process train the run there", folder)
+        return contextlib.nullcontext()
 
 
 def remove_partial_files(folder: Path) -> None:
