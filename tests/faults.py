@@ -362,7 +362,7 @@ def files(faults: Faults) -> None:
     """Each call for a file of a run fails, or is the last: one line names the file, and the run can be resumed."""
     arguments = ("--quiet", "--method", "focal_sam", "--epochs", "2", "--val-share", "0.2")
     wanted, _ = faults.undisturbed("files", train(*arguments))
-    places = [(call, number) for call in ("open", "fsync", "replace") for number in range(40)]
+    places = [(call, number) for call in ("open", "fsync", "replace") for number in range(13)]
     faults.random.shuffle(places)
     for call, number in places[: faults.times]:
         for what, error in FAULTS_OF_FILES.items():

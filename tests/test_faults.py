@@ -29,7 +29,7 @@ QUICK = ("--epochs", "2", "--no-tensorboard", "--quiet", "--n-max", "30", "--imb
 def inject(*arguments, before=""):
     code = f"import sys\nfrom tests import faults\n{before}\nsys.exit(faults.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes can't be forked here")
