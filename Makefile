@@ -7,12 +7,13 @@ OUT ?= bench-out
 PYTHONS ?= $(PYTHON)
 TORCHES ?= 2.6.0 2.13.0 2.14.1
 TESTS ?= $(foreach name,lists ops ops_calls oracles methods optimizer base_step checkpoints capture shared_backward,tests/test_$(name).py)
+N ?= 50
 
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo evidence test lint bench docs wheels versions clean
+.PHONY: demo evidence test faults lint bench docs wheels versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -23,6 +24,9 @@ evidence: $(VENV)/train.stamp
 
 test: $(VENV)/triton.stamp
 	$(RUN) -m pytest $(ARGS)
+
+faults: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(RUN) -m tests.faults -n $(N) $(ARGS)
 
 bench: $(VENV)/bench.stamp
 	mkdir -p $(OUT)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import functools
+import gzip
 import io
 import math
+import pathlib
+import re
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, RMSprop
 
 import ltsam_fast as lf
 from ltsam_fast import compat
+from ltsam_fast.optim import checkpoints
 
 from .method_rows import BASES, EVERY, RHO, every
 from .oracles import batches, flat, losses, network, relative_error
@@ -393,6 +400,54 @@ def test_adadeltas_own_rho_is_loaded():
     assert torch.allclose(flat(model), flat(twin), rtol=0, atol=1e-12)
 
 
+# --- versions
+
+
+@every
+def test_a_checkpoint_of_a_later_version_is_refused(name):
+    model = network()
+    opt = EVERY[name].make(model, SGD, lr=0.1, momentum=0.9)
+    drive(opt, model, batches(steps=2))
+    saved, before = opt.state_dict(), everything(opt)
+    assert saved["version"] == checkpoints.VERSION
+    with pytest.raises(ValueError, match=r"of format 9, of a later version of ltsam_fast; this one reads \d+: update"):
+        opt.load_state_dict({**saved, "version": 9})
+    assert same(everything(opt), before)
+    del saved["version"]  # none had one at first
+    opt.load_state_dict(saved)
+    assert same(everything(opt), before)
+
+
+@every
+def test_the_base_optimizer_alone_takes_the_checkpoint(name):
+    model = network()
+    opt = EVERY[name].make(model, SGD, lr=0.1, momentum=0.9)
+    drive(opt, model, batches(steps=2))
+    plain = SGD(model.parameters(), lr=3.0)
+    plain.load_state_dict(opt.state_dict())
+    assert plain.param_groups[0]["lr"] == 0.1 and [*plain.state_dict()] == ["state", "param_groups"]
+    for param in model.parameters():
+        assert same(plain.state[param]["momentum_buffer"], opt.state[param]["momentum_buffer"])
+
+
+def test_files_are_read_without_running_code_in_them():
+    """Wherever the package, its benchmarks and its guides load a file; ruff looks for pickle, marshal, eval and YAML."""
+    root = pathlib.Path(lf.__file__).parents[1]
+    sources = [(path, path.read_text()) for folder in ("ltsam_fast", "bench") for path in (root / folder).rglob("*.py")]
+    sources += [
+        (path, "\n".join(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)))
+        for path in (root / "docs").rglob("*.md")
+    ]
+    found = []
+    for path, text in sources:
+        for call in (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) in ("torch.load", "np.load", "numpy.load"):
+                found.append(path)
+                arguments = {one.arg: ast.unparse(one.value) for one in call.keywords}
+                assert arguments.get("weights_only") == "True" and "allow_pickle" not in arguments, (path, call.lineno)
+    assert {"run_checkpoint.py", "plain_loop.py", "start.md"} <= {path.name for path in found}
+
+
 # --- version 0.1.0
 
 _RENAMED = {"steps": "taken", "skipped_steps": "skipped", "asam_eta": "eta"}
@@ -429,3 +484,49 @@ def test_a_checkpoint_of_version_0_1_0_goes_on(name, kind):
     for its, one in ((model, opt), (twin, other)):
         drive(one, its, data[4:])
     assert torch.equal(flat(model), flat(twin))
+
+
+STORED = pathlib.Path(__file__).with_name("checkpoints")
+"""Files of released versions, and of 0.1.0, with digits in their names; whatever comes later reads them."""
+COUNTS_THEN = [40, 10, 3]
+OPTIONS_THEN = {
+    "FocalSAM": {"class_counts": COUNTS_THEN},
+    "ImbSAM": {"class_counts": COUNTS_THEN, "eta": 20},
+    "CCSAM": {"class_counts": COUNTS_THEN, "scope": "all"},
+    "SSESAM": {"class_counts": COUNTS_THEN, "eta": 20, "switch_step": 2},
+    "MSAM": {"m": 4},
+    "GNM": {"seed": 7, "decay_every": 2},
+    "SparseSAM": {"num_samples": 8, "refresh_every": 4},
+    "LookSAM": {"k": 2},
+    "ESAM": {"gamma": 0.5},
+    "SAM": {"adaptive": True},
+}
+BASES_THEN = {"SGD": (SGD, {"momentum": 0.9, "weight_decay": 0.01}), "AdamW": (AdamW, {})}
+
+
+@functools.cache
+def stored_by_0_1_0():
+    """Of each case the weights and the ``state_dict()`` after 3 steps, and the weights after 3 more, by version 0.1.0."""
+    return torch.load(io.BytesIO(gzip.decompress((STORED / "0.1.0_optimizers.pt.gz").read_bytes())), weights_only=True)
+
+
+def batch_then(step):
+    x = (torch.arange(48, dtype=torch.float64) * (step + 1)).sin().view(12, 4)
+    return x, (torch.arange(12) * (step + 2)) % 5 % 3
+
+
+@pytest.mark.parametrize("case", sorted(stored_by_0_1_0()))
+def test_a_file_of_version_0_1_0_goes_on(case):
+    """What version 0.1.0 wrote, not what it is thought to have written."""
+    saved, (name, base) = copy.deepcopy(stored_by_0_1_0()[case]), case.split()
+    model, (kind, options) = nn.Linear(4, 3).double(), BASES_THEN[base]
+    torch.nn.utils.vector_to_parameters(saved["weights"], model.parameters())
+    cls = getattr(lf, {"MSAM": "MicroBatchSAM"}.get(name, name))
+    opt = cls(model.parameters(), kind, model=model, lr=9.0, **OPTIONS_THEN.get(name, {}), **options)
+    opt.load_state_dict(saved["optimizer"])
+    assert (opt.rho, opt.param_groups[0]["steps"]) == (0.3, 3)
+    for step in range(3, 6):
+        x, y = batch_then(step)
+        torch.manual_seed(step)
+        opt.step(lambda i=slice(None), x=x, y=y: F.cross_entropy(model(x[i]), y[i], reduction="none"), targets=y)
+    assert relative_error(flat(model), saved["later"]) < 1e-9

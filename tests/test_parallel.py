@@ -27,6 +27,8 @@ from .oracles import batches, flat, network, relative_error
 from .workers import (
     BASES,
     CHECKPOINTED,
+    CUT_OFF,
+    CUTS,
     IN_PHASES,
     KINDS,
     MATRIX,
@@ -133,6 +135,17 @@ def test_an_overflow_in_one_shard_is_everybodys(name, last):
 @pytest.mark.parametrize("name", ["SAM", "GNM"])
 def test_fsdp_uses_no_copies_of_other_weights(name):
     assert_all(2, "interrupted", name, alone(name, "sgd", 4, Odd))
+
+
+@pytest.mark.parametrize("name, wrap", CUT_OFF)
+def test_after_an_exception_in_a_pass_workers_go_on_as_if_it_had_never_been(name, wrap):
+    undisturbed, *others = results(2)[0]["cut_off"][name, wrap]
+    found = {cut: weights for cut, weights in zip(CUTS, others, strict=True) if weights is not None}
+    assert len(found) >= len(CUTS) / 2
+    for cut, weights in found.items():
+        assert EVERY[name].averages or relative_error(weights, undisturbed) < 1e-14, cut
+    for mine, theirs in zip(others, results(2)[1]["cut_off"][name, wrap][1:], strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("interface, name", [("closure", "FocalSAM"), ("phases", "SAM")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import functools
+import gzip
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import ltsam_fast as lf
 from ltsam_fast import data, demo, diagnostics, models
@@ -300,6 +302,7 @@ def test_killed_in_mid_epoch_and_resumed_the_weights_are_those_of_an_undisturbed
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
+FILES = {"last.pt", "previous.pt", "config.json", "log.csv", "log.jsonl", ".lock"}
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from ltsam_fast.train import cli, run_checkpoint
@@ -327,12 +330,12 @@ def test_killed_while_the_checkpoint_is_written(tmp_path):
     assert run("--resume", "--out", tmp_path / "killed", "--quiet") == 0
     assert run(*arguments, "--out", tmp_path / "whole", "--quiet") == 0
     assert same_weights(tmp_path / "killed", tmp_path / "whole")
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl"}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == FILES
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     process = command_line("train", "--epochs", 5000, "--no-tensorboard", "--out", tmp_path / "run")
-    while not (tmp_path / "run" / "log.csv").exists():
+    while not (tmp_path / "run" / "previous.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -510,7 +513,7 @@ def test_a_run_is_replaced_only_if_that_is_asked_for(tmp_path, capsys):
     assert run(*arguments, "--overwrite", "--model", "nix") == 2
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert run(*arguments, "--overwrite", "--method", "sam", "--no-tensorboard") == 0
-    assert {path.name for path in out.iterdir()} == {"last.pt", "config.json", "log.csv", "log.jsonl", "notes.txt"}
+    assert {path.name for path in out.iterdir()} == {*FILES, "notes.txt"}
     assert run(*arguments[:2], "--out", tmp_path / "other", "--quiet", "--method", "sam", "--no-tensorboard") == 0
     assert same_weights(out, tmp_path / "other")
     (out / "last.pt").write_bytes(b"nix")
@@ -678,6 +681,21 @@ def test_a_run_folder_with_a_method_s_former_name_resumes(tmp_path):
         assert run("--resume", "--epochs", 2, "--out", folder, "--quiet") == 0
     assert same_weights(new, old) and last(old)["config"]["method"] == "micro_batch_sam"
     assert run("--method", "m_sam", "--out", tmp_path / "other") == 2
+
+
+def test_a_run_of_version_0_1_0_goes_on(tmp_path, monkeypatch, caplog):
+    """A run of 3 epochs that version 0.1.0 was stopped in after the second; without a hash of the images then."""
+    linear = lambda classes, shape, cosine: nn.Sequential(nn.Flatten(), nn.Linear(64, classes))  # noqa: E731
+    monkeypatch.setitem(models._OWN, "linear", linear)
+    stored = Path(__file__).with_name("checkpoints") / "0.1.0_run.pt.gz"
+    (tmp_path / "last.pt").write_bytes(gzip.decompress(stored.read_bytes()))
+    assert last(tmp_path)["config"]["method"] == "m_sam"
+    assert run("--resume", "--out", tmp_path, "--quiet") == 0
+    assert "without a hash of the images" in caplog.text
+    row = last(tmp_path)["history"][-1]
+    assert row["epoch"] == 3 and row["lr"] == 0.0012500000000000007
+    assert row["train_loss"] == pytest.approx(0.9246730183068227, rel=1e-5)
+    assert row["per_class"] == [100.0, 75.0, 92.5, 90.0, 82.5, 87.5, 60.0, 10.0, 0.0, 2.5]
 
 
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])

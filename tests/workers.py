@@ -338,6 +338,52 @@ def interrupted():
     return results | {"GNM": whole(model)}
 
 
+SHARDABLE = [name for name in EVERY if name not in ("CCSAM", "SparseSAM")]
+CUT_OFF = [(name, wrap) for wrap, names in (("ddp", EVERY), ("fsdp", SHARDABLE)) for name in names]
+CUTS = [(at, layer, perturbed) for at in ("forward", "backward") for layer in (0, 2, 4) for perturbed in (False, True)]
+
+
+def steps_with_a_cut(name, wrap, cut=None):
+    """The weights after 4 steps, before the third of which another fails: in a layer's forward or backward, at w or w + eps."""
+    inner, failing = network(), []
+    model = shard(inner) if wrap == "fsdp" else DistributedDataParallel(inner)
+    opt = make(name, model, "sgd", model=model)
+
+    def fail(*_):
+        if failing and opt.is_perturbed == cut[2]:
+            raise MemoryError("out of memory")
+
+    def in_forward(layer, inputs, output):
+        if cut[0] == "forward":
+            fail()
+        elif output.requires_grad:
+            output.register_hook(fail)
+
+    if cut is not None:
+        inner[cut[1]].register_forward_hook(in_forward)
+    for step, (x, y) in enumerate(share(batches(steps=4))):
+        if cut is not None and step == 2:
+            before = [getattr(p, "_local_tensor", p).detach().clone() for p in model.parameters()]
+            failing.append(True)
+            with contextlib.suppress(MemoryError):
+                opt.step(closure_of(model, x, y), targets=y)
+                return None  # a method without such a pass
+            failing.clear()
+            now = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+            assert all(map(torch.equal, before, now))
+        opt.step(closure_of(model, x, y), targets=y)
+    return whole(model)
+
+
+@job(2)
+def cut_off():
+    """All workers have an exception in the same pass, as where memory runs out, and go on."""
+    return {
+        (name, wrap): [steps_with_a_cut(name, wrap), *(steps_with_a_cut(name, wrap, cut) for cut in CUTS)]
+        for name, wrap in CUT_OFF
+    }
+
+
 def sam_in_parts(model, opt, parts, synced):
     """One SAM step of micro-batches in the phases, of which all but the last keep their gradients to themselves."""
     size = sum(len(y) for _, y in parts)

@@ -1,10 +1,12 @@
 """A loop with Accelerate: ``python -m ltsam_fast.examples.accelerate_loop``, or ``torchrun --nproc-per-node=2 -m ...``.
 
-Has a schedule, gradient accumulation, clipping and mixed precision, by the accelerator's settings.
+Has a schedule, gradient accumulation, clipping and mixed precision, by the accelerator's settings; with ``--out`` checkpoints.
 """
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return F.cross_entropy(wrapped(x), y, reduction="none")
 
     step = AcceleratedStep(accelerator, wrapped, optimizer, losses)
-    for epoch in range(options.epochs):
+    for epoch in range(resume(accelerator, options.out), options.epochs):
         seen: list[Tensor] = []
         for batch in batches:
             with accelerator.accumulate(wrapped):
@@ -52,7 +54,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             seen += [] if loss is None else [loss]
         if (epoch + 1) % 5 == 0:
             accelerator.print(f"epoch {epoch + 1}: mean loss {torch.stack(seen).mean():.3f}")
+        save(accelerator, options.out, epoch + 1)
     return report(options, model.cpu(), accelerator.print)
+
+
+def save(accelerator: Any, folder: Path | None, epoch: int) -> None:
+    """Writes a checkpoint under another name and renames it: ``save_state`` makes several files, and may be killed at any."""
+    if folder is None:
+        return
+    accelerator.save_state(str(folder / "unfinished"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (folder / "unfinished").rename(folder / f"epoch_{epoch}")
+        shutil.rmtree(folder / f"epoch_{epoch - 1}", ignore_errors=True)
+
+
+def resume(accelerator: Any, folder: Path | None) -> int:
+    """Loads the latest checkpoint, if there is one; returns its epoch."""
+    epochs = [] if folder is None else [int(path.name.removeprefix("epoch_")) for path in folder.glob("epoch_*")]
+    if not epochs:
+        return 0
+    accelerator.load_state(f"{folder}/epoch_{max(epochs)}")
+    return max(epochs)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ def arguments(description: str | None, argv: list[str] | None, epochs: int, lr: 
     )
     parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for a checkpoint after each epoch; a run there goes on"
+    )
     options = parser.parse_args(argv)
     for name in ("epochs", "accumulate"):
         if getattr(options, name) < 1:

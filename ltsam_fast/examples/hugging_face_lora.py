@@ -2,12 +2,15 @@
 
 Nothing is downloaded: the transformer is small and has random weights. For a pretrained one use
 ``ViTForImageClassification.from_pretrained(...)``. Has a schedule, gradient accumulation, clipping and mixed precision, by the
-Trainer's settings.
+Trainer's settings; with ``--out`` checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +48,15 @@ def samples(data: LongTailed) -> list[dict[str, Tensor]]:
     return [{"pixel_values": x, "labels": y} for x, y in zip(data.train_x, data.train_y, strict=True)]
 
 
+def latest(folder: Path) -> str | None:
+    """Returns the latest checkpoint that was written to its end, where the Trainer puts the file with its own state."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda one: -int(one.name.split("-")[1])):
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+    return None
+
+
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and returns the test accuracies."""
     from transformers import TrainingArguments
@@ -53,12 +65,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     options = arguments(__doc__, argv, epochs=20, lr=6e-3)
     model = vit_with_lora()
-    method, own = method_of(options, head=model.base_model.model.classifier)
+    method, own = method_of(options, head=model.base_model.model.classifier.modules_to_save["default"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = SharpnessAwareTrainer(
             model=model,
             args=TrainingArguments(
-                output_dir=folder,
+                output_dir=options.out or folder,
                 num_train_epochs=options.epochs,
                 per_device_train_batch_size=BATCH // options.accumulate,
                 gradient_accumulation_steps=options.accumulate,
@@ -69,7 +81,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 bf16=options.bf16,
                 use_cpu=not torch.cuda.is_available(),
                 seed=options.seed,
-                save_strategy="no",
+                save_strategy="no" if options.out is None else "epoch",
+                save_total_limit=2,
                 report_to="none",
                 logging_steps=50,
                 disable_tqdm=True,
@@ -80,7 +93,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             method=method,
             method_options=own,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=options.out and latest(options.out))
     model = model.cpu().eval()
     return report(options, lambda x: model(pixel_values=x).logits)
 

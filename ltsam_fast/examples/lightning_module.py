@@ -1,12 +1,13 @@
 """A LightningModule: ``python -m ltsam_fast.examples.lightning_module``.
 
-Has a schedule, gradient accumulation, clipping and mixed precision, by the Trainer's settings.
+Has a schedule, gradient accumulation, clipping and mixed precision, by the Trainer's settings; with ``--out`` checkpoints.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import logging
 from typing import Any
 
@@ -48,10 +49,19 @@ class Classifier(SharpnessAwareModule):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.options.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the state of the random numbers, which Lightning leaves out: it decides the order of the images."""
+        checkpoint["random"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores it."""
+        torch.set_rng_state(checkpoint["random"])
+
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and returns the test accuracies."""
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     options = arguments(__doc__, argv, epochs=25, lr=0.05)
@@ -64,11 +74,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         gradient_clip_val=options.clip or None,
         precision="bf16-mixed" if options.bf16 else "32-true",
         logger=False,
-        enable_checkpointing=False,
+        callbacks=ModelCheckpoint(options.out, filename="last", enable_version_counter=False) if options.out else None,
+        enable_checkpointing=options.out is not None,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.fit(module, loader(options.data, options.accumulate))
+    last = options.out and options.out / "last.ckpt"
+    found = last if last and last.exists() else None
+    safely = (
+        {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    )  # Lightning 2.6
+    trainer.fit(module, loader(options.data, options.accumulate), ckpt_path=found, **safely)
     return report(options, module.net.cpu())
 
 

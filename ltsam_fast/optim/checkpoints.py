@@ -21,6 +21,8 @@ from ltsam_fast.optim.options import COUNTS
 if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
 
+VERSION = 1
+"""Version of ``state_dict()``; increase it with every change that an earlier reader would misunderstand."""
 _PLAIN = dict.fromkeys(("foreach", "fused", "capturable", "differentiable"), False)
 
 
@@ -35,6 +37,10 @@ def completed(optimizer: SharpnessAware, state_dict: dict[str, Any]) -> dict[str
         raise ValueError(
             f"state_dict must have state and param_groups, as state_dict() returns them, but this {type(state_dict).__name__} "
             f"lacks {missing}"
+        )
+    if isinstance(version := there.get("version"), int) and version > VERSION:
+        raise ValueError(
+            f"state_dict is of format {version}, of a later version of ltsam_fast; this one reads {VERSION}: update the package"
         )
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     if [len(saved["params"]) for saved in saved_groups] != [len(group["params"]) for group in groups]:

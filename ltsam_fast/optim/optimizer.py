@@ -27,7 +27,7 @@ from ltsam_fast.ops.checks import (
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base, check_base_options
-from ltsam_fast.optim.checkpoints import completed, restore_numbers
+from ltsam_fast.optim.checkpoints import VERSION, completed, restore_numbers
 from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index, explained
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
@@ -591,6 +591,7 @@ class SharpnessAware(Configurable, Optimizer):
                     step.finish()
                 if step is not None:
                     step.passes = None
+                    self._workers.abandon()
                 self._running = None
                 self.skipped.abandon_step()
                 for name in ("grad_scale", "found_inf"):  # which torch's GradScaler leaves there after an exception
@@ -803,7 +804,9 @@ class SharpnessAware(Configurable, Optimizer):
                 raise ValueError(f"{name} must be the same in all groups, got {list(self.values(name))}")
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the base optimizer's state; backups and kept gradients belong to a step and are not in it.
+        """As torch's, with the base optimizer's state, and the format's ``version``.
+
+        Backups and kept gradients belong to a step and are not in it.
 
         Raises:
             ValueError: Between two phases, when a checkpoint would hold perturbed weights.
@@ -815,7 +818,7 @@ class SharpnessAware(Configurable, Optimizer):
             for name in ("active", "rho_schedule"):
                 if callable(group.get(name)):  # code is the script's; it stays what it is where this is loaded
                     del group[name]
-        return saved
+        return {**saved, "version": VERSION}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. What a plain base optimizer's checkpoint lacks keeps its present value.

@@ -79,6 +79,9 @@ class Single:
     def reshard(self) -> None:
         """Has copies of weights, that were gathered before these changed, gathered anew."""
 
+    def abandon(self) -> None:
+        """Is told when an exception has cut off a pass."""
+
     def check_join(self, reasons: dict[str, Any]) -> None:
         """Raises ValueError in DDP's join() if one of ``reasons`` holds: workers that have joined could not follow the step."""
 
@@ -160,6 +163,13 @@ class Replicated(Single):
             # DDP notes who has a gradient in local passes too, and fails where a noted one was cleared.
             self.model.reducer._reset_state()  # type: ignore[union-attr, operator]
 
+    def abandon(self) -> None:
+        # Else DDP goes on expecting gradients: those of the next step's own pass, which it would average.
+        if (reducer := getattr(self.model, "reducer", None)) is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # it may be averaging gradients that are dropped
+            reducer._reset_state()
+
     def check_join(self, reasons: dict[str, Any]) -> None:
         # Joined workers take part in DDP's own reductions only, and once for each forward pass of the others.
         if not self.joins:
@@ -219,12 +229,31 @@ class Sharded(Single):
 
     def reshard(self) -> None:
         """Has FSDP2 gather the weights anew where it holds older copies, as after a forward without backward."""
-        if self.model is not None:
-            from torch.distributed.fsdp import FSDPModule
+        for module in self._wrapped():
+            module.reshard()
 
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+    def abandon(self) -> None:
+        """Has FSDP2 forget a pass that an exception cut off; within a forward it would go on using that pass's weights."""
+        for module in self._wrapped():
+            # There is no such method before torch 2.13; below the root it is refused; the other workers may be gone.
+            with contextlib.suppress(AttributeError, RuntimeError):
+                module.reset_iter_state()
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                if group is not None:
+                    group._training_state = type(group._training_state).IDLE
+                    for one in group.fsdp_params:
+                        one.unsharded_accumulated_grad = None
+                        if hasattr(one, "_unsharded_param"):
+                            one._unsharded_param.grad = None
+            module.reshard()
+
+    def _wrapped(self) -> list[Any]:
+        if self.model is None:
+            return []
+        from torch.distributed.fsdp import FSDPModule
+
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
 
 _NOTHING = contextlib.nullcontext()

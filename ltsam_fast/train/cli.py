@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +26,7 @@ OK, FAILED, WRONG, INTERRUPTED = 0, 1, command_line.WRONG, 130
 def main(argv: Sequence[str]) -> int:
     """Runs a command, ``argv[0]``; returns the exit code."""
     from ltsam_fast.data import DataError
+    from ltsam_fast.train.compare import Killed
     from ltsam_fast.train.distributed import rank_and_world_size
     from ltsam_fast.train.loop import Diverged
 
@@ -39,8 +41,13 @@ def main(argv: Sequence[str]) -> int:
         return options.run(layers)
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
-    except (ConfigError, DataError, Diverged) as error:
-        message, code = str(error), FAILED if isinstance(error, Diverged) else WRONG
+    except (ConfigError, DataError, Diverged, Killed) as error:
+        message, code = str(error), FAILED if isinstance(error, (Diverged, Killed)) else WRONG
+    except RuntimeError as error:
+        if world_size == 1:
+            raise
+        traceback.print_exc()
+        message, code = f"{error}; another process may have failed or hang: see what it says, then resume", FAILED
     except (OSError, ModuleNotFoundError) as error:
         message, code = command_line.in_words(error, "train"), WRONG
     finally:
@@ -66,7 +73,7 @@ class Train(FlagsAndFiles):
         from ltsam_fast.train.distributed import is_rank_zero
         from ltsam_fast.train.log import Console
         from ltsam_fast.train.loop import stored_config, train
-        from ltsam_fast.train.run_checkpoint import BEST, LEFT_OUT, NAME, TEST
+        from ltsam_fast.train.run_checkpoint import BEST, LEFT_OUT, NAME, TEST, exists
 
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other")
@@ -75,7 +82,7 @@ class Train(FlagsAndFiles):
             layers.insert(0, stored.as_dict())
         config = build(*layers)
         out = self.out or Path("runs") / f"{config.method}-{config.loss}-seed{config.seed}"
-        if self.resume and not (out / NAME).exists():
+        if self.resume and not exists(out):
             raise ConfigError(f"--resume: no checkpoint {out / NAME}; leave --resume out to start a run")
         report = None if self.quiet else Console()
         try:

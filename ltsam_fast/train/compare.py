@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -9,12 +10,16 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -260,15 +265,40 @@ def _side_by_side(cells: Sequence[Cell], jobs: int, together: int, deadline: flo
     together = max(1, -(-len(cells) // (jobs * rounds)))  # all processes have as much to do
     batches = iter([cells[first : first + together] for first in range(0, len(cells), together)])
     running: set[Future[list[tuple[Cell, _Outcome]]]] = set()
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        while True:
-            while len(running) < jobs and time.monotonic() < deadline and (batch := next(batches, None)):
-                running.add(pool.submit(_train_batch, batch))
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield from future.result()
+    context = multiprocessing.get_context("spawn")
+    watched, kept_open = context.Pipe(duplex=False)
+    with kept_open, ProcessPoolExecutor(jobs, context, initializer=_end_with, initargs=(watched,)) as pool:
+        try:
+            while True:
+                while len(running) < jobs and time.monotonic() < deadline and (batch := next(batches, None)):
+                    running.add(pool.submit(_train_batch, batch))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield from future.result()
+        except BrokenProcessPool:
+            raise Killed(
+                "a process was killed, perhaps for want of memory; repeat the command to go on, with fewer --jobs"
+            ) from None
+        except BaseException:  # Ctrl-C may have reached this process only
+            kept_open.close()
+            raise
+
+
+class Killed(RuntimeError):
+    """A process that trained has ended without a word."""
+
+
+def _end_with(other: Connection) -> None:
+    """Has this process end when the one that has the pipe's other end closes it, or ends, however it does."""
+
+    def wait_for_end() -> None:
+        with contextlib.suppress(EOFError):
+            other.recv()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
 
 
 def _train_batch(cells: Sequence[Cell]) -> list[tuple[Cell, _Outcome]]:

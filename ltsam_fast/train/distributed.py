@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -62,7 +63,7 @@ class Distributed:
             return DistributedDataParallel(network, [self.device])
         # DDP keeps its process group alive, and gloo's threads abort a program that ends while they free a tensor
         # (pytorch/pytorch#190489). So DDP gets a group of its own, and the default group is destroyed.
-        return DistributedDataParallel(network, process_group=dist.new_group())
+        return DistributedDataParallel(network, process_group=dist.new_group(timeout=timeout()))
 
 
 @contextlib.contextmanager
@@ -76,12 +77,27 @@ def process_group(device_name: str) -> Iterator[Distributed]:
     device = device_of(device_name, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
     initializes = world_size > 1 and not dist.is_initialized()
     if initializes:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout())
     try:
         yield Distributed(rank, world_size, device)
     finally:
         if initializes:
             dist.destroy_process_group()
+
+
+def timeout() -> datetime.timedelta | None:
+    """Returns how long a process waits for another before it fails, ``LTSAM_TIMEOUT`` in seconds; None: torch's default.
+
+    Raises:
+        ConfigError: It is not a number > 0.
+    """
+    text = os.environ.get("LTSAM_TIMEOUT")
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError, OverflowError):
+        if (seconds := float(text)) > 0:
+            return datetime.timedelta(seconds=seconds)
+    raise ConfigError(f"LTSAM_TIMEOUT must be a number of seconds > 0, got {text!r}")
 
 
 def rank_and_world_size() -> tuple[int, int]:

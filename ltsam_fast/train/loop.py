@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import statistics
@@ -26,6 +27,7 @@ from ltsam_fast.train.run import Run, prepare, test_images
 
 EVAL_BATCH = 1024
 CONFIG = "config.json"
+_LOG = logging.getLogger("ltsam_fast")
 
 
 class Diverged(RuntimeError):
@@ -238,26 +240,54 @@ class _Course:
         progress: bool = False,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
-        state = None if overwrite else _checkpoint_to_resume(config, out, resume)
+        self.out, self.stream, self.progress = out, stream, progress
+        self.logs: Logs | None = None
+        self.sums: Tensor | None = None
+        self._opened = contextlib.ExitStack()
+        with contextlib.ExitStack() as opened:  # closed if something is wrong
+            opened.callback(self.close)
+            self._begin(config, dist, resume, images, overwrite)
+            opened.pop_all()
+
+    def _begin(
+        self,
+        config: Config,
+        dist: Distributed,
+        resume: bool,
+        images: tuple[data.Images, data.Images] | None,
+        overwrite: bool,
+    ) -> None:
+        out, found = self.out, self.out.is_dir()
         check_folder(out)
+        if found:
+            self._lock(dist)
+        state = None if overwrite else _checkpoint_to_resume(config, out, resume)
         epochs = dist.all_gather_object(None if state is None else state["epoch"])
         if len(set(epochs)) > 1:
             raise ConfigError(
                 f"out {out}: the processes find checkpoints of epochs {epochs}; it must be one folder for all"
             )
-        self.out, self.stream, self.progress = out, stream, progress
-        self.sums: Tensor | None = None
         with self.aside():
-            self.run = prepare(config, dist, images, progress)
+            self.run = prepare(config, dist, images, self.progress)
             if state is not None:
                 _restore(self.run, state, out)
-        if state is None and dist.rank == 0:
-            run_checkpoint.remove_run(out)
-        self.logs = Logs(out, self.run.history, config.tensorboard) if dist.rank == 0 else None
+        if dist.rank == 0:
+            if not found:
+                out.mkdir(parents=True, exist_ok=True)
+                self._lock(dist)
+            if state is None:
+                run_checkpoint.remove_run(out)
+            elif state["file"].name == run_checkpoint.BEFORE:  # or the next one would be kept in its place
+                os.replace(state["file"], out / run_checkpoint.NAME)
+            self.logs = Logs(out, self.run.history, config.tensorboard)
         if self.logs and (left_out := (*self.run.train.left_out, *self.run.test.left_out)):
             run_checkpoint.write(out / run_checkpoint.LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
         if state is None:
             _save(self.run, out)
+
+    def _lock(self, dist: Distributed) -> None:
+        if dist.rank == 0:
+            self._opened.enter_context(run_checkpoint.lock(self.out))
 
     def aside(self) -> contextlib.AbstractContextManager[Any]:
         """The context of its work, if it has a stream of its own."""
@@ -293,9 +323,9 @@ class _Course:
         }
         run.history.append(row)
         if due:
-            _save(run, self.out)
-            if self.logs:
+            if self.logs:  # first: what is killed here writes them anew, and a finished run is not looked at again
                 self.logs.write(run.history)
+            _save(run, self.out)
         return row
 
     def test_best(self) -> None:
@@ -306,7 +336,9 @@ class _Course:
         dist.all_gather_object(None)  # best.pt is there
         state = run_checkpoint.read(self.out / run_checkpoint.BEST)
         path = self.out / run_checkpoint.TEST
-        known = path.exists() and json.loads(path.read_text(encoding="utf-8"))["epoch"] == state["epoch"]
+        known = False
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # missing or damaged: it is written anew
+            known = json.loads(path.read_text(encoding="utf-8"))["epoch"] == state["epoch"]
         if any(dist.all_gather_object(known)):
             return
         run.network.load_state_dict(state["model"])
@@ -316,18 +348,24 @@ class _Course:
             run_checkpoint.write(path, (json.dumps(found) + "\n").encode())
 
     def close(self) -> None:
-        """Closes the logs."""
-        if self.logs:
-            self.logs.close()
+        """Closes the logs, and lets others have the folder."""
+        with self._opened:
+            if self.logs:
+                self.logs.close()
 
 
 def stored_config(out: str | Path) -> Config | None:
-    """Returns the config of the run in a folder, or None."""
+    """Returns the config of the run in a folder, or None; that in its checkpoint if ``config.json`` is missing or damaged."""
     path = Path(out) / CONFIG
-    if not path.exists():
-        return None
     try:
-        return build(from_stored(json.loads(path.read_text(encoding="utf-8"))))
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        if not run_checkpoint.exists(Path(out)):
+            return None
+        _LOG.warning("%s is missing or damaged: the settings are those in the checkpoint", path)
+        stored = run_checkpoint.read(out)["config"]
+    try:
+        return build(from_stored(stored))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -342,7 +380,7 @@ def check_folder(out: Path) -> None:
 
 
 def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Images] | None) -> dict[str, Any] | None:
-    """Returns the checkpoint in a folder if all epochs of its run are finished, else None; errors are those of :func:`train`.
+    """Returns the checkpoint in a folder if its run is finished, else None; errors are those of :func:`train`.
 
     Without ``images`` they are not compared with the run's.
     """
@@ -350,6 +388,8 @@ def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Im
     if state is None:
         return None
     done = state["epoch"] >= config.epochs
+    if config.val_share is not None:
+        done &= (Path(out) / run_checkpoint.TEST).exists()
     if images is not None and (done or "data" in state):  # train() warns for a run that it resumes
         run_checkpoint.check_images(state, images, out)
     return state if done else None
@@ -357,13 +397,16 @@ def finished(config: Config, out: str | Path, images: tuple[data.Images, data.Im
 
 def _checkpoint_to_resume(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
     """Returns the checkpoint in the run folder, or None; raises ConfigError if it must not be resumed."""
-    if not (out / run_checkpoint.NAME).exists():
+    if not run_checkpoint.exists(out):
         return None
+    try:
+        state = run_checkpoint.read(out)
+    except run_checkpoint.Unreadable as error:
+        raise ConfigError(f"{error}; --overwrite begins the run anew") from error
     if not resume:
-        if run_checkpoint.read(out)["epoch"] == 0:
+        if state["epoch"] == 0:
             return None
         raise ConfigError(f"out {out} has a run: --resume, --overwrite, or choose another folder")
-    state = run_checkpoint.read(out)
     before = build(state["config"])
     if state["epoch"] == 0 and before != config:  # nothing is lost if it begins anew
         return None
@@ -404,7 +447,9 @@ def _save(run: Run, out: Path) -> None:
     held_out = run.config.val is not None or run.config.val_share is not None
     if held_out and run.config.keep_weights and best["epoch"] == run.epoch > 0:
         run_checkpoint.write(out / run_checkpoint.BEST, state)  # first: a run killed here writes it again
-    run_checkpoint.write(out / run_checkpoint.NAME, state)
+    run_checkpoint.write(out / run_checkpoint.NAME, state, keep=out / run_checkpoint.BEFORE)
+    if "model" not in state:
+        (out / run_checkpoint.BEFORE).unlink(missing_ok=True)
 
 
 def _all(row: dict[str, Any]) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import logging
 import os
 import random
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,27 @@ import numpy as np
 import torch
 
 from ltsam_fast.data import Images
+from ltsam_fast.extras import needed
 from ltsam_fast.train.config import ConfigError, from_stored
 
 _LOG = logging.getLogger("ltsam_fast")
-NAME, BEST, LEFT_OUT, TEST = "last.pt", "best.pt", "skipped.txt", "test.json"
+NAME, BEFORE, BEST, LEFT_OUT, TEST = "last.pt", "previous.pt", "best.pt", "skipped.txt", "test.json"
+LOCK = ".lock"
 VERSION = 1
+"""Version of the format; increase it with every change that an earlier reader would misunderstand."""
 
 
-def write(path: Path, content: bytes | dict[str, Any]) -> None:
+class Unreadable(ConfigError):
+    """A checkpoint is missing or damaged."""
+
+
+def write(path: Path, content: bytes | dict[str, Any], keep: Path | None = None) -> None:
     """Writes a temporary file and renames it to ``path``, so that a kill at any time leaves the old file or the new one.
+
+    Args:
+        path: The file.
+        content: Bytes, or what torch saves.
+        keep: The new name of the old file; a kill may leave only this.
 
     Raises:
         OSError: The file can't be written, e.g. because the disk is full; the old one stays.
@@ -37,11 +52,39 @@ def write(path: Path, content: bytes | dict[str, Any]) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of names there is the old or the new one in any case
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def lock(folder: Path) -> Any:
+    """Returns a context in which no other process trains the folder's run; one that is killed leaves it.
+
+    Raises:
+        ConfigError: Another process is in it.
+    """
+    filelock = needed("filelock", "filelock")
+    try:
+        return filelock.FileLock(folder / LOCK).acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"out {folder}: another process trains the run there: wait for its end, or choose another folder"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        _LOG.warning("out %s: its file system has no locks: let no other process train the run there", folder)
+        return contextlib.nullcontext()
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -52,30 +95,63 @@ def remove_partial_files(folder: Path) -> None:
 
 def remove_run(folder: Path) -> None:
     """Removes the files of a run, if the folder has one; its checkpoint last."""
-    if (folder / NAME).exists():
+    if exists(folder):
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        for name in (BEST, LEFT_OUT, TEST, "config.json", "log.csv", "log.jsonl", NAME):
+        for name in (BEST, LEFT_OUT, TEST, "config.json", "log.csv", "log.jsonl", BEFORE, NAME):
             (folder / name).unlink(missing_ok=True)
+
+
+def exists(folder: Path) -> bool:
+    """Returns whether a run folder has a checkpoint."""
+    return (folder / NAME).exists() or (folder / BEFORE).exists()
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """Returns the checkpoint at ``path``, or in the run folder ``path``, on the CPU; no code in it is executed.
 
+    Where that of a run folder is missing or damaged it is the one before, with a warning. Its key ``file`` says which.
+
     Raises:
-        ConfigError: There is no checkpoint, or it was not written by this package.
+        ConfigError: There is no checkpoint, it is damaged, or it was not written by this package.
     """
     path = Path(path)
-    if path.is_dir():
-        path = path / NAME
+    if not path.is_dir():
+        return _read(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return _read(path / NAME)
+    except Unreadable as error:
+        if not (path / BEFORE).exists():
+            raise
+        try:
+            state = _read(path / BEFORE)
+        except Unreadable:
+            raise Unreadable(f"{error}; nor can {BEFORE}") from error
+        _LOG.warning("%s; the one before it, %s, of epoch %d, is used", error, BEFORE, state["epoch"])
+        return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"checkpoint {path}: {(error.strerror or str(error)).lower()}") from error
+        kind = Unreadable if error.errno in (errno.ENOENT, errno.EIO) else ConfigError
+        raise kind(f"checkpoint {path}: {(error.strerror or str(error)).lower()}") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as records:  # torch does not look at their checksums
+            damaged = records.testzip()
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types of errors, about pickles
-        raise ConfigError(f"checkpoint {path} can't be read: it is damaged, or not one of ltsam_fast train") from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise Unreadable(f"checkpoint {path} can't be read: it is damaged, or not one of ltsam_fast train") from error
+    if damaged is not None:
+        raise Unreadable(f"checkpoint {path} can't be read: it is damaged, at {damaged}")
+    version = state.get("version") if isinstance(state, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise ConfigError(
+            f"checkpoint {path} is of format {version}, of a later version of ltsam_fast; this one reads {VERSION}: update it"
+        )
+    if version != VERSION:
         raise ConfigError(f"checkpoint {path} is not one of ltsam_fast train, version {VERSION}")
-    return {**state, "config": from_stored(state["config"])}
+    return {**state, "config": from_stored(state["config"]), "file": path}
 
 
 def weights(state: dict[str, Any], source: str | Path) -> dict[str, Any]:
