@@ -90,7 +90,8 @@ def gaussian_perturb_(
         source = (w if original_params is None else original_params[i]).clone()
         old = wide(source)
         words = random_words(w, numbers[i] if numbers else i, seed, step, skipped, offsets[i] if offsets else 0)
-        new = old + at(amplitude) * (at(sigma) * normal(words).to(old.dtype)).clamp(-at(clip), at(clip))
+        limit = torch.tensor(at(clip), dtype=old.dtype, device=w.device)  # a number beyond the dtype's is no bound to torch
+        new = old + at(amplitude) * (at(sigma) * normal(words).to(old.dtype)).clamp(-limit, limit)
         write((entry(backups, i), source), (w, new))
 
 

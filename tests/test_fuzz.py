@@ -1,0 +1,392 @@
+"""Calls that nobody thought of: as good as the reference implementation in fp64, or refused in one line with nothing changed.
+
+``make test`` takes the same few calls each time, ``make fuzz CASES=10000 SEED=1`` others. What fails is shrunk to the smallest
+call that does, printed as it goes into ``FOUND``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import ltsam_fast as lf
+from ltsam_fast import reference
+from ltsam_fast.ops import OPS
+from ltsam_fast.table import TensorTable
+
+from .cases import (
+    BF16,
+    F16,
+    F64,
+    KINDS,
+    LAYOUTS,
+    Case,
+    assert_unchanged,
+    build,
+    check,
+    plain,
+    rising,
+    run,
+    shuffled,
+    snapshot,
+    tensors_of,
+    written,
+)
+
+CASES = int(os.environ.get("LTSAM_TEST_CASES", 0))
+INF, NAN = float("inf"), float("nan")
+fuzzed = hypothesis.settings(
+    max_examples=CASES or 150,
+    derandomize=not CASES,
+    database=None,
+    deadline=None,
+    print_blob=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    report_multiple_bugs=False,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
+)
+
+GROUPS = {"rising": rising, "shuffled": shuffled}
+SHAPES = ((0,), (1,), (), (7,), (13,), (5, 3), (2, 1, 33), (5, 3, 2, 4), (3, 0, 2), (1021,), (4099,), (16384,), (16411,))
+FEW = 2000
+"""Elements in all of a call's tensors of a role that Triton's interpreter, and a comparison of all addresses, get."""
+
+OPTIONAL = {
+    "grad_norm": ("kept_grads",),
+    "grad_dots": (),
+    "perturb_": ("original_params", "backups", "means", "mask"),
+    "random_perturb_": ("original_params", "backups", "means", "mask"),
+    "gaussian_perturb_": ("original_params", "backups"),
+    "perturb_by_class_": (),
+    "combine_": (),
+    "restore_": (),
+    "sgd_step_": ("backups", "kept_grads", "steps"),
+    "adam_step_": ("backups", "kept_grads", "max_exp_avg_sqs"),
+}
+NEEDED = {
+    "grad_norm": ("grads",),
+    "grad_dots": ("grads", "other"),
+    "perturb_": ("params", "grads"),
+    "random_perturb_": ("params", "grads"),
+    "gaussian_perturb_": ("params",),
+    "perturb_by_class_": ("params", "class_grads"),
+    "combine_": ("out", "grads", "kept_grads"),
+    "restore_": ("params", "backups"),
+    "sgd_step_": ("params", "grads"),
+    "adam_step_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps"),
+}
+
+# Zero, what is lost in fp32 or in its sums, what is usual, what overflows fp32 at once or when it is squared.
+ANY = (0.0, 5e-324, 1e-42, 1e-12, 1e-3, 0.05, 0.5, 1.0, 3.0, 1e10, 1e25, 3.5e38, 1e300)
+SHARES = (0.0, 1e-12, 0.5, 0.9, 0.999, 1 - 2.0**-53)
+FLAGS = (False, True)
+VALUES = {name: ANY for op in OPS.values() for name in op.hyper} | {
+    "adaptive": FLAGS,
+    "decay": (*SHARES, 1.0, 3.0),
+    "probability": (0.0, 1e-6, 0.25, 0.999999, 1.0),
+    "stochastic": FLAGS,
+    "seed": (0, 1, 2**32, 2**53 - 1),
+    "step": (0, 3, 2**31, 2**32 - 1),
+    "momentum": SHARES,
+    "beta1": SHARES,
+    "beta2": SHARES,
+    "dampening": (0.0, 0.5, 1.0, -1.0, 1e10, -1e300),
+    "nesterov": FLAGS,
+    "maximize": FLAGS,
+    "decoupled": FLAGS,
+}
+FOR_ALL = ("stochastic", "seed", "step")
+"""Hyperparameters that groups have in common."""
+BAD = (-1.0, NAN, INF, -INF, "0.1", None)
+
+NORMS = (0.0, 1e-42, 1e-3, 1.0, 3.0, 1e30, INF, NAN)
+SCALES = (1.0, 1024.0, 65536.0, 1e-30, 3e38)
+COMBINATIONS = ((1.0, 1.0, 0.0, 0.0), (0.7, -0.4, 0.3, 1.5), (0.0, 0.0, 0.0, 0.0), (1e30, -1e-30, 0.0, 1.0))
+
+CONTENTS = ("normal", "zeros", "tiny", "huge", "all sizes", "not finite")
+
+
+def rescaled(tensor, content, generator):
+    """Fills a tensor of numbers from N(0, 1) with other ones."""
+    limits = torch.finfo(tensor.dtype)
+    if content == "zeros":
+        tensor.zero_()
+    elif content == "tiny":
+        tensor.mul_(limits.tiny)
+    elif content == "huge":
+        tensor.mul_(limits.max / 8)
+    elif content == "all sizes":
+        low, high = np.log2(limits.tiny), np.log2(limits.max) - 3
+        exponents = low + (high - low) * torch.rand(tensor.shape, generator=generator, dtype=F64)
+        tensor.mul_(exponents.exp2().to(tensor.dtype))
+    elif content == "not finite":
+        chosen = torch.randint(0, 9, tensor.shape, generator=generator)
+        for i, bad in enumerate((INF, -INF, NAN)):
+            tensor[chosen == i] = bad
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an op, by plain values alone: what hypothesis prints can be pasted."""
+
+    lists: str
+    values: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...] = ((7,),)
+    groups: str | None = None
+    missing: bool = False
+    holes: int = 0
+    """Every so many-th entry of what may be absent is."""
+    kind: str = "fp32"
+    layout: str = "contiguous"
+    offsets: Any = False
+    contents: tuple[str, ...] = ("normal",)
+    """Of the roles in turn."""
+    twists: tuple[tuple[str, int, int, int, int], ...] = ()
+    """How memory is shared: see twist()."""
+    threads: int = 1
+    fresh: int = 1
+    """Every so many-th tensor is another one than the call's before."""
+    seed: int = 0
+
+    def case(self, op):
+        values = self.values | ({"groups": GROUPS[self.groups]} if self.groups else {})
+        return Case(op, "fuzzed", self.lists, values, self.missing)
+
+    def made(self, op, before):
+        """The arguments; ``before``: those of the table's call before."""
+        generator = torch.Generator().manual_seed(self.seed)
+        call = build(self.case(op), generator, "cpu", self.shapes, self.kind, self.layout, self.offsets)
+        for number, (name, one) in enumerate(call.items()):
+            if not isinstance(one, list) or name in ("groups", "mask", "steps") or not isinstance(one[:1], list):
+                continue
+            for i, tensor in enumerate(one):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if not (name == "backups" and "perturb" in op):
+                    rescaled(tensor, self.contents[(number + i) % len(self.contents)], generator)
+                    if name.endswith("_sqs"):
+                        tensor.abs_()
+                if self.holes and i % self.holes == 0 and name in ("means", "mask", "max_exp_avg_sqs", "kept_grads"):
+                    one[i] = None
+                old = before.get(name, [])[i : i + 1]
+                if old and isinstance(old[0], torch.Tensor) and i % self.fresh and not self.twists:
+                    if (old[0].dtype, old[0].shape) == (tensor.dtype, tensor.shape):
+                        one[i] = old[0]
+        for what in self.twists:
+            twist(call, OPS[op], *what)
+        return call
+
+
+TWISTS = ("the same", "shifted", "expanded", "overlapping", "interleaved", "of one storage", "a parameter", "unaligned")
+
+
+def twist(call, op, what, role, row, other_role, other_row):
+    """Puts a tensor in memory that others, or its own elements, may share."""
+    names = [name for name in op.arguments if isinstance(call.get(name), list) and name not in ("mask", "steps")]
+    name, other_name = names[role % len(names)], names[other_role % len(names)]
+    if not call[name]:
+        return
+    row, other_row = row % len(call[name]), other_row % len(call[name])
+    tensor, other = call[name][row], call[other_name][other_row]
+    if tensor is None or other is None:
+        return
+    shape, count = tensor.shape, tensor.numel()
+    if what == "the same":
+        if other.shape == shape:
+            call[name][row] = other
+    elif what == "shifted":
+        if other.shape == shape and count:
+            memory = torch.cat([other.reshape(-1), other.reshape(-1)[:1]])
+            call[other_name][other_row] = memory[:-1].view(shape)
+            call[name][row] = memory[1:].view(shape)
+    elif what == "expanded":
+        if count:
+            call[name][row] = tensor.reshape(-1)[0].clone().expand(shape)
+    elif what == "overlapping":
+        call[name][row] = tensor.new_zeros(count + 1).as_strided(shape, [1] * len(shape))
+    elif what == "interleaved":
+        if other.shape == shape and (name, row) != (other_name, other_row):
+            memory = torch.stack([tensor.reshape(-1), other.to(tensor.dtype).reshape(-1)], 1)
+            call[name][row], call[other_name][other_row] = (memory[:, i].view(shape) for i in (0, 1))
+    elif what == "of one storage":
+        present = [(i, one) for i, one in enumerate(call[name]) if one is not None and one.dtype == tensor.dtype]
+        memory = torch.cat([one.reshape(-1) for _, one in present])
+        for (i, _), part in zip(present, memory.split([one.numel() for _, one in present]), strict=True):
+            call[name][i] = part.view(call[name][i].shape)
+    elif what == "a parameter":
+        call[name][row] = torch.nn.Parameter(tensor)
+    elif what == "unaligned":
+        memory = np.zeros((count + 1) * tensor.element_size(), np.uint8)
+        one = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=1) if count else tensor.reshape(-1)
+        call[name][row] = one.copy_(tensor.reshape(-1)).view(shape)
+
+
+def places(tensor):
+    """The address of each element."""
+    offsets = np.zeros((), np.int64)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        offsets = offsets[..., None] + np.arange(size) * stride
+    return tensor.data_ptr() + offsets.ravel() * tensor.element_size()
+
+
+def shares_memory(call, op):
+    """Whether something that is written lies where another tensor, or another of its elements, does."""
+    arrays, writes = [], []
+    for role, name in enumerate(op.arguments):
+        for row, tensor in enumerate(call.get(name) or []):
+            if tensor is None or not tensor.numel():
+                continue
+            first = call[op.arguments[0]][row]
+            read_only = role and name not in written(op)
+            if read_only and first is not None and (tensor.data_ptr(), tensor.dtype) == (first.data_ptr(), first.dtype):
+                continue  # elements are read before they are written
+            arrays.append((places(tensor)[:, None] + np.arange(tensor.element_size())).ravel())
+            writes.append(np.full(len(arrays[-1]), name in written(op)))
+    if not arrays:
+        return False
+    addresses, places_of, counts = np.unique(np.concatenate(arrays), return_inverse=True, return_counts=True)
+    return bool((np.concatenate(writes) & (counts[places_of] > 1)).any())
+
+
+def is_bad(op, call):
+    """Whether a hyperparameter is none."""
+    return any(any(call.values.get(name, 0) is one for one in BAD) for name in op.hyper)
+
+
+ABSOLUTE = {"lr": lambda x: -x, "dampening": lambda x: -abs(x), "maximize": lambda _: False}
+
+
+def absolute(name, value):
+    """An argument that adds where the original one subtracts."""
+    if isinstance(value, list) and name != "groups":
+        return [absolute(name, one) for one in value]
+    if isinstance(value, torch.Tensor):
+        return value if name in ("mask", "steps", "found_inf") else value.abs()
+    return ABSOLUTE.get(name, lambda x: x)(value)
+
+
+def agree(case, call, table):
+    """Checks a call; the absolute tolerance is for what the terms of a sum come to if none cancels."""
+    terms = run(reference, case, {name: absolute(name, value) for name, value in plain(call, double=True).items()})
+    sizes = {name: tensor.double().abs().flatten().nan_to_num(0.0, INF) for name, tensor in tensors_of(terms)}
+    check(case, call, lambda name, _: sizes[name], placed=False, table=table)
+
+
+def fuzz(op, backend, calls):
+    table, before, threads = TensorTable(OPS[op]), {}, torch.get_num_threads()
+    try:
+        for one in calls:
+            torch.set_num_threads(one.threads)
+            call, case = one.made(op, before), one.case(op)
+            with lf.use_backend(backend):
+                if not (is_bad(OPS[op], one) or (one.twists and shares_memory(call, OPS[op]))):
+                    agree(case, call, table)
+                else:
+                    old = snapshot(call)
+                    with pytest.raises((TypeError, ValueError)) as raised:
+                        run(lf.ops, case, call, table=table)
+                    assert len(str(raised.value).splitlines()) == 1
+                    assert_unchanged(old)
+            before = call
+    finally:
+        torch.set_num_threads(threads)
+
+
+BACKENDS = [name for name in ("cpu", "torch", "triton") if name in lf.backends()]
+SIGNALS = {"norm": NORMS, "grad_scale": SCALES, "found_inf": (0.0, 1.0), "combination": COMBINATIONS, "skipped": (0.0, 2.0)}
+SIGNALS_OF = {
+    "grad_norm": ("found_inf", "combination"),
+    "perturb_": ("grad_scale", "found_inf", "combination"),
+    "random_perturb_": ("grad_scale", "found_inf", "combination", "skipped"),
+    "gaussian_perturb_": ("skipped",),
+    "combine_": ("found_inf",),
+    "sgd_step_": ("grad_scale", "found_inf", "combination"),
+    "adam_step_": ("grad_scale", "found_inf", "combination"),
+}
+ALWAYS = {
+    "grad_norm": {},
+    "perturb_": {"rho": 0.05, "norm": 1.0},
+    "random_perturb_": {"rho": 0.05, "norm": 1.0, "seed": 0},
+    "gaussian_perturb_": {"amplitude": 0.05},
+    "perturb_by_class_": {"scales": 0.5},
+    "combine_": {"combination": COMBINATIONS[0]},
+    "sgd_step_": {"lr": 0.1},
+    "adam_step_": {"lr": 0.1},
+}
+
+
+@st.composite
+def one_call(draw, op, few):
+    def often(values):
+        return draw(st.sampled_from(values))
+
+    twists = tuple(
+        (often(TWISTS), *(draw(st.integers(0, 5)) for _ in range(4))) for _ in range(often((0, 0, 0, 1, 1, 2)))
+    )
+    limit = FEW if few or twists else 40 * FEW
+    palette = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
+    shapes, total = [], 0
+    for i in range(often((1, 0, 2, 3, 6, 20, 300))):
+        shape = palette[i % len(palette)]
+        total += torch.Size(shape).numel()
+        if total > limit:
+            break
+        shapes.append(shape)
+    groups = often((None, *GROUPS)) if OPS[op].hyper else None
+    hyper = {name: VALUES[name] for name in OPS[op].hyper}
+    values = {}
+    for name, choices in (hyper | {name: SIGNALS[name] for name in SIGNALS_OF.get(op, ())}).items():
+        usual = ALWAYS.get(op, {}).get(name)
+        if usual is None and not draw(st.booleans()):
+            continue
+        by_group = groups and name in hyper and name not in FOR_ALL and draw(st.booleans())
+        values[name] = [often(choices) for _ in range(3)] if by_group else often(choices)
+    values = ALWAYS.get(op, {}) | values
+    lists = [*NEEDED[op], *(name for name in OPTIONAL[op] if draw(st.booleans()))]
+    if op == "grad_norm":
+        if groups and draw(st.booleans()):
+            values["per_group"] = True
+        if values.get("adaptive"):
+            lists.append("params")
+        if "kept_grads" not in lists:
+            values.pop("combination", None)
+    if values.get("momentum"):
+        lists.append("momentum_buffers")
+    if values.get("max_norm"):
+        values["norm"] = often(NORMS)
+    if "norm" in values:
+        values["norm"] = often(NORMS)
+    if hyper and draw(st.integers(0, 19)) == 19:
+        values[often(tuple(name for name in hyper))] = often(BAD)
+    return Call(
+        " ".join(lists),
+        values,
+        tuple(shapes),
+        groups,
+        draw(st.booleans()),
+        often((0, 1, 2)),
+        often(tuple(KINDS)),
+        often((*LAYOUTS, "mixed")),
+        often((False, True, "mixed")),
+        tuple(draw(st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=3))),
+        twists,
+        often((1, 2, 3)),
+        often((1, 2, 3)),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+@pytest.mark.parametrize("op", OPS)
+@hypothesis.given(data=st.data())
+@fuzzed
+def test_ops(op, data):
+    backend = data.draw(st.sampled_from(BACKENDS), "backend")
+    calls = data.draw(st.lists(one_call(op, backend == "triton"), min_size=1, max_size=3), "calls")
+    fuzz(op, backend, calls)
