@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= .ci/constraints.txt
 OUT ?= bench-out
+CASES ?= 10000
 
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo evidence test lint bench docs wheels clean
+.PHONY: demo evidence test fuzz sanitize lint bench docs wheels clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -20,6 +21,14 @@ evidence: $(VENV)/train.stamp
 
 test: $(VENV)/triton.stamp
 	$(RUN) -m pytest $(ARGS)
+
+# For the night: so many calls of ops, and steps of optimizers, that nobody thought of. SEED=7 repeats those of a run.
+fuzz: $(VENV)/triton.stamp
+	LTSAM_TEST_CASES=$(CASES) $(RUN) -m pytest tests/test_fuzz.py $(if $(SEED),--hypothesis-seed=$(SEED)) $(ARGS)
+
+# The ops' tests under GCC's sanitizers: addresses, undefined behaviour, leaks, then threads.
+sanitize: $(VENV)/test.stamp
+	$(RUN) -m tests.sanitized $(ARGS)
 
 bench: $(VENV)/bench.stamp
 	mkdir -p $(OUT)

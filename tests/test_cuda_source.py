@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,8 @@ from ltsam_fast import ops, reference
 from ltsam_fast.launch_args import CHUNK
 from ltsam_fast.ops import cross_entropy, differentiable, dispatch
 from ltsam_fast.table import TensorTable
+
+from . import sanitized
 
 ROOT = Path(__file__).parents[1]
 HEADERS = sorted(file for file in (ROOT / "csrc").rglob("*.*") if file.parent.name != "cpu")
@@ -61,10 +64,16 @@ def built(config, argument_bytes):
     """The CUDA core, built to run on the host, with this limit on what a kernel takes by value."""
     if CXX is None or not sys.platform.startswith("linux"):
         pytest.skip("needs a C++ compiler and ucontext")
+    sanitizer = os.environ.get(sanitized.VARIABLE, "")
+    # A GPU traps at misaligned vectors.
+    watch = (
+        sanitized.flags(sanitizer)
+        if sanitizer
+        else ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    )
     path, _ = made(
-        config, f"_cuda_{argument_bytes}{sysconfig.get_config_var('EXT_SUFFIX')}",
-        CXX, "-xc++", "-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", *ARITHMETIC,
-        "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",  # a GPU traps at misaligned vectors
+        config, f"_cuda_{sanitizer}{argument_bytes}{sysconfig.get_config_var('EXT_SUFFIX')}",
+        CXX, "-xc++", "-O1", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", *ARITHMETIC, *watch,
         f"-DLT_ARGUMENT_BYTES={argument_bytes}", f"-I{ROOT}/tests/cuda_on_host", *INCLUDES,
         ROOT / "csrc/cuda/module.cu",
     )  # fmt: skip

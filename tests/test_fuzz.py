@@ -7,7 +7,7 @@ call that does, printed as it goes into ``FOUND``.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis
@@ -17,18 +17,20 @@ import torch
 from hypothesis import strategies as st
 
 import ltsam_fast as lf
-from ltsam_fast import reference
+from ltsam_fast import ops, reference
 from ltsam_fast.ops import OPS
 from ltsam_fast.table import TensorTable
 
 from .cases import (
-    BF16,
-    F16,
+    DTYPES,
     F64,
     KINDS,
     LAYOUTS,
+    TOLERANCES,
     Case,
+    assert_as_good,
     assert_unchanged,
+    bits,
     build,
     check,
     plain,
@@ -39,22 +41,42 @@ from .cases import (
     tensors_of,
     written,
 )
+from .method_rows import BASES, EVERY, PHASED, every
+from .oracles import CLASSES, batches
 
 CASES = int(os.environ.get("LTSAM_TEST_CASES", 0))
 INF, NAN = float("inf"), float("nan")
-fuzzed = hypothesis.settings(
-    max_examples=CASES or 150,
-    derandomize=not CASES,
-    database=None,
-    deadline=None,
-    print_blob=False,
-    suppress_health_check=list(hypothesis.HealthCheck),
-    report_multiple_bugs=False,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
-)
+
+
+def fuzzed(percent, sample):
+    """So many percent of CASES; without, a sample that is always the same."""
+    return hypothesis.settings(
+        max_examples=int(CASES * percent / 100) + 1 if CASES else sample,
+        derandomize=not CASES,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )
+
 
 GROUPS = {"rising": rising, "shuffled": shuffled}
-SHAPES = ((0,), (1,), (), (7,), (13,), (5, 3), (2, 1, 33), (5, 3, 2, 4), (3, 0, 2), (1021,), (4099,), (16384,), (16411,))
+SHAPES = (
+    (0,),
+    (1,),
+    (),
+    (7,),
+    (13,),
+    (5, 3),
+    (2, 1, 33),
+    (5, 3, 2, 4),
+    (3, 0, 2),
+    (1021,),
+    (4099,),
+    (16384,),
+    (16411,),
+)
 FEW = 2000
 """Elements in all of a call's tensors of a role that Triton's interpreter, and a comparison of all addresses, get."""
 
@@ -104,13 +126,14 @@ VALUES = {name: ANY for op in OPS.values() for name in op.hyper} | {
 }
 FOR_ALL = ("stochastic", "seed", "step")
 """Hyperparameters that groups have in common."""
-BAD = (-1.0, NAN, INF, -INF, "0.1", None)
+BAD = (-1.5, NAN, INF, -INF, "0.1", None)
 
 NORMS = (0.0, 1e-42, 1e-3, 1.0, 3.0, 1e30, INF, NAN)
 SCALES = (1.0, 1024.0, 65536.0, 1e-30, 3e38)
 COMBINATIONS = ((1.0, 1.0, 0.0, 0.0), (0.7, -0.4, 0.3, 1.5), (0.0, 0.0, 0.0, 0.0), (1e30, -1e-30, 0.0, 1.0))
 
-CONTENTS = ("normal", "zeros", "tiny", "huge", "all sizes", "not finite")
+NOT_TINY = ("normal", "zeros", "huge", "not finite")  # Triton's interpreter knows no tiny bf16
+CONTENTS = (*NOT_TINY, "tiny", "all sizes")
 
 
 def rescaled(tensor, content, generator):
@@ -175,7 +198,7 @@ class Call:
                         tensor.abs_()
                 if self.holes and i % self.holes == 0 and name in ("means", "mask", "max_exp_avg_sqs", "kept_grads"):
                     one[i] = None
-                old = before.get(name, [])[i : i + 1]
+                old = (before.get(name) or [])[i : i + 1]
                 if old and isinstance(old[0], torch.Tensor) and i % self.fresh and not self.twists:
                     if (old[0].dtype, old[0].shape) == (tensor.dtype, tensor.shape):
                         one[i] = old[0]
@@ -223,9 +246,15 @@ def twist(call, op, what, role, row, other_role, other_row):
     elif what == "a parameter":
         call[name][row] = torch.nn.Parameter(tensor)
     elif what == "unaligned":
-        memory = np.zeros((count + 1) * tensor.element_size(), np.uint8)
-        one = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=1) if count else tensor.reshape(-1)
-        call[name][row] = one.copy_(tensor.reshape(-1)).view(shape)
+        call[name][row] = unaligned(tensor)
+
+
+def unaligned(tensor):
+    """A copy between the places for numbers of its type."""
+    if not tensor.numel():
+        return tensor
+    memory = np.zeros((tensor.numel() + 1) * tensor.element_size(), np.uint8)
+    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=1).view(tensor.shape).copy_(tensor)
 
 
 def places(tensor):
@@ -257,7 +286,7 @@ def shares_memory(call, op):
 
 def is_bad(op, call):
     """Whether a hyperparameter is none."""
-    return any(any(call.values.get(name, 0) is one for one in BAD) for name in op.hyper)
+    return any(call.values.get(name, 0) is one for name in op.hyper for one in BAD[name == "dampening" :])
 
 
 ABSOLUTE = {"lr": lambda x: -x, "dampening": lambda x: -abs(x), "maximize": lambda _: False}
@@ -291,7 +320,7 @@ def fuzz(op, backend, calls):
                 else:
                     old = snapshot(call)
                     with pytest.raises((TypeError, ValueError)) as raised:
-                        run(lf.ops, case, call, table=table)
+                        run(ops, case, call, table=table)
                     assert len(str(raised.value).splitlines()) == 1
                     assert_unchanged(old)
             before = call
@@ -299,8 +328,17 @@ def fuzz(op, backend, calls):
         torch.set_num_threads(threads)
 
 
-BACKENDS = [name for name in ("cpu", "torch", "triton") if name in lf.backends()]
-SIGNALS = {"norm": NORMS, "grad_scale": SCALES, "found_inf": (0.0, 1.0), "combination": COMBINATIONS, "skipped": (0.0, 2.0)}
+# The interpreter of "triton" takes long.
+OFTEN = [name for name in ("cpu", "torch") * 4 + ("triton",) if name in lf.backends()]
+if torch.cuda.is_available():
+    OFTEN.remove("triton")
+SIGNALS = {
+    "norm": NORMS,
+    "grad_scale": SCALES,
+    "found_inf": (0.0, 1.0),
+    "combination": COMBINATIONS,
+    "skipped": (0.0, 2.0),
+}
 SIGNALS_OF = {
     "grad_norm": ("found_inf", "combination"),
     "perturb_": ("grad_scale", "found_inf", "combination"),
@@ -375,7 +413,7 @@ def one_call(draw, op, few):
         often(tuple(KINDS)),
         often((*LAYOUTS, "mixed")),
         often((False, True, "mixed")),
-        tuple(draw(st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=3))),
+        tuple(draw(st.lists(st.sampled_from(NOT_TINY if few else CONTENTS), min_size=1, max_size=3))),
         twists,
         often((1, 2, 3)),
         often((1, 2, 3)),
@@ -385,8 +423,217 @@ def one_call(draw, op, few):
 
 @pytest.mark.parametrize("op", OPS)
 @hypothesis.given(data=st.data())
-@fuzzed
+@fuzzed(7, 20)
 def test_ops(op, data):
-    backend = data.draw(st.sampled_from(BACKENDS), "backend")
+    backend = data.draw(st.sampled_from(OFTEN), "backend")
     calls = data.draw(st.lists(one_call(op, backend == "triton"), min_size=1, max_size=3), "calls")
     fuzz(op, backend, calls)
+
+
+FOUND = {
+    "elements of one tensor overlap": (
+        "restore_",
+        Call("params backups", {}, ((5, 3),), twists=(("overlapping", 0, 0, 0, 0),)),
+    ),
+    "between the places for numbers": ("restore_", Call("params backups", {}, twists=(("unaligned", 0, 0, 0, 0),))),
+    "clipped beyond fp32": ("gaussian_perturb_", Call("params", {"amplitude": 1.0, "clip": 3.5e38})),
+}
+"""What was found and mended: ops, and the calls one after the other that share a table."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name, backend):
+    op, *calls = FOUND[name]
+    fuzz(op, backend, calls)
+
+
+# --- cross entropies
+
+VECTORS = {
+    "scale": (1.0, 0.0, 30.0),
+    "shift": (0.0, -1.0, 1e4),
+    "margin": (0.0, 0.5, 1e4),
+    "weight": (1.0, 0.0, 1e-30),
+    "spread": (0.0, 1.0),
+}
+LOGITS = {
+    "contiguous": lambda z: z,
+    "transposed": lambda z: z.T.contiguous().T,
+    "sliced": lambda z: torch.stack([z, z], 2)[:, :, 1],
+    "expanded": lambda z: z[:1].expand(z.shape),
+    "unaligned": lambda z: unaligned(z),
+}
+
+
+def cross_entropies(module, logits, targets, cotangent, vectors, numbers):
+    """The losses and their gradient."""
+    logits = logits.detach().requires_grad_()
+    losses = module.adjusted_cross_entropy(logits, targets, **vectors, **numbers)
+    (grad,) = torch.autograd.grad((losses * cotangent.to(losses)).sum(), logits)
+    return losses.detach(), grad
+
+
+@hypothesis.given(
+    backend=st.sampled_from(OFTEN),
+    rows=st.sampled_from((1, 0, 3, 70)),
+    classes=st.sampled_from((2, 1, 16, 17, 65, 1025)),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(tuple(LOGITS)),
+    size=st.sampled_from((1.0, 0.0, 1e-30, 100.0, 1e4)),
+    chosen=st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in VECTORS.items()}),
+    label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+    gamma=st.sampled_from((0.0, 1e-3, 2.0, 30.0)),
+    detach=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@fuzzed(10, 60)
+def test_cross_entropies(backend, rows, classes, dtype, layout, size, chosen, label_smoothing, gamma, detach, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = LOGITS[layout]((size * torch.randn(rows, classes, generator=generator, dtype=F64)).to(dtype))
+    targets, cotangent = torch.randint(classes, (rows,), generator=generator), torch.randn(rows, generator=generator)
+    vectors = {name: value * torch.rand(classes, generator=generator) for name, value in chosen.items()}
+    largest = 1 + max(float(one.abs().max()) for one in (*vectors.values(), logits, torch.zeros(1)) if one.numel())
+    if "spread" in vectors:
+        vectors["draw"] = torch.tensor(seed)
+    numbers = {"label_smoothing": label_smoothing, "gamma": 0.0 if label_smoothing else gamma, "detach": detach}
+    wide = {name: one if name == "draw" else one.double() for name, one in vectors.items()}
+    exact = cross_entropies(reference, logits.double(), targets, cotangent, wide, numbers)
+    working = cross_entropies(reference, logits, targets, cotangent, vectors, numbers)
+    with lf.use_backend(backend):
+        ours = cross_entropies(ops, logits, targets, cotangent, vectors, numbers)
+    for one, plainly, truth in zip(ours, working, exact, strict=True):
+        assert_as_good(one, plainly, truth, TOLERANCES[one.dtype], scale=31 * largest)
+
+
+# --- optimizers
+
+
+class Odd(torch.nn.Module):
+    """Logits to which each parameter, of whatever shape, adds the sine of a weighted sum of its elements."""
+
+    def __init__(self, tensors, unused=0):
+        super().__init__()
+        self.all = torch.nn.ParameterList(torch.nn.Parameter(tensor) for tensor in tensors)
+        self.used = [i + 1 == len(tensors) or not unused or i % unused > 0 for i in range(len(tensors))]
+
+    def forward(self, x):
+        z = torch.zeros_like(x[:, :CLASSES])
+        for i, param in enumerate(self.all):
+            if self.used[i]:
+                factors = torch.arange(param.numel(), dtype=F64).add(i + 1).cos().view(param.shape)
+                total = (factors * param.double()).sum() / max(param.numel(), 1) ** 0.5
+                z = z + (total + i).sin() * x.roll(i, 1)[:, :CLASSES]
+        return z
+
+
+@dataclass(frozen=True)
+class Training:
+    """A few steps of an optimizer, by plain values alone."""
+
+    method: str
+    base: str
+    interface: str = "closure"
+    shapes: tuple[tuple[int, ...], ...] = ((7,),)
+    kind: str = "fp64"
+    layout: str = "contiguous"
+    groups: tuple[dict[str, Any], ...] = ({},)
+    options: dict[str, Any] = field(default_factory=dict)
+    unused: int = 0
+    twists: tuple[tuple[str, int, int, int, int], ...] = ()
+    seed: int = 0
+
+    def split(self, params):
+        """The groups: so many runs of parameters; some may be empty."""
+        parts = np.array_split(np.arange(len(params)), len(self.groups))
+        return [{"params": [params[i] for i in part], **group} for part, group in zip(parts, self.groups, strict=True)]
+
+
+def train(backend, given):
+    """Compares the weights with those of the method's oracle, in fp64."""
+    generator = torch.Generator().manual_seed(given.seed)
+    case = Case("restore_", "fuzzed", "params")
+    call = build(case, generator, "cpu", given.shapes, given.kind, given.layout, offsets=True)
+    for what in given.twists:
+        twist(call, OPS["restore_"], *what)
+    shared = shares_memory(call, OPS["restore_"])
+    model = Odd([tensor.detach() for tensor in call["params"]], given.unused)
+    exact = Odd([param.detach().double().clone() for param in model.parameters()], given.unused)
+    row = EVERY[given.method].of(given.interface).having(**given.options)
+    data, (base, options) = batches(steps=3), BASES[given.base]
+    with lf.use_backend(backend):
+        opt = row.make(model, base, given.split(list(model.all)), **options)
+        if shared:
+            old = [bits(param).clone() for param in model.all]
+            with pytest.raises(ValueError, match="share memory") as raised:
+                row.drive(given.interface, opt, model, data)
+            assert len(str(raised.value).splitlines()) == 1
+            assert all(torch.equal(bits(param), before) for param, before in zip(model.all, old, strict=True))
+            return
+        found = row.drive(given.interface, opt, model, data)
+    expected, _ = row.expected(base, options, data, lambda of: given.split(list(of.all)), exact)
+    if expected.isfinite().all():
+        assert (found - expected).norm() <= NEAR[given.kind] * (1 + expected.norm())
+
+
+NEAR = {"fp64": 1e-9, "fp32": 2e-4, "a role is fp64": 2e-4, "tensors differ": 0.05, "bf16": 0.05, "fp16": 0.01}
+SIXTEEN = ("tensors differ", "bf16", "fp16")  # in which the squares that torch's other optimizers keep are lost
+LIMITS = {
+    "FocalSAM": {"gamma": (0.0, 30.0), "lam": (0.0, 1.1)},
+    "ImbSAM": {"eta": (0, 10**9), "tail_weight": (0.0, 2.0)},
+    "SSESAM": {"eta": (0, 10**9), "tail_rho": (0.0, 3.0), "switch_step": (0, 1)},
+    "CCSAM": {"noise_ratio": (0.0, 1.0), "flat_ratio": (0.0, 1.0)},
+    "FriendlySAM": {"sigma": (0.0, 2.0), "lmbda": (0.0, 0.999)},
+    "MicroBatchSAM": {"m": (1, 16, 100)},
+    "SparseSAM": {"sparsity": (0.0, 0.99), "num_samples": (1, 100), "refresh_every": (1, 2)},
+    "ESAM": {"gamma": (1e-3, 1.0)},
+    "LookSAM": {"k": (1, 2), "alpha": (0.0, 2.0)},
+    "GSAM": {"alpha": (0.0, 2.0)},
+    "WSAM": {"gamma": (0.0, 0.99), "decouple": FLAGS},
+    "TailMomentumSAM": {"gamma": (0.0, 30.0), "lam": (0.0, 1.1), "decay": (0.0, 0.999)},
+    "VaSSO": {"theta": (0.0, 1.0)},
+}
+
+
+@st.composite
+def training(draw, name):
+    def often(values):
+        return draw(st.sampled_from(values))
+
+    interface = often(("closure", "phases")) if name in PHASED else "closure"
+    chosen = {key: often(values) for key, values in LIMITS.get(name, {}).items() if draw(st.booleans())}
+    row, twisted = EVERY[name], draw(st.integers(0, 3)) == 3
+    palette = draw(st.lists(st.sampled_from(SHAPES[:-3]), min_size=1, max_size=4))
+    shapes = tuple(palette[i % len(palette)] for i in range(often((1, 2, 3, 6, 40))))
+    if name == "LookSAM":
+        shapes += ((13,),)  # in one dimension nothing is left across the gradient
+    kind = "fp64" if name in ("SparseSAM", "ESAM") else often(tuple(NEAR))  # they choose elements, or samples
+    groups = []
+    for _ in range(often((1, 2, 3))):
+        group = {"lr": (0.0, 0.01, 0.1), "weight_decay": (0.0, 0.01)}
+        if name != "CCSAM":
+            group["rho"] = (0.05, 3.0) if name == "LookSAM" else (0.0, 1e-12, 0.05, 3.0)
+        if row.adaptive:
+            group["adaptive"] = FLAGS
+        if row.adaptive and "eta" not in row.options:  # where it is not what makes a class tail
+            group["eta"] = (0.0, 0.01)
+        groups.append({key: often(values) for key, values in group.items() if draw(st.booleans())})
+    return Training(
+        name,
+        often(("sgd", "momentum", "nesterov", "maximize") if kind in SIXTEEN else tuple(BASES)),
+        interface,
+        shapes,
+        kind,
+        often((*LAYOUTS, "mixed")),
+        tuple(groups),
+        {key: value for key, value in chosen.items() if key not in row.in_phases or interface == "closure"},
+        0 if twisted else often((0, 2, 3)),
+        tuple((often(TWISTS), *(draw(st.integers(0, 5)) for _ in range(4))) for _ in range(twisted)),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+@every
+@hypothesis.given(data=st.data())
+@fuzzed(1.25, 5)
+def test_optimizers(name, data):
+    train(data.draw(st.sampled_from(OFTEN[:2]), "backend"), data.draw(training(name), "training"))

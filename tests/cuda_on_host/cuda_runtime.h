@@ -2,6 +2,9 @@
 // their launches divide the work is theirs; speed and the memory model are not. Threads of a block are fibers that take
 // turns at barriers, blocks run at the same time on a few system threads; who comes first is drawn from a seed.
 //
+// GCC's thread sanitizer, if it watches, takes each fiber for a thread of its own, whose only order is that of the
+// barriers: what a kernel forgets to synchronize is reported, be it the shared memory of a block.
+//
 // LTSAM_HOST_DEVICE: the current device, d, has d + 1 multiprocessors with two blocks each; -1: there is none
 // LTSAM_HOST_SEED: order of blocks and, between barriers, of threads
 #pragma once
@@ -16,6 +19,12 @@
 #include <random>
 #include <thread>
 #include <vector>
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#define LT_NOT_WATCHED __attribute__((no_sanitize("thread")))
+#else
+#define LT_NOT_WATCHED
+#endif
 
 #define CUDART_VERSION 13000
 #define __global__
@@ -47,21 +56,40 @@ inline int setting(const char* name) {
   return value ? std::atoi(value) : 0;
 }
 
+/// A fiber, as the thread sanitizer knows it; what changes fibers must not be watched itself.
+struct Watched {
+#ifdef __SANITIZE_THREAD__
+  void* context = __tsan_create_fiber(0);
+  ~Watched() { __tsan_destroy_fiber(context); }
+  static void* current() { return __tsan_get_current_fiber(); }
+  LT_NOT_WATCHED static void go(void* to) { __tsan_switch_to_fiber(to, __tsan_switch_to_fiber_no_sync); }
+  LT_NOT_WATCHED static void before(void* place) { __tsan_release(place); }
+  LT_NOT_WATCHED static void after(void* place) { __tsan_acquire(place); }
+#else
+  void* context = nullptr;
+  static void* current() { return nullptr; }
+  static void go(void*) {}
+  static void before(void*) {}
+  static void after(void*) {}
+#endif
+};
+
 /// One block at a time: its threads as fibers of the calling system thread.
 class Block {
  public:
   explicit Block(unsigned threads)
-      : fibers_(threads), stacks_(new char[size_t(threads) * kStack]), order_(threads), random_(0) {
+      : fibers_(threads), watched_(threads), stacks_(new char[size_t(threads) * kStack]), order_(threads), random_(0) {
     std::iota(order_.begin(), order_.end(), 0u);
   }
 
   /// Returns false if some threads ended while others waited at a barrier.
   template <class Kernel>
-  bool run(const Kernel& kernel, unsigned seed) {
+  LT_NOT_WATCHED bool run(const Kernel& kernel, unsigned seed) {
     random_.seed(seed);
     body_ = [](void* k) { (*static_cast<const Kernel*>(k))(); };
     kernel_ = const_cast<Kernel*>(&kernel);
     current_ = this;
+    scheduler_watched_ = Watched::current();
     for (unsigned t = 0; t < fibers_.size(); ++t) {
       getcontext(&fibers_[t]);
       fibers_[t].uc_stack.ss_sp = stacks_.get() + size_t(t) * kStack;
@@ -74,31 +102,48 @@ class Block {
       waiting_ = 0;
       for (unsigned t : order_) {
         threadIdx.x = running_ = t;
+        Watched::before(&fibers_);
+        Watched::go(watched_[t].context);
         swapcontext(&scheduler_, &fibers_[t]);
       }
+      Watched::after(&barrier_);
       waiting = waiting_;
       if (waiting && waiting != fibers_.size()) return false;
     }
     return true;
   }
 
-  static void barrier() {
+  LT_NOT_WATCHED static void barrier() {
     Block& block = *current_;
     const unsigned thread = block.running_;
     ++block.waiting_;
+    block.leave();
     swapcontext(&block.fibers_[thread], &block.scheduler_);
+    Watched::after(&block.fibers_);
   }
 
  private:
   static constexpr size_t kStack = 64 << 10;
-  static void enter() { current_->body_(current_->kernel_); }
+  LT_NOT_WATCHED static void enter() {
+    Block& block = *current_;
+    Watched::after(&block.fibers_);
+    block.body_(block.kernel_);
+    block.leave();
+  }
+  LT_NOT_WATCHED void leave() {
+    Watched::before(&barrier_);
+    Watched::go(scheduler_watched_);
+  }
 
   static inline thread_local Block* current_ = nullptr;
   std::vector<ucontext_t> fibers_;
+  std::vector<Watched> watched_;
   std::unique_ptr<char[]> stacks_;
   std::vector<unsigned> order_;
   std::mt19937 random_;
   ucontext_t scheduler_;
+  void* scheduler_watched_ = nullptr;
+  char barrier_ = 0;
   void (*body_)(void*) = nullptr;
   void* kernel_ = nullptr;
   unsigned running_ = 0;
