@@ -26,7 +26,7 @@ def _factors(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
     """What the summed gradient is multiplied by: unscaling, clipping to max_norm, the sign; and that without clipping."""
     inverse = inverse_scale(grad_scale, A)
     clip = divide(max_norm.to(A), number(norm, 0.0, A) * inverse + 1e-6)
-    clips = (max_norm > 0) & (norm != 0) & (clip < 1)
+    clips = (max_norm > 0) & (norm != 0) & ~(clip >= 1)  # NaN stays, as in torch
     factor = tl.where(clips, inverse * clip, inverse)
     return tl.where(maximize != 0, -factor, factor), tl.where(maximize != 0, -inverse, inverse)
 

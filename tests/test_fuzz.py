@@ -368,7 +368,7 @@ def one_call(draw, op, few):
     twists = tuple(
         (often(TWISTS), *(draw(st.integers(0, 5)) for _ in range(4))) for _ in range(often((0, 0, 0, 1, 1, 2)))
     )
-    limit = FEW if few or twists else 40 * FEW
+    limit = FEW if few or twists else 20 * FEW
     palette = draw(st.lists(st.sampled_from(SHAPES), min_size=1, max_size=4))
     shapes, total = [], 0
     for i in range(often((1, 0, 2, 3, 6, 20, 300))):
@@ -437,6 +437,18 @@ FOUND = {
     ),
     "between the places for numbers": ("restore_", Call("params backups", {}, twists=(("unaligned", 0, 0, 0, 0),))),
     "clipped beyond fp32": ("gaussian_perturb_", Call("params", {"amplitude": 1.0, "clip": 3.5e38})),
+    "clipped to a norm that is none": (
+        "adam_step_",
+        Call("params grads exp_avgs exp_avg_sqs steps", {"lr": 0.1, "max_norm": 1.0, "norm": NAN}),
+    ),
+    "clipped to a norm that is none, by SGD": (
+        "sgd_step_",
+        Call("params grads", {"lr": 0.1, "max_norm": [1.0, 0.0, 2.0], "norm": NAN}, groups="rising"),
+    ),
+    "means that are not finite and do not count": (
+        "random_perturb_",
+        Call("params grads means", {"rho": 0.1, "norm": 1.0, "seed": 0}, contents=("normal", "normal", "not finite")),
+    ),
 }
 """What was found and mended: ops, and the calls one after the other that share a table."""
 
@@ -509,7 +521,7 @@ def test_cross_entropies(backend, rows, classes, dtype, layout, size, chosen, la
 
 
 class Odd(torch.nn.Module):
-    """Logits to which each parameter, of whatever shape, adds the sine of a weighted sum of its elements."""
+    """Logits to which each parameter, of whatever shape, adds the sine of a weighted sum of its elements' sines."""
 
     def __init__(self, tensors, unused=0):
         super().__init__()
@@ -521,7 +533,7 @@ class Odd(torch.nn.Module):
         for i, param in enumerate(self.all):
             if self.used[i]:
                 factors = torch.arange(param.numel(), dtype=F64).add(i + 1).cos().view(param.shape)
-                total = (factors * param.double()).sum() / max(param.numel(), 1) ** 0.5
+                total = (factors * param.double().sin()).sum() / max(param.numel(), 1) ** 0.5
                 z = z + (total + i).sin() * x.roll(i, 1)[:, :CLASSES]
         return z
 

@@ -19,7 +19,7 @@ struct Direction {
         decouples(s.combination != nullptr) {
     if (max_norm > 0 && s.norm) {
       const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
-      factor *= clip < A(1) ? clip : A(1);
+      factor *= clip > A(1) ? A(1) : clip;  // NaN stays, as in torch
     }
     if (maximize != 0) factor = -factor, inverse = -inverse;
   }

@@ -54,7 +54,7 @@ def perturb_(
         inverse = 1 / number(grad_scale, w) if grad_scale is not None else torch.ones_like(size)
         scale = (-at(rho) if at(maximize) else at(rho)) * inverse / (size * inverse + at(eps))
         if active and bool(scale.isfinite()):
-            d = gradient(w, g) if combination is None else combined(w, g, mean, combination)
+            d = combined(w, g, mean, torch.tensor([1.0, 0.0]) if combination is None else combination)
             t = (old.abs() + at(eta)).square() if at(adaptive) else 1
             perturbed = old + t * d * scale
             moves = torch.ones_like(w, dtype=torch.bool) if masked is None else ~bits(masked, w)
