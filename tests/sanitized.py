@@ -36,6 +36,7 @@ OPTIONS = {
     "PYTHONMALLOC": "malloc",  # its own allocator hides each object's ends
     "OMP_NUM_THREADS": "3",
 }
+OPTIONS_OF_PYTEST = ["-p", "tests.sanitized", "-p", "no:faulthandler", "--capture=sys", "-q"]
 TESTS = "test_ops test_ops_calls test_random test_lists test_fuzz test_cuda_source".split()
 
 
@@ -44,12 +45,17 @@ def flags(kind):
     return [f"-fsanitize={CHECKS[kind]}", "-fno-sanitize-recover=all", "-g", "-fno-omit-frame-pointer"]
 
 
-def core(kind):
-    """The C++ core, built anew if a source is newer."""
-    made = ROOT / f"build/sanitized/{kind}/_cpu.so"
+def place(kind):
+    """Of the C++ core."""
+    return ROOT / f"build/sanitized/{kind}/_cpu.so"
+
+
+def build(kind):
+    """Compiles the C++ core if a source is newer."""
+    made = place(kind)
     sources = [*(file for file in (ROOT / "csrc").rglob("*.*")), ROOT / "tests/openmp_on_threads.cpp", Path(__file__)]
     if made.exists() and made.stat().st_mtime > max(file.stat().st_mtime for file in sources):
-        return made
+        return
     made.parent.mkdir(parents=True, exist_ok=True)
     includes = subprocess.run(
         [sys.executable, "-m", "pybind11", "--includes"], text=True, capture_output=True, check=True
@@ -69,7 +75,6 @@ def core(kind):
     run(*common, "-fopenmp", "-Icsrc", *includes.stdout.split(), "-c", "csrc/cpu/module.cpp", "-o", compiled)
     openmp = ["-fopenmp"] if kind == "address" else ["tests/openmp_on_threads.cpp"]
     run(*common, "-shared", compiled, *openmp, "-o", made)
-    return made
 
 
 def run(*command):
@@ -96,7 +101,7 @@ def load():
     """Has the package find the watched core, in a process that watched() has started."""
     kind = os.environ[VARIABLE]
     os.environ.pop("LD_PRELOAD", None)  # a compiler that a test runs need not be watched
-    loader = importlib.machinery.ExtensionFileLoader("ltsam_fast._cpu", str(core(kind)))
+    loader = importlib.machinery.ExtensionFileLoader("ltsam_fast._cpu", str(place(kind)))
     spec = importlib.util.spec_from_file_location(loader.name, loader.path, loader=loader)
     sys.modules[loader.name] = module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
@@ -193,11 +198,20 @@ def leaks_planted():
     leaks(planted=True)
 
 
+def missing_barriers():
+    """Kernels whose barriers order nothing."""
+    import pytest
+
+    os.environ["LTSAM_HOST_UNORDERED"] = "1"
+    pytest.main([*OPTIONS_OF_PYTEST, "tests/test_cuda_source.py", "-k", "norm_is_right and fp32-True"])
+
+
 FAULTS = {
     "overrun": ("address", "heap-buffer-overflow"),
     "misaligned": ("address", "misaligned address"),
     "leaks_planted": ("address", r"leak of (.+\n)+.*(\blt::|_cpu\.so)"),
     "race": ("thread", "data race"),
+    "missing_barriers": ("thread", "data race"),
 }
 """The sanitizer, and what it says."""
 
@@ -205,7 +219,7 @@ FAULTS = {
 def main():
     ctypes.CDLL(None).personality(0x0040000)  # no addresses drawn at random, which may be those that a sanitizer needs
     for kind in CHECKS:
-        core(kind)
+        build(kind)
         for fault, (its, words) in FAULTS.items():
             if its == kind:
                 said = watched(kind, "-m", "tests.sanitized", fault, capture_output=True)
@@ -216,8 +230,7 @@ def main():
             if said.returncode or re.search(FAULTS["leaks_planted"][1], said.stderr):
                 raise SystemExit(f"The core leaks memory:\n{said.stdout}{said.stderr}")
         files = [f"tests/{name}.py" for name in TESTS]
-        options = ["-p", "tests.sanitized", "-p", "no:faulthandler", "--capture=sys", "-q", *sys.argv[1:]]
-        done = watched(kind, "-m", "pytest", *options, *files)
+        done = watched(kind, "-m", "pytest", *OPTIONS_OF_PYTEST, *sys.argv[1:], *files)
         if done.returncode:
             raise SystemExit(f"The tests fail, or the {kind} sanitizer has found something: see above.")
 

@@ -90,7 +90,7 @@ def gaussian_perturb_(
         source = (w if original_params is None else original_params[i]).clone()
         old = wide(source)
         words = random_words(w, numbers[i] if numbers else i, seed, step, skipped, offsets[i] if offsets else 0)
-        limit = torch.tensor(at(clip), dtype=old.dtype, device=w.device)  # a number beyond the dtype's is no bound to torch
+        limit = torch.tensor(at(clip), dtype=old.dtype, device=w.device)  # torch takes no number beyond the dtype's
         new = old + at(amplitude) * (at(sigma) * normal(words).to(old.dtype)).clamp(-limit, limit)
         write((entry(backups, i), source), (w, new))
 
@@ -139,6 +139,12 @@ def _direction(
     return -d if maximize else d
 
 
+def _decayed(d: Tensor, weight_decay: float, old: Tensor) -> Tensor:
+    """Without decay the weights do not count, be they infinite."""
+    decay = torch.tensor(weight_decay, dtype=old.dtype)
+    return d + decay.to(old.device) * old if decay else d
+
+
 def _decoupled_step(
     w: Tensor,
     lr: float,
@@ -185,7 +191,7 @@ def sgd_step_(
             continue
         old, buffer = wide(source), None  # type: ignore[arg-type]
         d = _direction(w, (grads[i], entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
-        d = d + at(weight_decay) * old
+        d = _decayed(d, at(weight_decay), old)
         if at(momentum) != 0 and m is not None:
             first = step is not None and bool(step == 0)
             buffer = d if first else at(momentum) * wide(m) + (1 - at(dampening)) * d
@@ -234,7 +240,7 @@ def adam_step_(
         if at(decoupled):
             old = old * (1 - at(lr) * at(weight_decay))
         else:
-            d = d + at(weight_decay) * old
+            d = _decayed(d, at(weight_decay), old)
         mean = m + (1 - at(beta1)) * (d - m)
         square = at(beta2) * v + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(wide(vmax), square)
