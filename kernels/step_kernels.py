@@ -107,7 +107,8 @@ def _adam(old, total, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root
     d = _decayed(total * factor, decay, old)
     mean = m + fresh1 * (d - m)
     square = beta2 * v + fresh2 * d * d
-    largest = tl.where(vmax > square, vmax, square)  # vmax reads as 0 without amsgrad
+    # Vmax reads as 0 without amsgrad. NaN stays, as in torch.
+    largest = tl.where((vmax > square) | (vmax != vmax), vmax, square)
     return old * keep - divide(step_size * mean, divide(sqrt(largest), root) + eps), mean, square, largest
 
 

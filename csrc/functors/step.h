@@ -107,7 +107,8 @@ struct AdamStep {
     const A old = x[original], d = direction.decayed(direction(x[g], x[kept]), decay, old);
     const A mean = x[m] + fresh1 * (d - x[m]);
     const A square = beta2 * x[v] + fresh2 * d * d;
-    const A largest = x[vmax] > square ? x[vmax] : square;  // vmax reads as 0 without amsgrad
+    // vmax reads as 0 without amsgrad. NaN stays, as in torch.
+    const A largest = (x[vmax] > square) | (x[vmax] != x[vmax]) ? x[vmax] : square;
     const A moved = old * keep - step_size * mean / (std::sqrt(largest) / root_correction2 + eps);
     x[w] = direction.active(direction.add_decoupled(moved, lr, x[g], x[kept]), old);
     x[m] = direction.active(mean, x[m]);
