@@ -87,7 +87,7 @@ def sgd_step_kernel(
     note(scratch, slot, call)
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
-    fresh = 1.0 - tl.load(h + 2).to(A)
+    fresh = (1.0 - tl.load(h + 2)).to(A)
     factor, inverse = _factors(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
     first_step = (momentum == 0) | (number(tl.load(row + 5), 1.0, tl.float32) == 0)
     nesterov, active = (tl.load(h + 4) != 0) & (momentum != 0), skipped(found_inf) == 0

@@ -19,6 +19,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "g++")
+CXX = shlex.split(os.environ.get("CXX", "g++"))
 VARIABLE = "LTSAM_TEST_SANITIZER"
 CHECKS = {"address": "address,undefined,float-cast-overflow", "thread": "thread"}
 OPTIONS = {
@@ -62,7 +63,7 @@ def build(kind):
     )
     # Without __gnu_linux__ no copies are made for other instruction sets: they are chosen before a sanitizer has begun.
     common = [
-        CXX,
+        *CXX,
         "-O1",
         "-std=c++17",
         "-fPIC",
@@ -84,7 +85,12 @@ def run(*command):
 @functools.cache
 def library(name):
     """Where the compiler has one of its libraries."""
-    return subprocess.run([CXX, f"-print-file-name={name}"], text=True, capture_output=True, check=True).stdout.strip()
+    found = subprocess.run(
+        [*CXX, f"-print-file-name={name}"], text=True, capture_output=True, check=True
+    ).stdout.strip()
+    if not os.path.isabs(found):
+        raise SystemExit(f"{shlex.join(CXX)} has no {name}: install GCC with its sanitizers, or set CXX to it")
+    return found
 
 
 def watched(kind, *arguments, **named):

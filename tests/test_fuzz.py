@@ -464,6 +464,14 @@ FOUND = {
             "params grads exp_avgs exp_avg_sqs steps max_exp_avg_sqs", {"lr": 0.1}, ((13,),), contents=("not finite",)
         ),
     ),
+    "means that take little in": (
+        "perturb_",
+        Call("params grads means", {"rho": 0.0, "norm": 1.0, "decay": 0.9999}, ((1021,),)),
+    ),
+    "momentum that takes little in": (
+        "sgd_step_",
+        Call("params grads momentum_buffers", {"lr": 0.1, "momentum": 0.5, "dampening": 0.9999}, ((1021,),)),
+    ),
 }
 """What was found and mended: ops, and the calls one after the other that share a table."""
 

@@ -56,7 +56,7 @@ struct SgdStep {
       : direction(h[5], h[6], s),
         lr(A(h[0])),
         momentum(A(h[1])),
-        fresh(A(1) - A(h[2])),
+        fresh(A(1 - h[2])),
         decay(A(h[3])),
         nesterov(h[4] != 0 && h[1] != 0),  // not 0 times an infinite buffer
         first(h[1] == 0 || (here.step && *here.step == 0.0f)),
