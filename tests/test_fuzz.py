@@ -26,6 +26,7 @@ from .cases import (
     F64,
     KINDS,
     LAYOUTS,
+    RICHEST,
     TOLERANCES,
     Case,
     assert_as_good,
@@ -429,6 +430,14 @@ def test_ops(op, data):
     backend = data.draw(st.sampled_from(OFTEN), "backend")
     calls = data.draw(st.lists(one_call(op, backend == "triton"), min_size=1, max_size=3), "calls")
     fuzz(op, backend, calls)
+
+
+@pytest.mark.skipif(not CASES, reason="gigabytes, and seconds each: make fuzz runs them")
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", RICHEST, ids=str)
+def test_more_elements_than_fp32_can_count(case, kind, generator):
+    with lf.use_backend(OFTEN[0]):
+        check(case, build(case, generator, shapes=((2**24 + 3,),), kind=kind))
 
 
 FOUND = {
