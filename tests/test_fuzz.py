@@ -227,7 +227,7 @@ def twist(call, op, what, role, row, other_role, other_row):
             call[name][row] = other
     elif what == "shifted":
         if other.shape == shape and count:
-            memory = torch.cat([other.reshape(-1), other.reshape(-1)[:1]])
+            memory = torch.cat([other.reshape(-1), other.reshape(-1)[:1]]).abs()  # squares it may be
             call[other_name][other_row] = memory[:-1].view(shape)
             call[name][row] = memory[1:].view(shape)
     elif what == "expanded":
