@@ -8,12 +8,13 @@ PYTHONS ?= $(PYTHON)
 TORCHES ?= 2.6.0 2.13.0 2.14.1
 TESTS ?= $(foreach name,lists ops ops_calls oracles methods optimizer base_step checkpoints capture shared_backward,tests/test_$(name).py)
 N ?= 50
+CASES ?= 10000
 
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install -c $(CONSTRAINTS)
 CSRC := $(shell find csrc -type f)
 
-.PHONY: demo evidence test faults lint bench docs wheels versions clean
+.PHONY: demo evidence test fuzz sanitize faults lint bench docs wheels versions clean
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.stamp
@@ -27,6 +28,14 @@ test: $(VENV)/triton.stamp
 
 faults: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m tests.faults -n $(N) $(ARGS)
+
+# For the night: so many calls of ops, and steps of optimizers, that nobody thought of. SEED=7 repeats those of a run.
+fuzz: $(VENV)/triton.stamp
+	LTSAM_TEST_CASES=$(CASES) $(RUN) -m pytest tests/test_fuzz.py $(if $(SEED),--hypothesis-seed=$(SEED)) $(ARGS)
+
+# The ops' tests under GCC's sanitizers: addresses, undefined behaviour, leaks, then threads.
+sanitize: $(VENV)/test.stamp
+	$(RUN) -m tests.sanitized $(ARGS)
 
 bench: $(VENV)/bench.stamp
 	mkdir -p $(OUT)

@@ -31,7 +31,8 @@ def _perturb(old, d, scale, adaptive, eta):
 
 @triton.jit
 def _perturb_blocks(
-    row, begin, end, c0, c1, scale, inverse, active, adaptive, eta, decay, probability, stochastic, seed, step, tensor,
+    row, begin, end, c0, c1, scale, inverse, active, adaptive, eta, decay, fresh, probability, stochastic, seed, step,
+    tensor,
     RANDOM: tl.constexpr, TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     W, ORIGINAL, G = tl.load(row), tl.load(row + 1), tl.load(row + 2)
@@ -52,7 +53,7 @@ def _perturb_blocks(
         new = narrow(perturbed, TYPES[0])
         store(W, first, end, tl.where(moves, new, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
         if TYPES[4] is not None:
-            taken_in = narrow(decay * mean.to(A) + (1.0 - decay) * (g * inverse), TYPES[4])
+            taken_in = narrow(decay * mean.to(A) + fresh * (g * inverse), TYPES[4])
             store(MEAN, first, end, tl.where(active, taken_in, mean), TYPES[4], WIDE, BLOCK)
 
 
@@ -70,17 +71,20 @@ def perturb_kernel(
     scale = divide(tl.load(h).to(A) * inverse, size * inverse + tl.load(h + 3).to(A))
     active = (skipped(found_inf) == 0) & finite(size) & finite(scale)
     adaptive, eta, decay = tl.load(h + 1) != 0, tl.load(h + 2).to(A), tl.load(h + 4).to(A)
+    fresh = (1.0 - tl.load(h + 4)).to(A)  # in fp32 1 - 0.999 has four digits
     c0, c1 = coefficient(combination, 0, 1.0, A), coefficient(combination, 1, 0.0, A)
     probability, stochastic, seed, step = 0, False, tl.load(h), tl.load(h)
     if RANDOM:
         probability, stochastic = (tl.load(h + 5) * 65536 + 0.5).to(tl.int32), tl.load(h + 6) != 0
         seed, step = tl.load(h + 7), tl.load(h + 8) - number(skipped_steps, 0.0, tl.float32)
     _perturb_blocks(
-        row, begin, whole, c0, c1, scale, inverse, active, adaptive, eta, decay, probability, stochastic, seed, step, position,
+        row, begin, whole, c0, c1, scale, inverse, active, adaptive, eta, decay, fresh, probability, stochastic, seed, step,
+        position,
         RANDOM, TYPES, True, A, BLOCK,
     )  # fmt: skip
     _perturb_blocks(
-        row, whole, end, c0, c1, scale, inverse, active, adaptive, eta, decay, probability, stochastic, seed, step, position,
+        row, whole, end, c0, c1, scale, inverse, active, adaptive, eta, decay, fresh, probability, stochastic, seed, step,
+        position,
         RANDOM, TYPES, False, A, BLOCK,
     )  # fmt: skip
 

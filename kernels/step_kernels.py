@@ -26,7 +26,7 @@ def _factors(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
     """What the summed gradient is multiplied by: unscaling, clipping to max_norm, the sign; and that without clipping."""
     inverse = inverse_scale(grad_scale, A)
     clip = divide(max_norm.to(A), number(norm, 0.0, A) * inverse + 1e-6)
-    clips = (max_norm > 0) & (norm != 0) & (clip < 1)
+    clips = (max_norm > 0) & (norm != 0) & ~(clip >= 1)  # NaN stays, as in torch
     factor = tl.where(clips, inverse * clip, inverse)
     return tl.where(maximize != 0, -factor, factor), tl.where(maximize != 0, -inverse, inverse)
 
@@ -43,9 +43,15 @@ def _coefficients(combination, A: tl.constexpr):
 
 
 @triton.jit
+def _decayed(d, decay, old):
+    """Without decay the weights do not count, be they infinite."""
+    return tl.where(decay != 0, d + decay * old, d)
+
+
+@triton.jit
 def _sgd(old, total, m, factor, lr, momentum, fresh, decay, nesterov, first):
     """W = old - lr m,  m = momentum m + fresh d,  d = factor total + decay old;  the first m is d."""
-    d = total * factor + decay * old
+    d = _decayed(total * factor, decay, old)
     buffer = tl.where(first, d, momentum * m + fresh * d)
     return old - lr * tl.where(nesterov, d + momentum * buffer, buffer), buffer
 
@@ -81,10 +87,10 @@ def sgd_step_kernel(
     note(scratch, slot, call)
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
-    fresh = 1.0 - tl.load(h + 2).to(A)
+    fresh = (1.0 - tl.load(h + 2)).to(A)
     factor, inverse = _factors(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
     first_step = (momentum == 0) | (number(tl.load(row + 5), 1.0, tl.float32) == 0)
-    nesterov, active = tl.load(h + 4) != 0, skipped(found_inf) == 0
+    nesterov, active = (tl.load(h + 4) != 0) & (momentum != 0), skipped(found_inf) == 0
     _sgd_blocks(
         row, begin, whole, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
         TYPES, True, A, BLOCK,
@@ -98,10 +104,11 @@ def sgd_step_kernel(
 @triton.jit
 def _adam(old, total, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay):
     """W = keep old - step_size m / (sqrt(v) / root + eps),  m += fresh1 (d - m),  v = beta2 v + fresh2 d^2."""
-    d = total * factor + decay * old
+    d = _decayed(total * factor, decay, old)
     mean = m + fresh1 * (d - m)
     square = beta2 * v + fresh2 * d * d
-    largest = tl.where(vmax > square, vmax, square)  # vmax reads as 0 without amsgrad
+    # Vmax reads as 0 without amsgrad. NaN stays, as in torch.
+    largest = tl.where((vmax > square) | (vmax != vmax), vmax, square)
     return old * keep - divide(step_size * mean, divide(sqrt(largest), root) + eps), mean, square, largest
 
 

@@ -123,7 +123,7 @@ class RowArgs:
 
     def __init__(self, numbers: Numbers, tensors: dict[str, torch.Tensor | None]) -> None:
         self.numbers = numbers
-        self.tensors = tensors
+        self.tensors = tensors = {name: None if one is None else aligned(one) for name, one in tensors.items()}
         logits = tensors["logits"]
         assert logits is not None
         self.device = logits.device
@@ -164,6 +164,11 @@ def stream_or_threads(device: torch.device) -> int:
     if device.type != "cuda":
         return torch.get_num_threads()
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that begins at a multiple of its elements' size: a copy, where ``torch.frombuffer`` gave one that does not."""
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def accumulator(tensor: torch.Tensor) -> torch.dtype:

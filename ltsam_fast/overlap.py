@@ -55,7 +55,18 @@ def find_overlap(
 
 def elements_share_memory(tensor: torch.Tensor) -> bool:
     """Whether two elements of one tensor lie at one place, as in an expanded one."""
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    dims = sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1)
+    reach = 0
+    for stride, size in dims:
+        if stride <= reach:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False  # each dimension begins beyond the end of those before
+    places = np.zeros(1, np.int64)
+    for stride, size in dims:
+        places = np.unique(places[:, None] + np.arange(size) * stride)
+    return len(places) < tensor.numel()
 
 
 def _reach(tensor: torch.Tensor) -> int:

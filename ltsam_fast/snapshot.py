@@ -22,6 +22,7 @@ COLUMNS = 6
 ABSENT = -1  # "device" of a role that a tensor does not have
 NEVER_READ = -2
 CONTIGUOUS, NOT_DENSE = 0, 1  # layouts; anything else is a hash of strides that leave no holes
+# Not dense is also what begins at an address that is no multiple of its elements' size: neither can be taken as it is.
 DEVICE_TYPES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
 
 SAME, MOVED, CHANGED, REFRESHED = range(4)
@@ -95,6 +96,8 @@ def _describe(tensor: torch.Tensor) -> tuple[int, ...]:
         for stride, size in sorted(dims):
             reach = reach * size if stride == reach else 0
         layout = hash(tuple(dims)) | 2 if reach == tensor.numel() else NOT_DENSE
+    if tensor.data_ptr() % tensor.element_size():
+        layout = NOT_DENSE
     return (
         tensor.data_ptr(),
         tensor.numel(),

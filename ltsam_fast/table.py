@@ -301,9 +301,13 @@ class TensorTable:
             present
             & ~arrays
             & ~self._bitmaps
-            & ((rows[..., NUMEL] != 1) | (rows[..., DTYPE] != DTYPES.index(torch.float32))),
+            & (
+                (rows[..., NUMEL] != 1)
+                | (rows[..., DTYPE] != DTYPES.index(torch.float32))
+                | (rows[..., LAYOUT] == NOT_DENSE)
+            ),
             ValueError,
-            "has shape {it.shape} and dtype {it.dtype}: it must be one float32 number",
+            "has shape {it.shape} and dtype {it.dtype}: it must be one float32 number, at a multiple of four bytes",
         )
 
     def _stage(
@@ -331,7 +335,7 @@ class TensorTable:
                 tensor = lists[role][index]
                 if self._written[role] and elements_share_memory(tensor):
                     raise ValueError(
-                        f"{self.op.arguments[role]}[{index}] has elements that share memory (an expanded tensor): "
+                        f"{self.op.arguments[role]}[{index}] has elements that share memory (as of an expanded tensor): "
                         "give it memory of its own with .clone()"
                     )
                 if role not in self._arrays:

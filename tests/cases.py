@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ltsam_fast import ops, reference
 from ltsam_fast.ops import OPS
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -208,7 +209,7 @@ RICHEST = tuple(
 )
 """Of each op the row with most roles."""
 
-SIGNALS = ("norm", "grad_scale", "found_inf", "combination", "scales")
+SIGNALS = ("norm", "grad_scale", "found_inf", "combination", "scales", "skipped")
 
 
 def place(values, layout="contiguous", offset=0):
@@ -344,13 +345,15 @@ def assert_as_good(ours, plain, exact, tolerance, what="", scale=1.0):
     """
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
     assert ours.dtype == plain.dtype, f"{what}: {ours.dtype}, not {plain.dtype}"
+    rounded = exact.detach().cpu().to(ours.dtype).double().flatten()
     ours, plain, exact = (tensor.detach().cpu().double().flatten() for tensor in (ours, plain, exact))
     error = (ours - exact).abs()
     allowed = (
         (plain - exact).abs().nan_to_num(torch.inf) + tolerance.relative * exact.abs() + tolerance.absolute * scale
     )
-    same = (ours == exact) | (ours.isnan() & exact.isnan())
-    same |= ~plain.isfinite() & ((ours == plain) | (ours.isnan() & plain.isnan()))  # both overflowed
+    same = (ours == rounded) | (ours.isnan() & exact.isnan())
+    same |= torch.as_tensor(scale).isinf()  # terms overflow in double precision too
+    same |= (ours == plain) | (ours.isnan() & plain.isnan())  # both overflowed, or neither and what is exact did
     bad = ~(error.isfinite() & (error <= allowed)) & ~same
     if bad.any():
         excess = torch.where(bad, (error / allowed).nan_to_num(torch.inf, torch.inf), -torch.inf)
@@ -360,3 +363,51 @@ def assert_as_good(ours, plain, exact, tolerance, what="", scale=1.0):
             f"exactly {exact[worst]:.17g}, plain torch has {plain[worst]:.17g}; "
             f"error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
         )
+
+
+def run(module, case, call, **named):
+    """Calls the op; the result, if there is one, joins the call's tensors."""
+    named |= call
+    if case.op == "perturb_by_class_":  # as many classes as tensors would be a tensor each: here it is one class
+        named |= {"class_grads": [call["class_grads"]], "scales": call["scales"][None]}
+    result = getattr(module, case.op.removeprefix("random_"))(**named)
+    return call if result is None else call | {"result": result}
+
+
+def written(op):
+    """The arguments whose tensors an op writes."""
+    return {name for role, name in zip(op.roles, op.arguments, strict=True) if role in op.writes}
+
+
+def check(case, call, scale_of=None, placed=True, **named):
+    """Runs a call from build() and compares all of its tensors with those of the reference implementation.
+
+    Args:
+        case: How the op is called.
+        call: The arguments, of which the reference implementation gets copies.
+        scale_of: (name, exact result) -> size of the values, for the absolute tolerance.
+        placed: Whether each tensor has a buffer of its own, see place().
+        named: More arguments for the op, and for it alone.
+    """
+    theirs = run(reference, case, plain(call))
+    exact = run(reference, case, plain(call, double=True))
+    before = plain(call)
+    ours = run(ops, case, call, **named)
+    assert [name for name, _ in tensors_of(ours)] == [name for name, _ in tensors_of(theirs)]
+    changes = written(OPS[case.op]) | {"found_inf", "result"}
+    places = {tensor.data_ptr() for name, tensor in tensors_of(call) if name.partition("[")[0] in changes}
+    exact_sum = all(tensor.dtype == F64 for name, tensor in tensors_of(call) if "[" in name)
+    rows = zip(tensors_of(ours), tensors_of(theirs), tensors_of(exact), strict=True)
+    for (name, tensor), (_, working), (_, truth) in rows:
+        if name.partition("[")[0] not in changes:
+            continue
+        tolerance = NORM_TOLERANCES[F64 if exact_sum else F32] if name == "result" else TOLERANCES[tensor.dtype]
+        scale = float(truth.abs().max()) if name == "result" and truth.numel() else 1.0
+        scale = scale_of(name, truth) if scale_of else scale
+        assert_as_good(tensor, working, truth, tolerance, f"{case} {name} {tuple(tensor.shape)} {tensor.dtype}", scale)
+    for (name, tensor), (_, old) in zip(tensors_of(call), tensors_of(before), strict=True):
+        if name.partition("[")[0] not in changes and tensor.data_ptr() not in places:
+            assert_same_bits(tensor.detach(), old, f"{case} {name}, which is only read")
+        if placed and "[" in name and not name.startswith("steps"):
+            assert_surroundings_untouched(tensor)
+    return ours

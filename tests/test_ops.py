@@ -25,7 +25,6 @@ from .cases import (
     FEW_SHAPES,
     KINDS,
     LAYOUTS,
-    NORM_TOLERANCES,
     RICHEST,
     SHAPES,
     TOLERANCES,
@@ -34,8 +33,10 @@ from .cases import (
     assert_same_bits,
     assert_surroundings_untouched,
     build,
+    check,
     place,
     plain,
+    run,
     tensors_of,
 )
 
@@ -44,47 +45,6 @@ HUGE = bool(os.environ.get("LTSAM_TEST_HUGE"))
 
 def interpreted(backend, device):
     return backend == "triton" and device == "cpu"
-
-
-def run(module, case, call):
-    """Calls the op; the result, if there is one, joins the call's tensors."""
-    named = call
-    if case.op == "perturb_by_class_":  # as many classes as tensors would be a tensor each: here it is one class
-        named = call | {"class_grads": [call["class_grads"]], "scales": call["scales"][None]}
-    result = getattr(module, case.op.removeprefix("random_"))(**named)
-    return call if result is None else call | {"result": result}
-
-
-def written(case):
-    return {
-        name
-        for role, name in zip(OPS[case.op].roles, OPS[case.op].arguments, strict=True)
-        if role in OPS[case.op].writes
-    }
-
-
-def check(case, call):
-    """Runs a call from cases.build() and compares all of its tensors with those of the reference implementation."""
-    theirs = run(reference, case, plain(call))
-    exact = run(reference, case, plain(call, double=True))
-    before = plain(call)
-    ours = run(ops, case, call)
-    assert [name for name, _ in tensors_of(ours)] == [name for name, _ in tensors_of(theirs)]
-    changes = written(case) | {"found_inf", "result"}
-    exact_sum = all(tensor.dtype == F64 for name, tensor in tensors_of(call) if "[" in name)
-    rows = zip(tensors_of(ours), tensors_of(theirs), tensors_of(exact), strict=True)
-    for (name, tensor), (_, working), (_, truth) in rows:
-        if name.partition("[")[0] not in changes:
-            continue
-        tolerance = NORM_TOLERANCES[F64 if exact_sum else F32] if name == "result" else TOLERANCES[tensor.dtype]
-        scale = float(truth.abs().max()) if name == "result" and truth.numel() else 1.0
-        assert_as_good(tensor, working, truth, tolerance, f"{case} {name} {tuple(tensor.shape)} {tensor.dtype}", scale)
-    for (name, tensor), (_, old) in zip(tensors_of(call), tensors_of(before), strict=True):
-        if name.partition("[")[0] not in changes:
-            assert_same_bits(tensor.detach(), old, f"{case} {name}, which is only read")
-        if "[" in name and not name.startswith("steps"):
-            assert_surroundings_untouched(tensor)
-    return ours
 
 
 # --- the helpers themselves

@@ -51,8 +51,10 @@ inline int64_t mix(int64_t hash, int64_t value) {
   return int64_t((uint64_t(hash) ^ uint64_t(value)) * 0x9e3779b97f4a7c15u) ^ (hash >> 29);
 }
 
-/// Layout 0: contiguous. 1: not dense (holes or overlap). Else a hash of the strides of a dense permutation.
-inline int64_t layout_of(const dlpack::Tensor& t, int64_t numel) {
+/// Layout 0: contiguous. 1: not dense (holes or overlap), or not aligned. Else a hash of the strides of a dense
+/// permutation.
+inline int64_t layout_of(const dlpack::Tensor& t, int64_t address, int64_t numel) {
+  if (address % std::max(1, t.dtype.bits / 8)) return 1;
   if (!t.strides || numel < 2) return 0;
   int64_t expected = 1, hash = kSeed;
   bool contiguous = true;
@@ -101,7 +103,7 @@ inline void describe(const dlpack::ExchangeApi& api, PyObject* tensor, int64_t* 
   row[kDtypeCode] = dtype_code(t.dtype);
   row[kDevice] = (int64_t(t.device_type) << 16) | t.device_id;
   row[kShape] = shape;
-  row[kLayout] = layout_of(t, numel);
+  row[kLayout] = layout_of(t, row[kAddress], numel);
 }
 
 inline const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {

@@ -23,7 +23,7 @@ struct Perturb {
   static constexpr bool keyed = false, random = false;
 
   Combination<A> combination;
-  A eta, inverse, decay, scale;
+  A eta, inverse, decay, fresh, scale;
   Choice<A> adaptive, active;
 
   LT_HD Perturb(const double* h, const Signals& s, const Here&)
@@ -31,6 +31,7 @@ struct Perturb {
         eta(A(h[2])),
         inverse(s.inverse_scale<A>()),
         decay(A(h[4])),
+        fresh(A(1 - h[4])),  // in fp32 1 - 0.999 has four digits
         scale(A(h[0]) * inverse / (s.norm_as<A>() * inverse + A(h[3]))),
         adaptive(h[1] != 0),
         active(!s.skip() && finite(s.norm_as<A>()) && finite(scale)) {}
@@ -43,7 +44,7 @@ struct Perturb {
     const A old = x[original];
     x[backup] = old;
     x[w] = active(moves ? perturbed : old, old);
-    x[mean] = active(decay * x[mean] + (A(1) - decay) * (x[g] * inverse), x[mean]);
+    x[mean] = active(decay * x[mean] + fresh * (x[g] * inverse), x[mean]);
   }
   LT_HD void operator()(A* x) const { finish(x, perturbed(x), x[mask] == A(0)); }
 };

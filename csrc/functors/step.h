@@ -19,11 +19,13 @@ struct Direction {
         decouples(s.combination != nullptr) {
     if (max_norm > 0 && s.norm) {
       const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
-      factor *= clip < A(1) ? clip : A(1);
+      factor *= clip > A(1) ? A(1) : clip;  // NaN stays, as in torch
     }
     if (maximize != 0) factor = -factor, inverse = -inverse;
   }
   LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * factor; }
+  /// Without decay the weights do not count, be they infinite.
+  LT_HD static A decayed(A d, A decay, A old) { return Choice<A>(decay != 0)(d + decay * old, d); }
   /// A step that the base optimizer does not see: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
   LT_HD A add_decoupled(A moved, A lr, A g, A kept) const {
     return decouples(moved - lr * (combination.decoupled(g, kept) * inverse), moved);
@@ -54,14 +56,14 @@ struct SgdStep {
       : direction(h[5], h[6], s),
         lr(A(h[0])),
         momentum(A(h[1])),
-        fresh(A(1) - A(h[2])),
+        fresh(A(1 - h[2])),
         decay(A(h[3])),
-        nesterov(h[4] != 0),
+        nesterov(h[4] != 0 && h[1] != 0),  // not 0 times an infinite buffer
         first(h[1] == 0 || (here.step && *here.step == 0.0f)),
         keeps(h[1] != 0 && !s.skip()) {}
 
   LT_HD void operator()(A* x) const {
-    const A old = x[original], d = direction(x[g], x[kept]) + decay * old;
+    const A old = x[original], d = direction.decayed(direction(x[g], x[kept]), decay, old);
     const A buffer = first(d, momentum * x[m] + fresh * d);
     const A move = nesterov(d + momentum * buffer, buffer);
     x[w] = direction.active(direction.add_decoupled(old - lr * move, lr, x[g], x[kept]), old);
@@ -102,10 +104,11 @@ struct AdamStep {
   }
 
   LT_HD void operator()(A* x) const {
-    const A old = x[original], d = direction(x[g], x[kept]) + decay * old;
+    const A old = x[original], d = direction.decayed(direction(x[g], x[kept]), decay, old);
     const A mean = x[m] + fresh1 * (d - x[m]);
     const A square = beta2 * x[v] + fresh2 * d * d;
-    const A largest = x[vmax] > square ? x[vmax] : square;  // vmax reads as 0 without amsgrad
+    // vmax reads as 0 without amsgrad. NaN stays, as in torch.
+    const A largest = (x[vmax] > square) | (x[vmax] != x[vmax]) ? x[vmax] : square;
     const A moved = old * keep - step_size * mean / (std::sqrt(largest) / root_correction2 + eps);
     x[w] = direction.active(direction.add_decoupled(moved, lr, x[g], x[kept]), old);
     x[m] = direction.active(mean, x[m]);

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 
 from ltsam_fast.backend import backend_for
-from ltsam_fast.launch_args import Op, Role, stream_or_threads
+from ltsam_fast.launch_args import Op, Role, aligned, stream_or_threads
 from ltsam_fast.ops.checks import checked_rows
 from ltsam_fast.table import TensorTable
 
@@ -188,7 +188,7 @@ def launch(
             dtype = torch.float32 if name in _SINGLE else args.accumulator
             if value.dtype is not dtype or value.device != args.device or not value.is_contiguous():
                 value = value.detach().to(args.device, dtype).contiguous()
-            seen[name] = value
+            seen[name] = value = aligned(value)
             addresses[_SLOTS[name]] = value.data_ptr()
         args.hyper = hyper if asking is None else asking.place(hyper)
         args.signals, args.addresses = seen, tuple(addresses)

@@ -54,7 +54,7 @@ def perturb_(
         inverse = 1 / number(grad_scale, w) if grad_scale is not None else torch.ones_like(size)
         scale = (-at(rho) if at(maximize) else at(rho)) * inverse / (size * inverse + at(eps))
         if active and bool(scale.isfinite()):
-            d = gradient(w, g) if combination is None else combined(w, g, mean, combination)
+            d = combined(w, g, mean, torch.tensor([1.0, 0.0]) if combination is None else combination)
             t = (old.abs() + at(eta)).square() if at(adaptive) else 1
             perturbed = old + t * d * scale
             moves = torch.ones_like(w, dtype=torch.bool) if masked is None else ~bits(masked, w)
@@ -90,7 +90,8 @@ def gaussian_perturb_(
         source = (w if original_params is None else original_params[i]).clone()
         old = wide(source)
         words = random_words(w, numbers[i] if numbers else i, seed, step, skipped, offsets[i] if offsets else 0)
-        new = old + at(amplitude) * (at(sigma) * normal(words).to(old.dtype)).clamp(-at(clip), at(clip))
+        limit = torch.tensor(at(clip), dtype=old.dtype, device=w.device)  # torch takes no number beyond the dtype's
+        new = old + at(amplitude) * (at(sigma) * normal(words).to(old.dtype)).clamp(-limit, limit)
         write((entry(backups, i), source), (w, new))
 
 
@@ -136,6 +137,12 @@ def _direction(
     if max_norm > 0 and norm is not None:
         d = d * (max_norm / (number(norm, w) * inverse + 1e-6)).clamp(max=1.0)
     return -d if maximize else d
+
+
+def _decayed(d: Tensor, weight_decay: float, old: Tensor) -> Tensor:
+    """Without decay the weights do not count, be they infinite."""
+    decay = torch.tensor(weight_decay, dtype=old.dtype)
+    return d + decay.to(old.device) * old if decay else d
 
 
 def _decoupled_step(
@@ -184,7 +191,7 @@ def sgd_step_(
             continue
         old, buffer = wide(source), None  # type: ignore[arg-type]
         d = _direction(w, (grads[i], entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
-        d = d + at(weight_decay) * old
+        d = _decayed(d, at(weight_decay), old)
         if at(momentum) != 0 and m is not None:
             first = step is not None and bool(step == 0)
             buffer = d if first else at(momentum) * wide(m) + (1 - at(dampening)) * d
@@ -233,7 +240,7 @@ def adam_step_(
         if at(decoupled):
             old = old * (1 - at(lr) * at(weight_decay))
         else:
-            d = d + at(weight_decay) * old
+            d = _decayed(d, at(weight_decay), old)
         mean = m + (1 - at(beta1)) * (d - m)
         square = at(beta2) * v + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(wide(vmax), square)
