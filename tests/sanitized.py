@@ -1,7 +1,8 @@
 """``python -m tests.sanitized``: the ops' tests on cores that GCC's sanitizers watch; the first finding ends it with an error.
 
-First addresses, undefined behaviour and leaks, of the C++ core and of the CUDA core's source on the host (see cuda_on_host, which
-looks for races itself); then threads, of the C++ core. Nothing is suppressed. What no sanitizer has compiled, Python and torch, is seen in part only:
+First addresses, undefined behaviour and leaks, of the C++ core and of the CUDA core's source on the host (cuda_on_host itself
+looks for races); then threads, of the C++ core. Nothing is suppressed. What no sanitizer has compiled, Python and torch, is
+seen in part only:
 
 * threads: openmp_on_threads.cpp stands in for libgomp, and what other code reads and writes is not looked at
   (``ignore_noninstrumented_modules``).
