@@ -15,7 +15,7 @@ struct Philox {
       : seed_low(uint32_t(uint64_t(seed))),
         seed_high(uint32_t(uint64_t(seed) >> 32)),
         number(uint32_t(number & 0xffffff)),
-        step(uint32_t(uint64_t(step))),
+        step(uint32_t(int64_t(step))),  // minus the steps that were skipped, it may be negative
         first(uint64_t(number >> 24)) {}
 
   LT_HD void operator()(uint64_t quad, uint32_t (&word)[4]) const {
