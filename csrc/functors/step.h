@@ -24,8 +24,6 @@ struct Direction {
     if (maximize != 0) factor = -factor, inverse = -inverse;
   }
   LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * factor; }
-  /// Without decay the weights do not count, be they infinite.
-  LT_HD static A decayed(A d, A decay, A old) { return Choice<A>(decay != 0)(d + decay * old, d); }
   /// A step that the base optimizer does not see: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
   LT_HD A add_decoupled(A moved, A lr, A g, A kept) const {
     return decouples(moved - lr * (combination.decoupled(g, kept) * inverse), moved);
@@ -50,7 +48,7 @@ struct SgdStep {
 
   Direction<A> direction;
   A lr, momentum, fresh, decay;
-  Choice<A> nesterov, first, keeps;
+  Choice<A> decays, nesterov, first, keeps;
 
   LT_HD SgdStep(const double* h, const Signals& s, const Here& here)
       : direction(h[5], h[6], s),
@@ -58,12 +56,13 @@ struct SgdStep {
         momentum(A(h[1])),
         fresh(A(1 - h[2])),
         decay(A(h[3])),
+        decays(h[3] != 0),                 // else the weights do not count, be they infinite
         nesterov(h[4] != 0 && h[1] != 0),  // not 0 times an infinite buffer
         first(h[1] == 0 || (here.step && *here.step == 0.0f)),
         keeps(h[1] != 0 && !s.skip()) {}
 
   LT_HD void operator()(A* x) const {
-    const A old = x[original], d = direction.decayed(direction(x[g], x[kept]), decay, old);
+    const A old = x[original], along = direction(x[g], x[kept]), d = decays(along + decay * old, along);
     const A buffer = first(d, momentum * x[m] + fresh * d);
     const A move = nesterov(d + momentum * buffer, buffer);
     x[w] = direction.active(direction.add_decoupled(old - lr * move, lr, x[g], x[kept]), old);
@@ -90,8 +89,10 @@ struct AdamStep {
 
   Direction<A> direction;
   A lr, step_size, fresh1, beta2, fresh2, root_correction2, eps, keep, decay;
+  Choice<A> decays;
 
-  LT_HD AdamStep(const double* h, const Signals& s, const Here& here) : direction(h[6], h[7], s), lr(A(h[0])) {
+  LT_HD AdamStep(const double* h, const Signals& s, const Here& here)
+      : direction(h[6], h[7], s), lr(A(h[0])), decay(A(h[4])), decays(h[4] != 0 && h[5] == 0) {
     const double t = double(*here.step) + 1;
     step_size = A(h[0] / (1 - pow(h[1], t)));
     fresh1 = A(1 - h[1]);
@@ -100,11 +101,10 @@ struct AdamStep {
     root_correction2 = A(sqrt(1 - pow(h[2], t)));
     eps = A(h[3]);
     keep = h[5] != 0 ? A(1 - h[0] * h[4]) : A(1);
-    decay = h[5] != 0 ? A(0) : A(h[4]);
   }
 
   LT_HD void operator()(A* x) const {
-    const A old = x[original], d = direction.decayed(direction(x[g], x[kept]), decay, old);
+    const A old = x[original], along = direction(x[g], x[kept]), d = decays(along + decay * old, along);
     const A mean = x[m] + fresh1 * (d - x[m]);
     const A square = beta2 * x[v] + fresh2 * d * d;
     // vmax reads as 0 without amsgrad. NaN stays, as in torch.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ltsam_fast.command_line import one_line
 from ltsam_fast.examples.common import arguments, loader, method_of, report
+from ltsam_fast.files import write
 from ltsam_fast.models import small_cnn
-from ltsam_fast.train.run_checkpoint import write
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
