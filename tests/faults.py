@@ -36,7 +36,6 @@ import torch
 import ltsam_fast as lf
 from ltsam_fast.data import embedded
 
-embedded._pixels_and_labels = functools.cache(embedded._pixels_and_labels)  # once for all processes
 Program = Callable[[Path], Any]
 KINDS: dict[str, Callable[[Faults], None]] = {}
 
@@ -387,7 +386,7 @@ def files(faults: Faults) -> None:
 
 def _failing(program: Program, name: str, number: int, error: int | None, folder: Path) -> Any:
     """Runs a program in which the given call for a file in the folder fails."""
-    from ltsam_fast.train import run_checkpoint
+    from ltsam_fast import files
 
     calls = [0]
 
@@ -410,7 +409,7 @@ def _failing(program: Program, name: str, number: int, error: int | None, folder
     else:
         inside = lambda number: folder in Path(os.readlink(f"/proc/self/fd/{number}")).parents  # noqa: E731
         os.fsync = counted(os.fsync, inside)
-    assert run_checkpoint.os is os
+    assert files.os is os
     return program(folder)
 
 
@@ -798,6 +797,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.kinds if name not in KINDS]:
         parser.error(f"there is no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
     torch.set_num_threads(1)
+    embedded._pixels_and_labels = functools.cache(embedded._pixels_and_labels)  # once for all processes
     failed = 0
     for name in options.kinds or KINDS:
         counts, finding, seconds = inject(name, options.times, options.seed, options.programs.split(","))

@@ -35,7 +35,15 @@ def inject(*arguments, before=""):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes can't be forked here")
 def test_a_few_faults_are_survived():
     pytest.importorskip("sklearn")
-    kinds = ("kills", "interrupts", "files", "damage", "data", "clock", "workers", "processes")
+    kinds = (
+        "kills",
+        "interrupts",
+        "files",
+        "damage",
+        "data",
+        "clock",
+        "workers",
+    )  # those of whole processes take longer
     done = inject(*kinds, "-n", 1, "--seed", 1, "--programs", "train,accelerate_loop,lightning_module")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
