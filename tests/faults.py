@@ -386,7 +386,7 @@ def files(faults: Faults) -> None:
 
 def _failing(program: Program, name: str, number: int, error: int | None, folder: Path) -> Any:
     """Runs a program in which the given call for a file in the folder fails."""
-    from ltsam_fast import files
+    from ltsam_fast import atomic
 
     calls = [0]
 
@@ -409,7 +409,7 @@ def _failing(program: Program, name: str, number: int, error: int | None, folder
     else:
         inside = lambda number: folder in Path(os.readlink(f"/proc/self/fd/{number}")).parents  # noqa: E731
         os.fsync = counted(os.fsync, inside)
-    assert files.os is os
+    assert atomic.os is os
     return program(folder)
 
 

@@ -305,7 +305,7 @@ def test_killed_in_mid_epoch_and_resumed_the_weights_are_those_of_an_undisturbed
 FILES = {"last.pt", "previous.pt", "config.json", "log.csv", "log.jsonl", ".lock"}
 KILLED_WHILE_WRITING = """
 import os, signal, sys
-from ltsam_fast.train import cli, run_checkpoint
+from ltsam_fast.train import cli
 
 def fsync(number, seen=[]):
     if "last.pt" in os.readlink(f"/proc/self/fd/{number}"):
@@ -314,7 +314,7 @@ def fsync(number, seen=[]):
             os.truncate(f"/proc/self/fd/{number}", 1000)  # what a kill between two writes leaves
             os.kill(os.getpid(), signal.SIGKILL)
 
-run_checkpoint.os.fsync = fsync
+os.fsync = fsync
 cli.main(["train", *sys.argv[1:]])
 """
 

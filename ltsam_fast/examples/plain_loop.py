@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ltsam_fast.atomic import write
 from ltsam_fast.command_line import one_line
 from ltsam_fast.examples.common import arguments, loader, method_of, report
-from ltsam_fast.files import write
 from ltsam_fast.models import small_cnn
 
 
