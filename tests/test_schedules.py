@@ -44,6 +44,12 @@ class Normed(torch.nn.Module):
         return [{"params": params[:2], "rho": 0.3}, {"params": []}, norm, {"params": params[2:], "lr": 0.02}]
 
 
+def step_of_base(opt, model, x, y):
+    losses(model, x, y).mean().backward()
+    opt.base_optimizer.step()
+    opt.zero_grad()
+
+
 def alternated(row, active, dtype=torch.float32, base=torch.optim.SGD, options=SGD):
     """By hand: the base optimizer's own step, of torch, where the method is not active."""
     model = network(dtype=dtype)
@@ -52,9 +58,7 @@ def alternated(row, active, dtype=torch.float32, base=torch.optim.SGD, options=S
         if number in active:
             row.step("closure", opt, model, x, y)
         else:
-            losses(model, x, y).mean().backward()
-            opt.base_optimizer.step()
-            opt.zero_grad()
+            step_of_base(opt, model, x, y)
     return flat(model)
 
 
@@ -95,9 +99,7 @@ def test_batch_norm_groups_and_autocast(name):
             if number in steps:
                 row.step("closure", by_hand, other, x, y)
             else:
-                losses(other, x, y).mean().backward()
-                by_hand.base_optimizer.step()
-                by_hand.zero_grad()
+                step_of_base(by_hand, other, x, y)
     assert torch.equal(flat(model), flat(other)) and torch.equal(model.norm.running_mean, other.norm.running_mean)
 
 
