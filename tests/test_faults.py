@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltsam_fast import atomic
 from ltsam_fast.train import build, cli, run_checkpoint
 from ltsam_fast.train.config import ConfigError, read_file
 from ltsam_fast.train.loop import train
@@ -52,15 +53,15 @@ def test_a_few_faults_are_survived():
 
 SWALLOWING = """
 import contextlib
-from ltsam_fast.train import run_checkpoint
+from ltsam_fast import atomic
 
-write = run_checkpoint.write
+write = atomic.write
 
 def swallowing(*args, **named):
     with contextlib.suppress(OSError):
         write(*args, **named)
 
-run_checkpoint.write = swallowing
+atomic.write = swallowing
 """
 
 
@@ -211,13 +212,13 @@ def test_what_a_kill_after_the_last_checkpoint_leaves_is_completed(tmp_path, mon
     (cell / "test.json").unlink()
     assert command("compare", *arguments) == 0
     assert (cell / "test.json").read_text() == tested
-    seen, write = [], run_checkpoint.write
+    seen, write = [], atomic.write
 
     def writing(path, *args, **named):
         seen.append(path.name)
         write(path, *args, **named)
 
-    monkeypatch.setattr(run_checkpoint, "write", writing)
+    monkeypatch.setattr(atomic, "write", writing)
     train(build({"epochs": 1, "tensorboard": False}), tmp_path / "run")
     assert seen.index("log.jsonl") < len(seen) - 1 and seen[-1] == "last.pt"
     assert [row["epoch"] for row in lines_of(tmp_path / "run" / "log.jsonl")] == [1]

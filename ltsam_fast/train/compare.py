@@ -25,9 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from ltsam_fast import atomic
 from ltsam_fast.data import DataError, Images
 from ltsam_fast.optim.options import did_you_mean
-from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import FIELDS, Config, ConfigError, build, parsed
 from ltsam_fast.train.distributed import device_of, is_rank_zero, machine, rank_and_world_size
 from ltsam_fast.train.log import GROUPS, Silent
@@ -464,7 +464,7 @@ def _write(rows: Sequence[Row], config: Config, machines: set[str | None], out: 
     if compared := [row for row in rows if row.differences]:
         lines = [head()[:-1], ["---"] * 2 + ["---:"] * len(GROUPS), *(_differences_of(row) for row in compared)]
         parts += [_markdown(lines), _INTERVALS]
-    run_checkpoint.write(out / TABLE, ("\n\n".join(parts) + "\n").encode())
+    atomic.write(out / TABLE, ("\n\n".join(parts) + "\n").encode())
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     spread = [name for group in GROUPS for name in (group, f"{group}_std")]
@@ -474,13 +474,13 @@ def _write(rows: Sequence[Row], config: Config, machines: set[str | None], out: 
         values = [value for group in GROUPS for value in row.accuracies[group] or (None, None)]
         ends = [value for group in GROUPS for value in row.differences.get(group, (None,) * 3)]
         writer.writerow([row.method, row.loss, len(row.finals), *values, row.seconds, *ends])
-    run_checkpoint.write(out / "table.csv", text.getvalue().encode())
+    atomic.write(out / "table.csv", text.getvalue().encode())
     results = {"machines": sorted(filter(None, machines)), "rows": [asdict(row) for row in rows]}
-    run_checkpoint.write(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+    atomic.write(out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     common = {
         name: value for name, value in config.as_dict().items() if name not in ("method", "options", "loss", "seed")
     }
-    run_checkpoint.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
+    atomic.write(out / "settings.json", (json.dumps(common, indent=2) + "\n").encode())
     _draw(rows, out)
 
 

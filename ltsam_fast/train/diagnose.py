@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltsam_fast import data, diagnostics
+from ltsam_fast import atomic, data, diagnostics
 from ltsam_fast.losses import Loss
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import DATA_SETTINGS, Config, ConfigError, build
@@ -114,7 +114,7 @@ def diagnose(
         "slice": {"coordinates": along.coordinates.tolist(), "loss": along.loss.tolist()},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    run_checkpoint.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
+    atomic.write(folder / "diagnostics.json", (json.dumps(found, indent=2) + "\n").encode())
     shots = {"class_counts": subject.counts, "many": subject.config.many, "few": subject.config.few}
     norms.plot(folder / "class_grad_norms.png", names, **shots)
     sharpness.plot(folder / "class_sharpness.png", names, **shots)

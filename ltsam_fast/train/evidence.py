@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from ltsam_fast.train import run_checkpoint
+from ltsam_fast import atomic
 from ltsam_fast.train.compare import Cell, Row, compare, grid
 from ltsam_fast.train.config import ConfigError, Settings, by_field
 
@@ -114,7 +114,7 @@ def evidence(
             if len(names) > 1 and not candidates:
                 raise ConfigError(f"no variant of {method} with {loss} could be trained: {failures[0]}")
             chosen[loss][method] = max(candidates, key=lambda name: scores[loss, name], default=names[0])  # noqa: B023
-    run_checkpoint.write(_made(out) / CHOSEN, (json.dumps(chosen, indent=2) + "\n").encode())
+    atomic.write(_made(out) / CHOSEN, (json.dumps(chosen, indent=2) + "\n").encode())
     folder = out / "test"
     cells = [
         cell

@@ -11,9 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ltsam_fast import data
+from ltsam_fast import atomic, data
 from ltsam_fast.extras import needed, progress_bars
-from ltsam_fast.train import run_checkpoint
 
 GROUPS = ("all", "many", "medium", "few")
 COLUMNS = ("epoch", "lr", "train_loss", *GROUPS, "seconds", "eval_seconds")
@@ -51,9 +50,9 @@ class Logs:
         writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        run_checkpoint.write(self.out / "log.csv", table.getvalue().encode())
+        atomic.write(self.out / "log.csv", table.getvalue().encode())
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        run_checkpoint.write(self.out / "log.jsonl", lines.encode())
+        atomic.write(self.out / "log.jsonl", lines.encode())
 
     def close(self) -> None:
         """Closes TensorBoard's file."""

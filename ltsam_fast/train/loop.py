@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltsam_fast import data
+from ltsam_fast import atomic, data
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.train import run_checkpoint
 from ltsam_fast.train.config import Config, ConfigError, build, differing, from_stored
@@ -281,7 +281,7 @@ class _Course:
                 os.replace(state["file"], out / run_checkpoint.NAME)
             self.logs = Logs(out, self.run.history, config.tensorboard)
         if self.logs and (left_out := (*self.run.train.left_out, *self.run.test.left_out)):
-            run_checkpoint.write(out / run_checkpoint.LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
+            atomic.write(out / run_checkpoint.LEFT_OUT, "".join(f"{line}\n" for line in left_out).encode())
         if state is None:
             _save(self.run, out)
 
@@ -345,7 +345,7 @@ class _Course:
         run.test = test_images(run.config, self.progress)
         found = {"epoch": state["epoch"], **evaluate(run)}
         if dist.rank == 0:
-            run_checkpoint.write(path, (json.dumps(found) + "\n").encode())
+            atomic.write(path, (json.dumps(found) + "\n").encode())
 
     def close(self) -> None:
         """Closes the logs, and lets others have the folder."""
@@ -424,7 +424,7 @@ def _save(run: Run, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     run_checkpoint.remove_partial_files(out)
     text = json.dumps(run.config.as_dict(), indent=2) + "\n"
-    run_checkpoint.write(out / CONFIG, text.encode())
+    atomic.write(out / CONFIG, text.encode())
     tested = [row for row in run.history if row["all"] is not None]
     best = max(tested, key=_class_mean if run.config.val_share else _all, default={"epoch": 0, "all": None})
     state = {
@@ -446,8 +446,8 @@ def _save(run: Run, out: Path) -> None:
         state |= {"model": run.network.state_dict(), "optimizer": run.optimizer.state_dict()}
     held_out = run.config.val is not None or run.config.val_share is not None
     if held_out and run.config.keep_weights and best["epoch"] == run.epoch > 0:
-        run_checkpoint.write(out / run_checkpoint.BEST, state)  # first: a run killed here writes it again
-    run_checkpoint.write(out / run_checkpoint.NAME, state, keep=out / run_checkpoint.BEFORE)
+        atomic.write(out / run_checkpoint.BEST, state)  # first: a run killed here writes it again
+    atomic.write(out / run_checkpoint.NAME, state, keep=out / run_checkpoint.BEFORE)
     if "model" not in state:
         (out / run_checkpoint.BEFORE).unlink(missing_ok=True)
 

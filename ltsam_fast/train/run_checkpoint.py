@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ltsam_fast.atomic import write as write
 from ltsam_fast.data import Images
 from ltsam_fast.extras import needed
 from ltsam_fast.train.config import ConfigError, from_stored
