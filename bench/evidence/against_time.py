@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ltsam_fast.train.compare import label
+
 STEPS = {
     "sgd": ("SGD",),
     "sam": ("SAM",),
@@ -22,7 +24,6 @@ STEPS = {
     "focal_sam": ("Focal-SAM",),
 }
 """Method -> its rows among the whole steps, one for each stage."""
-NAMES = {"sgd": "SGD", "sam": "SAM", "imb_sam": "ImbSAM", "sse_sam": "SSE-SAM", "focal_sam": "Focal-SAM"}
 SWITCH = 0.7
 """Share of the steps after which the protocols' SSE-SAM is in its second stage."""
 
@@ -65,11 +66,6 @@ def _time(variant: str, epoch: int, last: int, steps: dict[str, Any], way: str) 
     return early * first + (epoch - early) * sum(second)
 
 
-def _label(variant: str, curve: Curve) -> str:
-    method, _, more = variant.partition("+")
-    return ", ".join([NAMES[method], *(more.split("+") if method != "sgd" else [f"{curve.epochs[-1]} epochs"])])
-
-
 def draw(found: dict[str, Curve], path: Path) -> None:
     """Draws two charts, all classes and few-shot classes."""
     from matplotlib.figure import Figure
@@ -80,9 +76,9 @@ def draw(found: dict[str, Curve], path: Path) -> None:
     ):
         for variant, curve in found.items():
             method, _, more = variant.partition("+")
-            color = f"C{list(NAMES).index(method)}"
+            color = f"C{list(STEPS).index(method)}"
             style = ":" if method == "sgd" and more else "-"
-            axes.plot(curve.ours, getattr(curve, group), style, color=color, label=_label(variant, curve))
+            axes.plot(curve.ours, getattr(curve, group), style, color=color, label=label(variant))
             if method != "sgd":
                 axes.plot(curve.published, getattr(curve, group), "--", color=color, linewidth=1, alpha=0.6)
         axes.set_xlabel("training time, in epochs of SGD (dashed: the published way)")
@@ -99,7 +95,7 @@ def table(found: dict[str, Curve]) -> str:
         "| method | all | few | time, published way | time, ours |",
         "| --- | ---: | ---: | ---: | ---: |",
         *(
-            f"| {_label(variant, one)} | "
+            f"| {label(variant)} | "
             + " | ".join(f"{column[-1]:.{digits}f}" for column, digits in zip(one[1:], (1, 1, 0, 0), strict=True))
             + " |"
             for variant, one in found.items()
