@@ -13,6 +13,7 @@ from ltsam_fast import ops
 from ltsam_fast.lists import same_items
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.base_step import sign_of
+from ltsam_fast.optim.classes_at_once import ClassesAtOnce, Refused, of_equal_size
 from ltsam_fast.optim.gradients import (
     Differentiable,
     Gradient,
@@ -77,6 +78,8 @@ class ClassPasses:
         self._rows: list[dict[int, Tensor]] = []  # of each part the samples of its classes
         self._head: Head | None = None
         self._waiting: tuple[Tensor, Tensor] | None = None
+        self._at_once: ClassesAtOnce | None = None
+        self._stacks: list[tuple[list[int], list[Tensor]]] = []  # of classes that are evaluated at once
 
     def at_weights(self) -> tuple[Gradient, ClassGradients]:
         """The gradient of the mean loss, which stays in place, and the classes'."""
@@ -93,8 +96,10 @@ class ClassPasses:
         for number, part in enumerate(passes.parts):
             rows = {k: members[k][number] for k in gradients.classes if number in members.get(k, ())}
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
-                on_cpu = scope and scope[0].device.type == "cpu"  # on a GPU many small passes cost more
-                if rows and not self._head and on_cpu and not passes.trains_others and self._are_separable(part):
+                apart = rows and not self._head and not passes.trains_others and self._are_separable(part)
+                self._at_once = self._find_at_once() if apart else None
+                # On a GPU a small pass for each class costs more than what they can share.
+                if apart and (self._at_once or scope[0].device.type == "cpu"):
                     self._sub_batches_at_weights(part, rows, sizes)
                 else:
                     self._part_at_weights(part, rows, sizes)
@@ -120,7 +125,11 @@ class ClassPasses:
         """A forward and backward for each class; the gradient of the mean loss is a sum of theirs."""
         passes, grads, params = self._passes, self.gradients.grads, self._passes._params
         total = take_gradients(params)
-        for k, chosen in self._on_device(rows, self._scope[0].device).items():
+        indices = self._on_device(rows, self._scope[0].device)
+        total, done = self._at_once_at_weights(part, indices, total)
+        for k, chosen in indices.items():
+            if k in done:
+                continue
             with passes.recording(part, keeps_graph=False):
                 losses = part.evaluate(chosen)
             torch.autograd.backward(losses, self._scaling(torch.full_like(losses, 1 / sizes[k])))
@@ -135,6 +144,45 @@ class ClassPasses:
                 pairs = zip(of_scope, self._scope, strict=True)
                 grads[k] = [torch.zeros_like(p, requires_grad=False) if g is None else g for g, p in pairs]
         swap_gradients(params, total)
+
+    def _find_at_once(self) -> ClassesAtOnce | None:
+        """What evaluates several classes at once: where all weights are perturbed, on one worker, of a batch in one part."""
+        passes, scope = self._passes, self._scope
+        whole = len(passes.parts) == 1 and len(scope) == sum(param.requires_grad for param in passes._params)
+        if not whole or self._workers.averages or passes.network is None:
+            return None
+        return passes.network.at_once((passes.mode, passes.parts[0].kind), scope)
+
+    def _refuse_at_once(self, error: Refused) -> None:
+        passes, self._at_once = self._passes, None
+        passes.network.refuse_at_once((passes.mode, passes.parts[0].kind), error)  # type: ignore[union-attr]
+
+    def _at_once_at_weights(
+        self, part: Any, indices: dict[int, Tensor], total: list[Tensor | None]
+    ) -> tuple[list[Tensor | None], set[int]]:
+        """A forward and backward for all classes with as many samples each; the sum of gradients, and these classes."""
+        done: set[int] = set()
+        for classes in of_equal_size(indices):
+            if self._at_once is None:
+                break
+            closure, values = self._at_once.at_weights(part.closure, len(classes))
+            index = torch.cat([indices[k] for k in classes])
+            try:
+                losses = part.evaluate(index, closure=closure)
+            except Refused as error:
+                self._refuse_at_once(error)
+                break
+            seed = self._scaling(torch.full_like(losses, len(classes) / len(index)))
+            found = torch.autograd.grad(losses, values, seed, allow_unused=True)
+            sums: list[Tensor | None] = [None] * len(total)
+            for i, grad in zip(self._positions, found, strict=True):
+                sums[i] = None if grad is None else grad.sum(0)
+            total = add_scaled(total, sums, self._share * len(index) / len(classes) / self._passes.size)
+            stack = own_stacks(found, values)
+            self._stacks.append((classes, stack))
+            self.gradients.grads |= {k: [one[i] for one in stack] for i, k in enumerate(classes)}
+            done.update(classes)
+        return total, done
 
     def _part_at_weights(self, part: Any, rows: dict[int, list[int]], sizes: dict[int, int]) -> None:
         """A forward for all classes, and a backward for each, or one that they share."""
@@ -203,8 +251,6 @@ class ClassPasses:
         passes = self._passes
         perturbation = passes._step._perturbation
         share = share / passes.size
-        if not self._head:
-            perturbation.back_up(self._scope, self._positions, self._workers)
         if self._optimizer.model is not None:
             perturbation.disable_running_stats(self._optimizer.model)
         if self._head:
@@ -230,8 +276,10 @@ class ClassPasses:
 
     def _class_by_class(self, share: float) -> None:
         """In a pass for each class: of its samples, or of the whole batch where samples may mix."""
-        grads = self.gradients.grads
-        passes = [(k, number) for k in grads for number, rows in enumerate(self._rows) if k in rows]
+        grads, done = self.gradients.grads, self._at_once_at_perturbed(share)
+        passes = [(k, n) for k in grads if k not in done for n, rows in enumerate(self._rows) if k in rows]
+        if passes:
+            self._passes._step._perturbation.back_up(self._scope, self._positions, self._workers)
         for k, number in passes:
             part, rows = self._passes.parts[number], self._rows[number][k]
             ops.restore_(self._scope, grads[k])
@@ -243,6 +291,23 @@ class ClassPasses:
                 if index is None:
                     weights = torch.zeros_like(losses).index_fill_(0, rows, share)
                 torch.autograd.backward(losses, self._scaling(weights))
+
+    def _at_once_at_perturbed(self, share: float) -> set[int]:
+        """A forward and backward for classes whose gradients were found at once, which leave the weights; these classes."""
+        done: set[int] = set()
+        for classes, stack in self._stacks:
+            if self._at_once is None:
+                break
+            part, rows = self._passes.parts[0], self._rows[0]
+            closure = self._at_once.at_values(part.closure, stack)
+            try:
+                losses = part.evaluate(torch.cat([rows[k] for k in classes]), at_w=False, closure=closure)
+            except Refused as error:
+                self._refuse_at_once(error)
+                break
+            torch.autograd.backward(losses, self._scaling(torch.full_like(losses, share)))
+            done.update(classes)
+        return done
 
 
 _NOTHING = contextlib.nullcontext()
@@ -269,3 +334,17 @@ def added(found: Sequence[Tensor | None], params: list[Tensor], so_far: list[Ten
             if grad is not None:
                 mine += grad
     return so_far
+
+
+def own_stacks(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients (K, ...) in contiguous memory of their own: autograd may give one tensor for two sums."""
+    seen: set[int] = set()
+    stacks = []
+    for grad, values in zip(found, like, strict=True):
+        own = torch.zeros(values.shape, dtype=values.dtype, device=values.device) if grad is None else grad.contiguous()
+        memory = own.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        stacks.append(own)
+    return stacks

@@ -83,6 +83,7 @@ class Part:
         at_w: bool = True,
         graph: bool = True,
         weighted: Callable[..., Any] | None = None,
+        closure: Closure | None = None,
     ) -> Tensor:
         """The closure's per-sample losses, checked.
 
@@ -92,14 +93,16 @@ class Part:
             graph: The losses are to be differentiated.
             weighted: Makes losses and gradients of logits, see :meth:`Criterion.weighted`; then ``logit_gradients`` may be set,
                 and the losses have no graph.
+            closure: What is called in place of the closure.
         """
+        closure = closure or self.closure
         self.logit_gradients = None
         if index is None and self.size >= 0 and self._needs_index:
             index = torch.arange(self.size, device=None if self.weighed_by is None else self.weighed_by.device)
         stash = _stash_gradients(self._params)
         try:
             with torch.set_grad_enabled(graph):
-                losses = self.closure() if index is None else self.closure(index)
+                losses = closure() if index is None else closure(index)
                 if self.criterion is not None:
                     logits, labels = losses, self.labels
                     self.criterion.check_logits(logits)

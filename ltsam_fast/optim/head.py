@@ -136,9 +136,10 @@ class Head:
 
         def by_row(x: Tensor) -> Tensor:
             outputs = []
-            for some, values in zip(rows, weights, strict=True):
-                there = {places[id(p)]: _Instead.apply(p, v) for p, v in zip(self.params, values, strict=True)}
-                outputs.append(torch.func.functional_call(bare, there, (x.index_select(0, some),)))
+            with own_weights(self.module):
+                for some, values in zip(rows, weights, strict=True):
+                    there = {places[id(p)]: _Instead.apply(p, v) for p, v in zip(self.params, values, strict=True)}
+                    outputs.append(torch.func.functional_call(bare, there, (x.index_select(0, some),)))
             return torch.cat(outputs).index_select(0, back)
 
         self.module.forward = by_row
@@ -149,6 +150,17 @@ class Head:
                 del self.module.forward
             else:
                 self.module.forward = own
+
+
+@contextlib.contextmanager
+def own_weights(module: nn.Module) -> Iterator[None]:
+    """Around ``functional_call``, which Ctrl-C may stop while it exchanges weights: puts the module's own back."""
+    own = [(one._parameters, dict(one._parameters)) for one in module.modules()]
+    try:
+        yield
+    finally:
+        for now, before in own:
+            now.update(before)
 
 
 class _Bare(nn.Module):

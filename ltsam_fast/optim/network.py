@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ltsam_fast.lists import same_items
+from ltsam_fast.optim.classes_at_once import ClassesAtOnce, Refused
 from ltsam_fast.optim.probe import Evaluate, check_separable
 from ltsam_fast.optim.unchanged import UnchangedResults
 from ltsam_fast.shared import NotShared, SharedBackward
@@ -33,6 +34,7 @@ class Network:
         self._shared: SharedBackward | None = None
         self._unchanged: UnchangedResults | None = None
         self._fixed: tuple[list[Tensor], bool] = ([], False)
+        self._refused: set[Any] = set()
         self._logged = False
 
     def mode(self) -> int:
@@ -106,6 +108,21 @@ class Network:
         if not self._logged:
             self._logged = True
             _LOG.warning("plan: passes are run as published: %s", error)
+
+    def at_once(self, kind: Any, params: Sequence[Tensor]) -> ClassesAtOnce | None:
+        """What evaluates several classes in one pass of this kind; None if that has been refused."""
+        if kind in self._refused:
+            return None
+        try:
+            return ClassesAtOnce(self.model, params)
+        except Refused as error:
+            self.refuse_at_once(kind, error)
+            return None
+
+    def refuse_at_once(self, kind: Any, error: Refused) -> None:
+        """Has classes evaluated one after the other in passes of this kind from now on; the log says why."""
+        self._refused.add(kind)
+        _LOG.info("plan: classes are evaluated one after the other: %s", error)
 
     def unchanged(self, perturbed: list[Tensor]) -> UnchangedResults | None:
         """What keeps results that no perturbed weight has a part in; None if every weight is perturbed."""

@@ -10,19 +10,25 @@ Node = Any
 """A node of autograd's graph. torch returns the same Python object for a node only while a reference to it exists."""
 
 
-def reaches(root: Tensor, params: list[Tensor]) -> bool:
-    """Whether all parameters are in the graph, and none may be hidden in a checkpoint with ``use_reentrant=True``."""
-    wanted, seen, stack = set(map(id, params)), set(), [root.grad_fn]
+def leaves(root: Tensor) -> set[int] | None:
+    """The ids of the tensors that would get gradients; None where a checkpoint with ``use_reentrant=True`` may hide some."""
+    found, seen, stack = set(), set(), [root.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         if node.name() == _REENTRANT:
-            return False
+            return None
         seen.add(node)
-        wanted.discard(id(getattr(node, "variable", None)))
+        found.add(id(getattr(node, "variable", None)))
         stack += [child for child, _ in node.next_functions]
-    return not wanted
+    return found
+
+
+def reaches(root: Tensor, params: list[Tensor]) -> bool:
+    """Whether all parameters are in the graph, for certain."""
+    found = leaves(root)
+    return found is not None and found.issuperset(map(id, params))
 
 
 _REENTRANT = "CheckpointFunctionBackward"

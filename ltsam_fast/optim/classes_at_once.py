@@ -1,0 +1,225 @@
+"""Several classes in one pass, each with weights of its own: ``torch.func.vmap`` over classes with as many samples each."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ltsam_fast.optim.head import own_weights
+from ltsam_fast.shared import NotShared
+from ltsam_fast.shared.autograd_graph import leaves
+from ltsam_fast.shared.qualify import check_hooks, is_compiled
+
+Index = Callable[[Tensor], Any]
+
+
+class Refused(Exception):
+    """Classes have to be evaluated one after the other; the message says why."""
+
+
+class ClassesAtOnce:
+    """Runs a closure for K classes of n samples, each at weights of its own.
+
+    The passes cost what those of one batch of K n samples do: only products with weights are made class by class.
+
+    Args:
+        model: The network.
+        params: T weights, which differ between the classes.
+
+    Raises:
+        Refused: It has hooks, which would see what is in a ``vmap``, or compiled modules, or a weight is not the network's.
+    """
+
+    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
+        names = {id(param): f"model.{name}" for name, param in model.named_parameters()}
+        if not all(id(param) in names for param in params):
+            raise Refused("a weight is not the model's")
+        self._names, self._params = [names[id(param)] for param in params], params
+        try:
+            check_hooks(model, list(params))
+        except NotShared as error:
+            raise Refused(str(error)) from error
+        for name, module in model.named_modules():
+            if is_compiled(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+                raise Refused(f"{name or 'the model'} {'is compiled' if is_compiled(module) else 'has hooks'}")
+        self._calling = _Calling(model)
+
+    def at_weights(self, closure: Index, classes: int) -> tuple[Index, list[Tensor]]:
+        """The closure with all classes at the weights, and those: T tensors (K, ...) to be differentiated by."""
+        values = [param.detach().expand(classes, *param.shape).requires_grad_() for param in self._params]
+        return self._closure(closure, values, [None] * len(values), classes), values
+
+    def at_values(self, closure: Index, values: Sequence[Tensor]) -> Index:
+        """The closure with class k at ``values[t][k]``; the weights get the sum of the classes' gradients."""
+        return self._closure(closure, values, self._params, len(values[0]))
+
+    def _closure(
+        self, closure: Index, values: Sequence[Tensor], sources: Sequence[Tensor | None], classes: int
+    ) -> Index:
+        """The closure, which takes the numbers of K n samples, class by class."""
+        made: list[weakref.ref[Tensor]] = []
+
+        def each(values: Sequence[Tensor], index: Tensor) -> Any:
+            nonlocal made
+            known = {id(value): (value, source) for value, source in zip(values, sources, strict=True)}
+            with _Functions(known) as functions:
+                made, there = functions.made, dict(zip(self._names, values, strict=True))
+                return torch.func.functional_call(self._calling, there, (closure, index))
+
+        def call(index: Tensor) -> Any:
+            pairs = zip(values, sources, strict=True)
+            own = [value if source is None else _Instead.apply(source, value) for value, source in pairs]
+            with _kernels(index.device), own_weights(self._calling):
+                outputs = torch.vmap(each, randomness="different")(own, index.view(classes, -1))
+            return outputs.flatten(0, 1)
+
+        def refusing(index: Tensor) -> Any:
+            try:
+                outputs = call(index)
+            except Exception as error:  # whatever a closure, or its network, cannot do in a vmap
+                raise Refused((str(error) or type(error).__name__).splitlines()[0]) from error
+            if None in sources and not (leaves(outputs) or set()).isdisjoint(map(id, self._params)):
+                raise Refused("closure, or a module, refers to a weight by another name")
+            kept = [one for one in (reference() for reference in made) if one is not None]
+            if any(map(torch._C._functorch.is_batchedtensor, kept)):  # of no use outside the vmap
+                raise Refused("closure, or a module, keeps a result")
+            return outputs
+
+        return refusing
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def of_equal_size(rows: dict[int, Tensor]) -> Iterator[list[int]]:
+    """Groups of the classes that have as many samples each, if they are two or more."""
+    sizes: dict[int, list[int]] = {}
+    for k, chosen in rows.items():
+        sizes.setdefault(len(chosen), []).append(k)
+    return (classes for classes in sizes.values() if len(classes) > 1)
+
+
+@contextlib.contextmanager
+def _kernels(device: torch.device) -> Iterator[None]:
+    """On a CPU, attention by products, which vmap knows. What it does not know is called for each class, without a warning."""
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
+
+
+class _Calling(nn.Module):
+    """Calls a closure with the network as a child, so that ``functional_call`` exchanges its weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, closure: Index, index: Tensor) -> Any:
+        return closure(index)
+
+
+class _Instead(torch.autograd.Function):
+    """The classes' values, (K, ...), in place of a weight, which gets the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.sum(0), None
+
+
+class _Functions(TorchFunctionMode):
+    """Computes linear layers by a few products for all classes; vmap would lay the weights' gradients out transposed.
+
+    Args:
+        known: Values of weights by their ids, and the weights that get the classes' gradients in sum, if these are not wanted
+            class by class.
+
+    Attributes:
+        made: What functions have returned.
+    """
+
+    def __init__(self, known: dict[int, tuple[Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self._known = known
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self._call(function, args, kwargs or {})
+        if isinstance(result, Tensor):
+            self.made.append(weakref.ref(result))
+        return result
+
+    def _call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if function is F.linear and not kwargs and len(args) >= 2 and id(args[1]) in self._known:
+            x, weight, bias = (*args, None)[:3]
+            if (bias is None or id(bias) in self._known) and not torch.is_autocast_enabled(x.device.type):
+                sources = [None if one is None else self._known[id(one)][1] for one in (weight, bias)]
+                if sources[0] is not None:
+                    weight, bias = weight.detach(), None if bias is None else bias.detach()
+                return _Linear.apply(x, weight, bias, *sources)
+        return function(*args, **kwargs)
+
+
+class _Linear(torch.autograd.Function):
+    """``F.linear(x, weight, bias)`` within the vmap; the gradients are those of :class:`_LinearByClass`."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Any, *sources: Any) -> Tensor:  # type: ignore[override]
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, x: Tensor, *others: Any) -> tuple[Tensor, int]:  # type: ignore[override]
+        x = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
+        out = _LinearByClass.apply(x.reshape(info.batch_size, -1, x.shape[-1]), *others)
+        return out.view(*x.shape[:-1], -1), 0
+
+
+class _LinearByClass(torch.autograd.Function):
+    """``x[k] @ weight[k].T + bias[k]``.
+
+    Args:
+        x: (K, N, in)
+        weight: (K, out, in); an expanded tensor where all classes have the same.
+        bias: (K, out), or None.
+        sources: (out, in) and (out,): tensors that get the sum of the classes' gradients; or None.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, *sources: Any) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        if weight.stride(0) == 0:
+            return F.linear(x, weight[0], None if bias is None else bias[0])
+        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * 5
+        if wanted[0]:
+            found[0] = grad @ (weight[0] if weight.stride(0) == 0 else weight)
+        if wanted[1]:
+            found[1] = torch.bmm(grad.mT, x)
+        if wanted[2]:
+            found[2] = grad.sum(1)
+        if wanted[3]:
+            found[3] = grad.flatten(0, 1).T @ x.flatten(0, 1)
+        if wanted[4]:
+            found[4] = grad.sum((0, 1))
+        return tuple(found)
