@@ -225,8 +225,8 @@ def test_dropout_draws_for_each_sample(refusals, monkeypatch):
     model, opt = made(Network(nn.Dropout(0.5), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, CLASSES)), "auto")
     x, y, drawn, dropout = torch.ones(6, 8), torch.arange(6), [], F.dropout
 
-    def recorded(*args):
-        result = dropout(*args)
+    def recorded(*args, **kwargs):
+        result = dropout(*args, **kwargs)
         if torch._C._functorch.is_batchedtensor(result):
             drawn.append(torch._C._functorch.get_unwrapped(result).clone())
         return result
