@@ -236,7 +236,7 @@ def test_dropout_draws_for_each_sample(refusals, monkeypatch):
             monkeypatch.setattr(F, "dropout", recorded)
         opt.step(closure_of(model, x, y), targets=y)
     assert not refusals()
-    assert [len(one.view(6, 8).unique(dim=0)) > 1 for one in drawn] == [True, True]
+    assert [len(one.view(6, 8).unique(dim=0)) > 1 for one in drawn] == [True] * len(drawn) != []
 
 
 def reads_on_the_host(model, x, y):
