@@ -288,7 +288,20 @@ def keeps_results(model, x, y):
     return losses
 
 
+def compiled_network(model, x, y):
+    torch._dynamo.reset()
+    return closure_of(torch.compile(model, backend="aot_eager"), x, y)
+
+
+def compiled_function(model, x, y):
+    torch._dynamo.reset()
+    forward = torch.compile(lambda x: model(x), backend="aot_eager")
+    return lambda index=slice(None): F.cross_entropy(forward(x[index]), y[index], reduction="none")
+
+
 REFUSED = {
+    "compiled network": (compiled_network, "torch.compile"),
+    "compiled function": (compiled_function, "torch.compile"),
     "reads on the host": (reads_on_the_host, ""),
     "refers to a weight": (refers_to_a_weight, "refers to a weight by another name"),
     "in place": (in_place, "broadcast shape"),

@@ -151,7 +151,8 @@ class ClassPasses:
         whole = len(passes.parts) == 1 and len(scope) == sum(param.requires_grad for param in passes._params)
         if not whole or self._workers.averages or passes.network is None:
             return None
-        return passes.network.at_once((passes.mode, passes.parts[0].kind), scope)
+        part = passes.parts[0]
+        return passes.network.at_once((passes.mode, part.kind), scope, part.closure)
 
     def _refuse_at_once(self, error: Refused) -> None:
         passes, self._at_once = self._passes, None
@@ -165,7 +166,7 @@ class ClassPasses:
         for classes in of_equal_size(indices):
             if self._at_once is None:
                 break
-            closure, values = self._at_once.at_weights(part.closure, len(classes))
+            closure, values = self._at_once.at_weights(len(classes))
             index = torch.cat([indices[k] for k in classes])
             try:
                 losses = part.evaluate(index, closure=closure)
@@ -299,7 +300,7 @@ class ClassPasses:
             if self._at_once is None:
                 break
             part, rows = self._passes.parts[0], self._rows[0]
-            closure = self._at_once.at_values(part.closure, stack)
+            closure = self._at_once.at_values(stack)
             try:
                 losses = part.evaluate(torch.cat([rows[k] for k in classes]), at_w=False, closure=closure)
             except Refused as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from ltsam_fast.optim.closures import calls_compiled
 from ltsam_fast.optim.head import own_weights
 from ltsam_fast.shared import NotShared
 from ltsam_fast.shared.autograd_graph import leaves
@@ -34,12 +35,14 @@ class ClassesAtOnce:
     Args:
         model: The network.
         params: T weights, which differ between the classes.
+        closure: Gives the losses, or what they are made of, of the samples with some numbers.
 
     Raises:
-        Refused: It has hooks, which would see what is in a ``vmap``, or compiled modules, or a weight is not the network's.
+        Refused: The network has hooks, which would see what is in a ``vmap``, or something is compiled, or a weight is not the
+            network's.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, params: Sequence[Tensor], closure: Index) -> None:
         names = {id(param): f"model.{name}" for name, param in model.named_parameters()}
         if not all(id(param) in names for param in params):
             raise Refused("a weight is not the model's")
@@ -51,20 +54,20 @@ class ClassesAtOnce:
         for name, module in model.named_modules():
             if is_compiled(module) or any(getattr(module, hooks) for hooks in _HOOKS):
                 raise Refused(f"{name or 'the model'} {'is compiled' if is_compiled(module) else 'has hooks'}")
-        self._calling = _Calling(model)
+        if calls_compiled(closure):
+            raise Refused("closure calls what torch.compile has made")
+        self._calling, self._losses = _Calling(model), closure
 
-    def at_weights(self, closure: Index, classes: int) -> tuple[Index, list[Tensor]]:
+    def at_weights(self, classes: int) -> tuple[Index, list[Tensor]]:
         """The closure with all classes at the weights, and those: T tensors (K, ...) to be differentiated by."""
         values = [param.detach().expand(classes, *param.shape).requires_grad_() for param in self._params]
-        return self._closure(closure, values, [None] * len(values), classes), values
+        return self._closure(values, [None] * len(values), classes), values
 
-    def at_values(self, closure: Index, values: Sequence[Tensor]) -> Index:
+    def at_values(self, values: Sequence[Tensor]) -> Index:
         """The closure with class k at ``values[t][k]``; the weights get the sum of the classes' gradients."""
-        return self._closure(closure, values, self._params, len(values[0]))
+        return self._closure(values, self._params, len(values[0]))
 
-    def _closure(
-        self, closure: Index, values: Sequence[Tensor], sources: Sequence[Tensor | None], classes: int
-    ) -> Index:
+    def _closure(self, values: Sequence[Tensor], sources: Sequence[Tensor | None], classes: int) -> Index:
         """The closure, which takes the numbers of K n samples, class by class."""
         made: list[weakref.ref[Tensor]] = []
 
@@ -73,7 +76,7 @@ class ClassesAtOnce:
             known = {id(value): (value, source) for value, source in zip(values, sources, strict=True)}
             with _Functions(known) as functions:
                 made, there = functions.made, dict(zip(self._names, values, strict=True))
-                return torch.func.functional_call(self._calling, there, (closure, index))
+                return torch.func.functional_call(self._calling, there, (self._losses, index))
 
         def call(index: Tensor) -> Any:
             pairs = zip(values, sources, strict=True)

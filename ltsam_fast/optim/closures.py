@@ -16,6 +16,7 @@ from torch import Tensor
 from ltsam_fast.ops.checks import SKIP
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.gradients import swap_gradients
+from ltsam_fast.shared.qualify import is_compiled
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.amp import LossScale
@@ -324,6 +325,16 @@ def modules_in(closure: Any, depth: int = 3) -> list[torch.nn.Module]:
     for one in parts_of(closure):
         found += [one] if isinstance(one, torch.nn.Module) else modules_in(one, depth - 1) if depth else []
     return found
+
+
+def calls_compiled(closure: Any, depth: int = 3) -> bool:
+    """Whether a closure refers to what torch.compile has made, as far as that can be seen."""
+    return any(
+        is_compiled(one)
+        if isinstance(one, torch.nn.Module)
+        else hasattr(one, "_torchdynamo_orig_callable") or (depth > 0 and calls_compiled(one, depth - 1))
+        for one in parts_of(closure)
+    )
 
 
 class ClassWeights:

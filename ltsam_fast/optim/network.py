@@ -109,20 +109,21 @@ class Network:
             self._logged = True
             _LOG.warning("plan: passes are run as published: %s", error)
 
-    def at_once(self, kind: Any, params: Sequence[Tensor]) -> ClassesAtOnce | None:
+    def at_once(self, kind: Any, params: Sequence[Tensor], closure: Callable[..., Any]) -> ClassesAtOnce | None:
         """What evaluates several classes in one pass of this kind; None if that has been refused."""
         if kind in self._refused:
             return None
         try:
-            return ClassesAtOnce(self.model, params)
+            return ClassesAtOnce(self.model, params, closure)
         except Refused as error:
             self.refuse_at_once(kind, error)
             return None
 
     def refuse_at_once(self, kind: Any, error: Refused) -> None:
-        """Has classes evaluated one after the other in passes of this kind from now on; the log says why."""
+        """Has classes evaluated one after the other in passes of this kind from now on; the log says why, once."""
+        if not self._refused:
+            _LOG.info("plan: classes are evaluated one after the other: %s", error)
         self._refused.add(kind)
-        _LOG.info("plan: classes are evaluated one after the other: %s", error)
 
     def unchanged(self, perturbed: list[Tensor]) -> UnchangedResults | None:
         """What keeps results that no perturbed weight has a part in; None if every weight is perturbed."""
