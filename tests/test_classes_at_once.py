@@ -16,9 +16,9 @@ from ltsam_fast import models
 
 from .oracles import flat
 
-CLASSES = 6
-COUNTS = [40, 30, 20, 10, 5, 2]
-LABELS = [0, 0, 0, 1, 1, 1, 2, 3, 4, 5, 5]  # three samples, one, and two: 0 and 1 at once, and 2 to 4
+CLASSES = 10
+COUNTS = [90, 80, 70, 40, 30, 20, 10, 5, 2, 1]
+LABELS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 9, 9]  # at once: 0 to 3 with two samples each, 4 to 8 with one
 
 
 class Network(nn.Sequential):
@@ -142,7 +142,10 @@ def refusals(caplog):
 @pytest.mark.parametrize("flat_ratio", (0.0, 0.3, 1.0))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_step_is_the_published_one(name, flat_ratio, refusals):
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+    single = (
+        2e-3 if name == "vit" else 5e-6
+    )  # its gradients are close to zero, and so radii far from it: rounding grows
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, single)):
         torch.manual_seed(2)
         model = NETWORKS[name]().to(dtype)
         ends = [trained(model, plan, dtype, flat_ratio=flat_ratio) for plan in ("auto", "published")]
@@ -201,15 +204,24 @@ def test_autocast(refusals):
     assert not refusals()
 
 
-def test_classes_with_as_many_samples_take_one_pass():
-    """At w and at w + eps: one pass for classes 0 and 1, one for 2 to 4, one for 5, which alone has two samples."""
+def passes_of(y):
+    """How many samples of a class each pass of a step has."""
     torch.manual_seed(2)
     model, opt = made(NETWORKS["norms"](), "auto")
-    x, y = batches(torch.float32, 1)[0]
+    x, y, calls = torch.randn(len(y), 8), torch.tensor(y), []
     for _ in range(3):
-        calls = []
+        calls.clear()
         opt.step(closure_of(model, x, y, calls), targets=y)
-    assert calls == [3, 1, 2, 3, 1, 2]
+    return calls
+
+
+def test_classes_with_as_many_samples_take_one_pass():
+    """At w and at w + eps; class 9 alone has three samples."""
+    assert passes_of(LABELS) == [2, 1, 3] * 2
+
+
+def test_two_or_three_classes_are_faster_one_after_the_other():
+    assert passes_of([0, 1, 2, 3, 3, 4, 4]) == [1, 1, 1, 2, 2] * 2
 
 
 def test_the_mean_loss_is_that_of_the_batch():
@@ -340,7 +352,7 @@ def test_networks_with_hooks_or_compiled_modules_are_left_alone(refusals):
         for _ in range(3):
             calls.clear()
             opt.step(closure_of(model, x, y, calls), targets=y)
-        assert sorted(calls) == [1, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3]
+        assert sorted(calls) == [1] * 10 + [2] * 8 + [3] * 2
     assert len(refusals()) == 4
 
 

@@ -48,8 +48,8 @@ class CCSAM(SharpnessAware):
 
     All else takes a forward and a backward of the whole batch for each class in it, and so does ``scope="all"``; of the class's
     samples only, given ``model``, whose samples do not mix, and a closure that takes an index. If then the scope is all trained
-    weights, classes with as many samples each are evaluated at once (``torch.func.vmap``). A gradient set of the scope is kept
-    for each class. All norms are one pass, and so are all perturbations.
+    weights, four or more classes with as many samples each are evaluated at once (``torch.func.vmap``). A gradient set of the
+    scope is kept for each class. All norms are one pass, and so are all perturbations.
 
     Dropout is drawn anew in every forward pass: the perturbed losses see other masks than the plain ones, and where each class
     has a pass each has a mask.
