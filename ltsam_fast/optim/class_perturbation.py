@@ -75,6 +75,7 @@ class ClassPasses:
         groups = self._optimizer.param_groups
         factors = [sign_of(group) * factor for group, factor in zip(groups, step.radii(1.0), strict=True)]
         self.gradients = ClassGradients(self._scope, [factors[step._groups[i]] for i in request.scope])
+        self._on_cpu = not self._scope or self._scope[0].device.type == "cpu"
         self._rows: list[dict[int, Tensor]] = []  # of each part the samples of its classes
         self._head: Head | None = None
         self._waiting: tuple[Tensor, Tensor] | None = None
@@ -97,9 +98,8 @@ class ClassPasses:
             rows = {k: members[k][number] for k in gradients.classes if number in members.get(k, ())}
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
                 apart = rows and not self._head and not passes.trains_others and self._are_separable(part)
-                self._at_once = self._find_at_once() if apart else None
-                # On a GPU a small pass for each class costs more than what they can share.
-                if apart and (self._at_once or scope[0].device.type == "cpu"):
+                self._at_once = self._find_at_once(rows) if apart else None
+                if apart and (self._at_once or self._on_cpu):
                     self._sub_batches_at_weights(part, rows, sizes)
                 else:
                     self._part_at_weights(part, rows, sizes)
@@ -145,8 +145,12 @@ class ClassPasses:
                 grads[k] = [torch.zeros_like(p, requires_grad=False) if g is None else g for g, p in pairs]
         swap_gradients(params, total)
 
-    def _find_at_once(self) -> ClassesAtOnce | None:
+    def _find_at_once(self, rows: dict[int, list[int]]) -> ClassesAtOnce | None:
         """What evaluates several classes at once: where all weights are perturbed, on one worker, of a batch in one part."""
+        at_once = sum(map(len, of_equal_size(rows)))
+        # On a GPU a small pass for each of the others costs more than what all classes can share.
+        if not at_once or not (self._on_cpu or 2 * at_once > len(rows)):
+            return None
         passes, scope = self._passes, self._scope
         whole = len(passes.parts) == 1 and len(scope) == sum(param.requires_grad for param in passes._params)
         if not whole or self._workers.averages or passes.network is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ FEWEST = 4
 """The fewest classes that take less time at once than one after the other, whatever the network's size."""
 
 
-def of_equal_size(rows: dict[int, Tensor]) -> Iterator[list[int]]:
+def of_equal_size(rows: Mapping[int, Sized]) -> Iterator[list[int]]:
     """Groups of classes that have as many samples each and are to be evaluated at once."""
     sizes: dict[int, list[int]] = {}
     for k, chosen in rows.items():
