@@ -757,23 +757,24 @@ def processes(faults: Faults) -> None:
                 child.ends(0)
 
     there(["train"])
+    importlib.import_module("torch._dynamo")  # DDP does, for a second or many
     whole, start = faults.new(), time.monotonic()
     finished(whole)
     wanted, seconds = outcome(whole), time.monotonic() - start
-    for _ in range(max(1, faults.times // 5)):
-        folder, number = faults.new(), faults.random.choice((signal.SIGKILL, signal.SIGSTOP))
-        with contextlib.ExitStack() as opened:
-            pair = [opened.enter_context(child) for child in together(folder)]
-            victim = faults.random.randrange(2)
-            if pair[victim].wait(faults.random.uniform(0.05, 0.9) * seconds) is None:
-                pair[victim].send(number)
-                code = pair[1 - victim].ends(0, 1, within=TIMEOUT + 30)
-                said = pair[1 - victim].said()
-                faults.check(code == 0 or "another process" in said.splitlines()[-1], number, said[-3000:])
-                faults.counts[f"a process {'killed' if number == signal.SIGKILL else 'stopped'}"] += 1
-        finished(folder)
-        faults.same(folder, wanted, number)
-        shutil.rmtree(folder.parent)
+    for number, what in ((signal.SIGKILL, "a process killed"), (signal.SIGSTOP, "a process stopped")):
+        while faults.counts[what] < max(1, faults.times // 10):
+            folder, victim = faults.new(), faults.random.randrange(2)
+            with contextlib.ExitStack() as opened:
+                pair = [opened.enter_context(child) for child in together(folder)]
+                if pair[victim].wait(faults.random.uniform(0.05, 0.9) * seconds) is None:
+                    pair[victim].send(number)
+                    code = pair[1 - victim].ends(0, 1, within=TIMEOUT + 30)
+                    said = pair[1 - victim].said()
+                    faults.check(code == 0 or "another process" in said.splitlines()[-1], what, said[-3000:])
+                    faults.counts[what] += 1
+            finished(folder)
+            faults.same(folder, wanted, what)
+            shutil.rmtree(folder.parent)
 
 
 def _as_process(environment: dict[str, str], program: Program, folder: Path) -> Any:
