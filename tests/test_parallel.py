@@ -145,8 +145,9 @@ def test_after_an_exception_in_a_pass_workers_go_on_as_if_it_had_never_been(name
     cuts = MIXED_CUTS if mixed else CUTS
     found = {cut: weights for cut, weights in zip(cuts, others, strict=True) if weights is not None}
     assert len(found) >= len(cuts) / 3
+    bound = 1e-14 if not mixed else 1e-3 if name == "CCSAM" else 1e-7  # its plan may be another, and bfloat16 rounds
     for cut, weights in found.items():
-        assert EVERY[name].averages or relative_error(weights, undisturbed) < (1e-6 if mixed else 1e-14), cut
+        assert EVERY[name].averages or relative_error(weights, undisturbed) < bound, cut
     for mine, theirs in zip(others, results(2)[1]["cut_off"][name, wrap, mixed][1:], strict=True):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
