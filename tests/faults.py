@@ -315,7 +315,7 @@ def kills(faults: Faults) -> None:
 @kind
 def interrupts(faults: Faults) -> None:
     """Ctrl-C and SIGTERM at random moments of the commands: the former is told in a line, and both may be resumed."""
-    for name in there(COMMANDS):
+    for name in there(one for one in COMMANDS if one in faults.programs):
         while faults.counts[f"Ctrl-C, {name}"] < faults.times:
             _disturbed(faults, name, signal.SIGINT)
         while faults.counts[f"SIGTERM, {name}"] < faults.times / 4:

@@ -26,7 +26,7 @@ _BLOCK = 1024
 _CHECKED_BYTES = 1 << 30
 """Bytes of a cache that are compared with checksums: evenly spaced images of larger caches."""
 _PATIENCE = 1800.0
-"""Seconds for which a cache is waited for while the process that has it decodes nothing: as torch.distributed's processes do."""
+"""Seconds for which a cache is waited for while the process that has it decodes nothing: torch.distributed's timeout."""
 _VERSION = 3
 """Version of the cache; increase it with every change of the pixels or of the files."""
 _16_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")
