@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ltsam_fast import atomic
-from ltsam_fast.train import build, cli, run_checkpoint
+from ltsam_fast.train import build, cli, loop, run_checkpoint
 from ltsam_fast.train.config import ConfigError, read_file
 from ltsam_fast.train.loop import train
 
@@ -260,6 +260,26 @@ def test_no_process_goes_on_without_compare(number, tmp_path):
         except ProcessLookupError:
             pass
         process.stderr.close()
+
+
+def test_ctrl_c_where_exceptions_are_dropped_is_not_lost(tmp_path, monkeypatch, capsys):
+    """In a destructor; it interrupts a moment later."""
+
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    def saving(run, out, save=loop._save):
+        if run.epoch == 2:
+            Dropped()
+        save(run, out)
+
+    monkeypatch.setattr(loop, "_save", saving)
+    hook = sys.unraisablehook
+    assert command("train", *QUICK, "--epochs", 300, "--out", tmp_path) == 130
+    said = capsys.readouterr().err
+    assert "interrupted; to resume" in said and "ignored" not in said and sys.unraisablehook is hook
 
 
 def test_a_killed_process_of_compare_is_a_line(tmp_path):
