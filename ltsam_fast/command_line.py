@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -52,6 +55,29 @@ def in_words(error: Exception, extra: str | None = None) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
     return str(error)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A context in which no Ctrl-C is lost: where Python drops exceptions, as in destructors, it is raised a moment later."""
+    before = sys.unraisablehook
+
+    def again() -> None:
+        if sys.unraisablehook is hook:
+            _thread.interrupt_main()
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            return before(dropped)
+        timer = threading.Timer(0.01, again)  # here it would be dropped again
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

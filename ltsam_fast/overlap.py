@@ -23,12 +23,8 @@ def find_overlap(
     core = native()
     if core is not None and not core.may_overlap(snapshot, written):
         return None
-    start = snapshot[..., ADDRESS]
-    size = snapshot[..., NUMEL] * ITEM_SIZES[snapshot[..., DTYPE]]
+    start, size, holes = _extents(snapshot, lists)
     writes = np.array(written)
-    holes = snapshot[..., LAYOUT] == NOT_DENSE
-    for index, role in np.argwhere(holes).tolist():
-        size[index, role] = _reach(lists[role][index])
     # Elements are read before they are written, so a role that is only read may be the tensor's first role itself.
     itself = (snapshot[:, 1:, [ADDRESS, DTYPE]] == snapshot[:, :1, [ADDRESS, DTYPE]]).all(axis=-1)
     size[:, 1:][itself & ~writes[1:]] = 0
@@ -51,6 +47,33 @@ def find_overlap(
                 return (other % columns, other // columns), (here % columns, here // columns)
         before.append(here)
     return None
+
+
+def find_meeting(
+    snapshot: NDArray[np.int64], lists: tuple[Any, ...], written: tuple[bool, ...], signals: dict[str, torch.Tensor]
+) -> tuple[str, tuple[int, int]] | None:
+    """The name of a signal and the tensor, as (role, position), with which it shares memory that is written, or ``None``."""
+    core = native()
+    ranges = [(one.data_ptr(), one.data_ptr() + one.nbytes) for one in signals.values()]
+    if core is not None and not core.may_meet(snapshot, written, ranges):
+        return None
+    start, size, holes = _extents(snapshot, lists)
+    for (name, signal), (begin, end) in zip(signals.items(), ranges, strict=True):
+        for index, role in np.argwhere((start < end) & (start + size > begin) & (size > 0) & written).tolist():
+            if not holes[index, role] or _share_elements(lists[role][index], signal):
+                return name, (role, index)
+    return None
+
+
+def _extents(
+    snapshot: NDArray[np.int64], lists: tuple[Any, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Where the tensors begin, how many bytes they reach, and which of them have holes."""
+    size = snapshot[..., NUMEL] * ITEM_SIZES[snapshot[..., DTYPE]]
+    holes = snapshot[..., LAYOUT] == NOT_DENSE
+    for index, role in np.argwhere(holes).tolist():
+        size[index, role] = _reach(lists[role][index])
+    return snapshot[..., ADDRESS], size, holes
 
 
 def elements_share_memory(tensor: torch.Tensor) -> bool:

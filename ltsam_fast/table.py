@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ltsam_fast.launch_args import DTYPES, NUMBER_BITS, LaunchArgs, Op, Role, version
-from ltsam_fast.overlap import elements_share_memory, find_overlap
+from ltsam_fast.overlap import elements_share_memory, find_meeting, find_overlap
 from ltsam_fast.snapshot import (
     ABSENT,
     ADDRESS,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _LISTS = (list, ReadOnce, NoneType)
 _WIDE = DTYPES.index(torch.float64)
+_KEPT = 64
 
 
 class Staged(NamedTuple):
@@ -84,6 +85,8 @@ class TensorTable:
         """Tensors with stand-ins, after whose call :meth:`finish` is to be called."""
         self.calls = 0
         """Calls that have begun."""
+        self.apart: set[tuple[int, ...]] = set()
+        """Addresses of signals that share no memory with what is written, as long as no tensor moves."""
         self._reader = reader()
         self._finished = False
         self._unfinished: list[tuple[int, torch.Tensor, int]] = []  # row, tensor and its version, before it is written
@@ -141,6 +144,8 @@ class TensorTable:
             self._snapshot[...] = NEVER_READ
             self._explain(lists)
             raise
+        if change != SAME or not still_valid:
+            self.apart.clear()
         if change == REFRESHED:
             self.parts[0].cache.clear()
         elif change != SAME or not still_valid:
@@ -156,6 +161,21 @@ class TensorTable:
         for part in self.parts:
             part.lists = lists
         return self.parts
+
+    def check_apart(self, signals: dict[str, torch.Tensor], addresses: tuple[int, ...]) -> None:
+        """Raises ValueError if a signal shares memory with a tensor and one of the two is written; ``addresses``: of all."""
+        written = self._written
+        if not self.op.writes:  # a reduction, which reads all of its tensors
+            written = (True,) * len(written)
+            signals = {name: signal for name, signal in signals.items() if name == "found_inf"}
+        lists = self._lists if self.staged else self.parts[0].lists
+        if found := find_meeting(self._snapshot, lists, written, signals):
+            name, (role, index) = found
+            other = f"{self.op.arguments[role]}[{index}]"
+            raise ValueError(f"{name} and {other} share memory: give {name} its own with .clone()")
+        if len(self.apart) >= _KEPT:
+            self.apart.clear()
+        self.apart.add(addresses)
 
     def finish(self) -> None:
         """Ends a call that used stand-ins: copies what was computed on them into the tensors they stand in for."""

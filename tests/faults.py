@@ -315,7 +315,7 @@ def kills(faults: Faults) -> None:
 @kind
 def interrupts(faults: Faults) -> None:
     """Ctrl-C and SIGTERM at random moments of the commands: the former is told in a line, and both may be resumed."""
-    for name in there(COMMANDS):
+    for name in there(one for one in COMMANDS if one in faults.programs):
         while faults.counts[f"Ctrl-C, {name}"] < faults.times:
             _disturbed(faults, name, signal.SIGINT)
         while faults.counts[f"SIGTERM, {name}"] < faults.times / 4:
@@ -644,6 +644,7 @@ def steps(faults: Faults) -> None:
 TIMEOUT = 4.0
 """Seconds after which a collective call fails."""
 OF_WORKERS = ("dies", "stops", "hangs", "raises", "overflows")
+WITH = ("a scaler", "autocast", "groups", "parts")
 
 
 @kind
@@ -652,13 +653,11 @@ def workers(faults: Faults) -> None:
     from .workers import EVERY
 
     for _ in range(faults.times):
-        name, what, number = (
-            faults.random.choice(list(EVERY)),
-            faults.random.choice(OF_WORKERS),
-            faults.random.choice((1, 2)),
-        )
+        name, what = faults.random.choice(list(EVERY)), faults.random.choice(OF_WORKERS)
         wrap = "DDP" if name in ("CCSAM", "SparseSAM") else faults.random.choice(("DDP", "FSDP2"))
-        case = (name, what, number, wrap)
+        mixed = tuple(one for one in WITH if faults.random.random() < 0.5)
+        number = faults.random.randint(1, 4 if "parts" in mixed else 2)
+        case = (name, what, number, wrap, mixed)
         folder = faults.new()
         folder.mkdir()
         with contextlib.ExitStack() as opened:
@@ -673,6 +672,7 @@ def workers(faults: Faults) -> None:
         if not notes[0]["reached"]:
             continue  # a method of one pass
         faults.counts[f"a worker {what}, {wrap}"] += 1
+        faults.counts.update(f"with {one}" for one in mixed)
         for note in notes:
             if note["reached"]:
                 faults.check(note["unperturbed"], *case, note)
@@ -684,7 +684,9 @@ def workers(faults: Faults) -> None:
         shutil.rmtree(folder.parent)
 
 
-def _works(name: str, what: str, number: int, wrap: str, rank: int, folder: Path, _: Path) -> None:
+def _works(
+    name: str, what: str, number: int, wrap: str, mixed: tuple[str, ...], rank: int, folder: Path, _: Path
+) -> None:
     import datetime
 
     import torch.distributed as dist
@@ -692,19 +694,24 @@ def _works(name: str, what: str, number: int, wrap: str, rank: int, folder: Path
     from torch.nn.parallel import DistributedDataParallel
 
     from . import workers as jobs
+    from .method_rows import two_groups
 
+    dtype = torch.float32 if "autocast" in mixed else torch.float64
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=TIMEOUT))
-    model = DistributedDataParallel(jobs.network()) if wrap == "DDP" else jobs.shard(jobs.network())
-    opt, data = jobs.make(name, model, "sgd", model=model), jobs.share(jobs.batches(steps=3))
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=what == "overflows")
+    model = (DistributedDataParallel if wrap == "DDP" else jobs.shard)(jobs.network(dtype))
+    opt = jobs.make(name, two_groups(model) if "groups" in mixed else model, "sgd", model=model)
+    scaled, data = what == "overflows" or "a scaler" in mixed, jobs.share(jobs.batches(dtype, steps=3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=scaled)
     passes = [0]
 
     def step(x: torch.Tensor, y: torch.Tensor, fails: bool) -> None:
         passes[0] = 0
+        sizes = [3, 5] if "parts" in mixed else [8]
 
-        def closure(index: Any = slice(None)) -> torch.Tensor:
-            losses = F.cross_entropy(model(x[index]), y[index], reduction="none")
+        def evaluate(x: torch.Tensor, y: torch.Tensor, index: Any = slice(None)) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in mixed):
+                losses = F.cross_entropy(model(x[index]), y[index], reduction="none")
             passes[0] += 1
             if fails and passes[0] == number and rank == 1:
                 if what == "dies":
@@ -718,8 +725,10 @@ def _works(name: str, what: str, number: int, wrap: str, rank: int, folder: Path
                 losses = losses * torch.inf
             return losses
 
-        opt.step(closure, targets=y, scaler=scaler)
-        scaler.update(8.0) if what == "overflows" else None
+        parts = [*zip(x.split(sizes), y.split(sizes), strict=True)]
+        closures = [functools.partial(evaluate, *part) for part in parts]
+        opt.step(closures, targets=[labels for _, labels in parts], scaler=scaler)
+        scaler.update(8.0) if scaled else None
 
     def bits() -> str:
         return digest([getattr(param, "_local_tensor", param) for param in model.parameters()])
@@ -757,23 +766,24 @@ def processes(faults: Faults) -> None:
                 child.ends(0)
 
     there(["train"])
+    importlib.import_module("torch._dynamo")  # DDP does, for a second or many
     whole, start = faults.new(), time.monotonic()
     finished(whole)
     wanted, seconds = outcome(whole), time.monotonic() - start
-    for _ in range(max(1, faults.times // 5)):
-        folder, number = faults.new(), faults.random.choice((signal.SIGKILL, signal.SIGSTOP))
-        with contextlib.ExitStack() as opened:
-            pair = [opened.enter_context(child) for child in together(folder)]
-            victim = faults.random.randrange(2)
-            if pair[victim].wait(faults.random.uniform(0.05, 0.9) * seconds) is None:
-                pair[victim].send(number)
-                code = pair[1 - victim].ends(0, 1, within=TIMEOUT + 30)
-                said = pair[1 - victim].said()
-                faults.check(code == 0 or "another process" in said.splitlines()[-1], number, said[-3000:])
-                faults.counts[f"a process {'killed' if number == signal.SIGKILL else 'stopped'}"] += 1
-        finished(folder)
-        faults.same(folder, wanted, number)
-        shutil.rmtree(folder.parent)
+    for number, what in ((signal.SIGKILL, "a process killed"), (signal.SIGSTOP, "a process stopped")):
+        while faults.counts[what] < max(1, faults.times // 10):
+            folder, victim = faults.new(), faults.random.randrange(2)
+            with contextlib.ExitStack() as opened:
+                pair = [opened.enter_context(child) for child in together(folder)]
+                if pair[victim].wait(faults.random.uniform(0.05, 0.9) * seconds) is None:
+                    pair[victim].send(number)
+                    code = pair[1 - victim].ends(0, 1, within=TIMEOUT + 30)
+                    said = pair[1 - victim].said()
+                    faults.check(code == 0 or "another process" in said.splitlines()[-1], what, said[-3000:])
+                    faults.counts[what] += 1
+            finished(folder)
+            faults.same(folder, wanted, what)
+            shutil.rmtree(folder.parent)
 
 
 def _as_process(environment: dict[str, str], program: Program, folder: Path) -> Any:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from ltsam_fast import atomic
-from ltsam_fast.train import build, cli, run_checkpoint
+from ltsam_fast.train import build, cli, loop, run_checkpoint
 from ltsam_fast.train.config import ConfigError, read_file
 from ltsam_fast.train.loop import train
 
@@ -44,7 +45,8 @@ def test_a_few_faults_are_survived():
         "data",
         "clock",
         "workers",
-    )  # those of whole processes take longer
+        "processes",
+    )
     done = inject(*kinds, "-n", 1, "--seed", 1, "--programs", "train,accelerate_loop,lightning_module")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -260,6 +262,26 @@ def test_no_process_goes_on_without_compare(number, tmp_path):
         process.stderr.close()
 
 
+def test_ctrl_c_where_exceptions_are_dropped_is_not_lost(tmp_path, monkeypatch, capsys):
+    """In a destructor; it interrupts a moment later."""
+
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    def saving(run, out, save=loop._save):
+        if run.epoch == 2:
+            Dropped()
+        save(run, out)
+
+    monkeypatch.setattr(loop, "_save", saving)
+    hook = sys.unraisablehook
+    assert command("train", *QUICK, "--epochs", 300, "--out", tmp_path) == 130
+    said = capsys.readouterr().err
+    assert "interrupted; to resume" in said and "ignored" not in said and sys.unraisablehook is hook
+
+
 def test_a_killed_process_of_compare_is_a_line(tmp_path):
     program = [sys.executable, "-m", "ltsam_fast", "compare", *COMPARE, "--out", str(tmp_path)]
     process = subprocess.Popen(
@@ -291,6 +313,18 @@ def test_a_timeout_that_is_none(text, monkeypatch):
         timeout()
     monkeypatch.setenv("LTSAM_TIMEOUT", "90")
     assert timeout().total_seconds() == 90
+
+
+def test_a_first_process_that_stands_still_is_told(tmp_path):
+    """The store's connection is there and nothing comes: no timeout of torch's ends that."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "RANK": "1"}
+        env = {**os.environ, **address, "WORLD_SIZE": "2", "LTSAM_TIMEOUT": "1", "PYTHONPATH": str(ROOT)}
+        program = [sys.executable, "-m", "ltsam_fast", "train", *QUICK, "--out", str(tmp_path)]
+        done = subprocess.run(program, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and line.startswith("ltsam_fast train (process 1): no answer from 127.0.0.1:")
+    assert "within 2 s, twice the timeout, see LTSAM_TIMEOUT; another process may have failed or hang" in line
 
 
 def test_the_layout_of_a_run_checkpoint(run):

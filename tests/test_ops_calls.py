@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ltsam_fast import ops, reference
+from ltsam_fast.ops import OPS
 from ltsam_fast.table import TensorTable
+
+from .cases import RICHEST, SIGNALS, assert_unchanged, build, run, snapshot, written
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -117,6 +123,51 @@ def test_memory_shared_by_two_of_thousands(generator):
         backups[1234] = memory[begin : begin + 4]
         with pytest.raises(ValueError, match="share memory"):
             ops.restore_(w, backups, table=table)
+
+
+def signals_of(case):
+    """Those that the op takes."""
+    return [
+        name for name in SIGNALS if name in inspect.signature(getattr(ops, case.op.removeprefix("random_"))).parameters
+    ]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("case, signal", [(case, name) for case in RICHEST for name in signals_of(case)], ids=str)
+def test_a_signal_in_memory_that_is_written_is_refused(case, signal, layout, backend, generator):
+    """A pass reads it while it writes there. Where the signal is what is written, all others must lie elsewhere."""
+    arguments = written(OPS[case.op]) or ({*case.lists.split()} if signal == "found_inf" else set())
+    for argument in arguments:
+        for index in range(2):
+            call = build(replace(case, missing=False), generator, shapes=((5,), (2, 3)), layout=layout)
+            wanted = {"combination": 4, "scales": 2}.get(signal, 1)
+            tensor = call[argument][index]
+            if tensor.numel() < wanted or (layout == "sliced" and wanted > 1):
+                continue  # the latter is copied before anything is written
+            call[signal] = tensor.as_strided((wanted,), (1,), tensor.storage_offset())
+            before = snapshot(call)
+            message = rf"{signal} and {argument}\[{index}\] share memory: give {signal} its own with .clone\(\)"
+            with pytest.raises(ValueError, match=message):
+                run(ops, case, call)
+            assert_unchanged(before)
+            if layout == "sliced" and argument != "steps":  # there is room between its elements
+                call[signal] = tensor.as_strided((wanted,), (1,), tensor.storage_offset() + 1)
+                run(ops, case, call)
+            run(ops, case, call | {signal: torch.ones(wanted)})
+
+
+def test_a_signal_is_looked_at_again_where_tensors_have_moved(backend):
+    memory, table = torch.ones(8), TensorTable(OPS["perturb_"])
+    w, g, norm = [memory[:4]], [torch.ones(4)], memory[4]
+    for _ in range(2):
+        ops.perturb_(w, g, None, norm, rho=0.1, table=table)
+    for moved in (memory[4:], memory[1:5]):
+        with pytest.raises(ValueError, match=r"norm and params\[0\] share memory"):
+            ops.perturb_([moved], g, None, norm, rho=0.1, table=table)
+    w[0].data = memory[4:]
+    with pytest.raises(ValueError, match=r"norm and params\[0\] share memory"):
+        ops.perturb_(w, g, None, norm, rho=0.1, table=table)
+    ops.perturb_(w, g, None, memory[0], rho=0.1, table=table)
 
 
 X = torch.ones(3)

@@ -32,6 +32,7 @@ from .workers import (
     IN_PHASES,
     KINDS,
     MATRIX,
+    MIXED_CUTS,
     MORE,
     ONE_PASS_OPTIONS,
     REFUSED_IN_JOIN,
@@ -137,14 +138,17 @@ def test_fsdp_uses_no_copies_of_other_weights(name):
     assert_all(2, "interrupted", name, alone(name, "sgd", 4, Odd))
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["plain", "mixed"])
 @pytest.mark.parametrize("name, wrap", CUT_OFF)
-def test_after_an_exception_in_a_pass_workers_go_on_as_if_it_had_never_been(name, wrap):
-    undisturbed, *others = results(2)[0]["cut_off"][name, wrap]
-    found = {cut: weights for cut, weights in zip(CUTS, others, strict=True) if weights is not None}
-    assert len(found) >= len(CUTS) / 2
+def test_after_an_exception_in_a_pass_workers_go_on_as_if_it_had_never_been(name, wrap, mixed):
+    undisturbed, *others = results(2)[0]["cut_off"][name, wrap, mixed]
+    cuts = MIXED_CUTS if mixed else CUTS
+    found = {cut: weights for cut, weights in zip(cuts, others, strict=True) if weights is not None}
+    assert len(found) >= len(cuts) / 3
+    bound = 1e-14 if not mixed else 1e-3 if name == "CCSAM" else 1e-7  # its plan may be another, and bfloat16 rounds
     for cut, weights in found.items():
-        assert EVERY[name].averages or relative_error(weights, undisturbed) < 1e-14, cut
-    for mine, theirs in zip(others, results(2)[1]["cut_off"][name, wrap][1:], strict=True):
+        assert EVERY[name].averages or relative_error(weights, undisturbed) < bound, cut
+    for mine, theirs in zip(others, results(2)[1]["cut_off"][name, wrap, mixed][1:], strict=True):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
 

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -717,6 +718,27 @@ def test_two_at_once_build_one_cache(tree, tmp_path, decodes):
         results = [*pool.map(lambda _: load(root, cache=tmp_path / "cache").pixels, range(4))]
     assert len(decodes) == 9
     assert all(torch.equal(pixels, results[0]) for pixels in results)
+
+
+def test_a_process_that_stands_still_is_not_waited_for(tree, tmp_path, monkeypatch):
+    """But one that decodes is, for as long as it does."""
+    root, _ = tree
+    load(root, cache=tmp_path / "cache")
+    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    monkeypatch.setattr("ltsam_fast.data.decode._PATIENCE", 1.0)
+    lock = pytest.importorskip("filelock").FileLock(folder.with_name(f"{folder.name}.lock"))
+    with lock, pytest.raises(DataError, match=r"\.lock: the process that has it has decoded nothing for 1 s: end it"):
+        load(root, cache=tmp_path / "cache")
+    pixels = folder.with_name(f"{folder.name}.partial") / "pixels"
+    pixels.parent.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with lock:
+            waits = pool.submit(load, root, cache=tmp_path / "cache")
+            for number in range(30):
+                pixels.write_bytes(bytes(number))
+                time.sleep(0.1)
+            assert not waits.done()
+        assert torch.equal(waits.result().pixels, load(root).pixels)
 
 
 def test_sizes_and_splits_have_caches_of_their_own(tree, tmp_path, decodes):

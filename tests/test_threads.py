@@ -501,7 +501,7 @@ def test_native_functions_leave_reference_counts_alone():
     if reader().__class__.__name__ == "partial":
         out = torch.zeros(3, 1, 6, dtype=torch.int64).numpy()
         calls += [lambda: reader()((params,), out, (True,), None), lambda: reader()(([1] * 3,), out, (True,), None)]
-        calls += [lambda: core.may_overlap(out, (True,))]
+        calls += [lambda: core.may_overlap(out, (True,)), lambda: core.may_meet(out, (True,), [(8, 12)])]
     objects = [*params, *(param.grad for param in params), state, *state.values()]
 
     def all_calls():

@@ -29,7 +29,7 @@ from torch.optim import SGD, AdamW, RMSprop
 
 import ltsam_fast as lf
 
-from .method_rows import EVERY, PHASED, closure_of, skip_step
+from .method_rows import EVERY, PHASED, closure_of, skip_step, two_groups
 from .oracles import CLASSES, FEATURES, batches, flat, network
 
 STEPS = 8
@@ -343,14 +343,21 @@ CUT_OFF = [(name, wrap) for wrap, names in (("ddp", EVERY), ("fsdp", SHARDABLE))
 CUTS = [(at, layer, perturbed) for at in ("forward", "backward") for layer in (0, 2, 4) for perturbed in (False, True)]
 
 
-def steps_with_a_cut(name, wrap, cut=None):
-    """The weights after 4 steps, before the third of which another fails: in a layer's forward or backward, at w or w + eps."""
-    inner, failing = network(), []
+MIXED_CUTS = [CUTS[2], CUTS[3], CUTS[9]]
+
+
+def steps_with_a_cut(name, wrap, cut=None, mixed=False):
+    """The weights after 4 steps, before the third of which another fails: in a layer's forward or backward, at w or w + eps.
+
+    ``mixed``: with autocast, a GradScaler, two groups and the batch in two parts, in the latter of which it fails.
+    """
+    inner, failing, part = network(torch.float32 if mixed else torch.float64), [], [0]
     model = shard(inner) if wrap == "fsdp" else DistributedDataParallel(inner)
-    opt = make(name, model, "sgd", model=model)
+    opt = make(name, two_groups(model) if mixed else model, "sgd", model=model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6, enabled=mixed)
 
     def fail(*_):
-        if failing and opt.is_perturbed == cut[2]:
+        if failing and opt.is_perturbed == cut[2] and part[0] == int(mixed):
             raise MemoryError("out of memory")
 
     def in_forward(layer, inputs, output):
@@ -359,19 +366,30 @@ def steps_with_a_cut(name, wrap, cut=None):
         elif output.requires_grad:
             output.register_hook(fail)
 
+    def closure(number, x, y, index=slice(None)):
+        part[0] = number
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return F.cross_entropy(model(x[index]), y[index], reduction="none")
+
+    def step(x, y):
+        parts = [*zip(x.split([3, 5]), y.split([3, 5]), strict=True)] if mixed else [(x, y)]
+        closures = [functools.partial(closure, number, *one) for number, one in enumerate(parts)]
+        opt.step(closures, targets=[one for _, one in parts], scaler=scaler)
+
     if cut is not None:
         inner[cut[1]].register_forward_hook(in_forward)
-    for step, (x, y) in enumerate(share(batches(steps=4))):
-        if cut is not None and step == 2:
+    for number, (x, y) in enumerate(share(batches(inner[0].weight.dtype, steps=4))):
+        if cut is not None and number == 2:
             before = [getattr(p, "_local_tensor", p).detach().clone() for p in model.parameters()]
             failing.append(True)
             with contextlib.suppress(MemoryError):
-                opt.step(closure_of(model, x, y), targets=y)
+                step(x, y)
                 return None  # a method without such a pass
             failing.clear()
             now = [getattr(p, "_local_tensor", p) for p in model.parameters()]
             assert all(map(torch.equal, before, now))
-        opt.step(closure_of(model, x, y), targets=y)
+        step(x, y)
+        scaler.update()
     return whole(model)
 
 
@@ -379,8 +397,12 @@ def steps_with_a_cut(name, wrap, cut=None):
 def cut_off():
     """All workers have an exception in the same pass, as where memory runs out, and go on."""
     return {
-        (name, wrap): [steps_with_a_cut(name, wrap), *(steps_with_a_cut(name, wrap, cut) for cut in CUTS)]
+        (name, wrap, mixed): [
+            steps_with_a_cut(name, wrap, mixed=mixed),
+            *(steps_with_a_cut(name, wrap, cut, mixed) for cut in (MIXED_CUTS if mixed else CUTS)),
+        ]
         for name, wrap in CUT_OFF
+        for mixed in (False, True)
     }
 
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "functors/common.h"
@@ -166,6 +167,27 @@ inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot
     if (e.begin < written_reach || (e.writes && e.begin < reach)) return true;
     reach = std::max(reach, e.begin + e.bytes);
     if (e.writes) written_reach = std::max(written_reach, e.begin + e.bytes);
+  }
+  return false;
+}
+
+/// Whether one of some ranges of bytes may meet a tensor that is written: with tensors that have holes never sure.
+/// `written`: a bool for each role.
+inline bool may_meet(const py::array_t<int64_t, py::array::c_style>& snapshot, const py::tuple& written,
+                     const std::vector<std::pair<int64_t, int64_t>>& ranges) {
+  const py::ssize_t tensors = snapshot.shape(0), roles = snapshot.shape(1);
+  for (py::ssize_t r = 0; r < roles; ++r) {
+    if (!written[size_t(r)].cast<bool>()) continue;
+    const int64_t* row = snapshot.data() + r * kColumns;
+    for (py::ssize_t i = 0; i < tensors; ++i, row += roles * kColumns) {
+      if (row[kDevice] == -1 || row[kNumel] == 0) continue;
+      if (row[kLayout] == 1) return true;
+      const int64_t begin = row[kAddress];
+      const int64_t size = row[kDtypeCode] == kBitmap ? 1 : item_size(uint8_t(row[kDtypeCode]));
+      const int64_t end = begin + row[kNumel] * size;
+      for (const auto& range : ranges)
+        if (range.first < end && begin < range.second) return true;
+    }
   }
   return false;
 }

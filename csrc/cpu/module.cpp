@@ -11,6 +11,7 @@ PYBIND11_MODULE(_cpu, m, pybind11::mod_gil_not_used()) {
   m.def("snapshot", lt::snapshot);
   m.def("can_snapshot", lt::can_snapshot);
   m.def("may_overlap", lt::may_overlap);
+  m.def("may_meet", lt::may_meet);
   m.def("are_labels", [](intptr_t labels, int64_t count, int64_t classes) {
     return lt::are_labels(reinterpret_cast<const int64_t*>(labels), count, classes);
   });

@@ -25,6 +25,8 @@ _BLOCK = 1024
 """Images per block; at most one block of decoded images waits in memory."""
 _CHECKED_BYTES = 1 << 30
 """Bytes of a cache that are compared with checksums: evenly spaced images of larger caches."""
+_PATIENCE = 1800.0
+"""Seconds for which a cache is waited for while the process that has it decodes nothing: torch.distributed's timeout."""
 _VERSION = 3
 """Version of the cache; increase it with every change of the pixels or of the files."""
 _16_BITS = ("PNG", "PPM", "TIFF", "JPEG2000")
@@ -64,13 +66,11 @@ def cached(
     It lacks images that can't be read. The folder is written under a temporary name and renamed at the end; a lock admits one
     process at a time.
     """
-    filelock = needed("filelock", "filelock")
-    cache.mkdir(parents=True, exist_ok=True)
     fingerprint = hashlib.sha256(
         "\n".join([f"{_VERSION} {size}", *file_states(files)]).encode("utf-8", "surrogateescape")
     ).hexdigest()
     folder = cache / name
-    with filelock.FileLock(cache / f"{name}.lock"):
+    with _lock(folder):
         found = _mapped(folder, fingerprint)
         if found is None:
             broken: Broken = {}
@@ -85,12 +85,40 @@ def cached(
     return found
 
 
+def _lock(folder: Path) -> Any:
+    """A context in which no other process writes the cache; raises DataError if one that does so stands still."""
+    filelock = needed("filelock", "filelock")
+    path, pixels = folder.with_name(f"{folder.name}.lock"), _partial(folder) / "pixels"
+
+    def size() -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return pixels.stat().st_size
+        return 0
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    before = size()
+    while True:
+        try:
+            return filelock.FileLock(path).acquire(timeout=_PATIENCE)
+        except filelock.Timeout:
+            now = size()
+            if now == before:
+                raise DataError(
+                    f"{path}: the process that has it has decoded nothing for {_PATIENCE:g} s: end it, then repeat the command"
+                ) from None
+            before = now
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
 def _unreadable(reason: str) -> DataError:
     return DataError(f"{reason}; skip_broken leaves such images out")
 
 
 def _build(folder: Path, fingerprint: str, images: Iterator[Pixels], broken: Broken) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _partial(folder)
     for leftover in (partial, folder):
         if leftover.exists():
             shutil.rmtree(leftover)

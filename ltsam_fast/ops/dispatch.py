@@ -172,12 +172,9 @@ def launch(
     parts = table.bind(roles, groups, buckets, bucket_count, offsets, len(hyper))
     calls = [(part, backend_for(part.device)) for part in parts]
     found, asking = [], tracer.get()
-    for args, backend in calls:
+    for args, _ in calls:
         seen: dict[str, Tensor] = {}
         addresses = [0] * 5
-        if results is not None:
-            seen["norm"] = norm = torch.empty(results, dtype=args.accumulator, device=args.device)
-            addresses[0] = norm.data_ptr()
         for name, value in signals.items():
             if value is None:
                 continue
@@ -190,8 +187,15 @@ def launch(
                 value = value.detach().to(args.device, dtype).contiguous()
             seen[name] = value = aligned(value)
             addresses[_SLOTS[name]] = value.data_ptr()
-        args.hyper = hyper if asking is None else asking.place(hyper)
+        if seen and (key := tuple(addresses)) not in table.apart:
+            table.check_apart(seen, key)
+        if results is not None:
+            seen["norm"] = norm = torch.empty(results, dtype=args.accumulator, device=args.device)
+            addresses[0] = norm.data_ptr()
         args.signals, args.addresses = seen, tuple(addresses)
+        found.append(seen)
+    for args, backend in calls:
+        args.hyper = hyper if asking is None else asking.place(hyper)
         args.stream_or_threads = stream_or_threads(args.device)
         if args.device.type == "cpu":
             getattr(backend, op.name)(args)
@@ -199,7 +203,6 @@ def launch(
             with torch.cuda.device(args.device):
                 getattr(backend, op.name)(args)
         args.launched, args.lists = True, ()
-        found.append(seen)
     if table.staged:
         table.finish()
     return found

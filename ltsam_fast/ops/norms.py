@@ -48,7 +48,7 @@ def grad_norm(
         is. The gradient is not unscaled: divide by the scale.
 
     Raises:
-        ValueError: Lengths, shapes, devices or hyperparameters do not fit.
+        ValueError: Lengths, shapes, devices or hyperparameters do not fit, or ``found_inf`` is in a tensor's memory.
         TypeError: A dtype is not supported.
 
     Source: Foret et al. 2021 (SAM), eq. 2; Kwon et al. 2021 (ASAM), eq. 3. A fixed order of summation makes it repeatable.

@@ -37,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
     warnings.setFormatter(logging.Formatter(f"ltsam_fast {command}{process}: warning: %(message)s"))
     log.addHandler(warnings)
     try:
-        options, layers = parse(COMMANDS[command], command, arguments)
-        return options.run(layers)
+        with command_line.interruptible():
+            options, layers = parse(COMMANDS[command], command, arguments)
+            return options.run(layers)
     except KeyboardInterrupt:
         message, code = "interrupted", INTERRUPTED
     except (ConfigError, DataError, Diverged, Killed) as error:

@@ -6,7 +6,8 @@ import contextlib
 import datetime
 import os
 import platform
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ class Distributed:
             return DistributedDataParallel(network, [self.device])
         # DDP keeps its process group alive, and gloo's threads abort a program that ends while they free a tensor
         # (pytorch/pytorch#190489). So DDP gets a group of its own, and the default group is destroyed.
-        return DistributedDataParallel(network, process_group=dist.new_group(timeout=timeout()))
+        group = _within_timeout(lambda: dist.new_group(timeout=timeout()))
+        return DistributedDataParallel(network, process_group=group)
 
 
 @contextlib.contextmanager
@@ -77,12 +79,40 @@ def process_group(device_name: str) -> Iterator[Distributed]:
     device = device_of(device_name, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
     initializes = world_size > 1 and not dist.is_initialized()
     if initializes:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout())
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        _within_timeout(lambda: dist.init_process_group(backend, timeout=timeout()))
     try:
         yield Distributed(rank, world_size, device)
     finally:
         if initializes:
             dist.destroy_process_group()
+
+
+def _within_timeout(call: Callable[[], Any]) -> Any:
+    """Returns what a call that makes a process group returns; raises RuntimeError if it takes longer than it may.
+
+    Its messages to the store, which is in process 0 or torchrun, have no timeout of their own, and no signal ends them: they
+    are sent by a thread, which is left behind. The call's own timeouts, of which two may follow each other, come first.
+    """
+    limit = 2 * (timeout() or dist.default_pg_timeout).total_seconds()
+    returned: list[Any] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except BaseException as error:  # raised where the call was asked for
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if raised:
+        raise raised[0]
+    if not returned:
+        address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RuntimeError(f"no answer from {address} within {limit:g} s, twice the timeout, see LTSAM_TIMEOUT")
+    return returned[0]
 
 
 def timeout() -> datetime.timedelta | None:
