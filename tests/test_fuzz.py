@@ -481,6 +481,16 @@ FOUND = {
         "sgd_step_",
         Call("params grads momentum_buffers", {"lr": 0.1, "momentum": 0.5, "dampening": 0.9999}, ((1021,),)),
     ),
+    "rounded at random where a unit is subnormal": (
+        "random_perturb_",
+        Call(
+            "params grads",
+            {"rho": 0.0, "norm": 0.0, "seed": 0, "stochastic": True},
+            ((1,),),
+            kind="bf16",
+            contents=("tiny",),
+        ),
+    ),
 }
 """What was found and mended: ops, and the calls one after the other that share a table."""
 
