@@ -73,7 +73,7 @@ def round_randomly(x, word, TYPE: tl.constexpr):
     if TYPE == tl.float16:
         probability = tl.floor(probability * 8192.0) * 0.0001220703125  # so that the sum is exact
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    lift = tl.where(exponent < 64, 64, 0)  # by so many powers of two, lest units or reciprocals leave fp32's range
+    lift = tl.where(exponent < 64, 64, 0)  # powers of two, lest units or reciprocals leave fp32's range
     held = tl.maximum(exponent, least) + lift
     place = ((held - digits) << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - held + digits) << 23).to(tl.float32, bitcast=True)

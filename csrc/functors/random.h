@@ -91,8 +91,7 @@ struct RandomRounding {
   LT_HD float operator()(float x, uint32_t draw) const {
     const float probability = std::floor(float(int32_t(draw)) * 0x1p-16f * grain) * inverse_grain;
     const int32_t exponent = int32_t(bits<uint32_t>(x) >> 23) & 0xff;
-    const int32_t lift =
-        exponent < 64 ? 64 : 0;  // by so many powers of two, lest units or reciprocals leave float's range
+    const int32_t lift = exponent < 64 ? 64 : 0;  // powers of two, lest units or reciprocals leave float's range
     const int32_t held = (exponent < least ? least : exponent) + lift;
     const float place = bits<float>((held - digits) << 23);  // the unit in the last place
     const float inverse = bits<float>((254 - held + digits) << 23);
