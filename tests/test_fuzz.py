@@ -491,6 +491,26 @@ FOUND = {
             contents=("tiny",),
         ),
     ),
+    "a share and a scale whose product is none": (
+        "sgd_step_",
+        Call(
+            "params grads momentum_buffers",
+            {"lr": 0.0, "momentum": 1e-12, "max_norm": 5e-324, "grad_scale": 1024.0, "norm": 0.0},
+            ((0,), (1,)),
+            kind="fp64",
+            contents=("all sizes",),
+        ),
+    ),
+    "a share and a scale whose product is zero": (
+        "adam_step_",
+        Call(
+            "params grads exp_avgs exp_avg_sqs steps",
+            {"lr": 0.0, "max_norm": 5e-324, "grad_scale": 3e38, "norm": 0.0},
+            ((1,),),
+            kind="fp64",
+            contents=("not finite",),
+        ),
+    ),
 }
 """What was found and mended: ops, and the calls one after the other that share a table."""
 
@@ -691,3 +711,18 @@ def training(draw, name):
 @fuzzed(1.25, 5)
 def test_optimizers(name, data):
     train(data.draw(st.sampled_from(OFTEN[:2]), "backend"), data.draw(training(name), "training"))
+
+
+FOUND_TRAININGS = (
+    Training(
+        "ImbSAM", "sgd", shapes=((1,),), groups=({"weight_decay": 0.01},), options={"eta": 10**9, "tail_weight": 0.0}
+    ),
+    Training("CCSAM", "sgd", twists=(("expanded", 0, 0, 0, 0),)),
+    Training("MomentumSAM", "rmsprop", twists=(("expanded", 0, 0, 0, 0),)),
+    Training("TailMomentumSAM", "rmsprop", shapes=((1,), (1,)), twists=(("the same", 0, 0, 0, 1),)),
+)
+
+
+@pytest.mark.parametrize("given", FOUND_TRAININGS, ids=lambda given: given.method)
+def test_trainings_that_were_found(given):
+    train(OFTEN[0], given)

@@ -8,22 +8,22 @@ namespace lt {
 template <class A>
 struct Direction {
   Combination<A> combination;
-  A factor, inverse;
+  A inverse, clip;  // one after the other, as in torch: their product may be too small for a number
   Choice<A> active, decouples;
 
   LT_HD Direction(double maximize, double max_norm, const Signals& s)
       : combination(s, A(1)),
-        factor(s.inverse_scale<A>()),
-        inverse(factor),
+        inverse(s.inverse_scale<A>()),
+        clip(1),
         active(!s.skip()),
         decouples(s.combination != nullptr) {
     if (max_norm > 0 && s.norm) {
-      const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
-      factor *= clip > A(1) ? A(1) : clip;  // NaN stays, as in torch
+      const A wanted = A(max_norm) / (s.norm_as<A>() * inverse + A(1e-6));
+      clip = wanted > A(1) ? A(1) : wanted;  // NaN stays, as in torch
     }
-    if (maximize != 0) factor = -factor, inverse = -inverse;
+    if (maximize != 0) inverse = -inverse;
   }
-  LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * factor; }
+  LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * inverse * clip; }
   /// A step that the base optimizer does not see: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
   LT_HD A add_decoupled(A moved, A lr, A g, A kept) const {
     return decouples(moved - lr * (combination.decoupled(g, kept) * inverse), moved);
