@@ -491,6 +491,24 @@ FOUND = {
             contents=("tiny",),
         ),
     ),
+    "weights with a decay that is zero in fp32 and that are not finite": (
+        "sgd_step_",
+        Call(
+            "params grads momentum_buffers",
+            {"lr": 0.1, "momentum": 0.5, "weight_decay": 5e-324},
+            ((13,),),
+            contents=("not finite", "normal", "normal"),
+        ),
+    ),
+    "weights with a decay that is zero in fp32 and that are not finite, by Adam": (
+        "adam_step_",
+        Call(
+            "params grads exp_avgs exp_avg_sqs steps",
+            {"lr": 0.1, "weight_decay": 5e-324},
+            ((13,),),
+            contents=("not finite", "normal", "normal", "normal"),
+        ),
+    ),
     "a share and a scale whose product is none": (
         "sgd_step_",
         Call(

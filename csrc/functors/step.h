@@ -56,7 +56,7 @@ struct SgdStep {
         momentum(A(h[1])),
         fresh(A(1 - h[2])),
         decay(A(h[3])),
-        decays(h[3] != 0),                 // else the weights do not count, be they infinite
+        decays(decay != A(0)),             // else the weights do not count, be they infinite
         nesterov(h[4] != 0 && h[1] != 0),  // not 0 times an infinite buffer
         first(h[1] == 0 || (here.step && *here.step == 0.0f)),
         keeps(h[1] != 0 && !s.skip()) {}
@@ -92,7 +92,7 @@ struct AdamStep {
   Choice<A> decays;
 
   LT_HD AdamStep(const double* h, const Signals& s, const Here& here)
-      : direction(h[6], h[7], s), lr(A(h[0])), decay(A(h[4])), decays(h[4] != 0 && h[5] == 0) {
+      : direction(h[6], h[7], s), lr(A(h[0])), decay(A(h[4])), decays(decay != A(0) && h[5] == 0) {
     const double t = double(*here.step) + 1;
     step_size = A(h[0] / (1 - pow(h[1], t)));
     fresh1 = A(1 - h[1]);
