@@ -6,7 +6,7 @@ CONSTRAINTS ?= .ci/constraints.txt
 OUT ?= bench-out
 PYTHONS ?= $(PYTHON)
 TORCHES ?= 2.6.0 2.13.0 2.14.1
-TESTS ?= $(foreach name,lists ops ops_calls oracles methods optimizer base_step checkpoints capture shared_backward,tests/test_$(name).py)
+TESTS ?= $(foreach name,lists ops ops_calls oracles methods optimizer base_step checkpoints capture shared_backward threads,tests/test_$(name).py)
 N ?= 50
 CASES ?= 10000
 

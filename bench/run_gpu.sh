@@ -76,8 +76,8 @@ run_tests() {
     if ((gpu)); then
         step tests 300 python3 -m pytest -q "${workers[@]}" "${tests[@]}" -k "$chosen"
     else
-        step tests 120 python3 -m pytest -q "${workers[@]}" -p tests.fake_gpu "${tests[@]}" -k "$chosen"
-        step kernels 170 python3 -m pytest -q "${workers[@]}" tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits"
+        step tests 60 python3 -m pytest -q "${workers[@]}" -p tests.fake_gpu "${tests[@]}" -k "$chosen"
+        step kernels 230 python3 -m pytest -q "${workers[@]}" tests/test_triton_compile.py tests/test_cuda_source.py -k "not bits"
     fi
 }
 run_checks() {

@@ -59,9 +59,15 @@ class _OneByOne:
 
 
 @triton.jit
+def pointer_to(address, TYPE: tl.constexpr):
+    """A kernel's argument as a pointer: the interpreter gives small integers, low addresses too, 32 bits."""
+    return address.to(tl.int64).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
 def note(scratch, slot, call):
     """Notes in a chunk's cell of the scratch memory that this call has come to it."""
-    tl.store(scratch.to(tl.int64).to(tl.pointer_type(tl.int64)) + slot, call)
+    tl.store(pointer_to(scratch, tl.int64) + slot, call)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def load(address, first, end, TYPE: tl.constexpr, WIDE: tl.constexpr, A: tl.cons
     if TYPE is None:
         value = tl.zeros([BLOCK], A)
     else:
-        pointer = address.to(tl.pointer_type(TYPE)) + first
+        pointer = pointer_to(address, TYPE) + first
         lanes = tl.arange(0, BLOCK)
         if WIDE:
             value = tl.load(tl.multiple_of(pointer, 16) + lanes)
@@ -89,7 +95,7 @@ def load_bits(address, first, end, TYPE: tl.constexpr, BLOCK: tl.constexpr):
         bits = tl.zeros([BLOCK], tl.int32)
     else:
         at = first + tl.arange(0, BLOCK)
-        byte = tl.load(address.to(tl.pointer_type(tl.uint8)) + at // 8, mask=at < end, other=0)
+        byte = tl.load(pointer_to(address, tl.uint8) + at // 8, mask=at < end, other=0)
         bits = (byte.to(tl.int32) >> (at % 8).to(tl.int32)) & 1
     return bits
 
@@ -115,7 +121,7 @@ def narrow(value, TYPE: tl.constexpr):
 def store(address, first, end, value, TYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """Stores what :func:`load` would load; nothing for an absent role."""
     if TYPE is not None:
-        pointer = address.to(tl.pointer_type(TYPE)) + first
+        pointer = pointer_to(address, TYPE) + first
         lanes = tl.arange(0, BLOCK)
         if WIDE:
             tl.store(tl.multiple_of(pointer, 16) + lanes, narrow(value, TYPE))
@@ -127,14 +133,14 @@ def store(address, first, end, value, TYPE: tl.constexpr, WIDE: tl.constexpr, BL
 def number(address, otherwise, TYPE: tl.constexpr):
     """The number at an address, or another where there is none."""
     address = address.to(tl.int64)  # the interpreter gives small integers 32 bits
-    return tl.load(address.to(tl.pointer_type(TYPE)), mask=address != 0, other=otherwise)
+    return tl.load(pointer_to(address, TYPE), mask=address != 0, other=otherwise)
 
 
 @triton.jit
 def coefficient(combination, index: tl.constexpr, otherwise, A: tl.constexpr):
     """A coefficient of a combination, or another number where there is none."""
     address = combination.to(tl.int64)
-    return tl.load(address.to(tl.pointer_type(A)) + index, mask=address != 0, other=otherwise)
+    return tl.load(pointer_to(address, A) + index, mask=address != 0, other=otherwise)
 
 
 @triton.jit

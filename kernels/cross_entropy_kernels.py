@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from .chunks import TYPES, divide, store
+from .chunks import TYPES, divide, pointer_to, store
 from .philox import normal, random_words
 
 
 @triton.jit
 def _vector(address, at, classes, A: tl.constexpr):
     """A block of a vector of the classes; zeros beyond the last."""
-    return tl.load(address.to(tl.pointer_type(A)) + at, mask=at < classes, other=0.0)
+    return tl.load(pointer_to(address, A) + at, mask=at < classes, other=0.0)
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _adjusted(
     at = first + tl.arange(0, BLOCK)
     a = tl.load(z + at, mask=at < classes, other=0.0).to(A)
     if SPREADS:
-        number = tl.load(draw.to(tl.pointer_type(tl.int64)))
+        number = tl.load(pointer_to(draw, tl.int64))
         words = random_words(first, tl.full([], 0, tl.int64) + seed, number, row & 0xFFFFFF, BLOCK)
         third = tl.abs(normal(words)) * 0.3333333333
         a -= _vector(spread, at, classes, A) * tl.minimum(third, 1.0).to(A)
@@ -62,16 +62,16 @@ def cross_entropy_kernel(
 ):  # fmt: skip
     """See lt::CrossEntropy. A label out of range gives NaN."""
     row = tl.program_id(0).to(tl.int64)
-    label = tl.load(targets.to(tl.pointer_type(tl.int64)) + row)
+    label = tl.load(pointer_to(targets, tl.int64) + row)
     known = (label >= 0) & (label < classes)
     label = tl.where(known, label, 0)
-    z = logits.to(tl.pointer_type(TYPE)) + row * classes
-    kept = state.to(tl.int64).to(tl.pointer_type(A)) + row
+    z = pointer_to(logits, TYPE) + row * classes
+    kept = pointer_to(state, A) + row
     nothing = tl.full([], float("nan"), A)
     smooth = tl.full([], SMOOTHING, A) / classes
     weights = tl.full([], 1.0, A) * classes
     if WEIGHS and SMOOTHING != 0:
-        weights = tl.load(weight_sum.to(tl.pointer_type(A)))
+        weights = tl.load(pointer_to(weight_sum, A))
 
     if FORWARD:
         peak, total, of_label = tl.full([], float("-inf"), A), tl.full([], 0.0, A), tl.full([], 0.0, A)
@@ -89,7 +89,7 @@ def cross_entropy_kernel(
         nll = log_sum + (peak - of_label)
         hit = tl.full([], 1.0 - SMOOTHING, A)
         if WEIGHS:
-            hit *= tl.load(weight.to(tl.pointer_type(A)) + label)
+            hit *= tl.load(pointer_to(weight, A) + label)
         loss = hit * nll
         if SMOOTHING != 0:
             spread_sum = tl.full([], 0.0, A)
@@ -109,7 +109,7 @@ def cross_entropy_kernel(
             loss, hit = (factor * loss).to(A), (slope * hit).to(A)
         inverse_sum = divide(1.0, total)
         hit = tl.where(known, hit, nothing)
-        tl.store(losses.to(tl.pointer_type(A)) + row, tl.where(known, loss, nothing))
+        tl.store(pointer_to(losses, A) + row, tl.where(known, loss, nothing))
         if KEEPS:
             tl.store(kept, peak)
             tl.store(kept + rows, inverse_sum)
@@ -120,9 +120,9 @@ def cross_entropy_kernel(
     if GRADS > 0:
         factor_0, factor_1 = tl.full([], 1.0, A), tl.full([], 1.0, A)
         at_cotangent = label if BY_LABEL else row
-        factor_0 = tl.load(cotangent_0.to(tl.pointer_type(A)) + at_cotangent)
+        factor_0 = tl.load(pointer_to(cotangent_0, A) + at_cotangent)
         if GRADS > 1:
-            factor_1 = tl.load(cotangent_1.to(tl.pointer_type(A)) + at_cotangent)
+            factor_1 = tl.load(pointer_to(cotangent_1, A) + at_cotangent)
         if BY_LABEL:
             share = tl.full([], 1.0, A) * rows
             factor_0, factor_1 = divide(factor_0, share), divide(factor_1, share)

@@ -4,7 +4,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from .chunks import accumulator, coefficient, finite, item, launch, launched, load, on_device, sqrt
+from .chunks import accumulator, coefficient, finite, item, launch, launched, load, on_device, pointer_to, sqrt
 
 SLOTS = 2048
 
@@ -50,7 +50,7 @@ def chunk_norms_kernel(
     total = _norm_blocks(row, begin, whole, c0, c1, adaptive, eta, TYPES, True, A, BLOCK)
     if whole < end:
         total += _norm_blocks(row, whole, end, c0, c1, adaptive, eta, TYPES, False, A, BLOCK)
-    tl.store(scratch.to(tl.pointer_type(tl.float64)) + slot, total)
+    tl.store(pointer_to(scratch, tl.float64) + slot, total)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def chunk_dots_kernel(
 ):
     """scratch[3 slot...] = sums of g g, other other and g other over a chunk."""
     tensor, begin, whole, end, _, slot, _ = item(items)
-    row, sums = pointers + tensor * 2, scratch.to(tl.pointer_type(tl.float64)) + slot * 3
+    row, sums = pointers + tensor * 2, pointer_to(scratch, tl.float64) + slot * 3
     gg, oo, go = _dots_blocks(row, begin, whole, TYPES, True, A, BLOCK)
     if whole < end:
         more_gg, more_oo, more_go = _dots_blocks(row, whole, end, TYPES, False, A, BLOCK)
@@ -94,14 +94,14 @@ def totals_kernel(
     lanes = tl.zeros([SLOTS], tl.float64)
     for first in range(begin, end, SLOTS):
         at = first + tl.arange(0, SLOTS)
-        lanes += tl.load(scratch.to(tl.pointer_type(tl.float64)) + at * SUMS + which, mask=at < end, other=0.0)
+        lanes += tl.load(pointer_to(scratch, tl.float64) + at * SUMS + which, mask=at < end, other=0.0)
     total = tl.sum(lanes, axis=0)
     if ROOT:
         total = sqrt(total)
     total = total.to(A)
-    tl.store(out.to(tl.int64).to(tl.pointer_type(A)) + result, total)
+    tl.store(pointer_to(out, A) + result, total)
     found_inf = found_inf.to(tl.int64)
-    tl.store(found_inf.to(tl.pointer_type(tl.float32)), 1.0, mask=(found_inf != 0) & (finite(total) == 0))
+    tl.store(pointer_to(found_inf, tl.float32), 1.0, mask=(found_inf != 0) & (finite(total) == 0))
 
 
 def _ranges(args):

@@ -16,6 +16,7 @@ from .chunks import (
     narrow,
     note,
     number,
+    pointer_to,
     skipped,
     store,
 )
@@ -164,7 +165,7 @@ def perturb_by_class_kernel(
     """G = w + scale g, with a scale for each tensor."""
     tensor, begin, whole, end, _, slot, position = item(items)
     note(scratch, slot, call)
-    row, scale = pointers + tensor * 2, tl.load(scales.to(tl.int64).to(tl.pointer_type(A)) + position)
+    row, scale = pointers + tensor * 2, tl.load(pointer_to(scales, A) + position)
     _class_blocks(row, begin, whole, scale, TYPES, True, A, BLOCK)
     _class_blocks(row, whole, end, scale, TYPES, False, A, BLOCK)
 

@@ -68,12 +68,14 @@ def normal(word):
 def round_randomly(x, word, TYPE: tl.constexpr):
     """An fp32 value rounded to a 16-bit type, up or down with the chances that keep the mean."""
     digits: tl.constexpr = 7 if TYPE == tl.bfloat16 else 10
-    least: tl.constexpr = 8 if TYPE == tl.bfloat16 else 113
+    least: tl.constexpr = 1 if TYPE == tl.bfloat16 else 113
     probability = (word >> 16).to(tl.int32).to(tl.float32) * 1.52587890625e-05
     if TYPE == tl.float16:
         probability = tl.floor(probability * 8192.0) * 0.0001220703125  # so that the sum is exact
     exponent = (x.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    held = tl.maximum(exponent, least)
+    lift = tl.where(exponent < 64, 64, 0)  # powers of two, lest units or reciprocals leave fp32's range
+    held = tl.maximum(exponent, least) + lift
     place = ((held - digits) << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - held + digits) << 23).to(tl.float32, bitcast=True)
-    return tl.where(exponent >= 254, x, tl.floor(x * inverse + probability) * place)
+    up, down = ((127 + lift) << 23).to(tl.float32, bitcast=True), ((127 - lift) << 23).to(tl.float32, bitcast=True)
+    return tl.where(exponent == 255, x, tl.floor(x * up * inverse + probability) * place * down)

@@ -15,6 +15,7 @@ from .chunks import (
     note,
     number,
     on_device,
+    pointer_to,
     skipped,
     sqrt,
     store,
@@ -23,12 +24,11 @@ from .chunks import (
 
 @triton.jit
 def _factors(maximize, max_norm, norm, grad_scale, A: tl.constexpr):
-    """What the summed gradient is multiplied by: unscaling, clipping to max_norm, the sign; and that without clipping."""
+    """What the summed gradient is multiplied by, one after the other: unscaling with the sign, and clipping to max_norm."""
     inverse = inverse_scale(grad_scale, A)
     clip = divide(max_norm.to(A), number(norm, 0.0, A) * inverse + 1e-6)
     clips = (max_norm > 0) & (norm != 0) & ~(clip >= 1)  # NaN stays, as in torch
-    factor = tl.where(clips, inverse * clip, inverse)
-    return tl.where(maximize != 0, -factor, factor), tl.where(maximize != 0, -inverse, inverse)
+    return tl.where(maximize != 0, -inverse, inverse), tl.where(clips, clip, 1.0)
 
 
 @triton.jit
@@ -49,16 +49,16 @@ def _decayed(d, decay, old):
 
 
 @triton.jit
-def _sgd(old, total, m, factor, lr, momentum, fresh, decay, nesterov, first):
-    """W = old - lr m,  m = momentum m + fresh d,  d = factor total + decay old;  the first m is d."""
-    d = _decayed(total * factor, decay, old)
+def _sgd(old, total, m, inverse, clip, lr, momentum, fresh, decay, nesterov, first):
+    """W = old - lr m,  m = momentum m + fresh d,  d = clip inverse total + decay old;  the first m is d."""
+    d = _decayed(total * inverse * clip, decay, old)
     buffer = tl.where(first, d, momentum * m + fresh * d)
     return old - lr * tl.where(nesterov, d + momentum * buffer, buffer), buffer
 
 
 @triton.jit
 def _sgd_blocks(
-    row, begin, end, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+    row, begin, end, active, combination, inverse, clip, lr, momentum, fresh, decay, nesterov, first_step,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     W, ORIGINAL, G, KEPT, M = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
@@ -69,7 +69,7 @@ def _sgd_blocks(
         kept = load(KEPT, first, end, TYPES[3], WIDE, A, BLOCK).to(A)
         m = load(M, first, end, TYPES[4], WIDE, A, BLOCK)
         total, decoupled = c0 * g + c1 * kept, c2 * g + c3 * kept
-        w, buffer = _sgd(old.to(A), total, m.to(A), factor, lr, momentum, fresh, decay, nesterov, first_step)
+        w, buffer = _sgd(old.to(A), total, m.to(A), inverse, clip, lr, momentum, fresh, decay, nesterov, first_step)
         w = tl.where(combination != 0, w - lr * (decoupled * inverse), w)
         new_w, new_m = narrow(w, TYPES[0]), narrow(buffer, TYPES[4])
         store(W, first, end, tl.where(active, new_w, narrow(old, TYPES[0])), TYPES[0], WIDE, BLOCK)
@@ -88,23 +88,23 @@ def sgd_step_kernel(
     row, h = pointers + tensor * 6, hyper + group * 7
     lr, momentum, decay = tl.load(h).to(A), tl.load(h + 1).to(A), tl.load(h + 3).to(A)
     fresh = (1.0 - tl.load(h + 2)).to(A)
-    factor, inverse = _factors(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
+    inverse, clip = _factors(tl.load(h + 5), tl.load(h + 6), norm, grad_scale, A)
     first_step = (momentum == 0) | (number(tl.load(row + 5), 1.0, tl.float32) == 0)
     nesterov, active = (tl.load(h + 4) != 0) & (momentum != 0), skipped(found_inf) == 0
     _sgd_blocks(
-        row, begin, whole, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+        row, begin, whole, active, combination, inverse, clip, lr, momentum, fresh, decay, nesterov, first_step,
         TYPES, True, A, BLOCK,
     )  # fmt: skip
     _sgd_blocks(
-        row, whole, end, active, combination, inverse, factor, lr, momentum, fresh, decay, nesterov, first_step,
+        row, whole, end, active, combination, inverse, clip, lr, momentum, fresh, decay, nesterov, first_step,
         TYPES, False, A, BLOCK,
     )  # fmt: skip
 
 
 @triton.jit
-def _adam(old, total, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay):
+def _adam(old, total, m, v, vmax, inverse, clip, step_size, fresh1, beta2, fresh2, root, eps, keep, decay):
     """W = keep old - step_size m / (sqrt(v) / root + eps),  m += fresh1 (d - m),  v = beta2 v + fresh2 d^2."""
-    d = _decayed(total * factor, decay, old)
+    d = _decayed(total * inverse * clip, decay, old)
     mean = m + fresh1 * (d - m)
     square = beta2 * v + fresh2 * d * d
     # Vmax reads as 0 without amsgrad. NaN stays, as in torch.
@@ -114,7 +114,7 @@ def _adam(old, total, m, v, vmax, factor, step_size, fresh1, beta2, fresh2, root
 
 @triton.jit
 def _adam_blocks(
-    row, begin, end, active, combination, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+    row, begin, end, active, combination, inverse, clip, lr, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
     TYPES: tl.constexpr, WIDE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     W, ORIGINAL, G, KEPT = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
@@ -130,7 +130,7 @@ def _adam_blocks(
         total, decoupled = c0 * g + c1 * kept, c2 * g + c3 * kept
         w, mean, square, largest = _adam(
             old.to(A), total, m.to(A), v.to(A), vmax.to(A),
-            factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+            inverse, clip, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         )  # fmt: skip
         w = tl.where(combination != 0, w - lr * (decoupled * inverse), w)
         new_w, new_m = narrow(w, TYPES[0]), narrow(mean, TYPES[4])
@@ -153,7 +153,7 @@ def adam_step_kernel(
     row, h = pointers + tensor * 8, hyper + group * 8
     lr, beta1, beta2, decay = tl.load(h), tl.load(h + 1), tl.load(h + 2), tl.load(h + 4)
     decoupled = tl.load(h + 5) != 0
-    factor, inverse = _factors(tl.load(h + 6), tl.load(h + 7), norm, grad_scale, A)
+    inverse, clip = _factors(tl.load(h + 6), tl.load(h + 7), norm, grad_scale, A)
     t = number(tl.load(row + 7), 0.0, tl.float32).to(tl.float64) + 1.0
     step_size = (lr / (1.0 - tl.exp(t * tl.log(beta1)))).to(A)
     root = sqrt(1.0 - tl.exp(t * tl.log(beta2))).to(A)
@@ -162,11 +162,11 @@ def adam_step_kernel(
     fresh1, fresh2, eps = (1.0 - beta1).to(A), (1.0 - beta2).to(A), tl.load(h + 3).to(A)
     beta2, lr, active = beta2.to(A), lr.to(A), skipped(found_inf) == 0
     _adam_blocks(
-        row, begin, whole, active, combination, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+        row, begin, whole, active, combination, inverse, clip, lr, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         TYPES, True, A, BLOCK,
     )  # fmt: skip
     _adam_blocks(
-        row, whole, end, active, combination, inverse, lr, factor, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
+        row, whole, end, active, combination, inverse, clip, lr, step_size, fresh1, beta2, fresh2, root, eps, keep, decay,
         TYPES, False, A, BLOCK,
     )  # fmt: skip
 
@@ -176,7 +176,7 @@ def count_steps_kernel(pointers, tensors, found_inf: tl.int64, ROLES: tl.constex
     """Step += 1 for every tensor that has one, unless skipped; a launch of its own, after all have read it."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     address = tl.load(pointers + at.to(tl.int64) * ROLES + ROLES - 1, mask=at < tensors, other=0)
-    step = address.to(tl.pointer_type(tl.float32))
+    step = pointer_to(address, tl.float32)
     taken = tl.where(skipped(found_inf), 0.0, 1.0)
     tl.store(step, tl.load(step, mask=address != 0, other=0.0) + taken, mask=address != 0)
 

@@ -83,6 +83,11 @@ def read_in_python(
     return CHANGED if differs[..., NUMEL:].any() else MOVED if differs.any() else SAME
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether ops take such tensors at all."""
+    return tensor.dtype in DTYPES and tensor.layout == torch.strided and tensor.device.type in DEVICE_TYPES.values()
+
+
 def _code(dtype: torch.dtype) -> int:
     return BITMAP if dtype == torch.uint8 else DTYPES.index(dtype) if dtype in DTYPES else -1
 

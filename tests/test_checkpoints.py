@@ -433,6 +433,8 @@ def test_the_base_optimizer_alone_takes_the_checkpoint(name):
 def test_files_are_read_without_running_code_in_them():
     """Wherever the package, its benchmarks and its guides load a file; ruff looks for pickle, marshal, eval and YAML."""
     root = pathlib.Path(lf.__file__).parents[1]
+    if not (root / "docs").is_dir():
+        pytest.skip("a wheel has no benchmarks and no guides")
     sources = [(path, path.read_text()) for folder in ("ltsam_fast", "bench") for path in (root / folder).rglob("*.py")]
     sources += [
         (path, "\n".join(re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)))

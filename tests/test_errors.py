@@ -379,6 +379,25 @@ def test_weights_that_share_memory(name):
     assert torch.equal(storage, torch.ones(6))
 
 
+@pytest.mark.parametrize("base", [SGD, RMSprop])
+@every
+def test_weights_that_share_memory_at_the_first_step(name, base):
+    """Before a method has perturbed, and a base stepped, what an op would refuse later on."""
+    expanded, one = nn.Parameter(torch.ones(1).expand(4)), torch.ones(4)
+    for params, words in (
+        ([expanded], "elements that share memory"),
+        ([nn.Parameter(one), nn.Parameter(one)], "share memory"),
+    ):
+        opt = EVERY[name].make(None, base, params, lr=0.1)
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(ValueError, match=words):
+            opt.step(
+                lambda i=slice(None), params=params: sum(params)[i].square(),
+                targets=torch.tensor([0, 1, 2, 3]),
+            )
+        assert all(map(torch.equal, params, before))
+
+
 def test_counts_for_the_wrong_number_of_classes():
     model, (x, y) = network(), batches(steps=1)[0]
     opt = lf.FocalSAM(model.parameters(), SGD, class_counts=COUNTS[:2], lr=0.1)

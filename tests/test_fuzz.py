@@ -481,6 +481,54 @@ FOUND = {
         "sgd_step_",
         Call("params grads momentum_buffers", {"lr": 0.1, "momentum": 0.5, "dampening": 0.9999}, ((1021,),)),
     ),
+    "rounded at random where a unit is subnormal": (
+        "random_perturb_",
+        Call(
+            "params grads",
+            {"rho": 0.0, "norm": 0.0, "seed": 0, "stochastic": True},
+            ((1,),),
+            kind="bf16",
+            contents=("tiny",),
+        ),
+    ),
+    "weights with a decay that is zero in fp32 and that are not finite": (
+        "sgd_step_",
+        Call(
+            "params grads momentum_buffers",
+            {"lr": 0.1, "momentum": 0.5, "weight_decay": 5e-324},
+            ((13,),),
+            contents=("not finite", "normal", "normal"),
+        ),
+    ),
+    "weights with a decay that is zero in fp32 and that are not finite, by Adam": (
+        "adam_step_",
+        Call(
+            "params grads exp_avgs exp_avg_sqs steps",
+            {"lr": 0.1, "weight_decay": 5e-324},
+            ((13,),),
+            contents=("not finite", "normal", "normal", "normal"),
+        ),
+    ),
+    "a share and a scale whose product is none": (
+        "sgd_step_",
+        Call(
+            "params grads momentum_buffers",
+            {"lr": 0.0, "momentum": 1e-12, "max_norm": 5e-324, "grad_scale": 1024.0, "norm": 0.0},
+            ((0,), (1,)),
+            kind="fp64",
+            contents=("all sizes",),
+        ),
+    ),
+    "a share and a scale whose product is zero": (
+        "adam_step_",
+        Call(
+            "params grads exp_avgs exp_avg_sqs steps",
+            {"lr": 0.0, "max_norm": 5e-324, "grad_scale": 3e38, "norm": 0.0},
+            ((1,),),
+            kind="fp64",
+            contents=("not finite",),
+        ),
+    ),
 }
 """What was found and mended: ops, and the calls one after the other that share a table."""
 
@@ -681,3 +729,18 @@ def training(draw, name):
 @fuzzed(1.25, 5)
 def test_optimizers(name, data):
     train(data.draw(st.sampled_from(OFTEN[:2]), "backend"), data.draw(training(name), "training"))
+
+
+FOUND_TRAININGS = (
+    Training(
+        "ImbSAM", "sgd", shapes=((1,),), groups=({"weight_decay": 0.01},), options={"eta": 10**9, "tail_weight": 0.0}
+    ),
+    Training("CCSAM", "sgd", twists=(("expanded", 0, 0, 0, 0),)),
+    Training("MomentumSAM", "rmsprop", twists=(("expanded", 0, 0, 0, 0),)),
+    Training("TailMomentumSAM", "rmsprop", shapes=((1,), (1,)), twists=(("the same", 0, 0, 0, 1),)),
+)
+
+
+@pytest.mark.parametrize("given", FOUND_TRAININGS, ids=lambda given: given.method)
+def test_trainings_that_were_found(given):
+    train(OFTEN[0], given)

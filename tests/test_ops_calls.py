@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import mmap
+import platform
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +15,7 @@ from ltsam_fast import ops, reference
 from ltsam_fast.ops import OPS
 from ltsam_fast.table import TensorTable
 
-from .cases import RICHEST, SIGNALS, assert_unchanged, build, run, snapshot, written
+from .cases import RICHEST, SIGNALS, assert_same_bits, assert_unchanged, build, run, snapshot, tensors_of, written
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1e-2, torch.float16: 1e-3}
@@ -168,6 +171,51 @@ def test_a_signal_is_looked_at_again_where_tensors_have_moved(backend):
     with pytest.raises(ValueError, match=r"norm and params\[0\] share memory"):
         ops.perturb_(w, g, None, norm, rho=0.1, table=table)
     ops.perturb_(w, g, None, memory[0], rho=0.1, table=table)
+
+
+@pytest.fixture
+def low(monkeypatch):
+    """Copies tensors to addresses below 2^31, where torch then puts new ones, too."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("addresses are asked for as Linux has it on x86-64")
+    map_32bit = 0x40
+    memory = mmap.mmap(-1, 2**22, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_32bit)
+    whole, taken = torch.frombuffer(memory, dtype=torch.uint8), 0
+
+    def copied(tensor):
+        nonlocal taken
+        begin, taken = taken, taken + -(-tensor.nbytes // 64) * 64
+        return whole[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    for name in ("zeros", "empty"):
+        made = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, made=made, **named: copied(made(*args, **named)))
+    return copied
+
+
+@pytest.mark.parametrize("case", RICHEST, ids=str)
+def test_addresses_that_are_small_numbers(case, backend, device, low, generator):
+    """Triton's interpreter gives small numbers 32 bits."""
+    if device != "cpu":
+        pytest.skip("its memory lies where it lies")
+    call = build(case, generator, shapes=((1025,), (3, 2)))
+
+    def lowered(one):
+        return low(one) if isinstance(one, torch.Tensor) else one
+
+    moved = {name: [*map(lowered, one)] if isinstance(one, list) else lowered(one) for name, one in call.items()}
+    assert all(tensor.data_ptr() < 2**31 for _, tensor in tensors_of(moved))
+    wanted, found = run(ops, case, call), run(ops, case, moved)
+    for (name, one), (_, other) in zip(tensors_of(wanted), tensors_of(found), strict=True):
+        assert_same_bits(one, other, name)
+
+
+def test_cross_entropy_at_addresses_that_are_small_numbers(backend, device, low):
+    if device != "cpu":
+        pytest.skip("its memory lies where it lies")
+    logits, targets, shift = torch.arange(12.0).view(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([0.0, 0.5, 1.0])
+    wanted = ops.adjusted_cross_entropy(logits, targets, shift=shift, gamma=2.0)
+    assert_same_bits(ops.adjusted_cross_entropy(low(logits), low(targets), shift=low(shift), gamma=2.0), wanted)
 
 
 X = torch.ones(3)

@@ -458,7 +458,8 @@ def test_ended_threads_leave_nothing_behind(leaves_nothing):
 def assert_counts_stay(objects, call, times=50):
     """A call leaves reference counts alone: of these objects, and of those that each function may return."""
     objects = [*objects, None, True, False, ()]
-    call()
+    for _ in range(times):  # with Python 3.13 a count may rise by some twenty at first
+        call()
     before = [sys.getrefcount(one) for one in objects]
     for _ in range(times):
         call()

@@ -79,22 +79,25 @@ LT_HD float normal(uint32_t word) {
 /// Rounds a float to a 16-bit type up or down at random, with the chances that keep the mean. The result is exact in
 /// that type.
 struct RandomRounding {
-  int32_t digits, least;  ///< stored digits of the mantissa; below the exponent `least` halves are subnormal
+  int32_t digits, least;  ///< stored digits of the mantissa; below the exponent `least` its numbers are subnormal
   float grain, inverse_grain;
 
   LT_HD RandomRounding(uint8_t dtype)
       : digits(dtype == kBF16 ? 7 : 10),
-        least(dtype == kBF16 ? 8 : 113),
+        least(dtype == kBF16 ? 1 : 113),
         grain(dtype == kBF16 ? 0x1p16f : 0x1p13f),  // as fine as leaves the sum below exact
         inverse_grain(dtype == kBF16 ? 0x1p-16f : 0x1p-13f) {}
 
   LT_HD float operator()(float x, uint32_t draw) const {
     const float probability = std::floor(float(int32_t(draw)) * 0x1p-16f * grain) * inverse_grain;
-    const int32_t exponent = int32_t(bits<uint32_t>(x) >> 23) & 0xff, held = exponent < least ? least : exponent;
+    const int32_t exponent = int32_t(bits<uint32_t>(x) >> 23) & 0xff;
+    const int32_t lift = exponent < 64 ? 64 : 0;  // powers of two, lest units or reciprocals leave float's range
+    const int32_t held = (exponent < least ? least : exponent) + lift;
     const float place = bits<float>((held - digits) << 23);  // the unit in the last place
     const float inverse = bits<float>((254 - held + digits) << 23);
-    const float rounded = std::floor(x * inverse + probability) * place;
-    return exponent >= 254 ? x : rounded;  // too near to infinity for the reciprocal, or infinite already
+    const float up = bits<float>((127 + lift) << 23), down = bits<float>((127 - lift) << 23);
+    const float rounded = std::floor(x * up * inverse + probability) * place * down;
+    return exponent == 255 ? x : rounded;  // infinite, or no number
   }
 };
 

@@ -8,22 +8,22 @@ namespace lt {
 template <class A>
 struct Direction {
   Combination<A> combination;
-  A factor, inverse;
+  A inverse, clip;  // one after the other, as in torch: their product may be too small for a number
   Choice<A> active, decouples;
 
   LT_HD Direction(double maximize, double max_norm, const Signals& s)
       : combination(s, A(1)),
-        factor(s.inverse_scale<A>()),
-        inverse(factor),
+        inverse(s.inverse_scale<A>()),
+        clip(1),
         active(!s.skip()),
         decouples(s.combination != nullptr) {
     if (max_norm > 0 && s.norm) {
-      const A clip = A(max_norm) / (s.norm_as<A>() * factor + A(1e-6));
-      factor *= clip > A(1) ? A(1) : clip;  // NaN stays, as in torch
+      const A wanted = A(max_norm) / (s.norm_as<A>() * inverse + A(1e-6));
+      clip = wanted > A(1) ? A(1) : wanted;  // NaN stays, as in torch
     }
-    if (maximize != 0) factor = -factor, inverse = -inverse;
+    if (maximize != 0) inverse = -inverse;
   }
-  LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * factor; }
+  LT_HD A operator()(A g, A kept) const { return combination.direction(g, kept) * inverse * clip; }
   /// A step that the base optimizer does not see: the decoupled part of WSAM (Yue et al. 2023, Algorithm 1).
   LT_HD A add_decoupled(A moved, A lr, A g, A kept) const {
     return decouples(moved - lr * (combination.decoupled(g, kept) * inverse), moved);
@@ -56,7 +56,7 @@ struct SgdStep {
         momentum(A(h[1])),
         fresh(A(1 - h[2])),
         decay(A(h[3])),
-        decays(h[3] != 0),                 // else the weights do not count, be they infinite
+        decays(decay != A(0)),             // else the weights do not count, be they infinite
         nesterov(h[4] != 0 && h[1] != 0),  // not 0 times an infinite buffer
         first(h[1] == 0 || (here.step && *here.step == 0.0f)),
         keeps(h[1] != 0 && !s.skip()) {}
@@ -92,7 +92,7 @@ struct AdamStep {
   Choice<A> decays;
 
   LT_HD AdamStep(const double* h, const Signals& s, const Here& here)
-      : direction(h[6], h[7], s), lr(A(h[0])), decay(A(h[4])), decays(h[4] != 0 && h[5] == 0) {
+      : direction(h[6], h[7], s), lr(A(h[0])), decay(A(h[4])), decays(decay != A(0) && h[5] == 0) {
     const double t = double(*here.step) + 1;
     step_size = A(h[0] / (1 - pow(h[1], t)));
     fresh1 = A(1 - h[1]);

@@ -78,7 +78,11 @@ class ClassWise(SharpnessAware):
                 known = (options, (None, None), (None, None), None)
             else:
                 u, v = (one.double() for one in made)
-                weights = tuple(ClassWeights(one, self.open_ended) if bool(one.any()) else None for one in (u, v))
+                # Where all are zero the step is one with a gradient of zeros, and not none.
+                nothing = not (bool(u.any()) or bool(v.any()))
+                weights = tuple(
+                    ClassWeights(one, self.open_ended) if nothing or bool(one.any()) else None for one in (u, v)
+                )
                 known = (options, (u, v), weights, pilot_of(u, v))
             self._class_weights, self.weights_now = known, known[2]
         return known

@@ -24,7 +24,7 @@ from ltsam_fast.ops.checks import (
     number,
     shown,
 )
-from ltsam_fast.ops.dispatch import clear_weight_caches
+from ltsam_fast.ops.dispatch import OPS, clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base, check_base_options
 from ltsam_fast.optim.checkpoints import VERSION, completed, restore_numbers
@@ -47,6 +47,8 @@ from ltsam_fast.optim.schedules import (
     is_active,
 )
 from ltsam_fast.optim.step import AtWeights, Request, Step
+from ltsam_fast.snapshot import is_readable
+from ltsam_fast.table import TensorTable
 
 Rule = Generator[Request, Any, None]
 
@@ -105,6 +107,7 @@ class SharpnessAware(Configurable, Optimizer):
     _checked_values: list[list[Any]]
     _workers: Single
     _perturbation: Perturbation
+    _apart: list[Tensor] = []  # noqa: RUF012  (never changed in place)
     _params_of_one_group: tuple[list[Tensor], list[int]] = ([], [])
 
     rho = option(0.05, "Radius of the perturbation, in units of the weights.", ge=0, per_group=True)
@@ -577,11 +580,21 @@ class SharpnessAware(Configurable, Optimizer):
         if self._may_average and not self._workers.averages:  # torch.distributed may have been initialized since
             self._workers = workers_of(self._model, self._sharded)
         params, groups = self.all_params()
+        self._check_memory(params)
         scaling = NO_SCALE if scaler is None else LossScale(scaler, params)
         if self._workers.averages:
             self._check_join(bool(scaling.signals))
         clear_weight_caches()
         return Step(self, scaling, params, groups)
+
+    def _check_memory(self, params: list[Tensor]) -> None:
+        """Raises ValueError if weights share memory, before a step has changed any: an op knows of those that it writes."""
+        if same_items(params, self._apart):
+            return
+        local = self._workers.local(params)
+        if all(is_readable(one) for one in local):
+            TensorTable(OPS["restore_"]).bind((local, local))
+        self._apart = params
 
     def _abandon(self, step: Step | None) -> None:
         """Ends a step that failed: puts weights back, unless there are new ones already. A further Ctrl-C does not keep it."""
