@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -71,11 +73,11 @@ class ClassesAtOnce:
         """The closure, which takes the numbers of K n samples, class by class."""
         made: list[weakref.ref[Tensor]] = []
 
-        def each(values: Sequence[Tensor], index: Tensor) -> Any:
+        def each(mapped: Sequence[Tensor], index: Tensor) -> Any:
             nonlocal made
-            known = {id(value): (value, source) for value, source in zip(values, sources, strict=True)}
+            known = {id(one): pair for one, *pair in zip(mapped, values, sources, strict=True)}
             with _Functions(known) as functions:
-                made, there = functions.made, dict(zip(self._names, values, strict=True))
+                made, there = functions.made, dict(zip(self._names, mapped, strict=True))
                 return torch.func.functional_call(self._calling, there, (self._losses, index))
 
         def call(index: Tensor) -> Any:
@@ -93,7 +95,7 @@ class ClassesAtOnce:
             if None in sources and not (leaves(outputs) or set()).isdisjoint(map(id, self._params)):
                 raise Refused("closure, or a module, refers to a weight by another name")
             kept = [one for one in (reference() for reference in made) if one is not None]
-            if any(map(torch._C._functorch.is_batchedtensor, kept)):  # of no use outside the vmap
+            if any(map(_functorch.is_batchedtensor, kept)):  # of no use outside the vmap
                 raise Refused("closure, or a module, keeps a result")
             return outputs
 
@@ -150,14 +152,14 @@ class _Functions(TorchFunctionMode):
     """Computes linear layers by a few products for all classes; vmap would lay the weights' gradients out transposed.
 
     Args:
-        known: Values of weights by their ids, and the weights that get the classes' gradients in sum, if these are not wanted
-            class by class.
+        known: For the id of a weight that is seen in the vmap its values, (K, ...), and the weight that gets the sum of their
+            gradients; None: the values themselves get them.
 
     Attributes:
         made: What functions have returned.
     """
 
-    def __init__(self, known: dict[int, tuple[Tensor, Tensor | None]]) -> None:
+    def __init__(self, known: dict[int, list[Any]]) -> None:
         super().__init__()
         self._known = known
         self.made: list[weakref.ref[Tensor]] = []
@@ -172,29 +174,20 @@ class _Functions(TorchFunctionMode):
         if function is F.linear and not kwargs and len(args) >= 2 and id(args[1]) in self._known:
             x, weight, bias = (*args, None)[:3]
             if (bias is None or id(bias) in self._known) and not torch.is_autocast_enabled(x.device.type):
-                sources = [None if one is None else self._known[id(one)][1] for one in (weight, bias)]
-                if sources[0] is not None:
-                    weight, bias = weight.detach(), None if bias is None else bias.detach()
-                return _Linear.apply(x, weight, bias, *sources)
+                pairs = [(None, None) if one is None else self._known[id(one)] for one in (weight, bias)]
+                return _linear(x, *zip(*pairs, strict=True))
         return function(*args, **kwargs)
 
 
-class _Linear(torch.autograd.Function):
-    """``F.linear(x, weight, bias)`` within the vmap; the gradients are those of :class:`_LinearByClass`."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Any, *sources: Any) -> Tensor:  # type: ignore[override]
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, x: Tensor, *others: Any) -> tuple[Tensor, int]:  # type: ignore[override]
-        x = x.expand(info.batch_size, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
-        out = _LinearByClass.apply(x.reshape(info.batch_size, -1, x.shape[-1]), *others)
-        return out.view(*x.shape[:-1], -1), 0
+def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Tensor:
+    """:class:`_LinearByClass` within the vmap. A rule for vmap of a function of its own would take ten times as long."""
+    level: Any = _functorch.maybe_current_level()
+    x, dim = _functorch._unwrap_batched(x, level)
+    with temporarily_pop_interpreter_stack():
+        x = x.expand(len(values[0]), *x.shape) if dim is None else x.movedim(dim, 0)  # type: ignore[arg-type]
+        out = _LinearByClass.apply(x.reshape(len(x), -1, x.shape[-1]), *values, *sources)
+        out = out.view(*x.shape[:-1], -1)
+    return _functorch._add_batch_dim(out, 0, level)
 
 
 class _LinearByClass(torch.autograd.Function):
