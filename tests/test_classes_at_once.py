@@ -204,6 +204,25 @@ def test_autocast(refusals):
     assert not refusals()
 
 
+@pytest.mark.parametrize("transform", ("jvp", "grad"))
+def test_a_closure_with_transforms_of_its_own(transform, refusals):
+    def penalized(model, x, y):
+        def losses(index=slice(None)):
+            some = x[index]
+            if transform == "jvp":
+                _, slope = torch.func.jvp(model, (some,), (torch.ones_like(some),))
+            else:
+                slope = torch.func.grad(lambda x: model(x).sum())(some)
+            return F.cross_entropy(model(some), y[index], reduction="none") + 0.01 * slope.square().sum(1)
+
+        return losses
+
+    torch.manual_seed(2)
+    model = Network(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    ends = [trained(model, plan, closures=penalized) for plan in ("auto", "published")]
+    assert relative(*ends) < 1e-12 and not refusals()
+
+
 def passes_of(y):
     """How many samples of a class each pass of a step has."""
     torch.manual_seed(2)

@@ -161,7 +161,7 @@ class _Functions(TorchFunctionMode):
 
     def __init__(self, known: dict[int, list[Any]]) -> None:
         super().__init__()
-        self._known = known
+        self._known, self._level = known, _functorch.maybe_current_level()
         self.made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,7 +171,10 @@ class _Functions(TorchFunctionMode):
         return result
 
     def _call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if function is F.linear and not kwargs and len(args) >= 2 and id(args[1]) in self._known:
+        innermost = (
+            _functorch.maybe_current_level() == self._level
+        )  # the closure's own transforms know the vmap's rules
+        if function is F.linear and innermost and not kwargs and len(args) >= 2 and id(args[1]) in self._known:
             x, weight, bias = (*args, None)[:3]
             if (bias is None or id(bias) in self._known) and not torch.is_autocast_enabled(x.device.type):
                 pairs = [(None, None) if one is None else self._known[id(one)] for one in (weight, bias)]
