@@ -458,7 +458,11 @@ def test_enough_blocks_fit_a_multiprocessor(kernels):
 
 
 def test_whole_aligned_tensors_are_accessed_16_bytes_at_a_time(kernels):
-    """In a loop of its own for each set of roles, whose arithmetic leaves the memory time, but for the random noise."""
+    """In a loop of its own for each set of roles, whose arithmetic leaves the memory time, but for the random noise.
+
+    An H100 has time for 128 instructions of a thread while an SM moves 15 bytes: it waits for memory from 0.12 on.
+    """
+    least_of = {"GaussianPerturb": 0.06, "RandomPerturb": 0.15}
     for (name, arch), kernel in kernels.items():
         functor = name.partition("<")[0]
         assert not kernel.generic, f"{name} does not know that its tensors are in global memory on sm_{arch}"
@@ -469,7 +473,7 @@ def test_whole_aligned_tensors_are_accessed_16_bytes_at_a_time(kernels):
             plain = [loop for loop in kernel.loops if not loop.widths & {2, 4}]
         assert len(plain) >= FUNCTORS[functor], (name, arch)
         least = min(loop.moved / loop.instructions for loop in plain)
-        assert least > (0.06 if functor == "GaussianPerturb" else 0.2), (name, arch, least)
+        assert least > least_of.get(functor, 0.2), (name, arch, least)
 
 
 @pytest.mark.parametrize(
