@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -184,6 +183,8 @@ class _Functions(TorchFunctionMode):
 
 def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Tensor:
     """:class:`_LinearByClass` within the vmap. A rule for vmap of a function of its own would take ten times as long."""
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # private: if it goes, classes are refused
+
     level: Any = _functorch.maybe_current_level()
     x, dim = _functorch._unwrap_batched(x, level)
     with temporarily_pop_interpreter_stack():
