@@ -183,7 +183,8 @@ class _Functions(TorchFunctionMode):
 
 def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Tensor:
     """:class:`_LinearByClass` within the vmap. A rule for vmap of a function of its own would take ten times as long."""
-    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack  # private: if it goes, classes are refused
+    # Private: should it go, classes are refused.
+    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
     level: Any = _functorch.maybe_current_level()
     x, dim = _functorch._unwrap_batched(x, level)
