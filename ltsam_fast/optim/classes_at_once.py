@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ltsam_fast.optim.closures import calls_compiled
-from ltsam_fast.optim.head import own_weights
+from ltsam_fast.optim.head import Calling, Instead, own_weights
 from ltsam_fast.shared import NotShared
 from ltsam_fast.shared.autograd_graph import leaves
 from ltsam_fast.shared.qualify import check_hooks, is_compiled
@@ -44,7 +44,7 @@ class ClassesAtOnce:
     """
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor], closure: Index) -> None:
-        names = {id(param): f"model.{name}" for name, param in model.named_parameters()}
+        names = {id(param): f"module.{name}" for name, param in model.named_parameters()}
         if not all(id(param) in names for param in params):
             raise Refused("a weight is not the model's")
         self._names, self._params = [names[id(param)] for param in params], params
@@ -57,7 +57,7 @@ class ClassesAtOnce:
                 raise Refused(f"{name or 'the model'} {'is compiled' if is_compiled(module) else 'has hooks'}")
         if calls_compiled(closure):
             raise Refused("closure calls what torch.compile has made")
-        self._calling, self._losses = _Calling(model), closure
+        self._calling, self._losses = Calling(model), closure
 
     def at_weights(self, classes: int) -> tuple[Index, list[Tensor]]:
         """The closure with all classes at the weights, and those: T tensors (K, ...) to be differentiated by."""
@@ -81,7 +81,7 @@ class ClassesAtOnce:
 
         def call(index: Tensor) -> Any:
             pairs = zip(values, sources, strict=True)
-            own = [value if source is None else _Instead.apply(source, value) for value, source in pairs]
+            own = [value if source is None else Instead.apply(source, value) for value, source in pairs]
             with _kernels(index.device), own_weights(self._calling):
                 outputs = torch.vmap(each, randomness="different")(own, index.view(classes, -1))
             return outputs.flatten(0, 1)
@@ -122,29 +122,6 @@ def _kernels(device: torch.device) -> Iterator[None]:
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext():
         warnings.filterwarnings("ignore", "There is a performance drop")
         yield
-
-
-class _Calling(nn.Module):
-    """Calls a closure with the network as a child, so that ``functional_call`` exchanges its weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, closure: Index, index: Tensor) -> Any:
-        return closure(index)
-
-
-class _Instead(torch.autograd.Function):
-    """The classes' values, (K, ...), in place of a weight, which gets the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.sum(0), None
 
 
 class _Functions(TorchFunctionMode):

@@ -131,15 +131,15 @@ class Head:
         """
         forward, own = self.module.forward, self.module.__dict__.get("forward")
         places = {id(param): f"module.{name}" for name, param in self.module.named_parameters()}
-        bare = _Bare(self.module, forward)
+        calling = Calling(self.module)
         back = torch.cat(list(rows)).argsort()
 
         def by_row(x: Tensor) -> Tensor:
             outputs = []
             with own_weights(self.module):
                 for some, values in zip(rows, weights, strict=True):
-                    there = {places[id(p)]: _Instead.apply(p, v) for p, v in zip(self.params, values, strict=True)}
-                    outputs.append(torch.func.functional_call(bare, there, (x.index_select(0, some),)))
+                    there = {places[id(p)]: Instead.apply(p, v) for p, v in zip(self.params, values, strict=True)}
+                    outputs.append(torch.func.functional_call(calling, there, (forward, x.index_select(0, some))))
             return torch.cat(outputs).index_select(0, back)
 
         self.module.forward = by_row
@@ -163,24 +163,28 @@ def own_weights(module: nn.Module) -> Iterator[None]:
             now.update(before)
 
 
-class _Bare(nn.Module):
-    """A module without its hooks, which run once around all rows."""
+class Calling(nn.Module):
+    """Calls a function with a module as a child, whose weights ``functional_call`` exchanges."""
 
-    def __init__(self, module: nn.Module, forward: Any) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self._forward = module, forward
+        self.module = module
 
-    def forward(self, x: Tensor) -> Any:
-        return self._forward(x)
+    def forward(self, function: Any, *args: Any) -> Any:
+        """Returns what the function does."""
+        return function(*args)
 
 
-class _Instead(torch.autograd.Function):
-    """Another value in place of a weight, which gets the gradient."""
+class Instead(torch.autograd.Function):
+    """Another value in place of a weight, or values (K, ...): the weight gets the gradient, in sum."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        """Returns the value."""
+        ctx.shape = weight.shape
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+        """Returns the weight's gradient."""
+        return grad.sum_to_size(ctx.shape), None
