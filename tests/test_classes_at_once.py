@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import ltsam_fast as lf
 from ltsam_fast import models
+from ltsam_fast.optim import classes_at_once as at_once
 
 from .oracles import flat
 
@@ -68,6 +69,20 @@ def tokens():
     )
 
 
+class Attention(nn.Module):
+    """Attention to other tokens than its own: the packed weight is used in parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = nn.Linear(4, 8), nn.Linear(4, 8)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        tokens = x.unflatten(1, (2, 4))
+        other = self.other(tokens)
+        return self.head(self.attention(self.own(tokens), other, other)[0].mean(1))
+
+
 def weight_normed():
     return Network(parametrizations.weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, CLASSES))
 
@@ -77,6 +92,7 @@ NETWORKS = {
     "same": Same,
     "tied": tied,
     "tokens": tokens,
+    "attention": Attention,
     "weight norm": weight_normed,
     "norms": lambda: Network(nn.Linear(8, 8), nn.LayerNorm(8), nn.SiLU(), nn.RMSNorm(8), nn.Linear(8, CLASSES)),
     "images": lambda: Network(
@@ -139,6 +155,10 @@ def refusals(caplog):
     return lambda: [one.getMessage() for one in caplog.records if "one after the other" in one.getMessage()]
 
 
+ATTENTIVE = () if hasattr(torch.overrides, "redispatch_function") else ("tokens", "attention")
+"""Networks whose classes are evaluated one by one on this torch."""
+
+
 @pytest.mark.parametrize("flat_ratio", (0.0, 0.3, 1.0))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_step_is_the_published_one(name, flat_ratio, refusals):
@@ -150,7 +170,7 @@ def test_the_step_is_the_published_one(name, flat_ratio, refusals):
         model = NETWORKS[name]().to(dtype)
         ends = [trained(model, plan, dtype, flat_ratio=flat_ratio) for plan in ("auto", "published")]
         assert relative(*ends) < bound
-    assert not refusals()
+    assert bool(refusals()) == (name in ATTENTIVE)
 
 
 @pytest.mark.parametrize("base", (torch.optim.SGD, torch.optim.AdamW))
@@ -189,7 +209,9 @@ def test_with_a_loss_of_the_step(loss, refusals):
     assert not refusals()
 
 
-def test_autocast(refusals):
+@pytest.mark.parametrize("name", ("norms", "tokens", "attention"))
+@pytest.mark.parametrize("outside", (False, True))
+def test_autocast(name, outside, refusals):
     def under_autocast(model, x, y):
         def losses(index=slice(None)):
             with torch.autocast("cpu", torch.bfloat16):
@@ -198,10 +220,36 @@ def test_autocast(refusals):
         return losses
 
     torch.manual_seed(2)
-    model = NETWORKS["norms"]()
-    ends = [trained(model, plan, torch.float32, under_autocast) for plan in ("auto", "published")]
+    model = NETWORKS[name]()
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        closures = closure_of if outside else under_autocast
+        ends = [trained(model, plan, torch.float32, closures) for plan in ("auto", "published")]
     assert relative(*ends) < 0.05
+    assert bool(refusals()) == (name in ATTENTIVE)
+
+
+@pytest.mark.skipif(bool(ATTENTIVE), reason="this torch hides them")
+@pytest.mark.parametrize("autocast", (False, True))
+def test_attention_is_made_of_linear_layers(autocast, refusals, monkeypatch):
+    """Else vmap would copy the weights for each sample."""
+    shapes, linear = [], at_once._linear
+    monkeypatch.setattr(at_once, "_linear", lambda x, *rest: shapes.append(rest[0][0].shape[1:]) or linear(x, *rest))
+    model, opt = made(tokens(), "auto")
+    (x, y), *_ = batches(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        opt.step(closure_of(model, x, y), targets=y)
+    layers = [tuple(weight.shape) for weight in model.parameters() if weight.dim() == 2]
+    assert sorted(map(tuple, shapes)) == sorted(layers * 4)  # in two passes, of classes with one sample and with two
     assert not refusals()
+
+
+def test_attention_on_a_torch_that_hides_its_linear_layers(refusals, monkeypatch):
+    monkeypatch.delattr(torch.overrides, "redispatch_function", raising=False)
+    torch.manual_seed(2)
+    model = NETWORKS["attention"]().double()
+    assert relative(*(trained(model, plan) for plan in ("auto", "published"))) < 1e-12
+    (said,) = refusals()
+    assert "multi_head_attention_forward needs a newer torch" in said
 
 
 @pytest.mark.parametrize("transform", ("jvp", "grad"))

@@ -137,25 +137,51 @@ class _Functions(TorchFunctionMode):
 
     def __init__(self, known: dict[int, list[Any]]) -> None:
         super().__init__()
-        self._known, self._level = known, _functorch.maybe_current_level()
+        self._known = known
+        self._level: Any = _functorch.maybe_current_level()
         self.made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self._call(function, args, kwargs or {})
+        result = self._call(function, types, args, kwargs or {})
         if isinstance(result, Tensor):
             self.made.append(weakref.ref(result))
         return result
 
-    def _call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        innermost = (
-            _functorch.maybe_current_level() == self._level
-        )  # the closure's own transforms know the vmap's rules
-        if function is F.linear and innermost and not kwargs and len(args) >= 2 and id(args[1]) in self._known:
-            x, weight, bias = (*args, None)[:3]
-            if (bias is None or id(bias) in self._known) and not torch.is_autocast_enabled(x.device.type):
-                pairs = [(None, None) if one is None else self._known[id(one)] for one in (weight, bias)]
-                return _linear(x, *zip(*pairs, strict=True))
+    def _call(self, function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        # A transform of the closure's own, within the vmap, knows the vmap's rules.
+        if function is F.linear and _functorch.maybe_current_level() == self._level:
+            given = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+            x, weight, bias = given["input"], given["weight"], given["bias"]
+            narrow, of_weight, of_bias = _autocast_dtype(x), self._values_of(weight), self._values_of(bias)
+            if of_weight and of_bias and (narrow or x.dtype == weight.dtype):
+                return _linear(x.to(narrow or x.dtype), *zip(of_weight, of_bias, strict=True))
+        if function is F.multi_head_attention_forward:  # written in Python, with linear layers in it
+            with self:
+                return _redispatch(function, types, args, kwargs)
         return function(*args, **kwargs)
+
+    def _values_of(self, weight: Tensor | None) -> Sequence[Any] | None:
+        """A weight's values (K, ...), and what gets the sum of their gradients; None if all classes have the same."""
+        if weight is None:
+            return None, None
+        if id(weight) in self._known:
+            return self._known[id(weight)]
+        values, dim = _functorch._unwrap_batched(weight, self._level)  # say a part of one, or two multiplied
+        return None if dim is None else (values.movedim(dim, 0), None)
+
+
+def _redispatch(function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Calls a function of torch's past its own question for modes, so that what it calls asks them."""
+    skip = getattr(torch.overrides, "redispatch_function", None)
+    if skip is None:  # vmap would copy the weights for each sample
+        raise Refused(f"{function.__name__} needs a newer torch")
+    return skip(function, types, args, kwargs)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a linear layer's input and weights; None: it leaves them."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
 
 
 def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Tensor:
@@ -173,7 +199,7 @@ def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor
 
 
 class _LinearByClass(torch.autograd.Function):
-    """``x[k] @ weight[k].T + bias[k]``.
+    """``x[k] @ weight[k].T + bias[k]``, in the dtype of ``x``.
 
     Args:
         x: (K, N, in)
@@ -185,9 +211,11 @@ class _LinearByClass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, *sources: Any) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
-        if weight.stride(0) == 0:
-            return F.linear(x, weight[0], None if bias is None else bias[0])
-        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+        given = [one for one in (weight, bias) if one is not None]
+        if all(one.stride(0) == 0 for one in given):
+            return F.linear(x, *(one[0].to(x.dtype) for one in given))
+        weight, *shift = (one.to(x.dtype) for one in given)
+        return torch.baddbmm(shift[0][:, None], x, weight.mT) if shift else torch.bmm(x, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
@@ -195,7 +223,7 @@ class _LinearByClass(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * 5
         if wanted[0]:
-            found[0] = grad @ (weight[0] if weight.stride(0) == 0 else weight)
+            found[0] = grad @ (weight[0] if weight.stride(0) == 0 else weight).to(grad.dtype)
         if wanted[1]:
             found[1] = torch.bmm(grad.mT, x)
         if wanted[2]:
