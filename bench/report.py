@@ -35,7 +35,7 @@ SECTIONS = {
         "plain PyTorch; autograd's time is left out of both.",
     ),
     "host": (
-        "method tensors plain_us host_us ratio",
+        "method tensors plain_us torch_sgd_us host_us ratio ratio_torch_sgd",
         "The phases on tensors of four elements (SGD with momentum), rounds in turns: the host's time, and the plain loop's.",
     ),
     "losses": (
@@ -100,6 +100,8 @@ HEADS = {
     "share_of_bandwidth": "share of bandwidth",
     "ratio_at_bandwidth": "ratio at full bandwidth",
     "host_us": "calls alone (us)",
+    "torch_sgd_us": "a step of torch.optim.SGD, fused (us)",
+    "ratio_torch_sgd": "calls alone / that step",
     "us": "time (us)",
     "ms": "step (ms)",
 }
@@ -120,6 +122,8 @@ FORMATS = {
     "bandwidth_gb_per_s": ".0f",
     "host_us": ".0f",
     "plain_us": ".0f",
+    "torch_sgd_us": ".0f",
+    "ratio_torch_sgd": ".2f",
     "us": ".1f",
     "call_us": ".0f",
 }

@@ -7,6 +7,8 @@ import copy
 import logging
 import random
 import re
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,8 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import ltsam_fast as lf
 from ltsam_fast import models
-from ltsam_fast.shared import NotShared
+from ltsam_fast.optim import plan as plans
+from ltsam_fast.shared import NotShared, SharedBackward
+from ltsam_fast.shared.autograd_graph import products_exceed
 
+from .conftest import LEAST_WORK
 from .method_rows import EVERY, every, phased
 from .networks import Encoder, Tied
 from .oracles import BATCH, COUNTS, FEATURES, batches, flat, losses, network, relative_error
@@ -162,8 +167,9 @@ def drive(model, opt, kind, dtype, seed, steps=4, indexed=True, scaler=None, par
 
 
 @pytest.mark.parametrize("seed", range(90))
-def test_every_way_is_the_published_one(seed):
+def test_every_way_is_the_published_one(seed, monkeypatch):
     draw = random.Random(seed)
+    monkeypatch.setattr(plans, "LEAST_WORK", (-1.0, 100.0)[seed % 3 == 0])
     name = draw.choice([*EVERY, *CLASS_WISE, *CLASS_WISE])
     kind, groups = draw.choice([*MAKERS]), draw.choice([*GROUPS])
     dtype, parts = draw.choice((torch.float64, torch.float64, torch.float32)), draw.choice((1, 1, 2, 3))
@@ -184,6 +190,117 @@ def test_every_way_is_the_published_one(seed):
     bound = {torch.float64: 1e-11, torch.float32: 2e-4}[dtype] * (1 if base is SGD else 100)
     assert (ends[1][0] - ends[0][0]).norm() <= bound * moved.norm(), (name, kind, groups, dtype, parts, base, indexed)
     torch.testing.assert_close(ends[1][1], ends[0][1], rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=0)
+
+
+# --- a sweep is shared where that pays
+
+
+@pytest.fixture
+def sweeps(monkeypatch):
+    """Whether each step so far has shared a sweep; the rule is the real one."""
+    found, call = [], SharedBackward.__call__
+    monkeypatch.setattr(plans, "LEAST_WORK", LEAST_WORK)
+    monkeypatch.setattr(
+        SharedBackward, "__call__", lambda *args, **named: found.append(len(args[1])) or call(*args, **named)
+    )
+    return found
+
+
+def perceptron(width):
+    return nn.Sequential(nn.Linear(FEATURES, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
+
+
+def focal_steps(opt, model, rows, steps, criterion=None):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(rows, FEATURES, generator=generator), torch.randint(4, (rows,), generator=generator)
+
+        def outputs(index=slice(None), x=x, y=y):
+            logits = model(x[index])
+            return logits if criterion else F.cross_entropy(logits, y[index], reduction="none")
+
+        opt.step(outputs, targets=y, loss=criterion)
+
+
+@pytest.mark.parametrize("criterion", (None, lf.losses.LogitAdjusted(COUNTS)), ids=("losses", "criterion"))
+@pytest.mark.parametrize(("width", "rows", "shared"), ((16, 256, False), (512, 16, False), (512, 512, True)))
+def test_a_sweep_is_shared_where_products_take_most_of_the_time(width, rows, shared, criterion, sweeps):
+    model = perceptron(width)
+    opt = lf.FocalSAM(model.parameters(), SGD, lr=0.1, class_counts=COUNTS, model=model)
+    focal_steps(opt, model, rows, 3, criterion)
+    assert sweeps == [rows] * (3 if shared else 0)
+    focal_steps(opt, model, 2, 1, criterion)  # another batch
+    assert sweeps == [rows] * (3 if shared else 0)
+
+
+def test_require_looks_at_small_networks_too(sweeps):
+    model = perceptron(16)
+    opt = lf.FocalSAM(model.parameters(), SGD, lr=0.1, class_counts=COUNTS, model=model, plan="require")
+    focal_steps(opt, model, 8, 2)
+    assert sweeps == [8, 8]
+
+
+@pytest.mark.parametrize("criterion", (None, lf.losses.LogitAdjusted(COUNTS)), ids=("losses", "criterion"))
+@pytest.mark.parametrize(("width", "rows"), ((16, 8), (512, 512)))
+def test_a_resumed_run_shares_where_the_first_did(width, rows, criterion, sweeps):
+    torch.manual_seed(0)
+    model = perceptron(width)
+    make = lambda model: lf.FocalSAM(model.parameters(), SGD, lr=0.1, class_counts=COUNTS, model=model)  # noqa: E731
+    opt = make(model)
+    focal_steps(opt, model, rows, 2, criterion)
+    resumed = copy.deepcopy(model)
+    other = make(resumed)
+    other.load_state_dict(opt.state_dict())
+    for each, of in ((opt, model), (other, resumed)):
+        focal_steps(each, of, rows, 2, criterion)
+    assert torch.equal(flat(model), flat(resumed))
+
+
+@pytest.mark.parametrize("captures", (False, True))
+def test_on_a_gpu_only_a_captured_step_shares(captures, sweeps):
+    model = perceptron(512)
+    opt = lf.FocalSAM(model.parameters(), SGD, lr=0.1, class_counts=COUNTS, model=model)
+    seen, ask = [], plans.Passes._shared_by_two
+
+    def on_gpu(passes, part):
+        passes._params, params = [SimpleNamespace(is_cuda=True)], passes._params
+        opt.captures = captures
+        seen.append(ask(passes, part) is not None)
+        passes._params, opt.captures = params, False
+
+    with (
+        mock.patch.object(plans.Passes, "_shared_by_two", on_gpu),
+        mock.patch.object(plans.Passes, "shared", lambda *_: 1),
+    ):
+        focal_steps(opt, model, 512, 1)
+    assert seen == [captures]
+
+
+def products(module, *shape):
+    """How often a backward multiplies by elements of weights of more than one dimension."""
+    root = module(torch.randn(shape, requires_grad=True)).sum()
+    low, high = 0, 1
+    while products_exceed(root, high):
+        high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if products_exceed(root, middle) else (low, middle)
+    return high
+
+
+def test_products_of_a_backward():
+    assert products(nn.Linear(5, 3), 7, 5) == 7 * 5 * 3
+    assert products(nn.Linear(5, 3, bias=False), 2, 7, 5) == 14 * 5 * 3
+    assert products(nn.Conv2d(2, 6, 3, padding=1, groups=2), 4, 2, 8, 8) == 4 * 8 * 8 * 6 * 1 * 9
+    assert products(nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.Linear(5, 5)), 7, 5) == 2 * 7 * 5 * 5
+    frozen = nn.Linear(5, 3).requires_grad_(False)
+    assert products(frozen, 7, 5) == products(nn.Linear(5, 3), 7, 5)
+    shared = nn.Linear(5, 5)
+    assert products(nn.Sequential(shared, nn.Tanh(), shared), 7, 5) == 2 * 7 * 5 * 5
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    assert products(lambda x: attention(x, x, x)[0], 3, 5, 8) == 15 * (3 * 8 * 8 + 8 * 8)
+    shift = nn.Parameter(torch.randn(7, 5))
+    assert not products_exceed((torch.randn(3, 7, 5) + shift).sum(), 0)
 
 
 @every

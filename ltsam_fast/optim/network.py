@@ -35,6 +35,8 @@ class Network:
         self._unchanged: UnchangedResults | None = None
         self._fixed: tuple[list[Tensor], bool] = ([], False)
         self._refused: set[Any] = set()
+        self.small: set[Any] = set()
+        """Kinds of passes in which a backward for each gradient takes less time than one sweep for two."""
         self._logged = False
 
     def mode(self) -> int:

@@ -125,8 +125,8 @@ class SharpnessAware(Configurable, Optimizer):
     plan = option(
         "auto",
         'How ``step(closure)`` gets its gradients. "auto": the same gradients, to rounding, at the least cost, see '
-        ':mod:`ltsam_fast.optim.plan`; "published": by the published passes; "require": as "auto", and a network that mixes '
-        "samples is an error that names the module.",
+        ':mod:`ltsam_fast.optim.plan`; "published": by the published passes; "require": as "auto", but sweeps are always '
+        "shared, and a network that mixes samples is an error that names the module.",
         choices=("auto", "published", "require"),
     )
     active = option(

@@ -5,7 +5,7 @@ gradients to rounding, what costs least:
 
 1. A sample whose weight is zero is not evaluated.
 2. Two weightings with no sample in common are two sub-batches.
-3. Two that have samples in common share one backward sweep (:mod:`ltsam_fast.shared`).
+3. Two that have samples in common share one backward sweep (:mod:`ltsam_fast.shared`), where products take most of the time.
 4. A backward that only an ascent needs covers the perturbed weights only.
 5. What no perturbed weight has a part in is not computed again at w + eps (:mod:`ltsam_fast.optim.unchanged`).
 6. At radius 0 there is no second pass.
@@ -45,13 +45,15 @@ from ltsam_fast.optim.step import (
     Step,
 )
 from ltsam_fast.shared import SharedBackward, Weighting
-from ltsam_fast.shared.autograd_graph import reaches
+from ltsam_fast.shared.autograd_graph import products_exceed, reaches
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.criterion import Criterion
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 Tensors = list[Tensor | None]
+LEAST_WORK = 2.5e6
+"""Multiplications by each weight tensor, and CPU thread, from which on sharing a sweep takes less time than it costs."""
 
 
 class Job(NamedTuple):
@@ -202,7 +204,7 @@ class Passes:
         for part in parts:
             jobs = self._jobs(part, request.weights) if micro is None else [Job(micro.index, [0])]
             for job in jobs:
-                shared = self.shared(self._params) if len(job.gradients) == 2 else None
+                shared = self._shared_by_two(part) if len(job.gradients) == 2 else None
                 with workers.backward(request.last and part is parts[-1]) if workers.averages else _NOTHING:
                     losses = self._evaluate_at_w(part, job, request, shared)
                     roots = part.logit_gradients
@@ -212,8 +214,9 @@ class Passes:
                         seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
                         if request.squares and part is parts[0]:
                             squares = self._squares(losses, request.squares)
-                        if shared is not None and self._sweep(shared, losses, seeds, self._pilot(part), found):
-                            continue
+                        if shared is not None and self._pays(part, losses):
+                            if self._sweep(shared, losses, seeds, self._pilot(part), found):
+                                continue
                         roots = [(losses, seed) for seed in seeds]
                     self._differentiate(roots, job.gradients, request.kept, found)
         if len(parts) > 1:
@@ -228,12 +231,16 @@ class Passes:
             self.unchanged.forget()
         # Kept with its graph only where no backward goes through that before the pass at w + eps does.
         keeps_graph = self._ascent is not None and shared is None and all(k >= request.kept for k in job.gradients)
-        weighted = None
+        weighted: Callable[..., Any] | None = None
         by_class = self.class_weights is not SAMPLE_WEIGHTS
-        if len(job.gradients) == 2 and shared is None and part.criterion is not None and by_class:
+        if len(job.gradients) == 2 and part.criterion is not None and by_class:
             factor = 1 / part.size if len(self.parts) == 1 else 1.0
             weights: Any = request.weights
-            weighted = functools.partial(part.criterion.weighted, weights=weights, factor=factor, scaling=self._scaling)
+            both = functools.partial(part.criterion.weighted, weights=weights, factor=factor, scaling=self._scaling)
+
+            def weighted(logits: Tensor, labels: Any) -> Any:
+                return None if shared is not None and self._pays(part, logits) else both(logits, labels)
+
         with (
             shared.record_outputs() if shared else _NOTHING,
             _NOTHING if request.last else self.recording(part, keeps_graph),
@@ -308,6 +315,27 @@ class Passes:
             self.attempt(shared.check)
             shared = self.network.shared(self.mode, params)
         return shared
+
+    def _shared_by_two(self, part: Part) -> SharedBackward | None:
+        """As :meth:`shared`, for two gradients, where that takes less time than a backward for each."""
+        if self.network is None or self.required:
+            return self.shared(self._params)
+        # On a GPU the hooks of a sweep take longer on the host than a second backward does; in a graph they take nothing.
+        if self._kind(part) in self.network.small or self._params[0].is_cuda and not self._optimizer.captures:
+            return None
+        return self.shared(self._params)
+
+    def _pays(self, part: Part, root: Tensor) -> bool:
+        """Whether the sweep from ``root`` has so much to multiply that sharing it takes less time."""
+        if self.required or root.is_cuda:
+            return True
+        if products_exceed(root, LEAST_WORK * torch.get_num_threads() * len(self._params)):
+            return True
+        self.network.small.add(self._kind(part))  # type: ignore[union-attr]
+        return False
+
+    def _kind(self, part: Part) -> Any:
+        return self.mode, part.kind, part.size
 
     def attempt(self, attempt: Callable[[], Any]) -> Any:
         """What something with :meth:`shared` gives; None, from now on, if it finds that samples mix."""
