@@ -113,6 +113,11 @@ inline const dlpack::ExchangeApi& exchange_api(const py::capsule& capsule) {
   return *static_cast<const dlpack::ExchangeApi*>(api);
 }
 
+/// How many bytes the elements of a snapshot's row take.
+inline int64_t bytes_of_row(const int64_t* row) {
+  return row[kNumel] * (row[kDtypeCode] == kBitmap ? 1 : item_size(uint8_t(row[kDtypeCode])));
+}
+
 struct Extent {
   int64_t begin;
   int64_t bytes : 63;
@@ -157,8 +162,7 @@ inline bool may_overlap(const py::array_t<int64_t, py::array::c_style>& snapshot
       // Elements are read before they are written, so a role that is only read may be the tensor's first role itself.
       if (r > 0 && !writes[size_t(r)] && row[kAddress] == first[kAddress] && row[kDtypeCode] == first[kDtypeCode])
         continue;
-      const int64_t size = row[kDtypeCode] == kBitmap ? 1 : item_size(uint8_t(row[kDtypeCode]));
-      extents.push_back({row[kAddress], row[kNumel] * size, writes[size_t(r)] != 0});
+      extents.push_back({row[kAddress], bytes_of_row(row), writes[size_t(r)] != 0});
     }
   }
   sort_by_address(extents);
@@ -182,9 +186,7 @@ inline bool may_meet(const py::array_t<int64_t, py::array::c_style>& snapshot, c
     for (py::ssize_t i = 0; i < tensors; ++i, row += roles * kColumns) {
       if (row[kDevice] == -1 || row[kNumel] == 0) continue;
       if (row[kLayout] == 1) return true;
-      const int64_t begin = row[kAddress];
-      const int64_t size = row[kDtypeCode] == kBitmap ? 1 : item_size(uint8_t(row[kDtypeCode]));
-      const int64_t end = begin + row[kNumel] * size;
+      const int64_t begin = row[kAddress], end = begin + bytes_of_row(row);
       for (const auto& range : ranges)
         if (range.first < end && begin < range.second) return true;
     }
