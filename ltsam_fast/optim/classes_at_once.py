@@ -148,6 +148,10 @@ class _Functions(TorchFunctionMode):
         return result
 
     def _call(self, function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if function in _NO_PADDING:
+            nothing = _NO_PADDING[function]
+            if (args[2] if len(args) > 2 else kwargs.get("padding_idx", nothing)) != nothing:
+                raise Refused("vmap gives an embedding's padding_idx a gradient")
         # A transform of the closure's own, within the vmap, knows the vmap's rules.
         if function is F.linear and _functorch.maybe_current_level() == self._level:
             given = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
@@ -182,6 +186,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of a linear layer's input and weights; None: it leaves them."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+
+
+_NO_PADDING = {F.embedding: None, torch.embedding: -1}
+"""The third argument of embeddings, ``padding_idx``, where there is none."""
 
 
 def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Tensor:
