@@ -1078,6 +1078,33 @@ def test_gradients_of_another_optimizers_weights_stay_as_published(name):
     assert relative_error(*ends) < 1e-11
 
 
+@pytest.mark.parametrize("rho", (0.1, 0.0))
+@pytest.mark.parametrize("given", ("model", "no model"))
+@every
+def test_gradients_of_another_optimizers_weights_outside_the_network_stay_as_published(name, given, rho):
+    """Such as of a loss with centers, which have an optimizer of their own."""
+    ends = []
+    for plan in ("published", "auto"):
+        torch.manual_seed(0)
+        model, centers = Residual().double(), nn.Parameter(torch.randn(CLASSES, CLASSES, dtype=torch.float64))
+        params = list(model.parameters())
+        groups = [{"params": params[:3], "perturb": False}, {"params": params[3:]}]
+        options = {**EVERY[name].options, **CLASS_WISE.get(name, {}), "rho": rho, "plan": plan}
+        opt = EVERY[name].cls(groups, SGD, lr=0.05, **options, **({"model": model} if given == "model" else {}))
+        other = SGD([centers], lr=0.05)
+
+        def losses(i=slice(None), model=model, centers=centers):
+            z = model(X[i])
+            return F.cross_entropy(z, Y[i], reduction="none") + (z - centers[Y[i]]).square().sum(1)
+
+        for _ in range(3):
+            opt.step(losses, targets=Y)
+            other.step()
+            other.zero_grad()
+        ends.append(flat([*model.parameters(), centers]))
+    assert relative_error(*ends) < 1e-11
+
+
 def test_one_sample_of_the_tail_may_have_no_dimension():
     def make():
         model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()

@@ -244,7 +244,8 @@ class ClassPasses:
             weights = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
             shares[k] = self._scaling(weights), chosen
         found = None
-        if shared is not None and shares and self._share > 0:
+        passes.look_for_others(losses, shared is not None)
+        if shared is not None and shares and self._share > 0 and not passes.trains_others:
             factors = [Weighting(weights / mean, chosen) for weights, chosen in shares.values()]
             found = passes.attempt(lambda: shared(losses, mean, factors))
         if found is not None:

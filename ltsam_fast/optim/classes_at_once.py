@@ -91,7 +91,7 @@ class ClassesAtOnce:
                 outputs = call(index)
             except Exception as error:  # whatever a closure, or its network, cannot do in a vmap
                 raise Refused((str(error) or type(error).__name__).splitlines()[0]) from error
-            if None in sources and not (leaves(outputs) or set()).isdisjoint(map(id, self._params)):
+            if None in sources and not (leaves(outputs) or {}).keys().isdisjoint(map(id, self._params)):
                 raise Refused("closure, or a module, refers to a weight by another name")
             kept = [one for one in (reference() for reference in made) if one is not None]
             if any(map(_functorch.is_batchedtensor, kept)):  # of no use outside the vmap

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltsam_fast.optim.gradients import Differentiable, swap_gradients
+from ltsam_fast.shared.autograd_graph import reaches_others
 from ltsam_fast.shared.not_shared import REMEDY, NotShared
 from ltsam_fast.shared.qualify import check_batch_norm, eager_modules
 
@@ -74,6 +75,8 @@ def check_separable(
         with _Outputs(model) as outputs:
             losses = evaluate(None)
         left.check()
+        if reaches_others(losses, (*params, *model.parameters())):
+            raise NotShared(f"the losses depend on weights of another optimizer; {REMEDY}")
         means.refuses_single = False  # those of a single sample are as many as it is large
         tolerance = losses_tolerance = TOLERANCE[torch.promote_types(losses.dtype, torch.float32)]
         if outputs.coarse:  # rounding is what another order of the samples makes of the losses
