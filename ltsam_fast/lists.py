@@ -62,3 +62,14 @@ def values_of(of: dict[Any, Any], keys: list[Any]) -> list[Any]:
 def entries(dicts: list[dict[str, Any]], name: str) -> list[Any]:
     """What each has under a name, or None."""
     return [one.get(name) for one in dicts]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [tensor for one in value for tensor in tensors_in(one)]

@@ -264,6 +264,50 @@ def test_subclasses_of_a_fused_base_step_by_themselves(name):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "scale", "max_norm", "lr", "bound"),
+    [
+        (torch.float64, 1000.1, 0.0, 0.1, 1e-13),  # 1 / 1000.1 in fp32 is another number
+        (torch.float64, 1000.1, 0.01, 0.1, 1e-13),
+        (torch.float32, 2.0**50, 1e-31, 1e30, 1e-5),  # the product of both factors is none
+    ],
+    ids=str,
+)
+@every
+def test_unscales_and_clips_as_the_fused_bases_do(name, dtype, scale, max_norm, lr, bound):
+    """One after the other, in the precision of the weights."""
+
+    class ByItself(optim.SGD):
+        pass
+
+    ends = []
+    for base in (optim.SGD, ByItself):
+        model = network(dtype)
+        opt = EVERY[name].make(model, base, lr=lr, max_grad_norm=max_norm)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for x, y in batches(dtype, steps=1):
+            EVERY[name].step("closure", opt, model, x, y, scaler=scaler)
+        ends.append(flat(model) - flat(network(dtype)))
+    assert ends[0].any() and relative_error(*ends) < bound
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e3])
+def test_sums_of_sixteen_bits_are_unscaled_before_they_are_rounded(max_norm):
+    """Each of two gradients is a number in fp16, their sum before it is unscaled is none."""
+
+    class ByItself(optim.SGD):
+        pass
+
+    ends = []
+    for base in (optim.SGD, ByItself):
+        weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+        opt = lf.FocalSAM([weight], base, rho=0.0, class_weights=([1.0], [1.0]), lr=0.5, max_grad_norm=max_norm)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
+        opt.step(lambda w=weight: (1.5 * w).float().mean()[None], targets=torch.zeros(1).long(), scaler=scaler)
+        ends.append(weight.detach())
+    assert torch.equal(*ends) and torch.equal(ends[0], torch.full((4,), 0.625, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
     ("base", "options"),
     [(optim.SGD, {"lr": 0.1, "momentum": 0.9}), (optim.Adam, {"lr": 0.01}), (optim.RMSprop, {"lr": 0.01})],
 )

@@ -340,6 +340,19 @@ def in_place(model, x, y):
     return losses
 
 
+def padded(model, x, y):
+    """A closure with an embedding, of which a row is to have no gradient, made of a network's first weight."""
+    words = x.abs().mul(3).long() % 8
+
+    def losses(index=slice(None)):
+        tokens = F.embedding(words[index], model[0].weight, padding_idx=0).mean(1)
+        return F.cross_entropy(
+            model(x[index]) + tokens.sum(1, keepdim=True) * model[-1].bias, y[index], reduction="none"
+        )
+
+    return losses
+
+
 class Twice(torch.autograd.Function):
     """A function that has no rule for vmap."""
 
@@ -350,6 +363,30 @@ class Twice(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return 2 * grad
+
+
+class WrongRule(torch.autograd.Function):
+    """A function whose rule for vmap is another one's."""
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return 3 * x, in_dims[0]
+
+
+def wrong_rule(model, x, y):
+    return lambda index=slice(None): F.cross_entropy(WrongRule.apply(model(x[index])), y[index], reduction="none")
 
 
 def own_function(model, x, y):
@@ -384,6 +421,8 @@ REFUSED = {
     "reads on the host": (reads_on_the_host, ""),
     "refers to a weight": (refers_to_a_weight, "refers to a weight by another name"),
     "in place": (in_place, "broadcast shape"),
+    "an embedding with padding": (padded, "padding_idx"),
+    "a wrong rule": (wrong_rule, "gives other gradients"),
     "a function of its own": (own_function, "autograd.Function"),
     "keeps results": (keeps_results, "keeps a result"),
 }
@@ -419,8 +458,10 @@ def test_networks_with_hooks_or_compiled_modules_are_left_alone(refusals):
         for _ in range(3):
             calls.clear()
             opt.step(closure_of(model, x, y, calls), targets=y)
-        assert sorted(calls) == [1] * 10 + [2] * 8 + [3] * 2
-    assert len(refusals()) == 4
+        # A hook of a weight is to see the gradient of the mean loss, too.
+        at_w = [16] if change == "hook of a weight" else [1] * 5 + [2] * 4 + [3]
+        assert sorted(calls) == sorted([1] * 5 + [2] * 4 + [3] + at_w)
+    assert len(refusals()) == 3
 
 
 def test_an_error_in_the_closure_is_the_callers():

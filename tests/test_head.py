@@ -25,6 +25,22 @@ class Centered(nn.Module):
         return x - x.mean(0)
 
 
+@torch.no_grad()
+def copied(weight):
+    other = torch.empty(weight.shape, dtype=weight.dtype)
+    torch._foreach_copy_([other], [weight])
+    return 1 + other.mean()
+
+
+READS = {
+    "detached": lambda weight: 1 + weight.detach().mean(),
+    "data": lambda weight: 1 + weight.data.mean(),
+    "number": lambda weight: 1 + weight.mean().item(),
+    "copied": copied,
+}
+"""Ways to read a weight of which no gradient tells."""
+
+
 class Net(nn.Module):
     """A body, batch norm, and a head, used in some way."""
 
@@ -52,6 +68,11 @@ class Net(nn.Module):
             return self.head(input=features)
         if self.use == "centered behind":
             return Centered()(self.head(features))
+        if self.use == "other weights":
+            weights = {"weight": F.normalize(self.head.weight, dim=1), "bias": self.head.bias}
+            return torch.func.functional_call(self.head, weights, (features,))
+        if self.use in READS:
+            return self.head(features) * READS[self.use](self.head.weight)
         if self.use == "in place":
             return self.head(features).mul_(2.0)
         return self.head(features)
@@ -124,6 +145,8 @@ NETS = {
     "checkpoint": (lambda: Net(use="checkpoint"), 2),
     "reentrant": (lambda: Net(use="reentrant"), 5),
     "keyword": (lambda: Net(use="keyword"), 5),
+    "other weights": (lambda: Net(use="other weights"), 5),
+    **{use: (lambda use=use: Net(use=use), 5) for use in READS},
     "in place": (lambda: Net(use="in place"), 2),
 }
 """Networks, and the forward passes of a step whose batch has four classes."""
@@ -318,6 +341,37 @@ def test_groups_that_are_not_to_be_perturbed_are_not(scope):
     losses_of(twin, x, Y).mean().backward()
     sgd.step()
     assert relative_error(flat(model), flat(twin)) < 1e-12
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("of", ["head", "body"])
+def test_hooks_on_weights_see_the_gradients_of_the_published_passes(of, scope):
+    ends, x = [], torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for plan in ("published", "auto"):
+        model = Net(norm=nn.LayerNorm(6))
+        getattr(model, of).weight.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+        opt = lf.CCSAM(
+            model.parameters(), torch.optim.SGD, class_counts=COUNTS, scope=scope, noise_ratio=0.3, lr=1.0, model=model,
+            plan=plan,
+        )  # fmt: skip
+        for _ in range(2):
+            opt.step(lambda i=slice(None), model=model: losses_of(model, x[i], Y[i]), targets=Y)
+        ends.append(flat(model))
+    assert relative_error(*ends) < 1e-12
+
+
+def test_a_checkpoint_in_the_closure_over_a_head_behind_a_frozen_body():
+    ends, x = [], torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for plan in ("published", "auto"):
+        model = Net(norm=nn.LayerNorm(6), use="checkpoint")
+        model.body.requires_grad_(False)
+        model.norm.requires_grad_(False)
+        opt = lf.CCSAM(
+            model.parameters(), torch.optim.SGD, class_counts=COUNTS, noise_ratio=0.3, lr=1.0, model=model, plan=plan
+        )
+        opt.step(lambda model=model: losses_of(model, x, Y), targets=Y)
+        ends.append(flat(model))
+    assert relative_error(*ends) < 1e-12
 
 
 def test_a_hook_that_comes_later_is_seen():

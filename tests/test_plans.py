@@ -455,6 +455,18 @@ def test_an_ascent_forms_gradients_of_perturbed_weights_only():
     assert sorted(asked) == ["matrix", "vector", "vector"]
 
 
+class Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, backwards):
+        ctx.backwards = backwards
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.backwards.append(1)
+        return grad, None
+
+
 def test_the_head_costs_one_pass_through_the_backbone():
     torch.manual_seed(0)
     model = Residual().double()
@@ -463,7 +475,8 @@ def test_the_head_costs_one_pass_through_the_backbone():
     groups = [{"params": rest}, {"params": list(model.head.parameters())}]
     opt = lf.CCSAM(groups, SGD, class_counts=COUNTS, lr=0.1, model=model, noise_ratio=1e-2)
     backwards = []
-    counting.inner.norm.weight.register_hook(lambda grad: backwards.append(1))
+    inner = counting.inner.inner
+    counting.inner.inner = lambda h: Noted.apply(inner(h), backwards)
     x, y = torch.randn(5, FEATURES, dtype=torch.float64), torch.tensor(LABELS)
     for _ in range(3):
         counting.calls, backwards[:] = 0, []
@@ -561,6 +574,53 @@ class Counter(nn.Module):
         return h - self.mean
 
 
+def hardest(h):
+    sizes = h.detach().norm(dim=1, keepdim=True)
+    return h * (sizes >= sizes.median())
+
+
+class Reassigned(Counter):
+    """Makes a new buffer in every pass."""
+
+    def forward(self, h):
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return h - self.mean
+
+
+class Recurrent(nn.Module):
+    """Keeps a state for as long as batches have one size."""
+
+    state = None
+
+    def forward(self, h):
+        if self.state is not None and self.state.shape == h.shape:
+            h = h + self.state
+        self.state = torch.tanh(h.detach())
+        return h
+
+
+class Bank(nn.Module):
+    """Looks at the features of all passes so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = []
+
+    def forward(self, h):
+        self.features.append(h.detach())
+        return h + 0.1 * sum(one.mean() for one in self.features)
+
+
+class Alternating(nn.Module):
+    """Has another result in every other pass."""
+
+    passes = 0
+
+    def forward(self, h):
+        self.passes += 1
+        return h * (1 + self.passes % 2)
+
+
 MIXING = {
     "the mean, detached": (lambda: Mixes(lambda h: h - h.mean(0).detach()), r"last \(Linear\)"),
     "a neighbour, hardly": (lambda: Mixes(lambda h: h + 1e-3 * h.roll(1, 0)), r"last \(Linear\)"),
@@ -568,8 +628,15 @@ MIXING = {
     "the size": (lambda: Mixes(lambda h: h / len(h)), r"last \(Linear\)"),
     "batch norm": (lambda: Mixes(nn.BatchNorm1d(8)), r"function \(BatchNorm1d\)"),
     "a buffer": (lambda: Mixes(Counter()), "function.mean is changed"),
+    "the opposite one": (lambda: Mixes(lambda h: 0.7 * h + 0.3 * h.flip(0)), r"last \(Linear\)"),  # as mixup does
+    "a buffer of each pass": (lambda: Mixes(Reassigned()), "function.mean is changed"),
+    "a hidden state": (lambda: Mixes(Recurrent()), "depends on what the one before has left"),
+    "a list of features": (lambda: Mixes(Bank()), "depends on what the one before has left"),
+    "a counter": (lambda: Mixes(Alternating()), "depends on what the one before has left"),
     "a permutation": (lambda: Mixes(lambda h: h + h[torch.randperm(len(h))]), r"randperm\(\)"),
+    "the hardest half": (lambda: Mixes(hardest), "samples mix"),
     "gradients": (lambda: Mixes(MixedGradients.apply), "gradient of first"),
+    "a clipped gradient": (lambda: Mixes(ClippedGradients.apply), "gradient of first.*or it does not follow"),
 }
 
 
@@ -581,6 +648,16 @@ class MixedGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad - grad.mean(0)
+
+
+class ClippedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-0.01, 0.01)
 
 
 @pytest.mark.parametrize("name", ("ImbSAM", "SSESAM", "CCSAM"))
@@ -1001,6 +1078,33 @@ def test_gradients_of_another_optimizers_weights_stay_as_published(name):
     assert relative_error(*ends) < 1e-11
 
 
+@pytest.mark.parametrize("rho", (0.1, 0.0))
+@pytest.mark.parametrize("given", ("model", "no model"))
+@every
+def test_gradients_of_another_optimizers_weights_outside_the_network_stay_as_published(name, given, rho):
+    """Such as of a loss with centers, which have an optimizer of their own."""
+    ends = []
+    for plan in ("published", "auto"):
+        torch.manual_seed(0)
+        model, centers = Residual().double(), nn.Parameter(torch.randn(CLASSES, CLASSES, dtype=torch.float64))
+        params = list(model.parameters())
+        groups = [{"params": params[:3], "perturb": False}, {"params": params[3:]}]
+        options = {**EVERY[name].options, **CLASS_WISE.get(name, {}), "rho": rho, "plan": plan}
+        opt = EVERY[name].cls(groups, SGD, lr=0.05, **options, **({"model": model} if given == "model" else {}))
+        other = SGD([centers], lr=0.05)
+
+        def losses(i=slice(None), model=model, centers=centers):
+            z = model(X[i])
+            return F.cross_entropy(z, Y[i], reduction="none") + (z - centers[Y[i]]).square().sum(1)
+
+        for _ in range(3):
+            opt.step(losses, targets=Y)
+            other.step()
+            other.zero_grad()
+        ends.append(flat([*model.parameters(), centers]))
+    assert relative_error(*ends) < 1e-11
+
+
 def test_one_sample_of_the_tail_may_have_no_dimension():
     def make():
         model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
@@ -1029,6 +1133,79 @@ def test_hooks_inside_a_frozen_module_are_called():
         for _ in range(4):
             opt.step(closure_of(model, X, Y), targets=Y)
         assert len(seen) == 8
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("trained", "frozen"))
+@every
+def test_hooks_on_activations_count_once_a_pass(name, frozen):
+    """Those that are not computed again at w + eps would have two."""
+
+    def make():
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, CLASSES)).double()
+        params = list(model.parameters())
+        for param in params[:2]:
+            param.requires_grad_(not frozen)
+        return model, [{"params": params[:4], "perturb": False}, {"params": params[4:]}]
+
+    def losses_of_all(model, i):
+        h = torch.tanh(model[0](X[i]))
+        h = model[2](h)
+        if h.requires_grad:
+            h.register_hook(lambda grad: 2 * grad)
+            h.grad_fn.register_prehook(lambda grads: tuple(3 * grad for grad in grads))
+        return F.cross_entropy(model[3](h), Y[i], reduction="none")
+
+    def drive(model, opt, _):
+        opt.step(lambda i=slice(None): losses_of_all(model, i), targets=Y)
+
+    both_plans(make, drive, name, **{**EVERY[name].options, **CLASS_WISE.get(name, {})})
+
+
+@every
+def test_a_penalty_on_the_gradient_by_the_inputs(name):
+    """Its graph has nodes of which only some outputs have gradients."""
+
+    def make():
+        model = nn.Sequential(nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+        return model, model.parameters()
+
+    def losses_of_all(model, i):
+        x = X[i].clone().requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        return F.cross_entropy(model(X[i]), Y[i], reduction="none") + 0.1 * grad.square().sum(1)
+
+    def drive(model, opt, _):
+        opt.step(lambda i=slice(None): losses_of_all(model, i), targets=Y)
+
+    both_plans(make, drive, name, **{**EVERY[name].options, **CLASS_WISE.get(name, {})})
+
+
+@every
+def test_experts_that_only_some_samples_use(name):
+    """Of a batch in parts, or of an ascent after another, gradients may be of other weights than those before."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.experts = nn.Linear(FEATURES, 8), nn.ModuleList(nn.Linear(8, CLASSES) for _ in range(4))
+
+        def forward(self, x):
+            h, number = torch.tanh(self.body(x)), x[:, 0].mul(3).long().abs().clamp(max=3)
+            out = h.new_zeros(len(x), CLASSES)
+            for k in number.unique().tolist():
+                rows = (number == k).nonzero().flatten()
+                out = out.index_add(0, rows, self.experts[k](h[rows]))
+            return out
+
+    def make():
+        model = Experts().double()
+        return model, model.parameters()
+
+    def drive(model, opt, _):
+        opt.step(closure_of(model, X, Y), targets=Y)
+
+    both_plans(make, drive, name, **{**EVERY[name].options, **CLASS_WISE.get(name, {})})
 
 
 class OwnCheckpoint(torch.autograd.Function):

@@ -21,6 +21,7 @@ from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.gradients import check_all_dense
 from ltsam_fast.optim.parallel import Single
 from ltsam_fast.optim.perturbation import Perturbation
+from ltsam_fast.reference.passes import decoupled_step, direction
 
 Group = dict[str, Any]
 
@@ -100,7 +101,7 @@ class UnfusedStep:
         perturbation.restore(workers)
         if scaling.found_inf is not None and bool(scaling.found_inf):
             return
-        totals, beside = _summed(update, optimizer.param_groups, scaling)
+        totals, beside = _sum_up(update, optimizer.param_groups, scaling, workers)
         for param, total in zip(update.params, totals, strict=True):
             param.grad = total
         for param in optimizer.all_params()[0]:
@@ -109,7 +110,7 @@ class UnfusedStep:
         with optimizer.base_alone():
             call_step(optimizer.base_optimizer)
         if beside:
-            torch._foreach_add_(update.params, beside)
+            torch._foreach_add_(workers.local(update.params), beside)
         clear_weight_caches()
 
 
@@ -185,26 +186,29 @@ _RANGES = {
 }
 
 
-def _summed(update: Update, groups: list[Group], scaling: LossScale) -> tuple[list[Tensor], list[Tensor]]:
-    """The unscaled and clipped gradient that the base optimizer gets, and the decoupled step besides."""
-    grads, kept, c = update.grads, update.kept, update.combination
-    factor = unscale = 1.0 if scaling.grad_scale is None else 1 / scaling.grad_scale
-    if update.max_norm and update.norm is not None:
-        factor = factor * (update.max_norm / (update.norm * factor + 1e-6)).clamp(max=1.0)
-    beside: list[Tensor] = []
-    if c is not None:
-        others = kept or [None] * len(grads)
-        pairs = [
-            (g, torch.zeros_like(g) if h is None else h) for g, h in zip(grads, others, strict=True) if g is not None
+def _sum_up(
+    update: Update, groups: list[Group], scaling: LossScale, workers: Single
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The unscaled and clipped gradient that the base optimizer gets, and the decoupled step besides, as in fused passes."""
+    grads, c, scale = update.grads, update.combination, scaling.grad_scale
+    others: list[Any] = update.kept or [None] * len(grads)
+    totals: list[Any] = [other if grad is None else grad for grad, other in zip(grads, others, strict=True)]
+    params, sums = workers.local(update.params), workers.local(totals)
+    pairs = list(zip(workers.local(grads), workers.local(others), strict=True))
+    if c is None and scale is None and update.norm is None:
+        for total, (grad, other) in zip(sums, pairs, strict=True):
+            if grad is not None and other is not None:
+                total.add_(other)
+        return totals, []
+    beside: list[Any] = []
+    if update.decoupled:
+        own = [groups[i] for i in update.groups]
+        beside = [
+            -decoupled_step(param, number(group["lr"]), pair, sign_of(group) < 0, scale, c)
+            for param, group, pair in zip(params, own, pairs, strict=True)
         ]
-        if update.decoupled:
-            rates = [sign_of(groups[i]) * float(groups[i]["lr"]) * unscale for i in update.groups]
-            beside = [(-lr * (c[2] * g + c[3] * h)).to(g) for lr, (g, h) in zip(rates, pairs, strict=True)]
-        grads, kept = [(c[0] * g + c[1] * h).to(g) for g, h in pairs], None
-    totals: list[Any] = []
-    for grad, other in zip(grads, kept or [None] * len(grads), strict=True):
-        total: Any = other if grad is None else grad if other is None else grad.add_(other)
-        totals.append(total if isinstance(factor, float) else total.mul_(factor.to(total)))
+    for param, total, pair in zip(params, sums, pairs, strict=True):
+        total.copy_(direction(param, pair, False, update.max_norm, update.norm, scale, c))
     return totals, beside
 
 

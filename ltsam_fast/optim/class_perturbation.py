@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from ltsam_fast.lists import same_items
 from ltsam_fast.optim.amp import LossScale
 from ltsam_fast.optim.base_step import sign_of
 from ltsam_fast.optim.classes_at_once import ClassesAtOnce, Refused, of_equal_size
+from ltsam_fast.optim.closures import calls_compiled, modules_in
 from ltsam_fast.optim.gradients import (
     Differentiable,
     Gradient,
@@ -25,7 +27,10 @@ from ltsam_fast.optim.gradients import (
     take_gradients,
 )
 from ltsam_fast.optim.head import Head, by_row_alone, owner_of
+from ltsam_fast.optim.probe import COARSE, TOLERANCE
+from ltsam_fast.optim.unchanged import generators, same_generators
 from ltsam_fast.shared import Weighting
+from ltsam_fast.shared.qualify import is_compiled, is_hooked
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.plan import Passes
@@ -93,11 +98,13 @@ class ClassPasses:
         if synced:
             sizes = self._sizes_everywhere(sizes)
         gradients.classes = sorted(sizes) if perturbs else []
-        self._head = self._find_head() if perturbs else None
+        hooked = perturbs and any(map(is_hooked, passes._params))  # a hook sees the gradients of the published passes
+        self._head = self._find_head() if perturbs and not hooked else None
         for number, part in enumerate(passes.parts):
             rows = {k: members[k][number] for k in gradients.classes if number in members.get(k, ())}
             with self._workers.backward(last=not perturbs and part is passes.parts[-1]):
-                apart = rows and not self._head and not passes.trains_others and self._are_separable(part)
+                together = self._head or hooked or passes.trains_others
+                apart = rows and not together and self._are_separable(part)
                 self._at_once = self._find_at_once(rows) if apart else None
                 if apart and (self._at_once or self._on_cpu):
                     self._sub_batches_at_weights(part, rows, sizes)
@@ -162,16 +169,32 @@ class ClassPasses:
         passes, self._at_once = self._passes, None
         passes.network.refuse_at_once((passes.mode, passes.parts[0].kind), error)  # type: ignore[union-attr]
 
+    def _agree(self, part: Any, chosen: Tensor, found: Sequence[Tensor]) -> bool:
+        """Whether a class has these gradients where it is evaluated alone: torch has rules for vmap that are wrong."""
+        losses = part.evaluate(chosen, at_w=False)
+        seed = self._scaling(torch.full_like(losses, 1 / len(losses)))
+        alone = Differentiable(losses, self._scope, self._optimizer.all_weights()).gradients(seed, retain_graph=False)
+        wanted = [torch.zeros_like(one) if grad is None else grad for one, grad in zip(found, alone, strict=True)]
+        coarse = torch.is_autocast_enabled(losses.device.type) or any(one.dtype != torch.float64 for one in found)
+        largest = float(torch.stack([one.abs().max() for one in wanted if one.numel()]).max())
+        bound = (COARSE if coarse else TOLERANCE[torch.float64]) * largest
+        return not math.isfinite(bound) or all(
+            torch.allclose(one, other, rtol=0.0, atol=bound) for one, other in zip(found, wanted, strict=True)
+        )
+
     def _at_once_at_weights(
         self, part: Any, indices: dict[int, Tensor], total: list[Tensor | None]
     ) -> tuple[list[Tensor | None], set[int]]:
         """A forward and backward for all classes with as many samples each; the sum of gradients, and these classes."""
         done: set[int] = set()
+        passes = self._passes
+        checks = self._at_once is not None and passes.network.checks_at_once((passes.mode, part.kind))  # type: ignore[union-attr]
         for classes in of_equal_size(indices):
             if self._at_once is None:
                 break
             closure, values = self._at_once.at_weights(len(classes))
             index = torch.cat([indices[k] for k in classes])
+            before = generators(index.device)
             try:
                 losses = part.evaluate(index, closure=closure)
             except Refused as error:
@@ -179,11 +202,17 @@ class ClassPasses:
                 break
             seed = self._scaling(torch.full_like(losses, len(classes) / len(index)))
             found = torch.autograd.grad(losses, values, seed, allow_unused=True)
+            stack = own_stacks(found, values)
+            # What draws would draw other numbers alone.
+            if checks and same_generators(before, generators(index.device)):
+                if not self._agree(part, indices[classes[0]], [one[0] for one in stack]):
+                    part.total = part.total - losses.detach().sum()
+                    self._refuse_at_once(Refused("a rule of torch.vmap gives other gradients"))
+                    break
             sums: list[Tensor | None] = [None] * len(total)
             for i, grad in zip(self._positions, found, strict=True):
                 sums[i] = None if grad is None else grad.sum(0)
             total = add_scaled(total, sums, self._share * len(index) / len(classes) / self._passes.size)
-            stack = own_stacks(found, values)
             self._stacks.append((classes, stack))
             self.gradients.grads |= {k: [one[i] for one in stack] for i, k in enumerate(classes)}
             done.update(classes)
@@ -197,7 +226,7 @@ class ClassPasses:
         # The mean loss is differentiated with the perturbed one: their gradients meet where the head begins.
         waits = self._head is not None and unchanged is not None
         with (
-            self._head.watched() if self._head else _NOTHING,
+            self._head.watched(self._runs_compiled(part)) if self._head else _NOTHING,
             shared.record_outputs() if shared else _NOTHING,
             passes.recording(part, keeps_graph=waits),
         ):
@@ -215,7 +244,8 @@ class ClassPasses:
             weights = torch.zeros_like(losses).index_fill_(0, chosen, 1 / sizes[k])
             shares[k] = self._scaling(weights), chosen
         found = None
-        if shared is not None and shares and self._share > 0:
+        passes.look_for_others(losses, shared is not None)
+        if shared is not None and shares and self._share > 0 and not passes.trains_others:
             factors = [Weighting(weights / mean, chosen) for weights, chosen in shares.values()]
             found = passes.attempt(lambda: shared(losses, mean, factors))
         if found is not None:
@@ -229,6 +259,11 @@ class ClassPasses:
             self._waiting = losses, mean
         else:
             torch.autograd.backward(losses, mean)
+
+    def _runs_compiled(self, part: Any) -> bool:
+        """Whether a part's closure runs what torch.compile has made, as far as that can be seen."""
+        modules = [*modules_in(part.closure), *([self._optimizer.model] if self._optimizer.model is not None else [])]
+        return calls_compiled(part.closure) or any(is_compiled(one) for module in modules for one in module.modules())
 
     def _find_head(self) -> Head | None:
         """The module of the scope's parameters, if it computes each row by itself; hooks come and go from step to step."""

@@ -91,7 +91,7 @@ class ClassesAtOnce:
                 outputs = call(index)
             except Exception as error:  # whatever a closure, or its network, cannot do in a vmap
                 raise Refused((str(error) or type(error).__name__).splitlines()[0]) from error
-            if None in sources and not (leaves(outputs) or set()).isdisjoint(map(id, self._params)):
+            if None in sources and not (leaves(outputs) or {}).keys().isdisjoint(map(id, self._params)):
                 raise Refused("closure, or a module, refers to a weight by another name")
             kept = [one for one in (reference() for reference in made) if one is not None]
             if any(map(_functorch.is_batchedtensor, kept)):  # of no use outside the vmap
@@ -148,6 +148,10 @@ class _Functions(TorchFunctionMode):
         return result
 
     def _call(self, function: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if function in _NO_PADDING:
+            nothing = _NO_PADDING[function]
+            if (args[2] if len(args) > 2 else kwargs.get("padding_idx", nothing)) != nothing:
+                raise Refused("vmap gives an embedding's padding_idx a gradient")
         # A transform of the closure's own, within the vmap, knows the vmap's rules.
         if function is F.linear and _functorch.maybe_current_level() == self._level:
             given = {"bias": None, **dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
@@ -182,6 +186,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of a linear layer's input and weights; None: it leaves them."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+
+
+_NO_PADDING = {F.embedding: None, torch.embedding: -1}
+"""The third argument of embeddings, ``padding_idx``, where there is none."""
 
 
 def _linear(x: Tensor, values: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -> Tensor:

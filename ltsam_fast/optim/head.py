@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ltsam_fast.lists import tensors_in
 from ltsam_fast.shared.autograd_graph import AutogradGraph
 from ltsam_fast.shared.layout import SampledElements, distinct_seeds
 from ltsam_fast.shared.qualify import current_checkpoint, eager_modules
@@ -19,9 +21,35 @@ def owner_of(params: Sequence[Tensor], root: nn.Module | None) -> nn.Module | No
     wanted = {id(param) for param in params}
     found = None
     for _, module in eager_modules(root) if root is not None else ():
-        if {id(param) for param in module.parameters() if param.requires_grad} == wanted:
+        if weights_of(module) == wanted:
             found = module
     return found
+
+
+def weights_of(module: nn.Module) -> set[int]:
+    """The ids of a module's weights that require gradients."""
+    return {id(param) for param in module.parameters() if param.requires_grad}
+
+
+class _Readers(TorchFunctionMode):
+    """Notes whether functions get weights elsewhere than in their module, even if no gradient tells of it.
+
+    Attributes:
+        inside: Whether the module runs now.
+        found: Whether there was such a function.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.ids = {id(param) for param in params}
+        self.inside = self.found = False
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not self.inside and not self.ids.isdisjoint(map(id, tensors_in((args, kwargs)))):
+            # Not what tells of a weight's kind alone, nor zero_grad().
+            self.found |= bool(tensors_in(result)) or getattr(function, "__name__", "").startswith("_foreach")
+        return result
 
 
 _BY_ROW = (
@@ -68,22 +96,31 @@ class Head:
     def __init__(self, module: nn.Module, params: list[Tensor]) -> None:
         self.module, self.params = module, params
         self.in_checkpoint = False
+        self._readers = _Readers(params)
         self._calls: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Around a forward pass: notes what the module is given and gives."""
+    def watched(self, compiled: bool) -> Iterator[None]:
+        """Around a forward pass: notes what the module is given and gives, and who else has its weights.
+
+        Args:
+            compiled: Whether something may be compiled, and so would be anew if functions were looked at.
+        """
         self._calls = []
+        self._readers = readers = _Readers(self.params)
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            if torch._C._are_functorch_transforms_active():
-                return None
+            readers.inside = True
+            if torch._C._are_functorch_transforms_active() or current_checkpoint():
+                return None  # what is saved in a checkpoint is to be saved again by its recomputation
             if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
                 if not args[0].requires_grad:  # of a frozen backbone, or the network's own input: to be looked at too
                     return (args[0].detach().requires_grad_().clone(),), kwargs
             return None
 
         def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            readers.inside = False
+            readers.found |= weights_of(self.module) != readers.ids  # functional_call gives it others
             self._calls.append((*args, kwargs, output))
             self.in_checkpoint = current_checkpoint() is not None
 
@@ -92,7 +129,8 @@ class Head:
             self.module.register_forward_hook(after, with_kwargs=True),
         ]
         try:
-            yield
+            with contextlib.nullcontext() if compiled else readers:
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -100,7 +138,7 @@ class Head:
     def keeps_apart(self, losses: Tensor) -> bool:
         """Whether the watched pass gave each loss from its own row of the module's input, and used the weights there alone."""
         calls, self._calls = self._calls, []
-        if len(calls) != 1 or len(calls[0]) != 3:
+        if len(calls) != 1 or len(calls[0]) != 3 or self._readers.found:
             return False
         x, keywords, out = calls[0]
         if keywords or not isinstance(x, Tensor) or not isinstance(out, Tensor):

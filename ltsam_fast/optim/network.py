@@ -37,6 +37,7 @@ class Network:
         self._refused: set[Any] = set()
         self.small: set[Any] = set()
         """Kinds of passes in which a backward for each gradient takes less time than one sweep for two."""
+        self._at_once: Counter[Any] = Counter()
         self._logged = False
 
     def mode(self) -> int:
@@ -120,6 +121,11 @@ class Network:
         except Refused as error:
             self.refuse_at_once(kind, error)
             return None
+
+    def checks_at_once(self, kind: Any) -> bool:
+        """Whether this pass of several classes, the 1st, 2nd, 4th, 8th, ... of its kind, is compared with a class alone."""
+        self._at_once[kind] += 1
+        return self._at_once[kind] & (self._at_once[kind] - 1) == 0
 
     def refuse_at_once(self, kind: Any, error: Refused) -> None:
         """Has classes evaluated one after the other in passes of this kind from now on; the log says why, once."""

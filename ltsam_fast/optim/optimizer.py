@@ -76,7 +76,7 @@ class SharpnessAware(Configurable, Optimizer):
     Give the network as ``model``, and running statistics of normalization layers see the unperturbed pass only; else every pass
     updates them, as in published code. ``step()`` then also leaves out what it does not need, see
     :mod:`ltsam_fast.optim.plan`; the network is looked at in the first step, and in the 2nd, 4th, 8th, ... again. Weights of
-    another optimizer in the network keep the gradients that the published passes leave there.
+    another optimizer keep the gradients that the published passes leave there.
 
     Weights in bfloat16 and float16 are perturbed with stochastic rounding: most of the perturbation is below their
     resolution and would vanish.

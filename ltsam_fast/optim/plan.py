@@ -45,7 +45,7 @@ from ltsam_fast.optim.step import (
     Step,
 )
 from ltsam_fast.shared import SharedBackward, Weighting
-from ltsam_fast.shared.autograd_graph import products_exceed, reaches
+from ltsam_fast.shared.autograd_graph import products_exceed, reaches, reaches_others
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.criterion import Criterion
@@ -214,7 +214,7 @@ class Passes:
                         seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
                         if request.squares and part is parts[0]:
                             squares = self._squares(losses, request.squares)
-                        if shared is not None and self._pays(part, losses):
+                        if shared is not None and not self.trains_others and self._pays(part, losses):
                             if self._sweep(shared, losses, seeds, self._pilot(part), found):
                                 continue
                         roots = [(losses, seed) for seed in seeds]
@@ -246,9 +246,20 @@ class Passes:
             _NOTHING if request.last else self.recording(part, keeps_graph),
         ):
             losses = part.evaluate(job.samples, weighted=weighted)
+        root = losses if part.logit_gradients is None else part.logit_gradients[0][0]
         if optimizer.several_gradients:
-            optimizer.graphs.check(losses if part.logit_gradients is None else part.logit_gradients[0][0])
+            optimizer.graphs.check(root)
+        self.look_for_others(root, shared is not None)
         return losses
+
+    def look_for_others(self, root: Tensor, shares: bool) -> None:
+        """Takes the published passes where losses depend on weights of another optimizer, which may not be the network's."""
+        stays = self._step.skips_zero_radius and not any(self._step.radii())
+        if not self.trains_others and (shares or stays or self._ascent is not None):
+            if reaches_others(root, self._params):
+                self.trains_others, self._ascent, self._step.skips_zero_radius = True, None, False
+                if self.unchanged is not None:
+                    self.unchanged.forget()
 
     def _differentiate(
         self, roots: Sequence[tuple[Tensor, Any]], gradients: Sequence[int], kept: int, found: list[Tensors | None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltsam_fast.optim.gradients import Differentiable, swap_gradients
+from ltsam_fast.shared.autograd_graph import reaches_others
 from ltsam_fast.shared.not_shared import REMEDY, NotShared
 from ltsam_fast.shared.qualify import check_batch_norm, eager_modules
 
@@ -31,8 +32,8 @@ def check_separable(
 ) -> None:
     """Compares a batch, evaluated as a whole, with two parts of it: each sample's loss, and the gradients.
 
-    Random numbers are replaced by their means meanwhile, so that dropout does not hide what mixes. Generators and buffers are
-    as before afterwards.
+    Random numbers are replaced by their means meanwhile, so that dropout does not hide what mixes. Generators, buffers and
+    what else modules keep are as before afterwards.
 
     Args:
         model: The network.
@@ -42,17 +43,19 @@ def check_separable(
         others: Further modules whose buffers the forward pass may change, such as a loss.
 
     Raises:
-        NotShared: Samples mix, the forward pass changes a buffer, or it fails for some of the samples. The message names the
-            module, or the error.
+        NotShared: Samples mix, the forward pass changes a buffer, depends on earlier ones, or fails for some of the samples.
+            The message names the module, or the error.
     """
     check_batch_norm(model)
     device = params[0].device
-    one = torch.tensor([size // 2], device=device)  # a part of one sample, as batches may have one of the tail
-    indices = [torch.tensor([i for i in range(size) if i != size // 2], device=device), one]
+    # A part of one sample, as batches may have one of the tail; not the middle, which flip(0) pairs with itself. And halves, by
+    # which a loss of the hardest samples, say, chooses others.
+    alone, every = (size - 1) // 3, range(size)
+    splits = [([i for i in every if i != alone], [alone]), *([(every[::2], every[1::2])] if size > 3 else [])]
     wanted = [param for param in params if param.requires_grad]
     seeds = torch.linspace(0.5, 1.5, size, dtype=torch.float64, device=device)
 
-    def evaluate_some(index: Tensor) -> Tensor:
+    def evaluate_some(index: Tensor | None) -> Tensor:
         try:
             return evaluate(index)
         except NotShared:
@@ -62,33 +65,44 @@ def check_separable(
             raise NotShared(f"closure(index) fails: {line}; {REMEDY}") from error
 
     def gradients(losses: Tensor, index: Tensor | None = None) -> list[Tensor]:
-        weights = (seeds if index is None else seeds[index]).to(losses)
+        # Of parts four times as large: a step's passes over them may differ in it, and a clipped gradient would not follow.
+        weights = (seeds if index is None else 4 * seeds[index]).to(losses)
         found = Differentiable(losses, wanted, model.parameters()).gradients(weights, retain_graph=False)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, wanted, strict=True)]
+        factor = 1.0 if index is None else 0.25
+        return [torch.zeros_like(p) if g is None else factor * g for g, p in zip(found, wanted, strict=True)]
 
     with _restored((model, *others), device) as left, _Means() as means:
         with _Outputs(model) as outputs:
             losses = evaluate(None)
         left.check()
+        if reaches_others(losses, (*params, *model.parameters())):
+            raise NotShared(f"the losses depend on weights of another optimizer; {REMEDY}")
         means.refuses_single = False  # those of a single sample are as many as it is large
         tolerance = losses_tolerance = TOLERANCE[torch.promote_types(losses.dtype, torch.float32)]
         if outputs.coarse:  # rounding is what another order of the samples makes of the losses
             backwards = torch.arange(size - 1, -1, -1, device=device)
             noise = (evaluate_some(backwards).detach() - losses.detach()[backwards]).abs().max() / _size(losses)
             tolerance, losses_tolerance = COARSE, max(tolerance, min(4 * float(noise), COARSE))
-        whole, separate = gradients(losses), [torch.zeros_like(param) for param in wanted]
-        for index in indices:
-            some = evaluate_some(index)
-            if _differ(some.detach(), losses.detach()[index], losses_tolerance):
-                raise NotShared(f"{_where(model, evaluate, size, index, tolerance)}; {REMEDY}")
-            separate = [a + b for a, b in zip(separate, gradients(some, index), strict=True)]
-        if any(param.grad is not None for param in wanted):
-            raise NotShared(f"a function in the forward pass calls backward() in its own; {REMEDY}")
+        whole = gradients(losses)
+        if _differ(evaluate_some(None).detach(), losses.detach(), losses_tolerance):
+            raise NotShared(f"the forward pass depends on what the one before has left; {REMEDY}")
         largest = max((grad.abs().max() for grad in whole if grad.numel()), default=torch.zeros(()))
-        for param, one, other in zip(wanted, whole, separate, strict=True):
-            if bool(((one - other).abs() > tolerance * largest).any()):
-                name = next((name for name, own in model.named_parameters() if own is param), "a parameter")
-                raise NotShared(f"samples mix in the gradient of {name}; {REMEDY}")
+        for split in splits:
+            separate = [torch.zeros_like(param) for param in wanted]
+            for part in split:
+                index = torch.tensor(part, device=device)
+                some = evaluate_some(index)
+                if _differ(some.detach(), losses.detach()[index], losses_tolerance):
+                    raise NotShared(f"{_where(model, evaluate, size, index, tolerance)}; {REMEDY}")
+                separate = [a + b for a, b in zip(separate, gradients(some, index), strict=True)]
+            if any(param.grad is not None for param in wanted):
+                raise NotShared(f"a function in the forward pass calls backward() in its own; {REMEDY}")
+            for param, one, other in zip(wanted, whole, separate, strict=True):
+                if bool(((one - other).abs() > tolerance * largest).any()):
+                    name = next((name for name, own in model.named_parameters() if own is param), "a parameter")
+                    raise NotShared(
+                        f"samples mix in the gradient of {name}, or it does not follow their weights; {REMEDY}"
+                    )
 
 
 def _size(values: Tensor) -> Tensor:
@@ -163,19 +177,26 @@ def _has_rows(whole: Tensor, some: Tensor, size: int, index: Tensor, tolerance: 
 
 
 class _LeftBehind:
-    """The buffers of modules, and generators of others than torch: whether they change, and what they were."""
+    """What forward passes may leave in modules, and in generators of others than torch: whether it changes, and what it was."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         named = {one: name for module in modules for name, one in module.named_buffers()}
         self._named = [(name, one, one._version, one.clone()) for one, name in named.items()]
+        each = {one: name for module in modules for name, one in module.named_modules()}
+        each = {one: name for one, name in each.items() if not isinstance(one, torch.jit.ScriptModule)}
+        self._buffers = [(name, one._buffers, dict(one._buffers)) for one, name in each.items()]
+        self._attributes = [(vars(one), _own_attributes(one)) for one in each if not _is_torchs(one)]
         self._numpy = sys.modules.get("numpy")
         self._states = random.getstate(), self._numpy and self._numpy.random.get_state()
 
     def check(self) -> None:
-        """Raises NotShared if one has changed."""
-        for name, now, version, _ in self._named:
-            if now._version != version:
-                raise NotShared(f"{name} is changed by every forward pass; {REMEDY}")
+        """Raises NotShared if a buffer or a generator has changed."""
+        changed = [name for name, now, version, _ in self._named if now._version != version]
+        for owner, now, before in self._buffers:
+            names = [name for name in {**now, **before} if now.get(name) is not before.get(name)]
+            changed += [f"{owner}.{name}" if owner else name for name in names]
+        if changed:
+            raise NotShared(f"{changed[0]} is changed by every forward pass; {REMEDY}")
         if random.getstate() != self._states[0] or (
             self._numpy and repr(self._numpy.random.get_state()) != repr(self._states[1])
         ):
@@ -185,12 +206,41 @@ class _LeftBehind:
 
     def restore(self) -> None:
         """Makes them what they were."""
-        for _, now, version, before in self._named:
-            if now._version != version:
-                now.copy_(before)
+        for _, now, before in self._buffers:
+            _refill(now, before)
+        for _, buffer, version, value in self._named:
+            if buffer._version != version:
+                buffer.copy_(value)
+        for attributes, (values, contents) in self._attributes:
+            for name in {*attributes} - {*values} - _MODULES:
+                del attributes[name]
+            attributes.update(values)
+            for container, inside in contents:
+                _refill(container, inside)
         random.setstate(self._states[0])
         if self._numpy:
             self._numpy.random.set_state(self._states[1])
+
+
+_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
+"""Attributes that every module may have, and that are not of its forward pass."""
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Whether a module is one of torch's, which keep what matters in buffers; DistributedDataParallel's state is its own."""
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
+def _own_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
+    """A module's own attributes, and the lists, dicts and sets among them with copies."""
+    values = {name: value for name, value in vars(module).items() if name not in _MODULES}
+    return values, [(one, one.copy()) for one in values.values() if type(one) in (list, dict, set)]
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Gives a list, dict or set the items that it had."""
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
 
 
 _LOCK = threading.RLock()

@@ -291,8 +291,14 @@ class Step:
         tensors = gradient.tensors
         if workers.averages and not gradient.averaged and optimizer.ascent_sync:
             tensors = workers.average(self._params, tensors)
-        again = bool(perturbation.now.params)
-        positions = perturbation.now.positions if again else self._ascending(tensors)
+        positions, now = self._ascending(tensors), perturbation.now
+        again = bool(now.params)
+        if again:
+            again = now.positions is None or (positions is not None and {*positions} <= {*now.positions})
+            if again:
+                positions = now.positions
+            else:  # some move that have not before
+                perturbation.restore(workers)
         if by_tensor:
             positions = self._drawn(positions, probability, seed)
             probability = 1.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
+from ltsam_fast.lists import tensors_in
 from ltsam_fast.shared.qualify import current_checkpoint, is_compiled
 
 
@@ -33,7 +34,7 @@ class _Result(NamedTuple):
     arguments: list[Tensor]
 
     def is_intact(self) -> bool:
-        return self.versions == [one._version for one in _tensors_in(self.value)]
+        return self.versions == [one._version for one in tensors_in(self.value)]
 
 
 class UnchangedResults:
@@ -112,12 +113,12 @@ class UnchangedResults:
 
     @contextlib.contextmanager
     def _recording(self, kind: Any) -> Iterator[None]:
-        before = _generators(self._device), _generators_elsewhere() if self._checks_all else None
+        before = generators(self._device), _generators_elsewhere() if self._checks_all else None
         with self._looking():
             yield
         if before[1] is not None and before[1] != _generators_elsewhere():
             self._excluded.add(kind)
-        if not self._notes_draws and not _same(before[0], _generators(self._device)):
+        if not self._notes_draws and not same_generators(before[0], generators(self._device)):
             self._notes_draws = True  # from the next step on it is seen which call draws
             self.forget()
         if kind in self._excluded:
@@ -219,13 +220,13 @@ class UnchangedResults:
         if self._reusing:
             return self._again(what, key, run, args, kwargs)
         with self._unseen():
-            before = _generators(self._device) if self._notes_draws else None
+            before = generators(self._device) if self._notes_draws else None
             attributes = _attributes(what) if self._checks_all else None
         value = run(*args, **kwargs)
         with self._unseen():
             if (
                 before is not None
-                and not _same(before, _generators(self._device))
+                and not same_generators(before, generators(self._device))
                 or attributes != (_attributes(what) if self._checks_all else None)
             ):
                 self._excluded.add(what)
@@ -264,7 +265,7 @@ class UnchangedResults:
             self._aside = False
 
     def _keep(self, key: Any, value: Any, given: list[Tensor]) -> None:
-        tensors = _tensors_in(value)
+        tensors = tensors_in(value)
         if not tensors or not _is_plain(value) or any(one.is_inference() for one in tensors):
             return
         if not self._keeps_graph and _has_graph(value):
@@ -277,7 +278,7 @@ class UnchangedResults:
     def _key(self, what: Any, arguments: Any, given: list[Tensor]) -> Any:
         """What tells a call from others; None: it is always run. ``given`` gets the tensors among its arguments."""
         name = getattr(getattr(what, "__self__", None), "__name__", "") or getattr(what, "__name__", "")
-        if name in _RAW:
+        if name in _RAW or name in _HOOKS:
             self._drop(arguments)
             return None
         if what in _BACKWARDS:  # the closure's own, such as for adversarial examples: graphs are used up
@@ -335,12 +336,12 @@ class UnchangedResults:
         return tensor.grad_fn is None and id(tensor) not in self._ids and _address(tensor) not in self._memory
 
     def _drop(self, arguments: Any) -> None:
-        """Lets go of what is from, or of, tensors that may be written to without autograd's knowledge."""
-        touched = {id(one) for one in _tensors_in(arguments)}
+        """Lets go of what is from, or of, tensors that may be written to without autograd's knowledge, or have hooks."""
+        touched = {id(one) for one in tensors_in(arguments)}
         self._results = {
             key: one
             for key, one in self._results.items()
-            if touched.isdisjoint(map(id, (*_tensors_in(one.value), *one.arguments)))
+            if touched.isdisjoint(map(id, (*tensors_in(one.value), *one.arguments)))
         }
         for one in touched:
             self._known.pop(one, None)
@@ -451,24 +452,15 @@ _PLAIN = (
 )
 _RAW = frozenset({"data", "data_ptr", "numpy", "__dlpack__", "__array__", "storage", "untyped_storage"})
 """What gives access to a tensor's memory past its version counter."""
+_HOOKS = frozenset({"register_hook", "retain_grad", "grad_fn"})
+"""What may change a result's backward; each pass is to have a graph of its own then."""
 _BACKWARDS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _ELSE = frozenset({"grad", "_set_grad_enabled"})
 """What is not of the forward pass."""
 
 
-def _tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for one in value for tensor in _tensors_in(one)]
-
-
 def _has_graph(value: Any) -> bool:
-    return any(one.requires_grad for one in _tensors_in(value))
+    return any(one.requires_grad for one in tensors_in(value))
 
 
 def _is_plain(value: Any) -> bool:
@@ -482,7 +474,7 @@ def _is_plain(value: Any) -> bool:
 
 def _equal(first: Any, second: Any) -> bool:
     """Whether the tensors in two results have the same bits."""
-    pairs = _tensors_in(first), _tensors_in(second)
+    pairs = tensors_in(first), tensors_in(second)
     return len(pairs[0]) == len(pairs[1]) and all(
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*pairs, strict=True)
     )
@@ -498,14 +490,15 @@ def _is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _generators(device: torch.device) -> tuple[Tensor, int]:
+def generators(device: torch.device) -> tuple[Tensor, int]:
     """The state of torch's generators. In a CUDA graph the device's has none: what draws was seen before the capture."""
     known = device.type == "cuda" and not _is_captured(device)
     offset = torch.cuda.default_generators[device.index or 0].get_offset() if known else 0
     return torch.default_generator.get_state(), offset
 
 
-def _same(first: tuple[Tensor, int], second: tuple[Tensor, int]) -> bool:
+def same_generators(first: tuple[Tensor, int], second: tuple[Tensor, int]) -> bool:
+    """Whether nothing was drawn from torch's generators between two looks at them."""
     return first[1] == second[1] and torch.equal(first[0], second[0])
 
 

@@ -121,7 +121,7 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     write(*zip(params, backups, strict=True))
 
 
-def _direction(
+def direction(
     w: Tensor,
     gradients: tuple[Tensor | None, Tensor | None],
     maximize: bool,
@@ -145,7 +145,7 @@ def _decayed(d: Tensor, weight_decay: float, old: Tensor) -> Tensor:
     return d + decay.to(old.device) * old if decay else d
 
 
-def _decoupled_step(
+def decoupled_step(
     w: Tensor,
     lr: float,
     gradients: tuple[Tensor | None, Tensor | None],
@@ -157,7 +157,7 @@ def _decoupled_step(
     if combination is None:
         return 0.0
     inverse = 1 / number(grad_scale, w) if grad_scale is not None else 1.0
-    return lr * combined(w, *gradients, combination, first=2) * (-inverse if maximize else inverse)
+    return lr * (combined(w, *gradients, combination, first=2) * (-inverse if maximize else inverse))
 
 
 @torch.no_grad()
@@ -190,16 +190,14 @@ def sgd_step_(
             write((w, source))
             continue
         old, buffer = wide(source), None  # type: ignore[arg-type]
-        d = _direction(w, (grads[i], entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
+        d = direction(w, (grads[i], entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
         d = _decayed(d, at(weight_decay), old)
         if at(momentum) != 0 and m is not None:
             first = step is not None and bool(step == 0)
             buffer = d if first else at(momentum) * wide(m) + (1 - at(dampening)) * d
             d = d + at(momentum) * buffer if at(nesterov) else buffer
-        decoupled_step = _decoupled_step(
-            w, at(lr), (grads[i], entry(kept_grads, i)), at(maximize), grad_scale, combination
-        )
-        write((m, buffer), (w, old - at(lr) * d - decoupled_step), (step, None if step is None else step + 1))
+        apart = decoupled_step(w, at(lr), (grads[i], entry(kept_grads, i)), at(maximize), grad_scale, combination)
+        write((m, buffer), (w, old - at(lr) * d - apart), (step, None if step is None else step + 1))
 
 
 @torch.no_grad()
@@ -236,7 +234,7 @@ def adam_step_(
             continue
         m, v, t = wide(exp_avgs[i]), wide(exp_avg_sqs[i]), float(steps[i]) + 1  # type: ignore[arg-type]
         old = wide(source)  # type: ignore[arg-type]
-        d = _direction(w, (grads[i], entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
+        d = direction(w, (grads[i], entry(kept_grads, i)), at(maximize), at(max_norm), norm, grad_scale, combination)
         if at(decoupled):
             old = old * (1 - at(lr) * at(weight_decay))
         else:
@@ -244,11 +242,9 @@ def adam_step_(
         mean = m + (1 - at(beta1)) * (d - m)
         square = at(beta2) * v + (1 - at(beta2)) * d * d
         largest = square if vmax is None else torch.maximum(wide(vmax), square)
-        decoupled_step = _decoupled_step(
-            w, at(lr), (grads[i], entry(kept_grads, i)), at(maximize), grad_scale, combination
-        )
+        apart = decoupled_step(w, at(lr), (grads[i], entry(kept_grads, i)), at(maximize), grad_scale, combination)
         move = at(lr) / (1 - at(beta1) ** t) * mean / (largest.sqrt() / (1 - at(beta2) ** t) ** 0.5 + at(eps))
         write(
-            (exp_avgs[i], mean), (exp_avg_sqs[i], square), (vmax, largest), (w, old - move - decoupled_step),
+            (exp_avgs[i], mean), (exp_avg_sqs[i], square), (vmax, largest), (w, old - move - apart),
             (steps[i], steps[i] + 1),  # type: ignore[operator]
         )  # fmt: skip

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Node = Any
 """A node of autograd's graph. torch returns the same Python object for a node only while a reference to it exists."""
 
 
-def leaves(root: Tensor) -> set[int] | None:
-    """The ids of the tensors that would get gradients; None where a checkpoint with ``use_reentrant=True`` may hide some."""
-    found, seen, stack = set(), set(), [root.grad_fn]
+def leaves(root: Tensor) -> dict[int, Tensor] | None:
+    """The tensors that would get gradients, by id; None where a checkpoint with ``use_reentrant=True`` may hide some."""
+    found, seen, stack = {}, set(), [root.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -21,7 +22,8 @@ def leaves(root: Tensor) -> set[int] | None:
         if node.name() == _REENTRANT:
             return None
         seen.add(node)
-        found.add(id(getattr(node, "variable", None)))
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
         stack += [child for child, _ in node.next_functions]
     return found
 
@@ -29,7 +31,13 @@ def leaves(root: Tensor) -> set[int] | None:
 def reaches(root: Tensor, params: list[Tensor]) -> bool:
     """Whether all parameters are in the graph, for certain."""
     found = leaves(root)
-    return found is not None and found.issuperset(map(id, params))
+    return found is not None and found.keys() >= {*map(id, params)}
+
+
+def reaches_others(root: Tensor, params: Iterable[Tensor]) -> bool:
+    """Whether parameters of somebody else are in the graph, as far as that can be seen."""
+    own = {*map(id, params)}
+    return any(isinstance(one, nn.Parameter) and key not in own for key, one in (leaves(root) or {}).items())
 
 
 def products_exceed(root: Tensor, count: float) -> bool:

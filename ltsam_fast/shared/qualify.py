@@ -166,14 +166,15 @@ def check_module_types(model: nn.Module, params: list[Tensor]) -> None:
     check_hooks(model, params)
 
 
+def is_hooked(param: Tensor) -> bool:
+    """Whether something else than autograd sees a parameter's gradients, and may change them."""
+    return bool(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None))
+
+
 def check_hooks(model: nn.Module, params: list[Tensor]) -> None:
     """Raises NotShared for parameters with hooks, and for sharded ones."""
     for param in params:
-        if (
-            param._backward_hooks
-            or getattr(param, "_post_accumulate_grad_hooks", None)
-            or hasattr(param, "_local_tensor")
-        ):
+        if is_hooked(param) or hasattr(param, "_local_tensor"):
             kind = "sharded" if hasattr(param, "_local_tensor") else "hooked"
             name = next((name for name, one in model.named_parameters() if one is param), "a parameter")
             raise NotShared(f"{name} is {kind}: its gradient is not autograd's alone; {REMEDY}")

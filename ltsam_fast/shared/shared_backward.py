@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -210,7 +211,7 @@ class _BackwardPass:
     ) -> list[Contribution]:
         if use.kind == "linear":
             return [] if grads[0] is None else linear(node, use.edges, use.layouts[0], grads[0], weighting)
-        pairs = zip(grads, use.layouts, strict=False)
+        pairs = itertools.zip_longest(grads, use.layouts)  # the last outputs may have had no gradients
         scaled = [None if grad is None else weighting.scaled(grad, layout) for grad, layout in pairs]
         return at_node(node, scaled) if use.kind == "at_node" else call_node(node, use.edges, scaled)
 

@@ -43,8 +43,9 @@ class CCSAM(SharpnessAware):
     one pass, and for each class in the batch there is a backward through the head. That needs the head as a module, given as
     ``head`` or found in ``model``, which the forward pass calls once, with one tensor that has the samples' rows, outside of
     reentrant checkpoints and ``torch.compile``; it must be made of torch's linear layers, layer norms, dropout and activations
-    as they are, or of modules that say ``keeps_samples_apart = True``. What is detached behind the head, or read of its weights
-    elsewhere, is not seen. With ``model`` the backbone then has one forward and one backward, as in a step of SGD.
+    as they are, or of modules that say ``keeps_samples_apart = True``. What is detached behind the head is not seen, nor
+    is what compiled code reads of its weights. With ``model`` the backbone then has one forward and one backward, as in a step
+    of SGD.
 
     All else takes a forward and a backward of the whole batch for each class in it, and so does ``scope="all"``; of the class's
     samples only, given ``model``, whose samples do not mix, and a closure that takes an index. If then the scope is all trained
