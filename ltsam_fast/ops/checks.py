@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,22 @@ def check_model(model: Any) -> None:
                 f"model must not be DistributedDataParallel with {option}={given}, which is for one pass a step: "
                 f"leave it out, and use {instead}"
             )
+
+
+def check_params(name: str, params: Any, groups: str = "") -> None:
+    """Raises TypeError for what are no parameters, nor ``groups`` of them, and has none in it; the rest is left to torch."""
+    if isinstance(params, (torch.nn.Module, Mapping, str)) or not isinstance(params, (Tensor, Iterable)):
+        raise TypeError(f"{name} must be parameters{groups}, such as model.parameters(), got {shown(params)}")
+
+
+def check_trained(model: torch.nn.Module | None, params: list[Tensor]) -> None:
+    """Raises ValueError if a network is given that has weights to train, but none of ``params``."""
+    trained = {id(param) for param in (model.parameters() if model is not None else ()) if param.requires_grad}
+    if trained and trained.isdisjoint(map(id, params)):
+        raise ValueError(
+            f"model must be the network whose parameters the optimizer has, got one with none of them, {shown(model)}: make "
+            "the optimizer with its parameters(), once it is what closures evaluate"
+        )
 
 
 def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
@@ -192,16 +208,23 @@ def check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
 
 
 def check_counts(class_counts: Any) -> Tensor:
-    """``class_counts`` as float64, shape (C,). Raises ValueError unless they are finite, >= 0 and not all 0."""
+    """``class_counts`` as float64, shape (C,). Raises ValueError unless they are finite and >= 0, and one is >= 1."""
     try:
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
+        remedy = "give a list in the order of the labels"
+        if isinstance(class_counts, Mapping):
+            remedy = "give a list in the order of the labels, [class_counts[c] for c in range(C)]"
         raise ValueError(
-            f"class_counts must be numbers of samples, one per class, got {shown(class_counts)}"
+            f"class_counts must be numbers of samples, one per class, got {shown(class_counts)}: {remedy}"
         ) from error
     if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
         raise ValueError(
             f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {shown(class_counts)}"
+        )
+    if bool((counts < 1).all()):
+        raise ValueError(
+            f"class_counts must be numbers of samples, got shares of them, {shown(class_counts)}: multiply by the number of all"
         )
     return counts
 
@@ -238,7 +261,7 @@ def check_sample_weights(weights: Any, parts: int, devices: Collection[torch.dev
     pairs = [weights] if parts == 1 and _is_pair(weights) else weights
     if not isinstance(pairs, (list, tuple)) or len(pairs) != parts or not all(map(_is_pair, pairs)):
         wanted = "a pair (u, v) of tensors, shape (B,)" + (f", for each of the {parts} closures" if parts > 1 else "")
-        raise ValueError(f"weights must be {wanted}, got {_outline(weights)}")
+        raise ValueError(f"weights must be {wanted}, got {shown(_outline(weights))}")
     for u, v in pairs:
         for one in (u, v):
             if one.shape != u.shape or one.dim() != 1 or not len(one) or one.device != u.device:
