@@ -148,6 +148,40 @@ def test_starting_values_are_those_of_classes_and_recipes():
             assert str(value) == shown, f"{method}.{option} in {recipe}"
 
 
+# A page, or a part of the README, and the rows of a run that its figures are from.
+COSTS = {
+    "sam": ["SAM"],
+    "focal_sam": ["Focal-SAM"],
+    "imb_sam": ["ImbSAM"],
+    "sse_sam": ["SSE-SAM, stage 1", "SSE-SAM, stage 2"],
+    "cc_sam": ["CC-SAM, head", "CC-SAM, all"],
+}
+
+
+@pytest.mark.parametrize("name", [*COSTS, "README"])
+def test_costs_are_those_of_the_run(name):
+    """Of the one that plans.md shows."""
+    plans = DOCS / "guides/plans.md"
+    found = re.search(r"\((\S*whole-steps/report\.md)\)", plans.read_text().partition("## What it costs")[2])
+    report = [
+        line.split(" | ")
+        for line in (plans.parent / found[1]).read_text().splitlines()
+        if line.startswith("| small ViT | all")
+    ]
+    if name == "README":
+        text, rows = re.search(r"\*\*`ImbSAM`\*\*:.*", PAGES[0].read_text())[0], ["ImbSAM"]
+    else:
+        text, rows = (DOCS / f"methods/{name}.md").read_text(), COSTS[name]
+        text = re.search(r"^\| cost \|.* step takes (.*)\|$", text, re.M)[1]
+    ratios = [float(one) for cells in report if cells[2] in rows for one in cells[5:7] if one != "-"]
+    printed = re.findall(r"\d+(?:\.\d+)?", text)
+    assert printed
+    for figure in printed:
+        assert figure in [f"{ratio:.{len(figure.partition('.')[2])}f}" for ratio in ratios], (
+            f"{figure} is none of {ratios}"
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
 def test_notebooks_run(notebook, a_folder):
