@@ -124,6 +124,24 @@ def test_modules_that_are_named_as_programs_are_there(page):
         assert inspect.getsource(importlib.import_module(module).main)
 
 
+def test_files_that_pages_take_in():
+    """In a block that ruff knows as Python it makes an expression of the mark, which the page then shows."""
+    taken = [name for page in DOCS.rglob("*.md") for name in re.findall(r'^--8<-- "(.*)"$', page.read_text(), re.M)]
+    assert sorted(taken) == ["CHANGELOG.md", "stand_ins.py"]
+
+
+@pytest.mark.parametrize("folder", ["optim", "train"])
+def test_contributors_find_every_file(folder):
+    text = (
+        (DOCS.parent / "CONTRIBUTING.md")
+        .read_text()
+        .partition(f"| file in `ltsam_fast/{folder}/` |")[2]
+        .partition("\n\n")[0]
+    )
+    files = {file.name for file in (DOCS.parent / "ltsam_fast" / folder).glob("*.py")} - {"__init__.py"}
+    assert files == set(re.findall(r"`(\w+\.py)`", text))
+
+
 @pytest.mark.parametrize("name", lf.list_methods())
 def test_every_method_has_a_page_in_the_menu(name):
     pages = {page: page.read_text() for page in (DOCS / "methods").glob("*.md")}
