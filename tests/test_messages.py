@@ -10,6 +10,7 @@ import math
 import re
 import runpy
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -308,6 +309,15 @@ CREATED = [
     ("FocalSAM", {"gamma": [1]}, "^gamma must be a number, or one for each of the 4 classes"),
     ("FocalSAM", {"class_counts": None, "class_weights": ([1, 2], [1])}, r"^class_weights must be a pair \(u, v\)"),
     ("ImbSAM", {"tail_classes": [7]}, r"^tail_classes must lie in \[0, 4\), got \[7\]"),
+    *[
+        (
+            "ImbSAM",
+            {"tail_classes": mask},
+            r"^tail_classes must be numbers of classes, got .*: give .*mask\)\.nonzero\(\)$",
+        )
+        for mask in ([False, False, True, True], np.array(COUNTS) < 20, torch.tensor(COUNTS) < 20)
+    ],
+    ("ImbSAM", {"tail_classes": [2.5]}, r"^tail_classes must be numbers of classes, got \[2\.5\]$"),
     ("SSESAM", {"switch_step": "70%"}, "^switch_step must be an integer >= 0, got '70%'"),
     ("CCSAM", {"head": 3}, "^head must be a module, or parameters, of those given as params, got 3"),
     ("CCSAM", {"head": "fc"}, "^head must be a module, or parameters"),
@@ -348,6 +358,12 @@ CALLED = [
     (lambda: made("SAM", network()).load_state_dict({}), r"^state_dict must have state and param_groups, .* this dict lacks"),
     (lambda: lf.create("sma", [WEIGHT], SGD), "^there is no method 'sma': did you mean 'sam'"),
     (lambda: lf.create(3, [WEIGHT], SGD), "^there is no method 3"),
+    (lambda: lf.compat.ImbSAM(network(), SGD([WEIGHT])), r"^optimizer must be a torch\.optim\.Optimizer, .*, got Sequential"),
+    (lambda: lf.compat.ASAM(SGD([WEIGHT]), SGD([WEIGHT])), r"^model must be a torch\.nn\.Module, .*, got SGD"),
+    (
+        lambda: lf.diagnostics.loss_slice(network(), nn.CrossEntropyLoss(reduction="none"), X, Y, classes=np.array(COUNTS) < 9),
+        r"^classes must be numbers of classes, got array\(.*: give .*mask\)\.nonzero\(\)",
+    ),
     (lambda: lf.graph_step("m", min, made("SAM", network()), (X, Y)), "^model must be a torch.nn.Module, got 'm'"),
     (lambda: lf.graph_step(network(), min, SGD([WEIGHT]), (X, Y)), "^optimizer must be a method of ltsam_fast, got SGD"),
     (lambda: lf.graph_step(network(), min, made("SAM", network()), (X, Y), warmup=0), "^warmup must be .* >= 1, got 0"),
@@ -383,6 +399,25 @@ CALLED = [
     (lambda: models.create("resnet32", 0, (3, 8, 8)), "^num_classes must be a whole number >= 1, got 0"),
     (lambda: models.create("resnet32", 10, (3, 8)), r"^image_shape must be channels, height and width, got \(3, 8\)"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ImbSAM", "SSESAM"])
+def test_an_empty_tail(name):
+    """By a limit that none is below; not where it is meant."""
+    model = network()
+    opt = getattr(lf, name)(model.parameters(), SGD, class_counts=[9, 8, 7, 7], eta=7, lr=0.1)
+    with pytest.warns(
+        UserWarning, match=rf"^eta = 7 leaves no class in the tail, which {name} is about: .* has 7 samples$"
+    ):
+        opt.step(each(model), Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(each(model), Y)
+        opt.eta = 8
+        opt.step(each(model), Y)
+        if name == "ImbSAM":
+            opt.tail_classes = []
+            opt.step(each(model), Y)
 
 
 @pytest.mark.parametrize(("call", "message"), CALLED)

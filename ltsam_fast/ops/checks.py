@@ -104,7 +104,7 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
         if tail_classes is None:
             return counts < found
         classes = len(counts)
-    chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
+    chosen = class_numbers("tail_classes", tail_classes)
     last = int(chosen.max()) if len(chosen) else -1
     if len(chosen) and (int(chosen.min()) < 0 or (classes is not None and last >= classes)):
         raise ValueError(
@@ -113,12 +113,21 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
 
 
-def check_tail_classes(name: str, value: Any) -> list[int]:
-    """The numbers of classes as a list; raises ValueError for what are none."""
+def class_numbers(name: str, value: Any) -> Tensor:
+    """The numbers of classes, 1-D, int64, on the CPU; raises ValueError for what are none, as a mask or parts of one."""
     try:
-        return torch.as_tensor(value, dtype=torch.long).reshape(-1).tolist()  # type: ignore[no-any-return]
+        found = torch.as_tensor(value).reshape(-1).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be numbers of classes, got {shown(value)}") from error
+    if len(found) and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex()):
+        remedy = ": give torch.as_tensor(mask).nonzero()" if found.dtype == torch.bool else ""
+        raise ValueError(f"{name} must be numbers of classes, got {shown(value)}{remedy}")
+    return found.long()
+
+
+def check_tail_classes(name: str, value: Any) -> list[int]:
+    """The numbers of classes as a list; raises ValueError for what are none."""
+    return class_numbers(name, value).tolist()  # type: ignore[no-any-return]
 
 
 _ENDS = {
