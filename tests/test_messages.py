@@ -420,6 +420,21 @@ def test_an_empty_tail(name):
             opt.step(each(model), Y)
 
 
+@pytest.mark.parametrize("interface", ["closure", "phases"])
+def test_more_steps_than_total_steps(interface):
+    """As where that is the number of epochs: said once."""
+    model, row = network(), EVERY["SAM"]
+    opt = made("SAM", model, active=0.5, total_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row.drive(interface, opt, model, [(X, Y)] * 2, lambda model, x, y: each(model, x, y)())
+    with pytest.warns(
+        UserWarning, match="^total_steps = 2 steps have been taken, .*: it counts steps, not epochs$"
+    ) as said:
+        row.drive(interface, opt, model, [(X, Y)] * 2, lambda model, x, y: each(model, x, y)())
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(("call", "message"), CALLED)
 def test_a_wrong_call(call, message):
     refused(call, message)

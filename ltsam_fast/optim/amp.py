@@ -64,10 +64,9 @@ class LossScale:
 
     def check_closure(self, losses: Tensor) -> None:
         """Raises ValueError if a closure has returned scaler.scale(losses)."""
-        scale, node = self.grad_scale, losses.grad_fn
-        if scale is None or node is None or node.name() != "MulBackward0":
+        if self.grad_scale is None or (node := losses.grad_fn) is None or node.name() != "MulBackward0":
             return
-        if node._saved_other is scale:  # type: ignore[attr-defined]
+        if node._saved_other is self.grad_scale:  # type: ignore[attr-defined]
             raise ValueError(
                 "closure must return the losses as they are, got scaler.scale(losses): step(scaler=) scales them"
             )

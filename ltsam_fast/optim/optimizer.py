@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -588,6 +589,12 @@ class SharpnessAware(Configurable, Optimizer):
             self._checked_values = values
         if self._may_average and not self._workers.averages:  # torch.distributed may have been initialized since
             self._workers = workers_of(self._model, self._sharded)
+        first = self.param_groups[0]
+        if first["steps"] == first["total_steps"]:
+            warnings.warn(
+                f"total_steps = {self.total_steps} steps have been taken, and here is one more: it counts steps, not epochs",
+                stacklevel=2,
+            )
         params, groups = self.all_params()
         self._check_params(params)
         scaling = NO_SCALE if scaler is None else LossScale(scaler, params)
