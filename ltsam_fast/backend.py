@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ _MODULES = {
     "torch": "ltsam_fast.torch_backend",
 }
 _AUTOMATIC = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+
+_CHECKOUT = "this is a source checkout without built cores: run `pip install -e .` or leave the folder"
 
 _wish: contextvars.ContextVar[str | None] = contextvars.ContextVar("ltsam_fast.backend", default=None)
 _resolved: dict[tuple[str | None, object, torch.device], Backend] = {}
@@ -171,7 +174,10 @@ def _choose(device: str) -> str:
         raise ValueError(f"tensors on {device!r} are not supported by any backend: move them to 'cpu' or 'cuda'")
     name = _wish.get() or os.environ.get(VARIABLE)
     if not name:
-        return next(candidate for candidate in _AUTOMATIC[device] if _why_not_on(device, candidate) is None)
+        found = next(candidate for candidate in _AUTOMATIC[device] if _why_not_on(device, candidate) is None)
+        if found == "torch" and (reason := _why_not_on(device, _AUTOMATIC[device][0])) == _CHECKOUT:
+            warnings.warn(f"the backend is 'torch', in plain PyTorch, which is slow: {reason}", stacklevel=2)
+        return found
     chosen = f"use_backend({name!r})" if _wish.get() else f"{VARIABLE}={name}"
     if name not in NAMES:
         raise ValueError(f"{chosen} names no backend: choose one of {', '.join(NAMES)}")
@@ -248,5 +254,5 @@ def _why_absent(name: str) -> str:
     if name in missing:
         return f"not built: {missing[name]}"
     if (Path(__file__).parents[1] / "csrc").is_dir():
-        return "this is a source checkout without built cores: run `pip install -e .` or leave the folder"
+        return _CHECKOUT
     return f"{_MODULES[name]} is not there for {sys.implementation.cache_tag}: reinstall ltsam_fast"

@@ -124,6 +124,24 @@ def test_modules_that_are_named_as_programs_are_there(page):
         assert inspect.getsource(importlib.import_module(module).main)
 
 
+def test_files_that_pages_take_in():
+    """In a block that ruff knows as Python it makes an expression of the mark, which the page then shows."""
+    taken = [name for page in DOCS.rglob("*.md") for name in re.findall(r'^--8<-- "(.*)"$', page.read_text(), re.M)]
+    assert sorted(taken) == ["CHANGELOG.md", "stand_ins.py"]
+
+
+@pytest.mark.parametrize("folder", ["optim", "train"])
+def test_contributors_find_every_file(folder):
+    text = (
+        (DOCS.parent / "CONTRIBUTING.md")
+        .read_text()
+        .partition(f"| file in `ltsam_fast/{folder}/` |")[2]
+        .partition("\n\n")[0]
+    )
+    files = {file.name for file in (DOCS.parent / "ltsam_fast" / folder).glob("*.py")} - {"__init__.py"}
+    assert files == set(re.findall(r"`(\w+\.py)`", text))
+
+
 @pytest.mark.parametrize("name", lf.list_methods())
 def test_every_method_has_a_page_in_the_menu(name):
     pages = {page: page.read_text() for page in (DOCS / "methods").glob("*.md")}
@@ -146,6 +164,40 @@ def test_starting_values_are_those_of_classes_and_recipes():
             options = RECIPES[recipe]["options"]
             value = options.get(f"{method}.{option}", options.get(option, default))
             assert str(value) == shown, f"{method}.{option} in {recipe}"
+
+
+# A page, or a part of the README, and the rows of a run that its figures are from.
+COSTS = {
+    "sam": ["SAM"],
+    "focal_sam": ["Focal-SAM"],
+    "imb_sam": ["ImbSAM"],
+    "sse_sam": ["SSE-SAM, stage 1", "SSE-SAM, stage 2"],
+    "cc_sam": ["CC-SAM, head", "CC-SAM, all"],
+}
+
+
+@pytest.mark.parametrize("name", [*COSTS, "README"])
+def test_costs_are_those_of_the_run(name):
+    """Of the one that plans.md shows."""
+    plans = DOCS / "guides/plans.md"
+    found = re.search(r"\((\S*whole-steps/report\.md)\)", plans.read_text().partition("## What it costs")[2])
+    report = [
+        line.split(" | ")
+        for line in (plans.parent / found[1]).read_text().splitlines()
+        if line.startswith("| small ViT | all")
+    ]
+    if name == "README":
+        text, rows = re.search(r"\*\*`ImbSAM`\*\*:.*", PAGES[0].read_text())[0], ["ImbSAM"]
+    else:
+        text, rows = (DOCS / f"methods/{name}.md").read_text(), COSTS[name]
+        text = re.search(r"^\| cost \|.* step takes (.*)\|$", text, re.M)[1]
+    ratios = [float(one) for cells in report if cells[2] in rows for one in cells[5:7] if one != "-"]
+    printed = re.findall(r"\d+(?:\.\d+)?", text)
+    assert printed
+    for figure in printed:
+        assert figure in [f"{ratio:.{len(figure.partition('.')[2])}f}" for ratio in ratios], (
+            f"{figure} is none of {ratios}"
+        )
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import math
 import re
 import runpy
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -82,6 +83,31 @@ def backward_of_each(model):
     return closure
 
 
+def of_a_loop(model):
+    """Closures that all evaluate the loop's last samples."""
+    closures = []
+    for samples in (slice(0, 6), slice(6, 12)):
+
+        def closure(i=slice(None)):
+            return each(model, X[samples], Y[samples])(i)  # noqa: B023
+
+        closures.append(closure)
+    return closures
+
+
+def scaled(scaler, model):
+    return lambda i=slice(None): scaler.scale(each(model)(i))
+
+
+def by_scaler(opt, model, unscale=False, closure=()):
+    """The calls of an ordinary loop with mixed precision."""
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(sum(p.sum() for p in model.parameters())).backward()
+    if unscale:
+        scaler.unscale_(opt)
+    scaler.step(opt, *closure)
+
+
 def with_label(label):
     return torch.where(Y == 2, label, Y)
 
@@ -103,6 +129,23 @@ STEPS = {
     "None returned": (ALL, lambda o, m: o.step(lambda i=slice(None): None, Y), PUBLISHED),
     "loss": (ALL, lambda o, m: o.step(torch.ones(12), Y), r"^closure must be given: step\(closure\), with a function"),
     "no closure": (ALL, lambda o, m: o.step(), "^closure must be given"),
+    "a loop's closures": (ALL, lambda o, m: o.step(of_a_loop(m), [Y[:6], Y[6:]]), r"^closure\[1\] must have samples of"),
+    "one closure twice": (ALL, lambda o, m: o.step([each(m)] * 2, [Y, Y + 0]), r"^closure\[1\] must have .*closure_of\(x, y\)"),
+    "two arguments": (ALL, lambda o, m: o.step(lambda x, y: each(m, x, y)(), Y), "^closure must need .*, got a function of x,"),
+    "another network": (
+        tuple(name for name in ALL if name != "SparseSAM"),  # which has made a mask by then
+        lambda o, m: o.step(each(network()), Y),
+        "^closure must return losses that depend on the optimizer's parameters, got some that depend on none of them",
+    ),
+    "scaler.step": (ALL, by_scaler, r"^scaler\.step\(optimizer, closure\) is not .*: call step\(closure, scaler=scaler\)"),
+    "scaler.step, closure": (ALL, lambda o, m: by_scaler(o, m, closure=[each(m)]), r"^scaler\.step\(optimizer, closure\) is"),
+    "unscale_": (ALL, lambda o, m: by_scaler(o, m, True), r"^scaler\.step\(optimizer, closure\) is not supported"),
+    "unscale_, closure": (ALL, lambda o, m: by_scaler(o, m, True, [each(m)]), r"^scaler\.step\(optimizer, closure\) is not"),
+    "scale": (
+        ALL,
+        lambda o, m: (lambda scaler: o.step(scaled(scaler, m), Y, scaler))(torch.amp.GradScaler("cpu")),
+        r"^closure must return the losses as they are, got scaler\.scale\(losses\): step\(scaler=\) scales them",
+    ),
     "list": (ALL, lambda o, m: o.step(each(m), Y.tolist()), TENSOR),
     "lists": (ALL, lambda o, m: o.step([each(m)] * 2, [Y.tolist()] * 2), TENSOR),
     "one list": (ALL, lambda o, m: o.step([each(m)] * 2, [Y, Y.tolist()]), TENSOR),
@@ -159,6 +202,47 @@ def test_a_wrong_step(what):
         opt.step(each(model), Y)
 
 
+@pytest.mark.parametrize("plan", ["auto", "published"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_model_that_is_another(name, plan):
+    model = network()
+    opt = made(name, model, plan=plan)
+    opt.step(each(model), Y)
+    opt.model = network()
+    refused(
+        lambda: opt.step(each(model), Y), "^model must be the network whose parameters the optimizer has", opt, model
+    )
+    opt.model = nn.Sequential(model, nn.Softmax(1))
+    opt.step(each(model), Y)
+    opt.model = nn.Flatten()  # it trains nothing, and may have running statistics
+    opt.step(each(model), Y)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_scaler_that_is_not_updated(name):
+    model, scaler = network(), torch.amp.GradScaler("cpu")
+    opt = made(name, model)
+    opt.step(each(model), Y, scaler)
+    refused(lambda: opt.step(each(model), Y, scaler), r"^scaler\.update\(\) must be called after each step", opt, model)
+    scaler.update()
+    opt.step(each(model), Y, scaler)
+
+
+@pytest.mark.parametrize("name", [name for name, row in EVERY.items() if row.once])
+def test_losses_of_an_earlier_forward_pass(name):
+    """What one pass would differentiate at the weights of another time is noticed where autograd keeps weights."""
+    model = network(norm=False)
+    opt = made(name, model)
+    opt.step(each(model), Y)
+    found = each(model)()
+    refused(
+        lambda: opt.step(lambda i=slice(None): found[i], Y),
+        "^closure must run the whole forward",
+        opt,
+        model,
+    )
+
+
 @pytest.mark.parametrize("loss", [F.cross_entropy, nn.CrossEntropyLoss(), losses.CrossEntropy()])
 @pytest.mark.parametrize("name", TOLD)
 def test_class_counts_of_fewer_classes_than_the_model_has(name, loss):
@@ -187,6 +271,18 @@ CREATED = [
         for name in EVERY
     ],
     *[(name, {"class_counts": torch.zeros(1000)}, "^class_counts must be a list of finite numbers") for name in EVERY],
+    *[
+        (
+            name,
+            {"class_counts": {0: 9, 1: 5}},
+            r"^class_counts must be .*, got \{0: 9, 1: 5\}: .*\[class_counts\[c\] for c in",
+        )
+        for name in EVERY
+    ],
+    *[
+        (name, {"class_counts": [0.75, 0.25]}, r"^class_counts must be .*, got shares of them, \[0\.75, 0")
+        for name in EVERY
+    ],
     ("SAM", {"rho": torch.ones(100, 100)}, rf"^rho {NUMBER} tensor\("),
     ("SAM", {"rho": [0.1]}, rf"^rho {NUMBER} \[0\.1\]"),
     ("SAM", {"adaptive": "yes"}, "^adaptive must be True or False, got 'yes'"),
@@ -213,6 +309,15 @@ CREATED = [
     ("FocalSAM", {"gamma": [1]}, "^gamma must be a number, or one for each of the 4 classes"),
     ("FocalSAM", {"class_counts": None, "class_weights": ([1, 2], [1])}, r"^class_weights must be a pair \(u, v\)"),
     ("ImbSAM", {"tail_classes": [7]}, r"^tail_classes must lie in \[0, 4\), got \[7\]"),
+    *[
+        (
+            "ImbSAM",
+            {"tail_classes": mask},
+            r"^tail_classes must be numbers of classes, got .*: give .*mask\)\.nonzero\(\)$",
+        )
+        for mask in ([False, False, True, True], np.array(COUNTS) < 20, torch.tensor(COUNTS) < 20)
+    ],
+    ("ImbSAM", {"tail_classes": [2.5]}, r"^tail_classes must be numbers of classes, got \[2\.5\]$"),
     ("SSESAM", {"switch_step": "70%"}, "^switch_step must be an integer >= 0, got '70%'"),
     ("CCSAM", {"head": 3}, "^head must be a module, or parameters, of those given as params, got 3"),
     ("CCSAM", {"head": "fc"}, "^head must be a module, or parameters"),
@@ -242,6 +347,10 @@ CALLED = [
     (lambda: lf.SAM(nn.Linear(2, 2), SGD), r"^params must be parameters, .* such as model\.parameters\(\), got Linear"),
     (lambda: lf.SAM(None, SGD), r"^params must be parameters, .* such as model\.parameters\(\), got None"),
     (lambda: lf.SAM([{"rho": 0.1}], SGD), r"^params\[0\] must have 'params'"),
+    (lambda: lf.SAM({"params": [WEIGHT]}, SGD), "^params must be parameters, or a list of groups of them, .*, got {'params'"),
+    (lambda: lf.SAM([{"params": nn.Linear(2, 2)}], SGD), r"^params\[0\]\['params'\] must be parameters, .*, got Linear"),
+    (lambda: lf.SAM(iter([]), SGD), "^params is an empty parameter list: a generator, .*, can be read once only"),
+    (lambda: made("SAM", network()).add_param_group({"params": nn.Linear(2, 2)}), "^params must be parameters, .*, got Linear"),
     (lambda: lf.SAM([{"params": [WEIGHT], "momentum": 2}], SGD, lr=0.1), "^momentum must be"),
     (lambda: made("SAM", network()).add_param_group(3), "^param_group must be .*, got 3"),
     (lambda: made("SAM", network()).add_param_group({"params": [WEIGHT], "momentum": 2}), "^momentum must be"),
@@ -249,6 +358,12 @@ CALLED = [
     (lambda: made("SAM", network()).load_state_dict({}), r"^state_dict must have state and param_groups, .* this dict lacks"),
     (lambda: lf.create("sma", [WEIGHT], SGD), "^there is no method 'sma': did you mean 'sam'"),
     (lambda: lf.create(3, [WEIGHT], SGD), "^there is no method 3"),
+    (lambda: lf.compat.ImbSAM(network(), SGD([WEIGHT])), r"^optimizer must be a torch\.optim\.Optimizer, .*, got Sequential"),
+    (lambda: lf.compat.ASAM(SGD([WEIGHT]), SGD([WEIGHT])), r"^model must be a torch\.nn\.Module, .*, got SGD"),
+    (
+        lambda: lf.diagnostics.loss_slice(network(), nn.CrossEntropyLoss(reduction="none"), X, Y, classes=np.array(COUNTS) < 9),
+        r"^classes must be numbers of classes, got array\(.*: give .*mask\)\.nonzero\(\)",
+    ),
     (lambda: lf.graph_step("m", min, made("SAM", network()), (X, Y)), "^model must be a torch.nn.Module, got 'm'"),
     (lambda: lf.graph_step(network(), min, SGD([WEIGHT]), (X, Y)), "^optimizer must be a method of ltsam_fast, got SGD"),
     (lambda: lf.graph_step(network(), min, made("SAM", network()), (X, Y), warmup=0), "^warmup must be .* >= 1, got 0"),
@@ -284,6 +399,40 @@ CALLED = [
     (lambda: models.create("resnet32", 0, (3, 8, 8)), "^num_classes must be a whole number >= 1, got 0"),
     (lambda: models.create("resnet32", 10, (3, 8)), r"^image_shape must be channels, height and width, got \(3, 8\)"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ImbSAM", "SSESAM"])
+def test_an_empty_tail(name):
+    """By a limit that none is below; not where it is meant."""
+    model = network()
+    opt = getattr(lf, name)(model.parameters(), SGD, class_counts=[9, 8, 7, 7], eta=7, lr=0.1)
+    with pytest.warns(
+        UserWarning, match=rf"^eta = 7 leaves no class in the tail, which {name} is about: .* has 7 samples$"
+    ):
+        opt.step(each(model), Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(each(model), Y)
+        opt.eta = 8
+        opt.step(each(model), Y)
+        if name == "ImbSAM":
+            opt.tail_classes = []
+            opt.step(each(model), Y)
+
+
+@pytest.mark.parametrize("interface", ["closure", "phases"])
+def test_more_steps_than_total_steps(interface):
+    """As where that is the number of epochs: said once."""
+    model, row = network(), EVERY["SAM"]
+    opt = made("SAM", model, active=0.5, total_steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row.drive(interface, opt, model, [(X, Y)] * 2, lambda model, x, y: each(model, x, y)())
+    with pytest.warns(
+        UserWarning, match="^total_steps = 2 steps have been taken, .*: it counts steps, not epochs$"
+    ) as said:
+        row.drive(interface, opt, model, [(X, Y)] * 2, lambda model, x, y: each(model, x, y)())
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(("call", "message"), CALLED)
@@ -477,7 +626,7 @@ def wrong(line, said, monkeypatch, tmp_path, capsys):
 
 
 NEEDS = {
-    "demo": ("sklearn", "matplotlib", "tqdm"),
+    "demo": ("sklearn", "matplotlib", "rich"),
     "examples.plain_loop": ("sklearn",),
     "examples.accelerate_loop": ("sklearn", "accelerate"),
     "examples.lightning_module": ("sklearn", "lightning"),

@@ -11,6 +11,7 @@ import sys
 import sysconfig
 import tarfile
 import timeit
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -445,6 +446,13 @@ class TestReasons:
         monkeypatch.setitem(sys.modules, "ltsam_fast._build_info", None)
         monkeypatch.setattr(backend, "__file__", str(ROOT / "ltsam_fast/backend.py"))
         assert "source checkout without built cores: run `pip install -e .` or leave" in backend.why_not("cpu")
+        monkeypatch.setattr(backend, "_resolved", {})
+        monkeypatch.delenv(backend.VARIABLE, raising=False)
+        with pytest.warns(UserWarning, match=r"the backend is 'torch', .*: this is a source checkout"):
+            assert backend.backend_for(CPU).__name__ == "ltsam_fast.torch_backend"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it has been said
+            backend.backend_for(CPU)
 
     def test_another_python(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "ltsam_fast._cpu", None)

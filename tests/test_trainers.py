@@ -1358,6 +1358,21 @@ def hugging_face_trainer(folder, net=None, arguments=(), **more):
         ),
         ({"method": lf.SAM, "method_options": {"max_grad_norm": 0.5}}, ValueError, "max_grad_norm = 0.5 or 0, got 1.0"),
         ({"method": lf.SAM, "arguments": {"label_names": []}}, ValueError, "args.label_names must be the one name"),
+        (
+            {"method": lf.SAM, "method_options": {"model": torch.nn.Flatten()}},
+            ValueError,
+            r"model must be left out of method_options, for the Trainer has its own; got Flatten",
+        ),
+        (
+            {"method": "sam", "method_options": {"lr": 0.5}},
+            ValueError,
+            rf"lr must be left out of method_options, for args has {LR}; got 0\.5",
+        ),
+        (
+            {"method": "sam", "method_options": {"weight_decay": 0.1}},
+            ValueError,
+            r"weight_decay must be left out of method_options, for args has 0\.0; got 0\.1",
+        ),
     ],
 )
 def test_hugging_face_refuses(more, error, message, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.optim.base_step import check_base
 from ltsam_fast.optim.phases import PhaseRun
@@ -30,7 +31,7 @@ class Wrapper(SharpnessAware):
             **options: Options of the groups that are no keywords of the constructor.
         """
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, SharpnessAware):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, such as SGD, got {optimizer!r}")
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, such as SGD, got {shown(optimizer)}")
         check_base(type(optimizer))
         self.base_optimizer = optimizer
         # An earlier wrapper may have left options of this name, and Adadelta has a rho of its own.

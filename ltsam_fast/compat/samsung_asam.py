@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from ltsam_fast import optim
 from ltsam_fast.compat.published import Wrapper
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim.optimizer import Rule
 from ltsam_fast.optim.step import AtPerturbed, AtWeights, Step
 
@@ -30,7 +31,7 @@ class ASAM(Wrapper, optim.SAM):
 
     def __init__(self, optimizer: Optimizer, model: torch.nn.Module, rho: float = 0.5, eta: float = 0.01) -> None:
         if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, whose parameters' names count, got {model!r}")
+            raise TypeError(f"model must be a torch.nn.Module, whose parameters' names count, got {shown(model)}")
         self.scaled = frozenset(param for name, param in model.named_parameters() if "weight" in name)
         super().__init__(*self._around(optimizer, eta=eta, norm_eps=1e-16), rho, adaptive=True)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ltsam_fast import ops
+from ltsam_fast.ops.checks import class_numbers, shown
 from ltsam_fast.ops.dispatch import clear_weight_caches
 from ltsam_fast.optim.gradients import Differentiable
 from ltsam_fast.shared import SharedBackward, Weighting
@@ -60,10 +61,10 @@ class Evaluator:
         self.counts = self.y.bincount(minlength=self.num_classes)
         indices = torch.ones(len(y), dtype=torch.bool)
         if classes is not None:
-            indices = torch.isin(self.y, torch.as_tensor(classes, dtype=torch.long).cpu())
+            indices = torch.isin(self.y, class_numbers("classes", classes))
         self.indices = indices.nonzero().flatten()
         if not len(self.indices):
-            raise ValueError(f"classes must have a sample in y, got {list(map(int, classes or []))}")
+            raise ValueError(f"classes must have a sample in y, got {shown(classes)}")
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,22 @@ def check_model(model: Any) -> None:
             )
 
 
+def check_params(name: str, params: Any, groups: str = "") -> None:
+    """Raises TypeError for what are no parameters, nor ``groups`` of them, and has none in it; the rest is left to torch."""
+    if isinstance(params, (torch.nn.Module, Mapping, str)) or not isinstance(params, (Tensor, Iterable)):
+        raise TypeError(f"{name} must be parameters{groups}, such as model.parameters(), got {shown(params)}")
+
+
+def check_trained(model: torch.nn.Module | None, params: list[Tensor]) -> None:
+    """Raises ValueError if a network is given that has weights to train, but none of ``params``."""
+    trained = {id(param) for param in (model.parameters() if model is not None else ()) if param.requires_grad}
+    if trained and trained.isdisjoint(map(id, params)):
+        raise ValueError(
+            f"model must be the network whose parameters the optimizer has, got one with none of them, {shown(model)}: make "
+            "the optimizer with its parameters(), once it is what closures evaluate"
+        )
+
+
 def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     """Which classes are tail, shape (C,), bool: those with fewer than ``eta`` samples, or those that are named.
 
@@ -88,7 +104,7 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
         if tail_classes is None:
             return counts < found
         classes = len(counts)
-    chosen = torch.as_tensor(tail_classes, dtype=torch.long).reshape(-1).cpu()
+    chosen = class_numbers("tail_classes", tail_classes)
     last = int(chosen.max()) if len(chosen) else -1
     if len(chosen) and (int(chosen.min()) < 0 or (classes is not None and last >= classes)):
         raise ValueError(
@@ -97,12 +113,21 @@ def tail_of(class_counts: Any, eta: float, tail_classes: Any) -> Tensor | None:
     return torch.zeros(last + 2 if classes is None else classes, dtype=torch.bool).index_fill(0, chosen, True)
 
 
-def check_tail_classes(name: str, value: Any) -> list[int]:
-    """The numbers of classes as a list; raises ValueError for what are none."""
+def class_numbers(name: str, value: Any) -> Tensor:
+    """The numbers of classes, 1-D, int64, on the CPU; raises ValueError for what are none, as a mask or parts of one."""
     try:
-        return torch.as_tensor(value, dtype=torch.long).reshape(-1).tolist()  # type: ignore[no-any-return]
+        found = torch.as_tensor(value).reshape(-1).cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} must be numbers of classes, got {shown(value)}") from error
+    if len(found) and (found.dtype == torch.bool or found.is_floating_point() or found.is_complex()):
+        remedy = ": give torch.as_tensor(mask).nonzero()" if found.dtype == torch.bool else ""
+        raise ValueError(f"{name} must be numbers of classes, got {shown(value)}{remedy}")
+    return found.long()
+
+
+def check_tail_classes(name: str, value: Any) -> list[int]:
+    """The numbers of classes as a list; raises ValueError for what are none."""
+    return class_numbers(name, value).tolist()  # type: ignore[no-any-return]
 
 
 _ENDS = {
@@ -192,16 +217,23 @@ def check_clipping(max_norm: Hyper, norm: Tensor | None) -> None:
 
 
 def check_counts(class_counts: Any) -> Tensor:
-    """``class_counts`` as float64, shape (C,). Raises ValueError unless they are finite, >= 0 and not all 0."""
+    """``class_counts`` as float64, shape (C,). Raises ValueError unless they are finite and >= 0, and one is >= 1."""
     try:
         counts = torch.as_tensor(class_counts, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
+        remedy = "give a list in the order of the labels"
+        if isinstance(class_counts, Mapping):
+            remedy = "give a list in the order of the labels, [class_counts[c] for c in range(C)]"
         raise ValueError(
-            f"class_counts must be numbers of samples, one per class, got {shown(class_counts)}"
+            f"class_counts must be numbers of samples, one per class, got {shown(class_counts)}: {remedy}"
         ) from error
     if counts.dim() != 1 or not len(counts) or not bool(((counts >= 0) & counts.isfinite()).all()) or counts.sum() == 0:
         raise ValueError(
             f"class_counts must be a list of finite numbers >= 0, one per class and not all 0, got {shown(class_counts)}"
+        )
+    if bool((counts < 1).all()):
+        raise ValueError(
+            f"class_counts must be numbers of samples, got shares of them, {shown(class_counts)}: multiply by the number of all"
         )
     return counts
 
@@ -238,7 +270,7 @@ def check_sample_weights(weights: Any, parts: int, devices: Collection[torch.dev
     pairs = [weights] if parts == 1 and _is_pair(weights) else weights
     if not isinstance(pairs, (list, tuple)) or len(pairs) != parts or not all(map(_is_pair, pairs)):
         wanted = "a pair (u, v) of tensors, shape (B,)" + (f", for each of the {parts} closures" if parts > 1 else "")
-        raise ValueError(f"weights must be {wanted}, got {_outline(weights)}")
+        raise ValueError(f"weights must be {wanted}, got {shown(_outline(weights))}")
     for u, v in pairs:
         for one in (u, v):
             if one.shape != u.shape or one.dim() != 1 or not len(one) or one.device != u.device:

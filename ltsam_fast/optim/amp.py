@@ -57,6 +57,20 @@ class LossScale:
         if self.found_inf is not None:
             self.found_inf.masked_fill_(~number.isfinite(), 1.0)
 
+    def check_updated(self, optimizer: Optimizer) -> None:
+        """Raises ValueError if the scaler has not been updated since the latest step."""
+        if self._scaler is not None and self._scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.STEPPED:
+            raise ValueError("scaler.update() must be called after each step, and was not after the latest")
+
+    def check_closure(self, losses: Tensor) -> None:
+        """Raises ValueError if a closure has returned scaler.scale(losses)."""
+        if self.grad_scale is None or (node := losses.grad_fn) is None or node.name() != "MulBackward0":
+            return
+        if node._saved_other is self.grad_scale:  # type: ignore[attr-defined]
+            raise ValueError(
+                "closure must return the losses as they are, got scaler.scale(losses): step(scaler=) scales them"
+            )
+
     def check_scaled(self, optimizer: Optimizer) -> None:
         """Raises ValueError if the gradients were unscaled already."""
         if self._scaler is not None and self._scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -149,6 +150,17 @@ class TailWise(ClassWise):
     def tail(self, options: Any) -> Tensor | None:
         """Which classes are tail, shape (C,), bool; None if that is not known."""
         return tail_of(options["class_counts"], options["eta"], options.get("tail_classes"))
+
+    def tail_of_steps(self) -> Tensor | None:
+        """The same of the present options; warns where the method is the base optimizer's then."""
+        tail, counts = self.tail(self.param_groups[0]), self.class_counts
+        if tail is not None and not tail.any() and self.eta and self.param_groups[0].get("tail_classes") is None:
+            warnings.warn(
+                f"eta = {self.eta} leaves no class in the tail, which {type(self).__name__} is about: the smallest has "
+                f"{min(counts):g} samples",
+                stacklevel=2,
+            )
+        return tail
 
     def check_options(self, options: Any) -> None:
         """Raises ValueError if options do not go together."""

@@ -33,11 +33,18 @@ _NO_GRAPH = (
     "closure must return losses of a forward pass of its own, without calling backward(), got some whose graph was used up: "
     f"return the per-sample losses alone, with reduction='none'; {_PUBLISHED}"
 )
+_CHANGED_IN_PLACE = (
+    "closure must run the whole forward pass each time it is called, and change in place nothing that the backward pass "
+    "needs; got losses of which something was changed since"
+)
 
 
 def explained(error: RuntimeError) -> Exception:
-    """An error of a step, or one that says what is wrong if the closure ran the backward pass itself."""
-    return ValueError(_NO_GRAPH) if "backward through the graph a second time" in str(error) else error
+    """An error of a step, or one that says what is wrong if the closure ran the backward pass itself, or no forward pass."""
+    said = str(error)
+    if "backward through the graph a second time" in said:
+        return ValueError(_NO_GRAPH)
+    return ValueError(_CHANGED_IN_PLACE) if "modified by an inplace operation" in said else error
 
 
 class Part:
@@ -60,10 +67,12 @@ class Part:
         closure: Closure,
         labels: Tensor | None,
         params: list[Tensor],
+        scaling: LossScale,
         criterion: Criterion | None = None,
         weights: Tensor | None = None,
     ) -> None:
         self.closure, self.labels, self._params, self.criterion = closure, labels, params, criterion
+        self._scaling = scaling
         self.weighed_by = labels if weights is None else weights
         self.size = weights.shape[1] if weights is not None else -1 if labels is None else len(labels)
         self._sized_by = "targets" if weights is None else "weights"
@@ -134,6 +143,7 @@ class Part:
             raise ValueError(f"closure returned losses of shape (0,), of a batch without samples: {SKIP}")
         if graph and not (losses if self.logit_gradients is None else logits).requires_grad:
             raise ValueError("closure must return losses that depend on the parameters, got a detached tensor")
+        self._scaling.check_closure(losses)
         if index is not None:
             if len(losses) != len(index):
                 raise ValueError(f"closure returned {len(losses)} losses for an index of {len(index)} samples")
@@ -156,7 +166,6 @@ class Part:
         weights: Sequence[Weights | None],
         losses: Tensor,
         divisor: int,
-        scaling: LossScale,
         index: Tensor | None = None,
     ) -> Any:
         """The weights (B,) that losses are differentiated with, one vector for each weighting; None where all are zero.
@@ -165,11 +174,10 @@ class Part:
             weights: The weightings; without any it is the mean's.
             losses: (B,)
             divisor: By what the weights are divided: the number of samples.
-            scaling: By what they are multiplied.
             index: The numbers of the samples that the losses are of; None: all.
         """
         if not weights:
-            return [scaling(torch.full_like(losses, 1 / divisor))]
+            return [self._scaling(torch.full_like(losses, 1 / divisor))]
         seeds: list[Tensor | None] = []
         for one in weights:
             if one is None:
@@ -179,7 +187,7 @@ class Part:
                 self.weights[one] = one.of(self.weighed_by, losses)  # type: ignore[arg-type]
             whole = self.weights[one]
             seed = (whole if index is None else whole[index]) / divisor
-            seeds.append(scaling(seed) if scaling.signals else seed)
+            seeds.append(self._scaling(seed) if self._scaling.signals else seed)
         return seeds
 
     def mask(self, weights: Weights) -> Tensor:
@@ -242,7 +250,7 @@ _NO_GRADIENT = {type(None)}
 
 
 def _needs_index(closure: Closure) -> bool:
-    """Whether a closure can only be called with an index."""
+    """Whether a closure can only be called with an index; raises ValueError if it needs more than that."""
     code = getattr(closure, "__code__", None)
     if code is not None and not code.co_argcount:
         return False
@@ -250,7 +258,33 @@ def _needs_index(closure: Closure) -> bool:
         parameters = inspect.signature(closure).parameters.values()
     except (TypeError, ValueError):
         return False
-    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    needed = [
+        p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        raise ValueError(
+            f"closure must need no arguments but the samples' numbers, got a function of {', '.join(needed)}: let it find the "
+            "batch by itself, def closure(index=slice(None)), with the losses of x[index]"
+        )
+    return bool(needed)
+
+
+def check_own_samples(closures: Sequence[Closure], labels: Sequence[Tensor | None]) -> None:
+    """Raises ValueError if two closures are functions of the same variables, as those of a loop that binds none.
+
+    The same one with the same labels may come twice.
+    """
+    places: dict[Any, int] = {}
+    for place, closure in enumerate(closures if len(closures) > 1 else ()):
+        if not isinstance(closure, types.FunctionType):
+            continue
+        bound = (*(closure.__closure__ or ()), *(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values())
+        known = places.setdefault((closure.__code__, *(id(one) for one in bound if not isinstance(one, slice))), place)
+        if closures[known] is not closure or labels[known] is not labels[place]:
+            raise ValueError(
+                f"closure[{place}] must have samples of its own, but reads the same variables as closure[{known}]: bind them, "
+                "such as by a function closure_of(x, y) that returns the closure"
+            )
 
 
 def takes_index(closure: Closure, needed: bool = False) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,8 +20,10 @@ from ltsam_fast.ops.checks import (
     SKIP,
     check_is_tensor,
     check_model,
+    check_params,
     check_sample_weights,
     check_targets,
+    check_trained,
     number,
     shown,
 )
@@ -28,7 +31,7 @@ from ltsam_fast.ops.dispatch import OPS, clear_weight_caches
 from ltsam_fast.optim.amp import NO_SCALE, LossScale, SkippedSteps
 from ltsam_fast.optim.base_step import base_step_of, check_base, check_base_options
 from ltsam_fast.optim.checkpoints import VERSION, completed, restore_numbers
-from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_takes_index, explained
+from ltsam_fast.optim.closures import Closure, CompiledGraphs, check_own_samples, check_takes_index, explained
 from ltsam_fast.optim.criterion import Criterion
 from ltsam_fast.optim.masks import to_bits
 from ltsam_fast.optim.network import Network
@@ -54,6 +57,7 @@ Rule = Generator[Request, Any, None]
 
 _NOTHING = contextlib.nullcontext()
 _CONSTANTS = 64
+_SIGNALS = ("grad_scale", "found_inf")
 _NAMES = ("first_step", "second_step", "third_step", "fourth_step")
 
 
@@ -107,7 +111,7 @@ class SharpnessAware(Configurable, Optimizer):
     _checked_values: list[list[Any]]
     _workers: Single
     _perturbation: Perturbation
-    _apart: list[Tensor] = []  # noqa: RUF012  (never changed in place)
+    _checked_params: list[Tensor] = []  # noqa: RUF012  (never changed in place)
     _params_of_one_group: tuple[list[Tensor], list[int]] = ([], [])
 
     rho = option(0.05, "Radius of the perturbation, in units of the weights.", ge=0, per_group=True)
@@ -330,11 +334,13 @@ class SharpnessAware(Configurable, Optimizer):
         closures: list[Any] = (
             list(closure) if isinstance(closure, (list, tuple)) else [] if closure is None else [closure]
         )
-        if getattr(self, "grad_scale", None) is not None:
+        if any(getattr(self, name, None) is not None for name in _SIGNALS):
+            self._forget_signals()
             raise ValueError("scaler.step(optimizer, closure) is not supported: call step(closure, scaler=scaler)")
         if not closures or not all(map(callable, closures)):
             raise ValueError(
-                "closure must be given: step(closure), with a function that returns the per-sample losses (B,)"
+                "closure must be given: step(closure), with a function that returns the per-sample losses (B,), or a list of "
+                "such functions"
             )
         if self._running is not None:
             self._check_turn("step")
@@ -345,6 +351,7 @@ class SharpnessAware(Configurable, Optimizer):
         labels: list[Any] = [None] * len(closures)
         if targets is not None or loss is not None or classes is not None:
             labels = self._check_targets(targets, len(closures), classes)
+        check_own_samples(closures, labels)
         criterion = None if loss is None else Criterion(loss, labels, classes)
         self._clear_gradients()
         buffers = self._buffers_at_first_step()
@@ -445,7 +452,7 @@ class SharpnessAware(Configurable, Optimizer):
         scaling = run.step.scaling
         scaling.check_scaled(self)
         try:
-            if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            if any(getattr(self, name, None) is not None for name in _SIGNALS):
                 if run.step.averaged_unscaled and scaling.grad_scale is None:
                     raise ValueError(
                         f"scaler must be given to first_step(scaler=scaler) too: {type(self).__name__} averages gradients there"
@@ -512,6 +519,9 @@ class SharpnessAware(Configurable, Optimizer):
         self._within_step = True  # torch calls the hooks around it
         try:
             return getattr(self, self.phase_names[0 if self._running is None else self._running.position])()
+        except BaseException:
+            self._forget_signals()
+            raise
         finally:
             self._within_step = False
 
@@ -579,22 +589,33 @@ class SharpnessAware(Configurable, Optimizer):
             self._checked_values = values
         if self._may_average and not self._workers.averages:  # torch.distributed may have been initialized since
             self._workers = workers_of(self._model, self._sharded)
+        first = self.param_groups[0]
+        if first["steps"] == first["total_steps"]:
+            warnings.warn(
+                f"total_steps = {self.total_steps} steps have been taken, and here is one more: it counts steps, not epochs",
+                stacklevel=2,
+            )
         params, groups = self.all_params()
-        self._check_memory(params)
+        self._check_params(params)
         scaling = NO_SCALE if scaler is None else LossScale(scaler, params)
+        scaling.check_updated(self)
         if self._workers.averages:
             self._check_join(bool(scaling.signals))
         clear_weight_caches()
         return Step(self, scaling, params, groups)
 
-    def _check_memory(self, params: list[Tensor]) -> None:
-        """Raises ValueError if weights share memory, before a step has changed any: an op knows of those that it writes."""
-        if same_items(params, self._apart):
+    def _check_params(self, params: list[Tensor]) -> None:
+        """Raises ValueError, before a step has changed any, if weights share memory or the network has none of them.
+
+        An op knows of the memory that it writes.
+        """
+        if same_items(params, self._checked_params):
             return
+        check_trained(self._model, params)
         local = self._workers.local(params)
         if all(is_readable(one) for one in local):
             TensorTable(OPS["restore_"]).bind((local, local))
-        self._apart = params
+        self._checked_params = params
 
     def _abandon(self, step: Step | None) -> None:
         """Ends a step that failed: puts weights back, unless there are new ones already. A further Ctrl-C does not keep it."""
@@ -607,11 +628,15 @@ class SharpnessAware(Configurable, Optimizer):
                     self._workers.abandon()
                 self._running = None
                 self.skipped.abandon_step()
-                for name in ("grad_scale", "found_inf"):  # which torch's GradScaler leaves there after an exception
-                    vars(self).pop(name, None)
+                self._forget_signals()
                 return
             except KeyboardInterrupt:
                 continue
+
+    def _forget_signals(self) -> None:
+        """Removes what torch's GradScaler sets for its call of step(), and leaves there after an exception."""
+        for name in _SIGNALS:
+            vars(self).pop(name, None)
 
     def all_params(self) -> tuple[list[Tensor], list[int]]:
         """All parameters, and the group of each, in lists that are not to be changed."""
@@ -773,11 +798,13 @@ class SharpnessAware(Configurable, Optimizer):
         check_model(model)
         self._model, self._may_average = model, hasattr(model, "no_sync")
         self._workers = workers_of(model, self._sharded)
+        self._checked_params = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as torch does; options that it does not set are the defaults, or those of the other groups."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be {{'params': ..., option: value}}, got {shown(param_group)}")
+        check_params("params", param_group.get("params", []))
         first = self.param_groups[0] if getattr(self, "param_groups", None) else {}
         for name in (*COUNTS, *(name for name, one in self.options.items() if not one.per_group)):
             if name in first:
@@ -932,14 +959,18 @@ def _with_options(params: Any, own: dict[str, Any]) -> Any:
     """The parameters in groups, each with the options ``own`` unless it has its own; what is no such thing is left to torch."""
     if isinstance(params, Tensor):
         return params
-    if isinstance(params, torch.nn.Module) or not isinstance(params, Iterable):
-        raise TypeError(
-            f"params must be parameters, or groups of them, such as model.parameters(), got {shown(params)}"
-        )
+    check_params("params", params, ", or a list of groups of them")
     params = list(params)
-    if params and not isinstance(params[0], dict):
+    if not params:
+        raise ValueError(
+            "params is an empty parameter list: a generator, as of model.parameters(), can be read once only"
+        )
+    if not isinstance(params[0], dict):
         params = [{"params": params}]
     for place, group in enumerate(params):
-        if isinstance(group, dict) and "params" not in group:
+        if not isinstance(group, dict):
+            continue  # left to torch
+        if "params" not in group:
             raise ValueError(f"params[{place}] must have 'params', the group's parameters, got {shown(group)}")
+        check_params(f"params[{place}]['params']", group["params"])
     return [{**own, **group} if isinstance(group, dict) else group for group in params]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ltsam_fast.optim.closures import ClassWeights
 from ltsam_fast.optim.dry_run import empty_answer
 from ltsam_fast.optim.gradients import Gradient, State, Sum, gradients_of, own_memory, take_gradients
-from ltsam_fast.optim.step import NO_GRADIENT, AtPerturbed, AtWeights, MicroBatch, Pause, Step
+from ltsam_fast.optim.step import AtPerturbed, AtWeights, MicroBatch, Pause, Step
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
@@ -33,6 +33,11 @@ class PhaseRun:
         cleared: Whether the latest has cleared the gradients.
     """
 
+    no_gradient = "no parameter has a gradient to ascend along: call loss.backward() before this phase"
+    """What is wrong then."""
+    evaluates = False
+    """Whether it runs the passes itself: then a step without any gradient is an error, else torch's step that does nothing."""
+
     def __init__(self, optimizer: SharpnessAware, step: Step, inputs: dict[str, Any]) -> None:
         self.step, self.position = step, 0
         self.cleared = False
@@ -52,7 +57,7 @@ class PhaseRun:
         request = self._request
         if isinstance(request, AtWeights) and not request.last and len(self._found) + 1 == request.gradients:
             if all(param.grad is None for param in self.step._params):
-                raise ValueError(NO_GRADIENT)
+                raise ValueError(self.no_gradient)
 
     def advance(self) -> bool:
         """Runs the next phase; returns whether it was the last one."""

@@ -75,6 +75,13 @@ class Passes:
         weights: For each part the caller's weights of its samples, u and v, shape (2, B), if there are such.
     """
 
+    no_gradient = (
+        "closure must return losses that depend on the optimizer's parameters, got some that depend on none of them: make the "
+        "optimizer with the parameters() of the network that closure evaluates"
+    )
+    """See :class:`ltsam_fast.optim.phases.PhaseRun`."""
+    evaluates = True
+
     def __init__(
         self,
         optimizer: SharpnessAware,
@@ -88,7 +95,7 @@ class Passes:
         self._params, self._workers = step._params, step._workers
         of_samples: Sequence[Tensor | None] = weights or [None] * len(closures)
         each = zip(closures, labels, of_samples, strict=True)
-        self.parts = [Part(closure, one, self._params, criterion, own) for closure, one, own in each]
+        self.parts = [Part(closure, one, self._params, self._scaling, criterion, own) for closure, one, own in each]
         self._totals: Tensors = []  # of the micro-batches so far
         self._by_class: ClassPasses | None = None
         self._at_w: dict[Any, Gradient] = {}  # whole gradients, by their class weights
@@ -211,7 +218,7 @@ class Passes:
                     if roots is None:
                         # Of a batch in parts the size is known at its end.
                         divisor = 1 if len(parts) > 1 else len(losses) if micro is not None else part.size
-                        seeds = part.seeds(request.weights, losses, divisor, self._scaling, job.samples)
+                        seeds = part.seeds(request.weights, losses, divisor, job.samples)
                         if request.squares and part is parts[0]:
                             squares = self._squares(losses, request.squares)
                         if shared is not None and not self.trains_others and self._pays(part, losses):
@@ -435,7 +442,7 @@ class Passes:
             with workers.backward(averaging and part is pairs[-1][0]) if workers.averages else _NOTHING:
                 with self.reusing():
                     losses = part.evaluate(index, at_w=first)
-                (seed,) = part.seeds(weights, losses, size if size > 0 else len(losses), self._scaling, index)
+                (seed,) = part.seeds(weights, losses, size if size > 0 else len(losses), index)
                 torch.autograd.backward(losses, seed)
         tensors = gradients_of(self._params) if last else take_gradients(self._params)
         if not last and workers.finds_unused:

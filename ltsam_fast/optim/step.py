@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from ltsam_fast.optim.optimizer import SharpnessAware
 
 
-NO_GRADIENT = "no parameter has a gradient to ascend along: call loss.backward() before this phase"
-
-
 class AtWeights:
     """A request for gradients at w.
 
@@ -437,6 +434,7 @@ class Step:
         A parameter moves if the latest gradient has a tensor for it; with a plain sum, if either has. None moves nothing.
         ``alone``: it is a step of the base optimizer alone.
         """
+        moves = direction is not None
         if direction is None:
             direction = Gradient([None] * len(self._params), 0)
         optimizer, workers, scaling = self._optimizer, self._workers, self.scaling
@@ -451,6 +449,8 @@ class Step:
             grads = workers.redistributed(params, grads)
             kept = kept and workers.redistributed(params, kept)
         if has_none(grads):
+            if moves and self.passes.evaluates and all_missing(grads) and all_missing(kept or ()):
+                raise ValueError(self.passes.no_gradient)
             if kept and combination is not None:
                 kept = [None if grad is None else one for grad, one in zip(grads, kept, strict=True)]
             params, groups, grads, kept = self._only_with_gradient(params, groups, grads, kept)
@@ -537,7 +537,7 @@ class Step:
             return None
         chosen = [i for i, group in enumerate(self._groups) if group not in excluded and tensors[i] is not None]
         if not chosen and all_missing(tensors):
-            raise ValueError(NO_GRADIENT)
+            raise ValueError(self.passes.no_gradient)
         return chosen
 
     def _drawn(self, positions: list[int] | None, probability: float, seed: int) -> list[int]:

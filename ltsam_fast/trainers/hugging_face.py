@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     message = "ltsam_fast.trainers.hugging_face needs transformers: pip install 'ltsam_fast[hugging-face]'"
     raise ModuleNotFoundError(message, name=error.name) from error
 
+from ltsam_fast.ops.checks import shown
 from ltsam_fast.optim import SharpnessAware
 from ltsam_fast.optim.registry import method_named
 from ltsam_fast.trainers.accelerate import AcceleratedStep
@@ -61,16 +62,16 @@ class SharpnessAwareTrainer(Trainer):
         *args: Arguments of the Trainer.
         method: A class of this package, or a name of :func:`ltsam_fast.list_methods`. ``None``: the optimizer of
             ``optimizers`` or ``optimizer_cls_and_kwargs``; if it is not one of this package, the Trainer trains as usual.
-        method_options: Keywords of ``method``: its options, such as ``rho``, and others of the base optimizer.
+        method_options: Keywords of ``method``: its options, such as ``rho``, and further ones of the base optimizer.
         **kwargs: Keywords of the Trainer.
 
     Raises:
         TypeError: ``method`` is not a class of this package.
         ValueError: There is no method of this name, or it is given with ``optimizers`` or ``optimizer_cls_and_kwargs``. Before
-            the first step: ``max_grad_norm`` differs from the optimizer's, the model is sharded, labels are not found, the
-            per-sample losses are not known, ``compute_loss`` or a callback's ``on_pre_optimizer_step`` is overridden, or
-            ``training_step`` does not call this one. At any step: the model's loss is not the mean of the losses, or a label is
-            -100.
+            the first step: ``method_options`` has another value than ``args``, ``max_grad_norm`` differs from the optimizer's,
+            the model is sharded, labels are not found, the per-sample losses are not known, ``compute_loss`` or a callback's
+            ``on_pre_optimizer_step`` is overridden, or ``training_step`` does not call this one. At any step: the model's loss
+            is not the mean of the losses, or a label is -100.
     """
 
     def __init__(
@@ -108,6 +109,10 @@ class SharpnessAwareTrainer(Trainer):
         base, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
         options = {name: value for name, value in options.items() if name not in ("fused", "foreach")}
         own = dict(self.method_options)
+        for name, value in {"model": None, "weight_decay": self.args.weight_decay, **options}.items():
+            if name in own and own[name] != value:
+                whose = "the Trainer has its own" if name == "model" else f"args has {value!r}"
+                raise ValueError(f"{name} must be left out of method_options, for {whose}; got {shown(own[name])}")
         plan = own.pop("plan", None)
         self.optimizer_cls_and_kwargs = (self.method, {"base_optimizer": base, **own, **options})
         method = super().create_optimizer(model)

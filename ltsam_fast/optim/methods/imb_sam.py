@@ -62,7 +62,7 @@ class ImbSAM(TailWise):
         return self.class_counts is None and self.class_weights is None
 
     def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
-        tail = self.tail(self.param_groups[0])
+        tail = self.tail_of_steps()
         return None if tail is None else (~tail, tail * self.tail_weight)
 
     def rule(self, step: Step) -> Rule:

@@ -51,7 +51,7 @@ class SSESAM(TailWise):
     phases_are_fixed = False
 
     def make_class_weights(self) -> tuple[Tensor, Tensor] | None:
-        tail = self.tail(self.param_groups[0])
+        tail = self.tail_of_steps()
         return None if tail is None else (~tail, tail)
 
     def rule(self, step: Step) -> Rule:
