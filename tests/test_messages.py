@@ -202,6 +202,17 @@ def test_a_wrong_step(what):
         opt.step(each(model), Y)
 
 
+def test_closures_of_a_loop_that_bind_their_samples():
+    model = network()
+    opt = made("FocalSAM", model)
+    for closures in (
+        [lambda i=slice(None), k=k: each(model, X[k], Y[k])(i) for k in (slice(0, 6), slice(6, 12))],
+        [lambda i=slice(None), x=x, y=y: each(model, x, y)(i) for x, y in ((X[:6], Y[:6]), (X[6:], Y[6:]))],
+        [each(model, X[:6], Y[:6]), each(model, X[6:], Y[6:])],
+    ):
+        opt.step(closures, [Y[:6], Y[6:]])
+
+
 @pytest.mark.parametrize("plan", ["auto", "published"])
 @pytest.mark.parametrize("name", EVERY)
 def test_a_model_that_is_another(name, plan):

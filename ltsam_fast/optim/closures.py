@@ -279,7 +279,10 @@ def check_own_samples(closures: Sequence[Closure], labels: Sequence[Tensor | Non
         if not isinstance(closure, types.FunctionType):
             continue
         bound = (*(closure.__closure__ or ()), *(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values())
-        known = places.setdefault((closure.__code__, *(id(one) for one in bound if not isinstance(one, slice))), place)
+        names = (
+            repr(one) if isinstance(one, slice) else id(one) for one in bound
+        )  # slice(None) is made anew each time
+        known = places.setdefault((closure.__code__, *names), place)
         if closures[known] is not closure or labels[known] is not labels[place]:
             raise ValueError(
                 f"closure[{place}] must have samples of its own, but reads the same variables as closure[{known}]: bind them, "
