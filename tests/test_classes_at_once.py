@@ -365,6 +365,16 @@ class Twice(torch.autograd.Function):
         return 2 * grad
 
 
+def seeded(model, x, y):
+    """A closure that masks the same features in every call; in a vmap each class would have others."""
+
+    def losses(index=slice(None)):
+        mask = torch.rand(CLASSES, generator=torch.Generator().manual_seed(0)) < 0.5
+        return F.cross_entropy(model(x[index]) * mask, y[index], reduction="none")
+
+    return losses
+
+
 class WrongRule(torch.autograd.Function):
     """A function whose rule for vmap is another one's."""
 
@@ -422,6 +432,7 @@ REFUSED = {
     "refers to a weight": (refers_to_a_weight, "refers to a weight by another name"),
     "in place": (in_place, "broadcast shape"),
     "an embedding with padding": (padded, "padding_idx"),
+    "a generator of its own": (seeded, "gives other gradients"),
     "a wrong rule": (wrong_rule, "gives other gradients"),
     "a function of its own": (own_function, "autograd.Function"),
     "keeps results": (keeps_results, "keeps a result"),

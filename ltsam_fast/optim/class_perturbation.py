@@ -203,11 +203,11 @@ class ClassPasses:
             seed = self._scaling(torch.full_like(losses, len(classes) / len(index)))
             found = torch.autograd.grad(losses, values, seed, allow_unused=True)
             stack = own_stacks(found, values)
-            # What draws would draw other numbers alone.
+            # What draws would draw other numbers alone. Of a generator that the closure seeds only the first class has them.
             if checks and same_generators(before, generators(index.device)):
-                if not self._agree(part, indices[classes[0]], [one[0] for one in stack]):
+                if not self._agree(part, indices[classes[-1]], [one[-1] for one in stack]):
                     part.total = part.total - losses.detach().sum()
-                    self._refuse_at_once(Refused("a rule of torch.vmap gives other gradients"))
+                    self._refuse_at_once(Refused("torch.vmap gives other gradients"))
                     break
             sums: list[Tensor | None] = [None] * len(total)
             for i, grad in zip(self._positions, found, strict=True):
