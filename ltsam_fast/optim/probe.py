@@ -185,7 +185,7 @@ class _LeftBehind:
         each = {one: name for module in modules for name, one in module.named_modules()}
         each = {one: name for one, name in each.items() if not isinstance(one, torch.jit.ScriptModule)}
         self._buffers = [(name, one._buffers, dict(one._buffers)) for one, name in each.items()]
-        self._attributes = [(vars(one), _own_attributes(one)) for one in each if not _is_torchs(one)]
+        self._attributes = [_Attributes(one) for one in each if not _is_torchs(one)]
         self._numpy = sys.modules.get("numpy")
         self._states = random.getstate(), self._numpy and self._numpy.random.get_state()
 
@@ -211,12 +211,8 @@ class _LeftBehind:
         for _, buffer, version, value in self._named:
             if buffer._version != version:
                 buffer.copy_(value)
-        for attributes, (values, contents) in self._attributes:
-            for name in {*attributes} - {*values} - _MODULES:
-                del attributes[name]
-            attributes.update(values)
-            for container, inside in contents:
-                _refill(container, inside)
+        for attributes in self._attributes:
+            attributes.restore()
         random.setstate(self._states[0])
         if self._numpy:
             self._numpy.random.set_state(self._states[1])
@@ -231,10 +227,21 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "torch"
 
 
-def _own_attributes(module: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
-    """A module's own attributes, and the lists, dicts and sets among them with copies."""
-    values = {name: value for name, value in vars(module).items() if name not in _MODULES}
-    return values, [(one, one.copy()) for one in values.values() if type(one) in (list, dict, set)]
+class _Attributes:
+    """A module's own attributes, and the contents of the lists, dicts and sets among them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._now, self._kept = vars(module), _MODULES | getattr(module, "bookkeeping", frozenset())
+        self._before = {name: value for name, value in self._now.items() if name not in self._kept}
+        self._contents = [(one, one.copy()) for one in self._before.values() if type(one) in (list, dict, set)]
+
+    def restore(self) -> None:
+        """Makes them what they were."""
+        for name in {*self._now} - {*self._before} - self._kept:
+            del self._now[name]
+        self._now.update(self._before)
+        for container, inside in self._contents:
+            _refill(container, inside)
 
 
 def _refill(container: Any, before: Any) -> None:

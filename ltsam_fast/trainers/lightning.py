@@ -70,6 +70,8 @@ class SharpnessAwareModule(LightningModule):
     """
 
     training_loss: Tensor | None = None
+    bookkeeping = frozenset(("_loss_known", "_logs"))
+    """Attributes that are not the forward pass's: a look at the network, which puts its back, leaves them."""
     _current_fx_name: str | None  # an attribute of Lightning
     _losses_at_w: list[Tensor]
     """The per-sample losses of the step's micro-batches at the unperturbed weights."""
