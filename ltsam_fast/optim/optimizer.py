@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -609,7 +610,9 @@ class SharpnessAware(Configurable, Optimizer):
 
         An op knows of the memory that it writes.
         """
-        if same_items(params, self._checked_params):
+        if same_items(params, self._checked_params) or any(
+            map(is_lazy, params)
+        ):  # those of lazy modules have no memory yet
             return
         check_trained(self._model, params)
         local = self._workers.local(params)
