@@ -22,7 +22,7 @@ import ltsam_fast as lf
 from ltsam_fast import models
 from ltsam_fast.optim import plan as plans
 from ltsam_fast.shared import NotShared, SharedBackward
-from ltsam_fast.shared.autograd_graph import products_exceed
+from ltsam_fast.shared.products import products_exceed
 
 from .conftest import LEAST_WORK
 from .method_rows import EVERY, every, phased

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ltsam_fast.lists import same_items
 from ltsam_fast.optim.classes_at_once import ClassesAtOnce, Refused
-from ltsam_fast.optim.probe import Evaluate, check_separable
+from ltsam_fast.optim.probe import Evaluate, check_separable, looks_again
 from ltsam_fast.optim.unchanged import UnchangedResults
 from ltsam_fast.shared import NotShared, SharedBackward
 
@@ -74,7 +74,7 @@ class Network:
         if not self._separable.get(kind, True) or size < 2 or any(map(is_lazy, self.model.parameters())):
             return False
         self._uses[kind] += 1
-        if kind not in self._separable or self._uses[kind] & (self._uses[kind] - 1) == 0:
+        if kind not in self._separable or looks_again(self._uses[kind]):
             try:
                 check_separable(self.model, evaluate, size, params, others())
                 self._separable[kind] = True
@@ -125,7 +125,7 @@ class Network:
     def checks_at_once(self, kind: Any) -> bool:
         """Whether this pass of several classes, the 1st, 2nd, 4th, 8th, ... of its kind, is compared with a class alone."""
         self._at_once[kind] += 1
-        return self._at_once[kind] & (self._at_once[kind] - 1) == 0
+        return looks_again(self._at_once[kind])
 
     def refuse_at_once(self, kind: Any, error: Refused) -> None:
         """Has classes evaluated one after the other in passes of this kind from now on; the log says why, once."""

@@ -45,7 +45,8 @@ from ltsam_fast.optim.step import (
     Step,
 )
 from ltsam_fast.shared import SharedBackward, Weighting
-from ltsam_fast.shared.autograd_graph import products_exceed, reaches, reaches_others
+from ltsam_fast.shared.autograd_graph import reaches, reaches_others
+from ltsam_fast.shared.products import products_exceed
 
 if TYPE_CHECKING:
     from ltsam_fast.optim.criterion import Criterion

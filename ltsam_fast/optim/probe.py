@@ -27,6 +27,11 @@ Evaluate = Callable[[Tensor | None], Tensor]
 """The losses of the samples with these numbers, 1-D; None: of all."""
 
 
+def looks_again(number: int) -> bool:
+    """Whether a kind of pass is looked at in the pass of this number: the 1st, 2nd, 4th, 8th, ..."""
+    return number & (number - 1) == 0
+
+
 def check_separable(
     model: nn.Module, evaluate: Evaluate, size: int, params: Sequence[Tensor], others: Sequence[nn.Module] = ()
 ) -> None:

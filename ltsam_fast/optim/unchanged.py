@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
 from ltsam_fast.lists import tensors_in
+from ltsam_fast.optim.probe import looks_again
 from ltsam_fast.shared.qualify import current_checkpoint, is_compiled
 
 
@@ -99,7 +100,7 @@ class UnchangedResults:
         self._passes[kind] += 1
         number = self._passes[kind]
         self._captured = _is_captured(self._device)  # what is captured cannot be looked at: what was seen before counts
-        self._checks_all = number & (number - 1) == 0 and not self._captured
+        self._checks_all = looks_again(number) and not self._captured
         self._trial = None
         if self.makes_event is not None and not self._captured:
             self._trial = self._trials.setdefault(kind, Trial(self.makes_event))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,44 +39,6 @@ def reaches_others(root: Tensor, params: Iterable[Tensor]) -> bool:
     return any(isinstance(one, nn.Parameter) and key not in own for key, one in (leaves(root) or {}).items())
 
 
-def products_exceed(root: Tensor, count: float) -> bool:
-    """Whether a backward from ``root`` multiplies by elements of weights more often than ``count``, on the way to activations.
-
-    Counted are products of matrices, and convolutions with weights that are trained.
-    """
-    seen: set[Node] = set()
-    stack = [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        count -= _products(node)
-        if count < 0:
-            return True
-        stack += [child for child, _ in node.next_functions]
-    return False
-
-
-def _products(node: Node) -> int:
-    name, below = node.name(), node.next_functions
-    if name in _MATRICES:
-        child, output = below[_MATRICES[name]]
-        return 0 if child is None else math.prod(node._input_metadata[0].shape) * child._input_metadata[output].shape[1]
-    weight = _weight_below(below[1][0]) if name in ("ConvolutionBackward0", "LinearBackward0") else None
-    return 0 if weight is None else math.prod(node._input_metadata[0].shape) * weight.shape[1:].numel()
-
-
-def _weight_below(node: Node) -> Tensor | None:
-    """The tensor that gets the gradient at a node, laid out or cast otherwise."""
-    while node is not None and node.name() in _REARRANGED:
-        node = node.next_functions[0][0]
-    return getattr(node, "variable", None)
-
-
-_MATRICES = {"AddmmBackward0": 1, "MmBackward0": 0}
-"""Products, and the edge to the activations."""
-_REARRANGED = frozenset(f"{name}Backward0" for name in ("T", "Transpose", "Permute", "View", "ToCopy", "Unsqueeze"))
 _REENTRANT = "CheckpointFunctionBackward"
 
 

@@ -1,7 +1,8 @@
-"""Forms a weighting's gradient at a node where a parameter is used."""
+"""Products at nodes where parameters are used: forms a weighting's gradient there, and counts multiplications."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -134,3 +135,42 @@ def at_leaf(edge: GradientEdge, grad: Tensor) -> tuple[Tensor, Tensor] | None:
 def _meta(node: Any, edge: int) -> Any:
     child, output = node.next_functions[edge]
     return child._input_metadata[output]
+
+
+def products_exceed(root: Tensor, count: float) -> bool:
+    """Whether a backward from ``root`` multiplies by elements of weights more often than ``count``, on the way to activations.
+
+    Counted are products of matrices, and convolutions with weights that are trained.
+    """
+    seen: set[Any] = set()
+    stack = [root.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        count -= _products(node)
+        if count < 0:
+            return True
+        stack += [child for child, _ in node.next_functions]
+    return False
+
+
+def _products(node: Any) -> int:
+    name, below = node.name(), node.next_functions
+    if name in LINEAR:
+        activations = LINEAR[name][2] - 1  # before the weight
+        known = below[activations][0] is not None
+        return math.prod(node._input_metadata[0].shape) * _meta(node, activations).shape[1] if known else 0
+    weight = _weight_below(below[1][0]) if name in ("ConvolutionBackward0", "LinearBackward0") else None
+    return 0 if weight is None else math.prod(node._input_metadata[0].shape) * weight.shape[1:].numel()
+
+
+def _weight_below(node: Any) -> Tensor | None:
+    """The tensor that gets the gradient at a node, laid out or cast otherwise."""
+    while node is not None and node.name() in _REARRANGED:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
+
+
+_REARRANGED = frozenset(f"{name}Backward0" for name in ("T", "Transpose", "Permute", "View", "ToCopy", "Unsqueeze"))
